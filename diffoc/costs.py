@@ -1,0 +1,61 @@
+r"""Costs of a controlled reverse process, Eqs. 10, 27 and 28.
+
+A terminal cost maps final states (B, ...) to (B,), a running cost maps a step, states and
+controls to (B,). Both must be twice differentiable, and no problem of a batch may influence
+another.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from diffoc.operators import Operator
+
+
+@dataclass(frozen=True)
+class GaussianLikelihood:
+    r"""The terminal cost :math:`-\log p(y \mid x_0) = \|A(x_0) - y\|^2 / (2 s^2)` + const, Eq. 27.
+
+    Attributes:
+        operator: A, a differentiable callable from (B, ...) to (B, ...).
+        y: the measurements, shape (B, ...).
+        noise_std: s > 0.
+    """
+
+    operator: Operator
+    y: Tensor
+    noise_std: float
+
+    def __post_init__(self) -> None:
+        if not self.noise_std > 0:
+            raise ValueError(f"noise_std is {self.noise_std}, expected above 0")
+
+    def __call__(self, x: Tensor) -> Tensor:
+        residual = self.operator(x) - self.y
+        return residual.flatten(1).square().sum(dim=1) / (2 * self.noise_std**2)
+
+
+@dataclass(frozen=True)
+class ControlCost:
+    r"""The running cost :math:`\frac{1}{2} r_i \|u_i\|^2`.
+
+    Attributes:
+        weights: r, one number for all steps or one per step, shape (T,), not negative. Zero is
+            the paper's choice (Eq. 28), which leaves the controls to the regularisation.
+    """
+
+    weights: float | Tensor
+
+    def __post_init__(self) -> None:
+        weights = torch.as_tensor(self.weights)
+        if weights.ndim > 1 or not (weights >= 0).all():
+            raise ValueError("weights must be a number or of shape (T,), and not negative")
+
+    def __call__(self, i: int, x: Tensor, u: Tensor) -> Tensor:
+        r = self.weights
+        if isinstance(r, Tensor) and r.ndim == 1:
+            r = r[i].item()
+        return 0.5 * r * u.flatten(1).square().sum(dim=1)

@@ -1,0 +1,87 @@
+r"""Measurement operators, Eq. 5: :math:`y = A(x_0) + \eta`, :math:`\eta \sim N(0, s^2 I)`.
+
+An operator is any callable from images (B, C, H, W) to measurements (B, ...), differentiable
+where the controller is to use it. The exact oracles of the priors need linear ones as a matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Operator = Callable[[Tensor], Tensor]
+
+
+def average_pool(factor: int) -> Operator:
+    """Down-sampling by the mean over `factor` x `factor` pixels, (B, C, H, W) to
+    (B, C, H / factor, W / factor).
+
+    Raises:
+        ValueError: if `factor` is below 1.
+    """
+    if factor < 1:
+        raise ValueError(f"factor is {factor}, expected at least 1")
+    return lambda x: torch.nn.functional.avg_pool2d(x, factor)
+
+
+def random_mask(shape: Sequence[int], dropped: float, generator: torch.Generator) -> Operator:
+    """Random inpainting: one mask for all images and channels, (B, C, H, W) to (B, C, kept).
+
+    Args:
+        shape: (H, W).
+        dropped: the fraction of pixels dropped, in [0, 1[.
+        generator: the source of randomness.
+
+    Raises:
+        ValueError: if `dropped` is out of its range.
+    """
+    if not 0 <= dropped < 1:
+        raise ValueError(f"dropped is {dropped}, expected 0 <= dropped < 1")
+    height, width = shape
+    pixels = height * width
+    order = torch.randperm(pixels, generator=generator)
+    kept = order[: pixels - round(dropped * pixels)].sort().values
+    return lambda x: x.flatten(-2)[..., kept.to(x.device)]
+
+
+def as_matrix(operator: Operator, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """The matrix (m, n) of a linear operator, from its action on the n unit images.
+
+    Args:
+        operator: a linear operator.
+        shape: the shape of one image, with n numbers.
+        dtype: the dtype of the matrix.
+
+    Raises:
+        ValueError: if the operator does not map zero to zero.
+    """
+    if operator(torch.zeros(1, *shape, dtype=dtype)).any():
+        raise ValueError("operator is not linear: it does not map zero to zero")
+    n = torch.Size(shape).numel()
+    return operator(torch.eye(n, dtype=dtype).reshape(n, *shape)).flatten(1).mT.contiguous()
+
+
+@dataclass(frozen=True)
+class LinearMeasurement:
+    r"""Linear Gaussian measurements :math:`y \sim N(A x_0, s^2 I)` of flat states.
+
+    Attributes:
+        matrix: A, shape (m, n).
+        y: the measurements, shape (B, m).
+        noise_std: s > 0, in the units of the image.
+    """
+
+    matrix: Tensor
+    y: Tensor
+    noise_std: float
+
+    def __post_init__(self) -> None:
+        if self.matrix.ndim != 2:
+            raise ValueError(f"matrix has shape {tuple(self.matrix.shape)}, expected (m, n)")
+        if self.y.ndim != 2 or self.y.shape[1] != len(self.matrix):
+            raise ValueError(f"y has shape {tuple(self.y.shape)}, expected (B, {len(self.matrix)})")
+        if not self.noise_std > 0:
+            raise ValueError(f"noise_std is {self.noise_std}, expected above 0")

@@ -1,0 +1,237 @@
+r"""The reverse diffusion as a controlled dynamical system, Eqs. 1-4, 17 and 18.
+
+A prior is an :class:`azula.denoise.Denoiser`: it returns the posterior mean
+:math:`m(x, t) = E[x_0 \mid x_t = x]` and owns a schedule
+:math:`x_t \sim N(\alpha_t x_0, \sigma_t^2 I)`. With the schedule's drift and diffusion
+
+.. math:: f(x, t) = \frac{\alpha_t'}{\alpha_t} x, \qquad
+          g(t)^2 = 2 \sigma_t^2 \Big(\frac{\sigma_t'}{\sigma_t} - \frac{\alpha_t'}{\alpha_t}\Big)
+
+and the score :math:`(\alpha_t m - x) / \sigma_t^2` (Tweedie), every first-order sampler is, from
+time :math:`t` to :math:`s < t`, the same affine function of the state, of the posterior mean and
+of a noise that is frozen:
+
+.. math:: h_t(x) = a_t x + b_t \, m(x, t) + c_t \, \varepsilon_t .
+
+The samplers differ in the three numbers only, see :data:`METHODS`. A control
+enters before the step (input perturbation, Eq. 17) or after it (output perturbation, Eq. 18).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from azula.denoise import Denoiser
+from azula.noise import Schedule
+from torch import Tensor
+
+MODES = ("input", "output")
+
+
+def drift_and_diffusion(schedule: Schedule, t: Tensor) -> tuple[Tensor, Tensor]:
+    r"""The coefficients of the diffusion's SDE, Eq. 1, from its schedule.
+
+    .. math:: dx = \phi(t) \, x \, dt + g(t) \, dw, \quad \phi = \alpha' / \alpha, \quad
+              g^2 = 2 \sigma^2 (\sigma' / \sigma - \alpha' / \alpha)
+
+    Args:
+        schedule: maps times to :math:`(\alpha_t, \sigma_t)`, differentiably.
+        t: times in ]0, 1], any shape.
+
+    Returns:
+        :math:`\phi(t)` and :math:`g(t)^2`, each with the shape of `t`.
+    """
+    t = t.detach().requires_grad_()
+    with torch.enable_grad():
+        alpha, sigma = schedule(t)
+        # The scales may be constant: VE's alpha does not depend on t.
+        d_alpha, d_sigma = (
+            torch.autograd.grad(scale.sum(), t)[0] if scale.requires_grad else torch.zeros_like(t)
+            for scale in (alpha, sigma)
+        )
+    alpha, sigma = alpha.detach(), sigma.detach()
+    phi = d_alpha / alpha
+    return phi, 2 * sigma**2 * (d_sigma / sigma - phi)
+
+
+def _euler(schedule: Schedule, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    # Eq. 3: x - [phi x - g^2/2 (alpha m - x) / sigma^2] dt
+    alpha, sigma = schedule(t)
+    phi, g2 = drift_and_diffusion(schedule, t)
+    dt = t - s
+    half = g2 * dt / (2 * sigma**2)
+    return 1 - phi * dt - half, half * alpha, torch.zeros_like(t)
+
+
+def _ddim(schedule: Schedule, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    # The flow's exact solution if the posterior mean stayed constant from t to s.
+    (alpha_t, sigma_t), (alpha_s, sigma_s) = schedule(t), schedule(s)
+    ratio = sigma_s / sigma_t
+    return ratio, alpha_s - ratio * alpha_t, torch.zeros_like(t)
+
+
+def _ddpm(schedule: Schedule, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    # p(x_s | x_t, x_0) of the forward chain, with x_0 replaced by its posterior mean.
+    (alpha_t, sigma_t), (alpha_s, sigma_s) = schedule(t), schedule(s)
+    kept = (alpha_t * sigma_s / (alpha_s * sigma_t)) ** 2
+    ratio = sigma_s / sigma_t * kept.sqrt()
+    return ratio, alpha_s - ratio * alpha_t, sigma_s * (1 - kept).sqrt()
+
+
+METHODS: dict[str, Callable[[Schedule, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]] = {
+    "euler": _euler,
+    "ddim": _ddim,
+    "ddpm": _ddpm,
+}
+"""Step rules: Euler on the probability-flow ODE (Eq. 3), DDIM (arXiv:2010.02502), and the
+ancestral step of DDPM (arXiv:2006.11239), which alone uses the noise."""
+
+
+class ReverseProcess:
+    r"""The controlled reverse process :math:`x_{i+1} = h_i(x_i, u_i)`, :math:`i = 0 \dots T-1`.
+
+    Step `i` goes from `times[i]` to `times[i + 1]`; state 0 is noise and state T the image.
+
+    Args:
+        denoiser: the prior, an azula denoiser.
+        steps: the number T of steps, uniform in time from 1 to 0, or the T + 1 times
+            themselves, decreasing within [0, 1].
+        method: a key of :data:`METHODS`.
+        mode: "input" for :math:`h_i(x + u)` (Eq. 17), "output" for :math:`h_i(x) + u` (Eq. 18).
+        noise: for "ddpm", the frozen standard normal noise of every step and problem, shape
+            (T, B, ...) as :meth:`draw_noise` returns it. Zeros give the mean of each step.
+
+    Raises:
+        ValueError: if an argument is out of its range, or the noise does not fit the method.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        steps: int | Tensor | Sequence[float],
+        method: str = "ddim",
+        mode: str = "input",
+        noise: Tensor | None = None,
+    ) -> None:
+        if method not in METHODS:
+            raise ValueError(f"method is {method!r}, expected one of {', '.join(METHODS)}")
+        if mode not in MODES:
+            raise ValueError(f"mode is {mode!r}, expected one of {', '.join(MODES)}")
+        if isinstance(steps, int):
+            if steps < 1:
+                raise ValueError(f"steps is {steps}, expected at least 1")
+            times = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+        else:
+            times = torch.as_tensor(steps, dtype=torch.float64).cpu()
+            if times.ndim != 1 or len(times) < 2 or not (times.diff() < 0).all():
+                raise ValueError("steps is a list of times, which must decrease and be at least 2")
+            if times[0] > 1 or times[-1] < 0:
+                raise ValueError(f"steps runs from {times[0]:g} to {times[-1]:g}, outside [1, 0]")
+        if (noise is None) == (method == "ddpm"):
+            raise ValueError(
+                "noise is missing: method 'ddpm' needs draw_noise(...)"
+                if noise is None
+                else f"noise is given, but method {method!r} is deterministic"
+            )
+        if noise is not None and len(noise) != len(times) - 1:
+            raise ValueError(f"noise has {len(noise)} steps, expected {len(times) - 1}")
+
+        self.denoiser = denoiser
+        self.times = times
+        self.method = method
+        self.mode = mode
+        self.noise = noise
+        # Python numbers: they follow every state's dtype and device without a copy.
+        self.coefficients: list[tuple[float, ...]] = torch.stack(
+            METHODS[method](denoiser.schedule, times[:-1], times[1:]), dim=-1
+        ).tolist()
+
+    @property
+    def horizon(self) -> int:
+        """The number T of steps."""
+        return len(self.times) - 1
+
+    def initial_state(self, shape: Sequence[int], generator: torch.Generator) -> Tensor:
+        r"""Draws :math:`x_1 \sim N(0, \sigma_1^2 I)`, float64 on the generator's device.
+
+        Args:
+            shape: (B, ...).
+            generator: the source of randomness.
+        """
+        _, sigma = self.denoiser.schedule(self.times[0])
+        noise = torch.randn(
+            *shape, generator=generator, dtype=torch.float64, device=generator.device
+        )
+        return sigma.item() * noise
+
+    def step(self, i: int, x: Tensor, u: Tensor | None = None) -> Tensor:
+        r"""One step :math:`h_i(x)`, controlled where `u` is given.
+
+        Args:
+            i: the step, 0 to T - 1.
+            x: states, shape (B, ...).
+            u: controls, shape of `x`.
+
+        Returns:
+            The states at `times[i + 1]`, shape of `x`.
+        """
+        if u is not None and self.mode == "input":
+            x = x + u
+        a, b, c = self.coefficients[i]
+        t = self.times[i].to(dtype=x.dtype, device=x.device)
+        y = a * x + b * self.denoiser(x, t).mean
+        if self.noise is not None:
+            y = y + c * self.noise[i]
+        if u is not None and self.mode == "output":
+            y = y + u
+        return y
+
+    def rollout(self, x: Tensor, controls: Tensor | None = None, start: int = 0) -> Tensor:
+        r"""The trajectory from step `start` to the image.
+
+        Args:
+            x: states at `times[start]`, shape (B, ...), floating point and finite.
+            controls: shape (T - start, B, ...), or None for the uncontrolled process.
+            start: the first step.
+
+        Returns:
+            The states, `x` first, shape (T - start + 1, B, ...).
+
+        Raises:
+            ValueError: if an argument's shape, type or range is wrong.
+        """
+        steps = self.horizon - start
+        if not 0 <= start <= self.horizon:
+            raise ValueError(f"start is {start}, expected 0 to {self.horizon}")
+        if not x.is_floating_point() or not x.isfinite().all():
+            raise ValueError("x must be floating point and finite")
+        if controls is not None and controls.shape != (steps, *x.shape):
+            raise ValueError(
+                f"controls has shape {tuple(controls.shape)}, expected {(steps, *x.shape)}"
+            )
+        if self.noise is not None and self.noise.shape[1:] != x.shape:
+            raise ValueError(
+                f"x has shape {tuple(x.shape)}, but the frozen noise is for "
+                f"{tuple(self.noise.shape[1:])}"
+            )
+        states = [x]
+        for i in range(start, self.horizon):
+            u = None if controls is None else controls[i - start]
+            states.append(self.step(i, states[-1], u))
+        return torch.stack(states)
+
+
+def draw_noise(steps: int, shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """Standard normal noise to freeze into an ancestral process, shape (steps, *shape), float64.
+
+    Each problem of the batch has noise of its own; cast it to the dtype of the states.
+
+    Args:
+        steps: the number T of steps.
+        shape: (B, ...), the shape of the states.
+        generator: the source of randomness; the noise lies on its device.
+    """
+    return torch.randn(
+        steps, *shape, generator=generator, dtype=torch.float64, device=generator.device
+    )
