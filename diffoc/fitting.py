@@ -1,0 +1,498 @@
+"""Mixtures of probabilistic principal component analysers, fitted by EM.
+
+The small priors of the notebooks are mixtures of K Gaussians on R^n whose covariances are of low
+rank plus a constant,
+
+    p(x) = sum_k pi_k N(x; mu_k, Sigma_k),    Sigma_k = W_k W_k^T + psi_k I,   W_k of shape (n, r).
+
+Every density, posterior mean and score that diffusion needs has a closed form under such a prior,
+which is why they serve as oracles. No n x n matrix is formed after the start: with
+
+    M_k = psi_k I + W_k^T W_k = L_k L_k^T      and      V_k = W_k L_k^-T
+
+Woodbury's identity and the determinant lemma read
+
+    (x - mu_k)^T Sigma_k^-1 (x - mu_k) = (|x - mu_k|^2 - |V_k^T (x - mu_k)|^2) / psi_k,
+    log det Sigma_k = (n - r) log psi_k + log det M_k,
+
+so that one matrix product with all [V_1 ... V_K] gives every component's density.
+
+Source: M. E. Tipping and C. M. Bishop, Mixtures of probabilistic principal component analysers,
+Neural Computation 11(2), 1999, doi 10.1162/089976699300016728.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from time import perf_counter
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from diffoc.data import faces, mnist, register_file
+
+# Variance of the rounding of 8-bit images on the [-1, 1] scale: no fit can know more.
+NOISE_FLOOR = (2 / 255) ** 2 / 12
+_CHUNK = 2000
+# Responsibilities below this add less than float32 can hold; skipping them saves most of a sweep.
+_NEGLIGIBLE = 1e-9
+
+
+@dataclass(frozen=True)
+class PPCAMixture:
+    """A mixture of probabilistic principal component analysers.
+
+    Attributes:
+        log_weights: (K,), log pi_k; the exponentials sum to one.
+        means: (K, n).
+        loadings: (K, n, r), W_k.
+        noise_variance: (K,), psi_k > 0.
+        history: mean log-likelihood of a datum before each EM step and after the last.
+    """
+
+    log_weights: Tensor
+    means: Tensor
+    loadings: Tensor
+    noise_variance: Tensor
+    history: tuple[float, ...] = ()
+
+
+def log_likelihood(mixture: PPCAMixture, data: Tensor) -> Tensor:
+    """Log density of each datum, log sum_k pi_k N(x; mu_k, W_k W_k^T + psi_k I), in nats.
+
+    Arguments:
+        mixture: K components on R^n.
+        data: (N, n), of the mixture's dtype.
+
+    Returns (N,). Raises ValueError for data of another shape or dtype or with non-finite values.
+    """
+    _check_data(data, mixture.means.shape[1])
+    if data.dtype != mixture.means.dtype:
+        raise ValueError(f"data must be {mixture.means.dtype} as the mixture, got {data.dtype}")
+    evaluator = _evaluator(mixture)
+    joint = [_log_joint(evaluator, chunk - evaluator.centre)[0] for chunk in data.split(_CHUNK)]
+    return torch.cat([log_p.logsumexp(dim=1) for log_p in joint])
+
+
+def fit_mixture(
+    data: Tensor,
+    components: int,
+    rank: int,
+    *,
+    iterations: int = 100,
+    tolerance: float = 1e-4,
+    floor: float = NOISE_FLOOR,
+    generator: torch.Generator,
+    progress: Callable[[int, float], None] | None = None,
+) -> PPCAMixture:
+    """Maximise the likelihood of a mixture of probabilistic PCA by EM.
+
+    The start is k-means++ with Lloyd steps, and in each cluster the closed-form solution for one
+    component. The likelihood then never decreases.
+
+    Arguments:
+        data: (N, n) float32 or float64, with N >= components.
+        components: K, at least 1.
+        rank: r, 1 <= r < n.
+        iterations: most EM steps, at least 0.
+        tolerance: stop when a step gains less than this many nats a datum; at least 0.
+        floor: smallest noise variance psi_k, positive; keeps a component from collapsing.
+        generator: source of the start's randomness.
+        progress: called with the step's number and the mean log-likelihood before it.
+
+    Returns the mixture, with the history of the likelihood. Raises ValueError for arguments
+    outside these ranges.
+
+    Source: Tipping and Bishop 1999, appendix C.
+    """
+    _check_data(data)
+    n = data.shape[1]
+    if not 1 <= components <= len(data):
+        raise ValueError(f"components must be in [1, {len(data)}], got {components}")
+    if not 1 <= rank < n:
+        raise ValueError(f"rank must be in [1, {n - 1}], got {rank}")
+    if iterations < 0:
+        raise ValueError(f"iterations must not be negative, got {iterations}")
+    if not tolerance >= 0:
+        raise ValueError(f"tolerance must not be negative, got {tolerance}")
+    if not floor > 0:
+        raise ValueError(f"floor must be positive, got {floor}")
+    mixture = initial_mixture(data, components, rank, floor=floor, generator=generator)
+    history: list[float] = []
+    for step in range(iterations):
+        updated, likelihood = em_step(mixture, data, floor=floor)
+        history.append(likelihood)
+        if progress is not None:
+            progress(step, likelihood)
+        if step and likelihood - history[-2] < tolerance:
+            break
+        mixture = updated
+    else:
+        history.append(log_likelihood(mixture, data).double().mean().item())
+    return replace(mixture, history=tuple(history))
+
+
+def em_step(
+    mixture: PPCAMixture, data: Tensor, *, floor: float = NOISE_FLOOR
+) -> tuple[PPCAMixture, float]:
+    """One step of EM in the two stages of Tipping and Bishop.
+
+    With responsibilities R_ik = p(k | x_i), N_k = sum_i R_ik and the local covariance
+    S_k = sum_i R_ik (x_i - mu_k)(x_i - mu_k)^T / N_k about the new mean,
+
+        pi_k  <- N_k / N,      mu_k <- sum_i R_ik x_i / N_k,
+        W_k   <- S_k W_k (psi_k I + M_k^-1 W_k^T S_k W_k)^-1,
+        psi_k <- tr(S_k - S_k W_k(old) M_k^-1 W_k(new)^T) / n.
+
+    A component left with fewer than r + 2 data, which r directions and a mean could explain without
+    noise, keeps its shape and loses only weight: it can neither collapse nor lower the likelihood.
+
+    Arguments as in `fit_mixture`. Returns the new mixture and the mean log-likelihood of the old.
+    """
+    evaluator = _evaluator(mixture)
+    K, n, r = mixture.loadings.shape
+    dtype = data.dtype
+    # Sums over the data with weights R, of x about the centre and of p = V^T (x - mu_old).
+    mass = torch.zeros(K, dtype=torch.float64)
+    sum_x = torch.zeros(K, n, dtype=torch.float64)
+    sum_distance = torch.zeros(K, dtype=torch.float64)
+    sum_p = torch.zeros(K, r, dtype=torch.float64)
+    sum_xp = torch.zeros(K, n, r, dtype=dtype)
+    total = 0.0
+    for chunk in data.split(_CHUNK):
+        x = chunk - evaluator.centre
+        log_p, distance, p = _log_joint(evaluator, x)
+        evidence = log_p.logsumexp(dim=1, keepdim=True)
+        total += evidence.sum(dtype=torch.float64).item()
+        R = (log_p - evidence).exp()
+        mass += R.sum(dim=0, dtype=torch.float64)
+        sum_x += R.T @ x
+        sum_distance += (R * distance).sum(dim=0, dtype=torch.float64)
+        for k in range(K):
+            rows = (R[:, k] > _NEGLIGIBLE).nonzero()[:, 0]
+            weighted = R[rows, k, None] * p[rows, k]
+            sum_p[k] += weighted.sum(dim=0, dtype=torch.float64)
+            sum_xp[k] += x[rows].T @ weighted
+
+    alive = mass >= r + 2
+    N = mass.clamp(min=torch.finfo(dtype).tiny)[:, None]
+    means = sum_x / N
+    trace = (sum_distance / N[:, 0]) - (means - evaluator.means).square().sum(dim=1)
+    SV = sum_xp / N[..., None] - means[:, :, None] * (sum_p / N)[:, None, :]
+
+    W, psi = mixture.loadings.double(), mixture.noise_variance.double()
+    L = evaluator.cholesky
+    SW = SV @ L.mT
+    noise = psi[:, None, None] * torch.eye(r, dtype=torch.float64)
+    W_new = torch.linalg.solve(noise + torch.cholesky_solve(W.mT @ SW, L), SW, left=False)
+    explained = (SW * torch.cholesky_solve(W_new.mT, L).mT).sum(dim=(1, 2))
+    psi_new = ((trace - explained) / n).clamp(min=floor)
+    updated = PPCAMixture(
+        log_weights=(mass / mass.sum()).clamp(min=torch.finfo(dtype).tiny).log().to(dtype),
+        means=torch.where(alive[:, None], means + evaluator.centre, mixture.means).to(dtype),
+        loadings=torch.where(alive[:, None, None], W_new, W).to(dtype),
+        noise_variance=torch.where(alive, psi_new, psi).to(dtype),
+    )
+    return updated, total / len(data)
+
+
+def initial_mixture(
+    data: Tensor, components: int, rank: int, *, floor: float, generator: torch.Generator
+) -> PPCAMixture:
+    """k-means clusters, each with the closed-form maximum-likelihood probabilistic PCA.
+
+    With the eigenvalues l_1 >= ... >= l_n and eigenvectors u_j of a cluster's covariance,
+    psi = (l_{r+1} + ... + l_n) / (n - r) and W = [u_j sqrt(l_j - psi)] for j <= r.
+
+    Arguments as in `fit_mixture`. A cluster with fewer than r + 2 data takes the covariance of all.
+    """
+    means, labels = _kmeans(data, components, generator)
+    counts = torch.bincount(labels, minlength=components)
+    loadings = torch.empty(components, data.shape[1], rank, dtype=data.dtype)
+    noise = torch.empty(components, dtype=data.dtype)
+    for k in range(components):
+        members = data[labels == k] if counts[k] >= rank + 2 else data
+        values, vectors = torch.linalg.eigh(torch.cov(members.T, correction=0))
+        values, vectors = values.flip(0), vectors.flip(1)
+        noise[k] = values[rank:].mean().clamp(min=floor)
+        loadings[k] = vectors[:, :rank] * (values[:rank] - noise[k]).clamp(min=0).sqrt()
+    weights = counts.clamp(min=1).to(data.dtype)
+    return PPCAMixture((weights / weights.sum()).log(), means, loadings, noise)
+
+
+# --- the two priors that ship ---------------------------------------------------------------------
+
+
+class _Recipe(NamedTuple):
+    shape: tuple[int, int, int]
+    components: int
+    rank: int
+    held_out: int  # the last so many training images choose K and r
+    license: str
+    source: str
+
+
+RECIPES = {
+    "mnist": _Recipe(
+        shape=(1, 28, 28),
+        components=20,
+        rank=60,
+        held_out=10_000,
+        license="CC BY-SA 3.0, as MNIST (Yann LeCun, Corinna Cortes, Christopher J.C. Burges)",
+        source="python -m diffoc fit mnist",
+    ),
+    "faces32": _Recipe(
+        shape=(1, 32, 32),
+        components=10,
+        rank=97,
+        held_out=1_000,
+        license="research use, as Labeled Faces in the Wild (Huang et al. 2007)",
+        source="python -m diffoc fit faces32",
+    ),
+}
+
+
+def fit_mixture_prior(
+    name: str, out_dir: Path | str, seed: int = 0, progress: bool = True
+) -> dict[str, float]:
+    """Fit one of the shipped mixtures on its whole training split, write and register the weights.
+
+    Images are dequantised, v -> (v + u) / 127.5 - 1 with u uniform in [-1/2, 1/2), so that the
+    density of 8-bit data is bounded and bits per dimension bound the code length of the bytes.
+
+    Arguments:
+        name: "mnist" or "faces32".
+        out_dir: an existing folder; mixture_<name>.safetensors and its entry in manifest.json are
+            written there.
+        seed: of the start and the dequantisation.
+        progress: print the likelihood at every step.
+
+    Returns the numbers of the fit: sizes, steps, seconds, and the test split's log-likelihood in
+    nats and bits per pixel. Raises ValueError for another name, FileNotFoundError if the folder or
+    the data set is missing.
+    """
+    recipe = _recipe(name)
+    out_dir = Path(out_dir)
+    if not out_dir.is_dir():
+        raise FileNotFoundError(f"out_dir {out_dir} is not a folder: create it first")
+    generator = torch.Generator().manual_seed(seed)
+    train = dequantise(training_images(name, "train"), generator)
+    test = dequantise(training_images(name, "test"), generator)
+    start = perf_counter()
+    mixture = fit_mixture(
+        train,
+        recipe.components,
+        recipe.rank,
+        generator=generator,
+        progress=_print_step if progress else None,
+    )
+    seconds = perf_counter() - start
+    file = f"mixture_{name}.safetensors"
+    tensors = {
+        "log_weights": mixture.log_weights,
+        "means": mixture.means,
+        "loadings": mixture.loadings,
+        "noise_variance": mixture.noise_variance,
+    }
+    shape = ",".join(map(str, recipe.shape))
+    save_file({k: v.contiguous() for k, v in tensors.items()}, out_dir / file, {"shape": shape})
+    register_file(file, recipe.license, recipe.source, out_dir)
+    nats = log_likelihood(mixture, test).double().mean().item() / test.shape[1]
+    return {
+        "components": recipe.components,
+        "rank": recipe.rank,
+        "images": len(train),
+        "steps": len(mixture.history),
+        "seconds": seconds,
+        "train_nats_per_pixel": mixture.history[-1] / test.shape[1],
+        "test_nats_per_pixel": nats,
+        "test_bits_per_pixel": bits_per_pixel(nats),
+    }
+
+
+def compare_sizes(
+    name: str, sizes: Iterable[tuple[int, int]], seed: int = 0, iterations: int = 100
+) -> list[dict[str, float]]:
+    """Held-out log-likelihood of mixtures of several sizes, the table that chose K and r.
+
+    The last part of the training split (10,000 digits; 1,000 faces) is held out; the test split is
+    not touched.
+
+    Arguments:
+        name: "mnist" or "faces32".
+        sizes: pairs (K, r). (1, n - 1) is the maximum-likelihood Gaussian with a full covariance.
+        seed: of start and dequantisation, the same for all sizes.
+        iterations: most EM steps.
+
+    Returns one row a size: components, rank, megabytes of the weights, seconds, and training and
+    held-out log-likelihood in nats per pixel. Raises ValueError for another name.
+    """
+    held_out = _recipe(name).held_out
+    generator = torch.Generator().manual_seed(seed)
+    fitted = dequantise(training_images(name, "train", stop=-held_out), generator)
+    rest = dequantise(training_images(name, "train", start=-held_out), generator)
+    rows = []
+    for components, rank in sizes:
+        start = perf_counter()
+        # One component is solved by its start; a full covariance needs float64.
+        dtype, steps = (torch.float64, 0) if components == 1 else (torch.float32, iterations)
+        mixture = fit_mixture(
+            fitted.to(dtype),
+            components,
+            rank,
+            iterations=steps,
+            generator=torch.Generator().manual_seed(seed),
+        )
+        n = rest.shape[1]
+        rows.append(
+            {
+                "components": components,
+                "rank": rank,
+                "MiB": 4 * components * (n * (rank + 1) + 2) / 2**20,
+                "seconds": perf_counter() - start,
+                "train": mixture.history[-1] / n,
+                "held_out": log_likelihood(mixture, rest.to(dtype)).double().mean().item() / n,
+            }
+        )
+    return rows
+
+
+def training_images(
+    name: str, split: str, start: int | None = None, stop: int | None = None
+) -> np.ndarray:
+    """The 8-bit images a shipped mixture is fitted to, flat; faces for fitting also mirrored.
+
+    Arguments:
+        name: "mnist" or "faces32".
+        split: "train" or "test".
+        start, stop: a slice of the split. Mirror images are added to training faces unless the
+            slice is a held-out tail (start given).
+
+    Returns (N, n) uint8. Raises ValueError for another name.
+    """
+    recipe = _recipe(name)
+    images = mnist(split)[0] if name == "mnist" else faces(split, recipe.shape[-1])
+    images = images[start:stop]
+    if name == "faces32" and split == "train" and start is None:
+        images = np.concatenate([images, images[:, :, ::-1]])
+    return images.reshape(len(images), -1)
+
+
+def dequantise(images: np.ndarray, generator: torch.Generator) -> Tensor:
+    """8-bit images with uniform noise of one grey level, (v + u) / 127.5 - 1, u in [-1/2, 1/2).
+
+    Returns float32 of the same shape. Raises ValueError unless images are uint8.
+    """
+    if images.dtype != np.uint8:
+        raise ValueError(f"images must be uint8, got {images.dtype}")
+    u = torch.rand(images.shape, generator=generator) - 0.5
+    return (torch.from_numpy(images) + u) / 127.5 - 1
+
+
+def bits_per_pixel(nats_per_pixel: float) -> float:
+    """Bound on the bits a pixel of 8-bit data, -(nats + log(2/255)) / log 2.
+
+    The density of dequantised data, integrated over a grey level of width 2/255, is at most the
+    probability of the byte (Theis, van den Oord and Bethge, arXiv 1511.01844).
+    """
+    return -(nats_per_pixel + math.log(2 / 255)) / math.log(2)
+
+
+# --- inside ---------------------------------------------------------------------------------------
+
+
+class _Evaluator(NamedTuple):
+    """What the densities of all components need, about a common centre that saves digits."""
+
+    centre: Tensor  # (n,)
+    means: Tensor  # (K, n), mu_k - centre
+    matrix: Tensor  # (n, K r), [V_1 ... V_K]
+    offset: Tensor  # (K r,), V_k^T (mu_k - centre)
+    cholesky: Tensor  # (K, r, r), L_k in float64
+    constant: Tensor  # (K,), log pi_k - log det(2 pi Sigma_k) / 2
+    noise_variance: Tensor  # (K,)
+
+
+def _evaluator(mixture: PPCAMixture) -> _Evaluator:
+    K, n, r = mixture.loadings.shape
+    dtype = mixture.means.dtype
+    W, psi = mixture.loadings.double(), mixture.noise_variance.double()
+    L = torch.linalg.cholesky(psi[:, None, None] * torch.eye(r, dtype=torch.float64) + W.mT @ W)
+    V = torch.linalg.solve_triangular(L, W.mT, upper=False).mT
+    centre = mixture.log_weights.exp() @ mixture.means
+    means = mixture.means - centre
+    log_det = (n - r) * psi.log() + 2 * L.diagonal(dim1=1, dim2=2).log().sum(dim=1)
+    constant = mixture.log_weights.double() - 0.5 * (n * math.log(2 * math.pi) + log_det)
+    return _Evaluator(
+        centre=centre,
+        means=means,
+        matrix=V.permute(1, 0, 2).reshape(n, K * r).to(dtype),
+        offset=torch.einsum("knr,kn->kr", V, means.double()).reshape(K * r).to(dtype),
+        cholesky=L,
+        constant=constant.to(dtype),
+        noise_variance=mixture.noise_variance,
+    )
+
+
+def _log_joint(evaluator: _Evaluator, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """For x about the centre: log pi_k N(x; k), |x - mu_k|^2, V_k^T (x - mu_k)."""
+    K = len(evaluator.means)
+    p = (x @ evaluator.matrix - evaluator.offset).view(len(x), K, -1)
+    distance = _squared_distance(x, evaluator.means)
+    mahalanobis = (distance - p.square().sum(dim=2)) / evaluator.noise_variance
+    return evaluator.constant - 0.5 * mahalanobis, distance, p
+
+
+def _squared_distance(x: Tensor, centres: Tensor) -> Tensor:
+    squares = x.square().sum(dim=1, keepdim=True) + centres.square().sum(dim=1)
+    return (squares - 2 * x @ centres.T).clamp(min=0)
+
+
+def _kmeans(
+    data: Tensor, components: int, generator: torch.Generator, steps: int = 10
+) -> tuple[Tensor, Tensor]:
+    """Centres (K, n) and labels (N,) by k-means++ and Lloyd's steps; an empty cluster stays put."""
+    shift = data.mean(dim=0)
+    x = data - shift
+    first = torch.randint(len(x), (1,), generator=generator)
+    centres = x[first]
+    nearest = _squared_distance(x, centres)[:, 0]
+    for found in range(1, components):
+        # torch.multinomial stops at 2^24 categories and at float32; the inverse CDF does not.
+        cumulative = nearest.double().cumsum(dim=0)
+        if not cumulative[-1] > 0:
+            raise ValueError(f"components is {components}, but data has {found} distinct rows")
+        u = torch.rand(1, generator=generator, dtype=torch.float64) * cumulative[-1]
+        chosen = x[torch.searchsorted(cumulative, u, right=True)]
+        centres = torch.cat([centres, chosen])
+        nearest = torch.minimum(nearest, _squared_distance(x, chosen)[:, 0])
+    for _ in range(steps):
+        labels = _squared_distance(x, centres).argmin(dim=1)
+        counts = torch.bincount(labels, minlength=components)[:, None]
+        sums = torch.zeros_like(centres).index_add_(0, labels, x)
+        centres = torch.where(counts > 0, sums / counts.clamp(min=1), centres)
+    return centres + shift, labels
+
+
+def _check_data(data: Tensor, n: int | None = None) -> None:
+    if data.ndim != 2 or len(data) == 0 or (n is not None and data.shape[1] != n):
+        expected = "(N, n)" if n is None else f"(N, {n})"
+        raise ValueError(f"data must have shape {expected} with N > 0, got {tuple(data.shape)}")
+    if data.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"data must be float32 or float64, got {data.dtype}")
+    if not data.isfinite().all():
+        raise ValueError("data holds non-finite values")
+
+
+def _recipe(name: str) -> _Recipe:
+    if name not in RECIPES:
+        raise ValueError(f"name must be one of {sorted(RECIPES)}, got {name!r}")
+    return RECIPES[name]
+
+
+def _print_step(step: int, likelihood: float) -> None:
+    print(f"step {step:3d}  log-likelihood {likelihood:.3f}", flush=True)

@@ -1,0 +1,241 @@
+"""Notebooks: executed, each from a fresh kernel, and what each of them established.
+
+The last code cell of a notebook prints one line that begins with ``Established: ``. The rest
+of that line, beside the seconds that the notebook took, is its row in the closing table.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import signal
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import nbformat
+from ipykernel.kernelspec import RESOURCES, get_kernel_dict
+from jupyter_client.kernelspec import KernelSpec
+from jupyter_client.manager import AsyncKernelManager
+from nbclient import NotebookClient
+from nbclient.exceptions import CellControlSignal, CellExecutionError, DeadKernelError
+from nbformat import NotebookNode
+from traitlets import default
+
+WIDGET = "application/vnd.jupyter.widget-view+json"
+PROGRESS_BAR = re.compile(r"\d%\|.*\[\d+:\d\d<")  # as tqdm draws it, on stderr or as a widget
+
+
+@dataclass(frozen=True)
+class Execution:
+    """One notebook, executed.
+
+    Attributes:
+        notebook: its file name.
+        seconds: wall time, the start of the kernel included.
+        established: what its last code cell printed after ``Established: ``; empty if nothing.
+        error: the cell that stopped it and why, as in ``In [3]: KeyError: 'x'``; None if it
+            ran to its end.
+    """
+
+    notebook: str
+    seconds: float
+    established: str
+    error: str | None
+
+
+def find(folder: Path) -> list[Path]:
+    """Returns the notebooks of a folder that are named by their number, in reading order.
+
+    Args:
+        folder: where files such as ``03_riccati.ipynb`` lie.
+
+    Raises:
+        FileNotFoundError: the folder holds none.
+    """
+    paths = sorted(folder.glob("[0-9][0-9]_*.ipynb"))
+    if not paths:
+        raise FileNotFoundError(f"folder: expected notebooks such as 00_start.ipynb in {folder}")
+    return paths
+
+
+def execute(
+    paths: Iterable[Path],
+    out: Path | None = None,
+    in_place: bool = False,
+    timeout: float = 1800,
+) -> list[Execution]:
+    """Executes notebooks one after the other, in their own folders and in this interpreter.
+
+    A notebook that fails does not keep the next from being executed. Progress goes to stderr,
+    a line for each notebook, and so does the traceback of the cell that failed.
+
+    Args:
+        paths: the notebooks, in the order of execution.
+        out: folder for the executed copies, made if missing. The copy of a notebook that
+            failed ends, as far as outputs go, in the cell that failed.
+        in_place: write outputs into the notebooks themselves, without what differs from run
+            to run. A notebook that failed is left as it was.
+        timeout: seconds that one cell may take.
+
+    Returns:
+        One row for each notebook, in the order of ``paths``.
+
+    Raises:
+        FileNotFoundError: one of ``paths`` does not exist; nothing has been executed then.
+    """
+    paths = list(paths)
+    for path in paths:
+        if not path.is_file():
+            raise FileNotFoundError(f"paths: there is no notebook {path}")
+    rows = []
+    for number, path in enumerate(paths, start=1):
+        print(f"[{number}/{len(paths)}] {path.name} ... ", end="", file=sys.stderr, flush=True)
+        notebook = nbformat.read(path, as_version=4)
+        start = time.perf_counter()
+        error = _run_cells(notebook, path.parent, timeout)
+        seconds = time.perf_counter() - start
+        print(f"{seconds:.1f} s{', failed' if error else ''}", file=sys.stderr, flush=True)
+        if error:
+            print(error.traceback, file=sys.stderr)
+        if out is not None:
+            out.mkdir(parents=True, exist_ok=True)
+            nbformat.write(notebook, out / path.name)
+        if in_place and error is None:
+            strip_volatile(notebook)
+            nbformat.write(notebook, path)
+        rows.append(Execution(path.name, seconds, established(notebook), error and error.summary))
+    return rows
+
+
+def run(paths: Iterable[Path], out: Path | None = None, in_place: bool = False) -> int:
+    """Executes notebooks, prints the closing table, and returns the exit status.
+
+    Args:
+        paths: as in `execute`.
+        out: as in `execute`.
+        in_place: as in `execute`.
+
+    Returns:
+        0 if every notebook ran to its end, else 1.
+
+    Raises:
+        FileNotFoundError: as in `execute`.
+    """
+    rows = execute(paths, out, in_place)
+    print(table(rows))
+    return int(any(row.error for row in rows))
+
+
+def table(rows: list[Execution]) -> str:
+    """Returns the closing table: notebook, seconds, what it established or where it failed.
+
+    Args:
+        rows: what `execute` returned.
+    """
+    name = max([len("notebook"), *(len(row.notebook) for row in rows)])
+    failed = sum(row.error is not None for row in rows)
+    lines = [f"{'notebook':{name}}  seconds  what it established"]
+    for row in rows:
+        outcome = f"FAILED at {row.error}" if row.error else row.established
+        lines.append(f"{row.notebook:{name}}  {row.seconds:7.1f}  {outcome}".rstrip())
+    lines.append(f"{len(rows) - failed} executed to the end, {failed} failed")
+    return "\n".join(lines)
+
+
+def established(notebook: NotebookNode) -> str:
+    """Returns what the last code cell printed after ``Established: ``, or an empty string.
+
+    Args:
+        notebook: an executed notebook.
+    """
+    code = _code_cells(notebook)
+    printed = "".join(output.get("text", "") for output in code[-1].outputs) if code else ""
+    match = re.search(r"^Established: (.+)$", printed, re.MULTILINE)
+    return match[1].strip() if match else ""
+
+
+def strip_volatile(notebook: NotebookNode) -> None:
+    """Removes, in place, what differs between two executions that show the same.
+
+    That is: timestamps, progress bars, the state and the random model ids of widgets (their
+    plain text stays), and the Python version of the kernel.
+
+    Args:
+        notebook: an executed notebook.
+    """
+    notebook.metadata.pop("widgets", None)
+    notebook.metadata.get("language_info", {}).pop("version", None)
+    for cell in _code_cells(notebook):
+        cell.metadata.pop("execution", None)
+        cell.outputs = [output for output in cell.outputs if not _is_progress_bar(output)]
+        for output in cell.outputs:
+            output.get("data", {}).pop(WIDGET, None)
+
+
+@dataclass(frozen=True)
+class _CellError:
+    """Which cell stopped a notebook: in one line, and at length."""
+
+    summary: str
+    traceback: str
+
+
+class _KernelManager(AsyncKernelManager):
+    """Starts kernels in the interpreter that runs this, whatever kernels a user has registered."""
+
+    @property
+    def kernel_spec(self) -> KernelSpec:
+        return KernelSpec(resource_dir=RESOURCES, **get_kernel_dict())
+
+    @default("transport_encryption")
+    def _encrypt(self) -> str:
+        return "auto"  # a kernel that does not encrypt warns in the middle of the progress
+
+
+def _run_cells(notebook: NotebookNode, folder: Path, timeout: float) -> _CellError | None:
+    """Replaces the outputs of a notebook by those of a fresh kernel; stops at the first error."""
+    for cell in _code_cells(notebook):  # or a failure would leave old outputs after it
+        cell.outputs, cell.execution_count = [], None
+    begun: list[int] = []
+    client = NotebookClient(
+        notebook,
+        kernel_manager_class=_KernelManager,
+        resources={"metadata": {"path": str(folder)}},
+        timeout=timeout,
+        record_timing=False,
+        coalesce_streams=True,  # else the split of a cell's prints differs from run to run
+        on_notebook_start=_let_interrupt_through,
+        on_cell_execute=lambda cell, cell_index: begun.append(cell_index),
+    )
+    try:
+        client.execute()
+    except (CellControlSignal, DeadKernelError) as error:
+        if isinstance(error, CellExecutionError):
+            reason = f"{error.ename}: {error.evalue}"
+        else:
+            reason = f"{type(error).__name__}: {error}"
+        # The kernel is fresh, so that the n-th code cell is In [n].
+        return _CellError(f"In [{len(begun)}]: {reason.splitlines()[0]}", str(error))
+    return None
+
+
+def _let_interrupt_through(notebook: NotebookNode) -> None:
+    """Undoes nbclient's handler of Ctrl-C, which ends one kernel where the user means them all."""
+    asyncio.get_running_loop().remove_signal_handler(signal.SIGINT)
+
+
+def _is_progress_bar(output: NotebookNode) -> bool:
+    """Tells whether an output is nothing but the bar that a loop drew while it ran."""
+    if output.output_type == "stream":
+        return output.name == "stderr" and bool(PROGRESS_BAR.search(output.text))
+    return WIDGET in output.get("data", {}) and bool(
+        PROGRESS_BAR.search(output.data.get("text/plain", ""))
+    )
+
+
+def _code_cells(notebook: NotebookNode) -> list[NotebookNode]:
+    """Returns the cells that a kernel executes: code, and not blank."""
+    return [cell for cell in notebook.cells if cell.cell_type == "code" and cell.source.strip()]
