@@ -196,7 +196,7 @@ def ilqr(
     regularization: Tikhonov | float | Tensor | None = None,
     value_update: str = "full",
     hessian_rank: int | None = None,
-    line_search: LineSearch | None = LineSearch(),  # noqa: B008 - frozen
+    line_search: LineSearch | None = LineSearch(),
     max_iterations: int = 100,
     gradient_tolerance: float = 1e-8,
     callback: Callable[[int, Tensor], None] | None = None,

@@ -62,7 +62,7 @@ class GaussianPrior(Denoiser):
         self.covariance = covariance
         self.schedule = schedule
 
-    def _apply(self, fn, recurse: bool = True):  # noqa: ANN001, ANN202 - nn.Module's hook for .to()
+    def _apply(self, fn, recurse: bool = True):
         super()._apply(fn, recurse=recurse)
         self.mean, self.covariance = fn(self.mean), fn(self.covariance)
         return self
@@ -283,11 +283,10 @@ class GaussianMixture:
 
     def sample_components(self, components: Tensor, generator: torch.Generator) -> Tensor:
         """One sample of each named component, (..., n) for components (...); needs B = 1."""
-        n, r = self.basis.shape[-2:]
-        shape = components.shape
-        device = self.basis.device
-        z = torch.randn(*shape, n, generator=generator, dtype=torch.float64, device=device)
-        z = z.to(self.basis.dtype)
+        n, device = self.basis.shape[1], self.basis.device
+        z = torch.randn(
+            *components.shape, n, generator=generator, dtype=torch.float64, device=device
+        ).to(self.basis.dtype)
         U, v, w = self.basis[components], self.variances[components], self.floor[components]
         projected = torch.einsum("...nr,...n->...r", U, z)
         scaled = (v.sqrt() - w.sqrt().unsqueeze(-1)) * projected
