@@ -213,7 +213,7 @@ def predictor_corrector() -> Iterator[Identity]:
 
 
 def exact_kernel_problem(
-    setting: LinearGaussian, steps: int, noise: Tensor | None = None
+    setting: LinearGaussian, steps: int, noise: Tensor | None = None, start: float = 1.0
 ) -> tuple[ControlProblem, list[tuple[Tensor, Tensor, Tensor]], Tensor]:
     r"""LQR for the reverse SDE's exact kernels, with the control cost of KL control.
 
@@ -224,11 +224,12 @@ def exact_kernel_problem(
         setting: prior and measurement.
         steps: the number T of steps, uniform in time.
         noise: frozen, (T, B, n), or None for none.
+        start: the time to start from, in ]0, 1].
 
     Returns:
         The problem, the kernels (F, b, C) of its steps, and the times (T + 1,).
     """
-    times = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+    times = torch.linspace(start, 0, steps + 1, dtype=torch.float64)
     kernels = [
         setting.prior.reverse_kernel(times[i].item(), times[i + 1].item()) for i in range(steps)
     ]
@@ -267,7 +268,7 @@ def kl_control() -> Iterator[Identity]:
             EXACT,
         )
 
-    problem, _, times = exact_kernel_problem(setting, 100)
+    problem, _, times = exact_kernel_problem(setting, 100, start=0.5)
     states = torch.randn(5, 8, generator=g, dtype=torch.float64)
     value = ilqr(problem, states, regularization=0.0, max_iterations=1).cost
     evidence = (
@@ -278,7 +279,7 @@ def kl_control() -> Iterator[Identity]:
     # Their constants differ: LQR's value lacks log-determinants that no control can change.
     yield Identity(
         "KL control: V_t(x) = -log p(y|x) + const",
-        "differences among five states at t = 1, T = 100",
+        "differences among five states at t = 1/2, T = 100",
         relative_error(value - value.mean(), evidence.mean() - evidence),
         EXACT,
     )
