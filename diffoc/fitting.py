@@ -306,7 +306,7 @@ def fit_mixture_prior(
         "components": recipe.components,
         "rank": recipe.rank,
         "images": len(train),
-        "steps": len(mixture.history),
+        "steps": len(mixture.history) - 1,
         "seconds": seconds,
         "train_nats_per_pixel": mixture.history[-1] / test.shape[1],
         "test_nats_per_pixel": nats,
