@@ -95,9 +95,10 @@ class DenseValue:
         fxT, fuT = e.fx.mT, e.fu.mT
         Qx = e.lx + _matvec(fxT, self.Vx)  # Eq. 40
         Qu = e.lu + _matvec(fuT, self.Vx)  # Eq. 41
-        Qxx = e.lxx + fxT @ self.Vxx @ e.fx  # Eq. 42
-        Quu = e.luu + fuT @ self.Vxx @ e.fu  # Eq. 43
-        Qux = e.lux + fuT @ self.Vxx @ e.fx  # Eq. 44
+        Vfx = self.Vxx @ e.fx
+        Qxx = e.lxx + fxT @ Vfx  # Eq. 42
+        Quu = e.luu + fuT @ (self.Vxx @ e.fu)  # Eq. 43
+        Qux = e.lux + fuT @ Vfx  # Eq. 44
 
         L, definite = _cholesky(Quu + a[:, None, None] * _eye_like(Quu))
         solved = -torch.cholesky_solve(torch.cat([Qu.unsqueeze(-1), Qux], dim=-1), L)
