@@ -21,7 +21,7 @@ class GaussianLikelihood:
 
     Attributes:
         operator: A, a differentiable callable from (B, ...) to (B, ...).
-        y: the measurements, shape (B, ...).
+        y: the measurements, shape (B, ...), or (1, ...) for one that all problems share.
         noise_std: s > 0.
     """
 
@@ -57,5 +57,7 @@ class ControlCost:
     def __call__(self, i: int, x: Tensor, u: Tensor) -> Tensor:
         r = self.weights
         if isinstance(r, Tensor) and r.ndim == 1:
+            if i >= len(r):
+                raise ValueError(f"weights has {len(r)} steps, but there is a step {i}")
             r = r[i].item()
         return 0.5 * r * u.flatten(1).square().sum(dim=1)

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from diffoc.costs import ControlCost, GaussianLikelihood
 from diffoc.ilqr import ControlProblem, ILQRResult, ilqr
+from diffoc.mixtures import GaussianMixture
 from diffoc.operators import LinearMeasurement
-from diffoc.priors import GaussianMixture, GaussianPrior
+from diffoc.priors import GaussianPrior
 from diffoc.process import ReverseProcess, drift_and_diffusion
 
 EXACT = 1e-12

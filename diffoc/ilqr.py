@@ -75,6 +75,15 @@ class Tikhonov:
     maximum: float = 1e12
     factor: float = 2.0
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.initial <= self.maximum or not 0 < self.minimum <= self.maximum:
+            raise ValueError(
+                f"initial, minimum and maximum are {self.initial}, {self.minimum} and "
+                f"{self.maximum}: expected 0 <= initial <= maximum and 0 < minimum <= maximum"
+            )
+        if not self.factor > 1:
+            raise ValueError(f"factor is {self.factor}, expected above 1")
+
     def shrink(self, a: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
         """The next constant and its factor, after a success; (B,) each."""
         delta = (delta / self.factor).clamp(max=1 / self.factor)
@@ -84,7 +93,7 @@ class Tikhonov:
     def grow(self, a: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
         """The next constant and its factor, after a failure; (B,) each."""
         delta = (delta * self.factor).clamp(min=self.factor)
-        return (a * delta).clamp(min=self.minimum), delta
+        return (a * delta).clamp(self.minimum, self.maximum), delta
 
 
 @dataclass(frozen=True)
@@ -100,6 +109,14 @@ class LineSearch:
     sufficient: float = 1e-4
     contraction: float = 0.5
     trials: int = 20
+
+    def __post_init__(self) -> None:
+        if not 0 < self.sufficient < 0.5:
+            raise ValueError(f"sufficient is {self.sufficient}, expected in ]0, 1/2[")
+        if not 0 < self.contraction < 1:
+            raise ValueError(f"contraction is {self.contraction}, expected in ]0, 1[")
+        if self.trials < 1:
+            raise ValueError(f"trials is {self.trials}, expected at least 1")
 
 
 @dataclass(frozen=True)
@@ -129,7 +146,7 @@ class ILQRResult:
         states: (T + 1, B, ...).
         controls: (T, B, ...).
         cost: J, (B,).
-        gains: of the last backward sweep, around the trajectory before its last step.
+        gains: of the batch's last backward sweep, around the trajectories before the last step.
         status: of each problem "gradient" or "cost" (converged by that test), "stalled" (no
             descent at the largest regularisation) or "iterations" (stopped by their number).
         history: of the iterations.
@@ -231,7 +248,7 @@ def ilqr(
     if controls is None:
         controls = x.new_zeros(problem.horizon, *x.shape)
     schedule = Tikhonov() if regularization is None else regularization
-    _check(problem, x, controls, schedule, value_update, max_iterations)
+    _check(problem, x, controls, schedule, value_update, max_iterations, gradient_tolerance)
     batch, T = len(x), problem.horizon
     adaptive = isinstance(schedule, Tikhonov)
     if adaptive:
@@ -297,7 +314,8 @@ def ilqr(
             active = _retire(active, negligible, status, "cost")
         if adaptive:
             stuck = ~moved & (a >= schedule.maximum)
-            a, delta = _select(moved, schedule.shrink(a, delta), schedule.grow(a, delta))
+            grown = _select(active, schedule.grow(a, delta), (a, delta))
+            a, delta = _select(moved, schedule.shrink(a, delta), grown)
         else:
             stuck = ~moved
         active = _retire(active, stuck, status, "stalled")
@@ -393,6 +411,7 @@ def _check(
     regularization: Tikhonov | float | Tensor,
     value_update: str,
     max_iterations: int,
+    gradient_tolerance: float,
 ) -> None:
     if x.ndim < 2 or not x.is_floating_point() or not x.isfinite().all():
         raise ValueError("x must be finite, floating point and of shape (B, ...)")
@@ -417,3 +436,5 @@ def _check(
             raise ValueError(f"regularization must be 1 or {T} numbers, and not negative")
     if max_iterations < 0:
         raise ValueError(f"max_iterations is {max_iterations}, expected at least 0")
+    if not gradient_tolerance >= 0:
+        raise ValueError(f"gradient_tolerance is {gradient_tolerance}, expected at least 0")

@@ -20,11 +20,17 @@ def average_pool(factor: int) -> Operator:
     (B, C, H / factor, W / factor).
 
     Raises:
-        ValueError: if `factor` is below 1.
+        ValueError: if `factor` is below 1, or the operator gets an image that it does not divide.
     """
     if factor < 1:
         raise ValueError(f"factor is {factor}, expected at least 1")
-    return lambda x: torch.nn.functional.avg_pool2d(x, factor)
+
+    def operator(x: Tensor) -> Tensor:
+        if x.shape[-2] % factor or x.shape[-1] % factor:
+            raise ValueError(f"x is {x.shape[-2]} x {x.shape[-1]}, not a multiple of {factor}")
+        return torch.nn.functional.avg_pool2d(x, factor)
+
+    return operator
 
 
 def random_mask(shape: Sequence[int], dropped: float, generator: torch.Generator) -> Operator:
@@ -36,7 +42,7 @@ def random_mask(shape: Sequence[int], dropped: float, generator: torch.Generator
         generator: the source of randomness.
 
     Raises:
-        ValueError: if `dropped` is out of its range.
+        ValueError: if `dropped` is out of its range, or the operator gets an image of another size.
     """
     if not 0 <= dropped < 1:
         raise ValueError(f"dropped is {dropped}, expected 0 <= dropped < 1")
@@ -44,7 +50,15 @@ def random_mask(shape: Sequence[int], dropped: float, generator: torch.Generator
     pixels = height * width
     order = torch.randperm(pixels, generator=generator)
     kept = order[: pixels - round(dropped * pixels)].sort().values
-    return lambda x: x.flatten(-2)[..., kept.to(x.device)]
+    if not len(kept):
+        raise ValueError(f"dropped is {dropped}, which keeps none of {pixels} pixels")
+
+    def operator(x: Tensor) -> Tensor:
+        if x.shape[-2:] != (height, width):
+            raise ValueError(f"x is {x.shape[-2]} x {x.shape[-1]}, expected {height} x {width}")
+        return x.flatten(-2)[..., kept.to(x.device)]
+
+    return operator
 
 
 def as_matrix(operator: Operator, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -56,10 +70,11 @@ def as_matrix(operator: Operator, shape: Sequence[int], dtype: torch.dtype) -> T
         dtype: the dtype of the matrix.
 
     Raises:
-        ValueError: if the operator does not map zero to zero.
+        ValueError: if the operator is seen not to be linear, on zero and on a ramp.
     """
-    if operator(torch.zeros(1, *shape, dtype=dtype)).any():
-        raise ValueError("operator is not linear: it does not map zero to zero")
+    ramp = torch.linspace(-1, 1, torch.Size(shape).numel(), dtype=dtype).reshape(1, *shape)
+    if operator(0 * ramp).any() or not torch.allclose(operator(2 * ramp), 2 * operator(ramp)):
+        raise ValueError("operator is not linear: it does not scale with its input")
     n = torch.Size(shape).numel()
     return operator(torch.eye(n, dtype=dtype).reshape(n, *shape)).flatten(1).mT.contiguous()
 

@@ -16,8 +16,9 @@ A mixture adds responsibilities, computed as differences of log-densities.
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +27,7 @@ from azula.linalg.covariance import Covariance, FullCovariance, IsotropicCovaria
 from azula.noise import Schedule
 from torch import Tensor
 
+from diffoc.mixtures import GaussianMixture, MixturePosterior, log_normal, with_noise
 from diffoc.operators import LinearMeasurement
 
 
@@ -58,13 +60,21 @@ class GaussianPrior(Denoiser):
             if not L[0] > 0:
                 raise ValueError(f"covariance has the eigenvalue {L[0]:g}, expected above 0")
             covariance = FullCovariance(Q, L)
+        elif not isinstance(covariance, IsotropicCovariance) and covariance.shape != mean.shape:
+            raise ValueError(
+                f"covariance is over {tuple(covariance.shape)}, mean over {tuple(mean.shape)}"
+            )
         self.mean = mean
         self.covariance = covariance
         self.schedule = schedule
 
-    def _apply(self, fn, recurse: bool = True):
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GaussianPrior:
+        # What .to(), .float() and .cuda() call: the covariance's tensors are no buffers.
         super()._apply(fn, recurse=recurse)
-        self.mean, self.covariance = fn(self.mean), fn(self.covariance)
+        self.mean = fn(self.mean)
+        moved = {k: fn(v) for k, v in vars(self.covariance).items() if isinstance(v, Tensor)}
+        self.covariance = copy.copy(self.covariance)
+        vars(self.covariance).update(moved)
         return self
 
     def _marginal(self, t: Tensor) -> tuple[Tensor, Tensor, Covariance]:
@@ -105,7 +115,7 @@ class GaussianPrior(Denoiser):
         alpha, sigma, cov_t = self._marginal(t)
         A = measurement.matrix
         gain = self.covariance(cov_t.inv(A))  # rows of A Sigma_t^-1 Sigma; the two commute
-        S = _with_noise(sigma**2 * gain @ A.mT, measurement.noise_std)
+        S = with_noise(sigma**2 * gain @ A.mT, measurement.noise_std)
         residual = measurement.y - self(x_t, t).mean @ A.mT
         return alpha * torch.linalg.solve(S, residual.mT).mT @ gain
 
@@ -113,12 +123,12 @@ class GaussianPrior(Denoiser):
         """The exact posterior of x_0 given measurements, and their evidence."""
         A = measurement.matrix
         gain = self.covariance(A)
-        S = _with_noise(gain @ A.mT, measurement.noise_std)
+        S = with_noise(gain @ A.mT, measurement.noise_std)
         residual = measurement.y - self.mean @ A.mT
         L = torch.linalg.cholesky(S)
         mean = self.mean + torch.cholesky_solve(residual.mT, L).mT @ gain
         covariance = self.matrix - gain.mT @ torch.cholesky_solve(gain, L)
-        return GaussianPosterior(mean, covariance, _log_normal(residual, L))
+        return GaussianPosterior(mean, covariance, log_normal(residual, L))
 
     @property
     def matrix(self) -> Tensor:
@@ -193,203 +203,6 @@ class GaussianPosterior:
         return self.mean + z @ root.mT
 
 
-@dataclass(frozen=True)
-class GaussianMixture:
-    r"""A mixture of K low-rank Gaussians over flat vectors, B of them at once.
-
-    Component k has the covariance
-    :math:`U_k \,\mathrm{diag}(v_k)\, U_k^T + w_k (I - U_k U_k^T)`: r variances along an orthonormal
-    basis and one for all other directions. Scaling, adding isotropic noise and conditioning on it
-    keep the basis, so no linear system is ever solved and no variance is a difference.
-
-    Attributes:
-        log_weights: normalised, (B or 1, K).
-        means: (B or 1, K, n); a prior has one row, a posterior one for each problem.
-        basis: U, orthonormal columns, (K, n, r).
-        variances: v, (K, r).
-        floor: w, (K,).
-    """
-
-    log_weights: Tensor
-    means: Tensor
-    basis: Tensor
-    variances: Tensor
-    floor: Tensor
-
-    @property
-    def mean(self) -> Tensor:
-        """(B, n)."""
-        return torch.einsum("bk,bkn->bn", self.log_weights.exp(), self.means)
-
-    def _apply(self, along: Tensor, across: Tensor, d: Tensor) -> Tensor:
-        """Applies U diag(along) U^T + across (I - U U^T) to d (B, K, n)."""
-        projected = torch.einsum("knr,bkn->bkr", self.basis, d)
-        lifted = torch.einsum("knr,bkr->bkn", self.basis, (along - across[:, None]) * projected)
-        return across[:, None] * d + lifted
-
-    def _joint(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        """log p(k, x) (B, K) and -grad log p(x | k) (B, K, n), for x = alpha x_0 + sigma noise."""
-        n, r = self.basis.shape[-2:]
-        along = alpha**2 * self.variances + sigma**2
-        across = alpha**2 * self.floor + sigma**2
-        d = x.unsqueeze(1) - alpha * self.means
-        whitened = self._apply(1 / along, 1 / across, d)
-        logdet = along.log().sum(-1) + (n - r) * across.log()
-        quadratic = (d * whitened).sum(-1)
-        log_density = -(quadratic + logdet + n * math.log(2 * math.pi)) / 2
-        return self.log_weights + log_density, whitened
-
-    def log_prob(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-        r"""The log-density of :math:`\alpha x_0 + \sigma z` at x (B, n), (B,)."""
-        return self._joint(x, alpha, sigma)[0].logsumexp(dim=1)
-
-    def score(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-        """The gradient of :meth:`log_prob` in x, (B, n)."""
-        log_joint, whitened = self._joint(x, alpha, sigma)
-        return -torch.einsum("bk,bkn->bn", log_joint.softmax(dim=1), whitened)
-
-    def posterior_mean(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-        r"""The mean of :meth:`given_noisy`, (B, n), without its K means.
-
-        All components' projections are one matrix product and so is their way back, which is what
-        a Jacobian of n rows needs to be fast: nothing of size (B, K, n) is made.
-        """
-        K, n, r = self.basis.shape
-        along = alpha**2 * self.variances + sigma**2
-        across = alpha**2 * self.floor + sigma**2
-        basis = self.basis.movedim(0, 1).reshape(n, K * r)
-        means = self.means[0]
-        # Distances by the binomial formula; the centre keeps their rounding small.
-        centre = self.mean[0]
-        z, m = x - alpha * centre, alpha * (means - centre)
-        squared = z.square().sum(-1, keepdim=True) - 2 * z @ m.mT + m.square().sum(-1)
-        own = torch.einsum("knr,kn->kr", self.basis, m)
-        p = (z @ basis).reshape(-1, K, r) - own
-        quadratic = squared / across + (p.square() * (1 / along - 1 / across[:, None])).sum(-1)
-        logdet = along.log().sum(-1) + (n - r) * across.log()
-        weights = (self.log_weights - (quadratic + logdet) / 2).softmax(dim=1)
-
-        shrink = alpha * self.floor / across
-        lifted = weights[..., None] * (alpha * self.variances / along - shrink[:, None]) * p
-        direct = weights * shrink
-        return (
-            weights @ means
-            + direct.sum(1, keepdim=True) * z
-            - direct @ m
-            + lifted.flatten(1) @ basis.mT
-        )
-
-    def given_noisy(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> GaussianMixture:
-        r"""The posterior of x_0 given :math:`x = \alpha x_0 + \sigma z`, (B, n)."""
-        log_joint, whitened = self._joint(x, alpha, sigma)
-        means = self.means + alpha * self._apply(self.variances, self.floor, whitened)
-        return GaussianMixture(
-            log_joint.log_softmax(dim=1),
-            means,
-            self.basis,
-            self.variances * sigma**2 / (alpha**2 * self.variances + sigma**2),
-            self.floor * sigma**2 / (alpha**2 * self.floor + sigma**2),
-        )
-
-    def given(self, measurement: LinearMeasurement) -> MixturePosterior:
-        """The posterior of x_0 given a linear Gaussian measurement."""
-        A = measurement.matrix
-        # Rows of A Sigma_k: (K, m, n).
-        rows = torch.einsum("knr,mn->kmr", self.basis, A)
-        gain = self.floor[:, None, None] * A + torch.einsum(
-            "kmr,knr->kmn", rows * (self.variances - self.floor[:, None])[:, None, :], self.basis
-        )
-        L = torch.linalg.cholesky(_with_noise(gain @ A.mT, measurement.noise_std))
-        residual = measurement.y.unsqueeze(1) - self.means @ A.mT  # (B, K, m)
-        log_joint = self.log_weights + _log_normal(residual, L)
-        return MixturePosterior(
-            log_weights=log_joint.log_softmax(dim=1),
-            means=self.means + _correction(residual, L, gain),
-            log_evidence=log_joint.logsumexp(dim=1),
-            prior=self,
-            measurement=measurement,
-            gain=gain,
-            factor=L,
-        )
-
-    def sample_components(self, components: Tensor, generator: torch.Generator) -> Tensor:
-        """One sample of each named component, (..., n) for components (...); needs B = 1."""
-        n, device = self.basis.shape[1], self.basis.device
-        z = torch.randn(
-            *components.shape, n, generator=generator, dtype=torch.float64, device=device
-        ).to(self.basis.dtype)
-        U, v, w = self.basis[components], self.variances[components], self.floor[components]
-        projected = torch.einsum("...nr,...n->...r", U, z)
-        scaled = (v.sqrt() - w.sqrt().unsqueeze(-1)) * projected
-        deviation = w.sqrt().unsqueeze(-1) * z + torch.einsum("...nr,...r->...n", U, scaled)
-        return self.means[0, components] + deviation
-
-
-@dataclass(frozen=True)
-class MixturePosterior:
-    """The posterior of a mixture under a linear Gaussian measurement: again a mixture.
-
-    Attributes:
-        log_weights: of the components, (B, K).
-        means: of the components, (B, K, n).
-        log_evidence: log p(y), (B,).
-        prior: the mixture before the measurement.
-        measurement: what was measured.
-        gain: A Sigma_k, (K, m, n).
-        factor: Cholesky factor of A Sigma_k A^T + s^2 I, (K, m, m).
-    """
-
-    log_weights: Tensor
-    means: Tensor
-    log_evidence: Tensor
-    prior: GaussianMixture
-    measurement: LinearMeasurement
-    gain: Tensor
-    factor: Tensor
-
-    @property
-    def mean(self) -> Tensor:
-        """The posterior mean, (B, n)."""
-        return torch.einsum("bk,bkn->bn", self.log_weights.exp(), self.means)
-
-    @property
-    def covariances(self) -> Tensor:
-        """The components' covariances, dense, (K, n, n)."""
-        U, v, w = self.prior.basis, self.prior.variances, self.prior.floor
-        identity = torch.eye(U.shape[1], dtype=U.dtype, device=U.device)
-        prior = (U * (v - w[:, None])[:, None, :]) @ U.mT + w[:, None, None] * identity
-        return prior - self.gain.mT @ torch.cholesky_solve(self.gain, self.factor)
-
-    @property
-    def covariance(self) -> Tensor:
-        """The posterior's covariance, within and between components, (B, n, n)."""
-        weights = self.log_weights.exp()
-        d = self.means - self.mean.unsqueeze(1)
-        within = torch.einsum("bk,kij->bij", weights, self.covariances)
-        return within + torch.einsum("bk,bki,bkj->bij", weights, d, d)
-
-    def sample(self, count: int, generator: torch.Generator) -> Tensor:
-        r"""Independent exact samples, (count, B, n).
-
-        A prior sample x with its own simulated measurement becomes a posterior sample by the
-        linear correction of their mismatch (Matheron's rule): no n x n matrix is formed.
-        """
-        batch, m = self.measurement.y.shape
-        weights = self.log_weights.exp()
-        components = torch.multinomial(weights, count, replacement=True, generator=generator).mT
-        x = self.prior.sample_components(components, generator)
-        noise = torch.randn(
-            count, batch, m, generator=generator, dtype=torch.float64, device=x.device
-        ).to(x.dtype)
-        simulated = x @ self.measurement.matrix.mT + self.measurement.noise_std * noise
-        mismatch = self.measurement.y - simulated
-        for k in range(len(self.gain)):  # a factor for every sample would not fit into memory
-            chosen = components == k
-            solved = torch.cholesky_solve(mismatch[chosen].mT, self.factor[k]).mT
-            x[chosen] += solved @ self.gain[k]
-        return x
-
-
 class GaussianMixturePrior(Denoiser):
     r"""A Gaussian mixture as a diffusion prior, exact at every noise level, with its oracles.
 
@@ -461,54 +274,3 @@ class GaussianMixturePrior(Denoiser):
         components = torch.multinomial(weights, count, replacement=True, generator=generator)
         flat = self.mixture.sample_components(components, generator)
         return flat.reshape(count, *self.shape)
-
-
-def mixture_from_loadings(
-    log_weights: Tensor, means: Tensor, loadings: Tensor, noise_variance: Tensor
-) -> GaussianMixture:
-    r"""A mixture from factor-analysis parameters, :math:`\Sigma_k = W_k W_k^T + \psi_k I`.
-
-    Args:
-        log_weights: (K,), normalised here.
-        means: (K, n).
-        loadings: W, (K, n, r) with r < n.
-        noise_variance: psi > 0, (K,).
-
-    Raises:
-        ValueError: if the shapes disagree or a noise variance is not positive.
-    """
-    K, n, r = loadings.shape
-    if means.shape != (K, n) or log_weights.shape != (K,) or noise_variance.shape != (K,):
-        raise ValueError(
-            f"loadings has shape {(K, n, r)}, which does not fit log_weights "
-            f"{tuple(log_weights.shape)}, means {tuple(means.shape)}, noise_variance "
-            f"{tuple(noise_variance.shape)}"
-        )
-    if not (noise_variance > 0).all():
-        raise ValueError("noise_variance must be above 0")
-    U, singular, _ = torch.linalg.svd(loadings, full_matrices=False)
-    return GaussianMixture(
-        log_weights.log_softmax(dim=0).unsqueeze(0),
-        means.unsqueeze(0),
-        U,
-        singular**2 + noise_variance[:, None],
-        noise_variance,
-    )
-
-
-def _with_noise(C: Tensor, noise_std: float) -> Tensor:
-    return C + noise_std**2 * torch.eye(C.shape[-1], dtype=C.dtype, device=C.device)
-
-
-def _log_normal(residual: Tensor, L: Tensor) -> Tensor:
-    """log N(residual; 0, L L^T) for residuals (B, m) and one factor, or (B, K, m) and K."""
-    whitened = torch.linalg.solve_triangular(L, residual.movedim(0, -1), upper=False)
-    logdet = 2 * L.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-    constant = residual.shape[-1] * math.log(2 * math.pi)
-    return -(whitened.square().sum(-2).movedim(-1, 0) + logdet + constant) / 2
-
-
-def _correction(residual: Tensor, L: Tensor, gain: Tensor) -> Tensor:
-    """Sigma A^T S^-1 residual of every component, (B, K, n)."""
-    solved = torch.cholesky_solve(residual.movedim(0, -1), L)  # (K, m, B)
-    return torch.einsum("kmb,kmn->bkn", solved, gain)

@@ -182,7 +182,7 @@ class ReverseProcess:
         t = self.times[i].to(dtype=x.dtype, device=x.device)
         y = a * x + b * self.denoiser(x, t).mean
         if self.noise is not None:
-            y = y + c * self.noise[i]
+            y = y + c * self.noise[i].to(y.dtype)
         if u is not None and self.mode == "output":
             y = y + u
         return y
@@ -225,7 +225,7 @@ class ReverseProcess:
 def draw_noise(steps: int, shape: Sequence[int], generator: torch.Generator) -> Tensor:
     """Standard normal noise to freeze into an ancestral process, shape (steps, *shape), float64.
 
-    Each problem of the batch has noise of its own; cast it to the dtype of the states.
+    Each problem of the batch has noise of its own; states of any precision can use it.
 
     Args:
         steps: the number T of steps.

@@ -149,7 +149,13 @@ def terminal_value(
         x: final states, (B, ...).
         rank: keep only so many eigenvalues of the Hessian, largest in magnitude; None keeps all,
             0 makes the recursion first order.
+
+    Raises:
+        ValueError: if `rank` is not between 0 and n.
     """
+    n = x[0].numel()
+    if rank is not None and not 0 <= rank <= n:
+        raise ValueError(f"rank is {rank}, expected 0 to {n}")
     x = x.detach().requires_grad_()
     with torch.enable_grad():
         (Vx,), ((Vxx,),) = _gradient_and_hessian(cost(x), (x,))
