@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
             from diffoc.notebooks import find, run
 
             return run(args.paths or find(ROOT / "notebooks"), args.out, args.in_place)
-        from diffoc.fitting import fit_mixture_prior
+        from diffoc.recipes import fit_mixture_prior
 
         fit_mixture_prior(args.name, args.out, args.seed)
         return 0

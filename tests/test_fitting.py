@@ -10,7 +10,7 @@ from scipy.linalg import subspace_angles
 from scipy.special import logsumexp
 from scipy.stats import multivariate_normal
 
-from diffoc import fitting
+from diffoc import fitting, recipes
 from diffoc.data import checked_bytes
 from diffoc.fitting import PPCAMixture, em_step, fit_mixture, log_likelihood
 
@@ -218,16 +218,16 @@ def test_log_likelihood_refuses_other_shapes_and_dtypes():
 
 def test_dequantise_fills_one_grey_level():
     images = np.tile(np.array([0, 100, 255], np.uint8), (4000, 1))
-    x = fitting.dequantise(images, seeded())
+    x = recipes.dequantise(images, seeded())
     centres = torch.tensor([0, 100, 255]) / 127.5 - 1
     assert (x - centres).abs().max() <= 1 / 255 + 1e-6
     assert (x - centres).var() == pytest.approx(fitting.NOISE_FLOOR, rel=0.05)
     with pytest.raises(ValueError, match="uint8"):
-        fitting.dequantise(images.astype(np.float32), seeded())
+        recipes.dequantise(images.astype(np.float32), seeded())
 
 
 def test_bits_of_a_uniform_image_are_eight():
-    assert fitting.bits_per_pixel(-math.log(256 * 2 / 255)) == pytest.approx(8)
+    assert recipes.bits_per_pixel(-math.log(256 * 2 / 255)) == pytest.approx(8)
 
 
 @pytest.fixture
@@ -235,8 +235,8 @@ def small_faces(tmp_path, monkeypatch):
     faces = np.random.default_rng(0).integers(0, 256, (60, 64, 64), dtype=np.uint8)
     np.savez(tmp_path / "faces64.npz", train=faces, test=faces[:7])
     monkeypatch.setenv("DIFFOC_DATA", str(tmp_path))
-    recipe = fitting.RECIPES["faces32"]._replace(components=2, rank=3, held_out=10)
-    monkeypatch.setitem(fitting.RECIPES, "faces32", recipe)
+    recipe = recipes.RECIPES["faces32"]._replace(components=2, rank=3, held_out=10)
+    monkeypatch.setitem(recipes.RECIPES, "faces32", recipe)
     return tmp_path
 
 
@@ -244,7 +244,7 @@ def test_prior_is_written_registered_and_reproducible(small_faces):
     first, second = small_faces / "a", small_faces / "b"
     for out in (first, second):
         out.mkdir()
-        numbers = fitting.fit_mixture_prior("faces32", out, seed=3, progress=False)
+        numbers = recipes.fit_mixture_prior("faces32", out, seed=3, progress=False)
     assert numbers["images"] == 120  # each face and its mirror image
     assert numbers["components"] == 2
     file = "mixture_faces32.safetensors"
@@ -261,16 +261,16 @@ def test_prior_is_written_registered_and_reproducible(small_faces):
 
 
 def test_comparison_holds_faces_out(small_faces):
-    rows = fitting.compare_sizes("faces32", [(1, 3), (2, 2)], iterations=2)
+    rows = recipes.compare_sizes("faces32", [(1, 3), (2, 2)], iterations=2)
     assert [(row["components"], row["rank"]) for row in rows] == [(1, 3), (2, 2)]
     # Pure noise: what is fitted to the rest does not carry over to the held-out part.
     assert all(row["held_out"] < row["train"] for row in rows)
-    assert len(fitting.training_images("faces32", "train", stop=-10)) == 100
-    assert len(fitting.training_images("faces32", "train", start=-10)) == 10
+    assert len(recipes.training_images("faces32", "train", stop=-10)) == 100
+    assert len(recipes.training_images("faces32", "train", start=-10)) == 10
 
 
 def test_fit_refuses_unknown_names_and_folders(tmp_path):
     with pytest.raises(ValueError, match="name"):
-        fitting.fit_mixture_prior("cifar", tmp_path)
+        recipes.fit_mixture_prior("cifar", tmp_path)
     with pytest.raises(FileNotFoundError, match="out_dir"):
-        fitting.fit_mixture_prior("mnist", tmp_path / "none")
+        recipes.fit_mixture_prior("mnist", tmp_path / "none")
