@@ -30,6 +30,38 @@ def verify() -> int:
     return int(failed > 0)
 
 
+def train(name: str, checkpoint: Path, out: Path) -> int:
+    """Trains, or goes on from the checkpoint, and writes the weights of the moving average."""
+    from diffoc import data, training
+    from diffoc.weights import write_weights
+
+    recipe = training.RECIPES[name]
+    if name == "faces64":
+        images, held_out, labels, truth = data.faces("train"), data.faces("test")[:256], None, None
+    else:
+        (images, labels), (held_out, truth) = data.mnist("train"), data.mnist("test")
+        if name == "mnist":
+            held_out, labels, truth = held_out[:256], None, None
+    run = training.resume(recipe, checkpoint) if checkpoint.exists() else training.start(recipe)
+
+    def report(run: training.Run, rate: float) -> None:
+        if truth is None:
+            psnr = (training.denoising_psnr(run.average, held_out, s) for s in (0.1, 0.3, 1.0))
+            score = "PSNR at sigma 0.1, 0.3, 1: " + " / ".join(f"{p:.2f}" for p in psnr)
+        else:
+            score = f"accuracy {training.accuracy(run.average, held_out, truth):.4f}"
+        loss = sum(run.losses) / len(run.losses)
+        print(
+            f"{run.seen:>9,} of {recipe.images:,} images  {rate:6.0f}/s  loss {loss:.4f}  {score}",
+            flush=True,
+        )
+
+    checkpoint.parent.mkdir(parents=True, exist_ok=True)
+    training.train(run, images, labels, checkpoint, report=report)
+    print(write_weights(run.average, name, out))
+    return 0
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs one command and returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m diffoc", description=__doc__)
@@ -44,6 +76,10 @@ def main(argv: list[str] | None = None) -> int:
     fit.add_argument("name", choices=["mnist", "faces32"])
     fit.add_argument("--out", type=Path, default=ROOT / "data", metavar="DIR")
     fit.add_argument("--seed", type=int, default=0)
+    trainer = commands.add_parser("train", help="train a small network, or go on training it")
+    trainer.add_argument("name", choices=["mnist", "faces64", "classifier"])
+    trainer.add_argument("--checkpoint", type=Path, help="default: build/training/NAME.pt")
+    trainer.add_argument("--out", type=Path, default=ROOT / "data", metavar="DIR")
     args = parser.parse_args(argv)
 
     # Activations and optimiser states decay into denormals, which halve the speed of a CPU.
@@ -55,6 +91,9 @@ def main(argv: list[str] | None = None) -> int:
             from diffoc.notebooks import find, run
 
             return run(args.paths or find(ROOT / "notebooks"), args.out, args.in_place)
+        if args.command == "train":
+            default = ROOT / "build" / "training" / f"{args.name}.pt"
+            return train(args.name, args.checkpoint or default, args.out)
         from diffoc.recipes import fit_mixture_prior
 
         fit_mixture_prior(args.name, args.out, args.seed)

@@ -1,0 +1,177 @@
+"""The trainer: exact resumption, schedules, losses, and that it learns."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from diffoc import training
+from diffoc.networks import DigitClassifier, UNetBackbone, parameter_count
+from diffoc.training import Recipe, learning_rate, resume, save, shift, start, step, train
+
+
+class Tiny(nn.Module):
+    """A backbone of one convolution that knows the noise level as a second channel."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(2, 1, 3, padding=1)
+
+    def forward(self, x, log_sigma):
+        level = log_sigma.reshape(-1, 1, 1, 1).expand_as(x)
+        return self.conv(torch.cat([x, level], dim=1))
+
+
+def images(count=50, side=8):
+    return np.random.default_rng(0).integers(0, 256, (count, side, side), dtype=np.uint8)
+
+
+def tiny(**changes):
+    return Recipe(Tiny, **{"images": 64, "batch": 8, "warmup": 16, "flip": True, **changes})
+
+
+def test_a_resumed_run_ends_with_the_same_weights(tmp_path):
+    whole = start(tiny(), seed=3)
+    train(whole, images())
+    half = start(tiny(), seed=3)
+    for _ in range(3):
+        step(half, images())
+    save(half, tmp_path / "run.pt")
+    resumed = resume(tiny(), tmp_path / "run.pt")
+    assert resumed.seen == 24
+    train(resumed, images())
+    for name in ("network", "average"):
+        expected, found = getattr(whole, name).state_dict(), getattr(resumed, name).state_dict()
+        for key, tensor in expected.items():
+            assert torch.equal(tensor, found[key]), (name, key)
+
+
+def test_the_seed_decides_everything():
+    states = []
+    for seed in (0, 0, 1):
+        run = start(tiny(), seed)
+        train(run, images())
+        states.append(run.network.conv.weight)
+    assert torch.equal(states[0], states[1])
+    assert not torch.equal(states[0], states[2])
+
+
+def test_a_broken_write_keeps_the_old_checkpoint(tmp_path, monkeypatch):
+    path = tmp_path / "run.pt"
+    run = start(tiny())
+    save(run, path)
+    before = path.read_bytes()
+
+    def fail(state, part):
+        part.write_bytes(b"half a file")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(OSError, match="No space"):
+        save(run, path)
+    assert path.read_bytes() == before
+
+
+def test_checkpoints_of_others_are_refused(tmp_path):
+    path = tmp_path / "run.pt"
+    with pytest.raises(FileNotFoundError, match=r"run\.pt"):
+        resume(tiny(), path)
+    save(start(tiny()), path)
+    with pytest.raises(ValueError, match="another network"):
+        resume(Recipe(DigitClassifier, images=1), path)
+
+
+def test_learning_rate_warms_up_and_decays():
+    recipe = tiny(images=1000, warmup=100, rate=0.5)
+    rates = [learning_rate(recipe, seen) for seen in range(0, 1001, 10)]
+    peak = rates.index(max(rates))
+    assert peak == 10  # at the end of the warm-up
+    assert rates[peak] == pytest.approx(0.5)
+    assert rates[0] == pytest.approx(0.5 * 8 / 108)
+    assert rates[55] == pytest.approx(0.25)  # the cosine's middle
+    assert rates[-1] == pytest.approx(0, abs=1e-12)
+
+
+def test_the_loss_is_edm_s_for_a_known_denoiser(monkeypatch):
+    """With a zero network the estimate is c_skip x, whose expected loss has a closed form."""
+
+    class Zero(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.unused = nn.Parameter(torch.zeros(()))
+
+        def forward(self, x, log_sigma):
+            return 0 * x
+
+    run = start(Recipe(Zero, images=1, log_sigma=(math.log(0.7), 0.0)))
+    x = torch.randn(4000, 1, 4, 4, generator=torch.Generator().manual_seed(1))
+    loss = training.denoising_loss(Zero(), x, run).item()
+    s2 = 0.7**2
+    # estimate = (x + s z) / (1 + s^2); the error's variance for x ~ N(0, 1):
+    expected = (1 / s2 + 1) * (s2**2 + s2) / (1 + s2) ** 2
+    assert loss == pytest.approx(expected, rel=0.02)
+
+
+def test_time_of_inverts_the_schedule():
+    sigma = torch.tensor([training.SIGMA_MIN, 0.1, 1.0, training.SIGMA_MAX])
+    _, found = training.denoiser(Tiny()).schedule(training.time_of(sigma))
+    torch.testing.assert_close(found, sigma, rtol=1e-5, atol=0)
+
+
+def test_psnr_of_an_untouched_image(monkeypatch):
+    """A denoiser that returns its input scores the noise: 10 log10(4 / sigma^2)."""
+
+    class Same:
+        def __call__(self, x, t):
+            return type("Posterior", (), {"mean": x})
+
+    monkeypatch.setattr(training, "denoiser", lambda network: Same())
+    psnr = training.denoising_psnr(Tiny(), images(200, 16), 0.5)
+    assert psnr == pytest.approx(10 * math.log10(4 / 0.25), abs=0.05)
+
+
+def test_training_lowers_the_denoising_error():
+    smooth = np.full((50, 8, 8), 200, dtype=np.uint8)
+    run = start(tiny(images=8000, rate=1e-2), seed=1)
+    before = training.denoising_psnr(run.average, smooth, 0.5)
+    train(run, smooth)
+    assert training.denoising_psnr(run.average, smooth, 0.5) > before + 3
+
+
+def test_the_classifier_learns_bright_from_dark():
+    labels = np.arange(60) % 2
+    pictures = np.where(labels[:, None, None] == 1, 220, 30) + np.zeros((60, 28, 28))
+    pictures = pictures.astype(np.uint8)
+    run = start(Recipe(DigitClassifier, images=640, batch=16, warmup=64), seed=0)
+    train(run, pictures, labels)
+    assert training.accuracy(run.average, pictures, labels) == 1.0
+
+
+def test_shift_moves_and_fills_with_black():
+    x = torch.ones(2, 1, 6, 6)
+    moved = shift(x, torch.Generator().manual_seed(4))
+    assert moved.shape == x.shape
+    assert set(moved.unique().tolist()) <= {-1.0, 1.0}
+    assert (moved == -1).any()
+
+
+@pytest.mark.parametrize(("side", "fold"), [(28, 2), (64, 4)])
+def test_backbones_fold_and_unfold(side, fold):
+    network = UNetBackbone(side, (32, 64), fold=fold)
+    x = torch.randn(2, 1, side, side, generator=torch.Generator().manual_seed(0))
+    y = network(x, torch.zeros(()))
+    assert y.shape == x.shape
+    torch.testing.assert_close(network(x, torch.zeros(2)), y)
+
+
+def test_a_backbone_that_cannot_be_halved_is_refused():
+    with pytest.raises(ValueError, match="side is 30"):
+        UNetBackbone(30, (32, 64), fold=2)
+
+
+def test_sizes_are_as_promised():
+    assert parameter_count(DigitClassifier()) <= 500_000
+    assert parameter_count(training.RECIPES["mnist"].build()) <= 2_000_000
+    assert parameter_count(training.RECIPES["faces64"].build()) <= 5_000_000

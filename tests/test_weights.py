@@ -1,0 +1,37 @@
+"""Weights on disk: half precision, checked, and as good as what was trained."""
+
+import pytest
+import torch
+
+from diffoc import data
+from diffoc.networks import DigitClassifier
+from diffoc.weights import classifier, write_weights
+
+
+def test_half_precision_gives_the_same_results_to_a_percent(tmp_path):
+    torch.manual_seed(0)
+    network = DigitClassifier()
+    path = write_weights(network, "classifier", tmp_path)
+    assert path.stat().st_size < 2 * 422_000 + 4096
+    x = torch.rand(8, 1, 28, 28) * 2 - 1
+    torch.testing.assert_close(classifier(folder=tmp_path)(x), network(x), rtol=1e-2, atol=1e-3)
+
+
+def test_the_shipped_classifier_reads_digits_that_it_has_never_seen():
+    """The twenty sample digits were kept out of its training."""
+    images, labels = data.digits()
+    assert (classifier()(images).argmax(1) == labels).sum() >= 19
+
+
+def test_altered_weights_are_refused(tmp_path):
+    path = write_weights(DigitClassifier(), "classifier", tmp_path)
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="classifier"):
+        classifier(folder=tmp_path)
+
+
+def test_other_names_are_refused():
+    with pytest.raises(ValueError, match="name is"):
+        classifier("cifar")
