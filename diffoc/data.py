@@ -25,6 +25,11 @@ from safetensors.torch import load
 from torch import Tensor
 
 MANIFEST = "manifest.json"
+# Of the data sets, and so of the weights that are fitted to them.
+LICENSES = {
+    "mnist": "CC BY-SA 3.0, as MNIST (Yann LeCun, Corinna Cortes, Christopher J.C. Burges)",
+    "faces": "research use, as Labeled Faces in the Wild (Huang et al. 2007)",
+}
 
 _IDX = {
     "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),

@@ -17,7 +17,14 @@ from torch import Tensor
 
 from diffoc.costs import ControlCost, GaussianLikelihood
 from diffoc.ilqr import ControlProblem, ILQRResult, ilqr
-from diffoc.mixtures import GaussianMixture
+from diffoc.linear_gaussian import (
+    LinearGaussian,
+    as_mixture,
+    exact_kernel_problem,
+    fitted_slope,
+    linear_gaussian,
+    relative_error,
+)
 from diffoc.operators import LinearMeasurement
 from diffoc.priors import GaussianPrior
 from diffoc.process import ReverseProcess, drift_and_diffusion
@@ -51,62 +58,6 @@ class Identity:
     def holds(self) -> bool:
         """Whether the error is within the bound (a NaN is not)."""
         return self.error <= self.bound
-
-
-@dataclass(frozen=True)
-class LinearGaussian:
-    """A Gaussian prior with one linear Gaussian measurement of a state drawn from it."""
-
-    prior: GaussianPrior
-    measurement: LinearMeasurement
-    likelihood: GaussianLikelihood
-
-    def gradient(self, process: ReverseProcess, i: int, x: Tensor) -> Tensor:
-        """grad log p(y | x_0(x)) at states x (B, n) of step i, through the whole rollout."""
-        x = x.detach().requires_grad_()
-        cost = self.likelihood(process.rollout(x, start=i)[-1])
-        return -torch.autograd.grad(cost.sum(), x)[0]
-
-
-def linear_gaussian(
-    n: int = 8, m: int = 4, noise_std: float = 0.1, seed: int = 0
-) -> LinearGaussian:
-    """A random setting of n dimensions and m measurements.
-
-    Args:
-        n, m: dimensions, at least 1.
-        noise_std: of the measurement.
-        seed: of everything drawn.
-    """
-    g = torch.Generator().manual_seed(seed)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=g, dtype=torch.float64)
-
-    root = draw(n, n) / n**0.5
-    covariance = root @ root.mT + 0.1 * torch.eye(n, dtype=torch.float64)
-    # Without residual noise at t = 0 the final state is x_0 itself, which is what y measures.
-    prior = GaussianPrior(draw(n), covariance, VPSchedule(sigma_min=0.0))
-    A = draw(m, n) / n**0.5
-    x_0 = prior.mean + torch.linalg.cholesky(covariance) @ draw(n)
-    y = (A @ x_0 + noise_std * draw(m)).unsqueeze(0)
-    return LinearGaussian(
-        prior,
-        LinearMeasurement(A, y, noise_std),
-        GaussianLikelihood(lambda x: x @ A.mT, y, noise_std),
-    )
-
-
-def relative_error(value: Tensor, reference: Tensor) -> float:
-    """|value - reference| / |reference| in the Euclidean norm."""
-    return (torch.linalg.norm(value - reference) / torch.linalg.norm(reference)).item()
-
-
-def fitted_slope(x: list[float], y: list[float]) -> float:
-    """The slope of log y against log x by least squares."""
-    log_x, log_y = torch.tensor([x, y], dtype=torch.float64).log()
-    d = log_x - log_x.mean()
-    return ((d @ log_y) / (d @ d)).item()
 
 
 def one_sweep(
@@ -213,41 +164,6 @@ def predictor_corrector() -> Iterator[Identity]:
         )
 
 
-def exact_kernel_problem(
-    setting: LinearGaussian, steps: int, noise: Tensor | None = None, start: float = 1.0
-) -> tuple[ControlProblem, list[tuple[Tensor, Tensor, Tensor]], Tensor]:
-    r"""LQR for the reverse SDE's exact kernels, with the control cost of KL control.
-
-    .. math:: x_{i+1} = F_i x_i + b_i + C_i^{1/2} \varepsilon_i + u_i, \quad
-              \ell_i = \tfrac12 u_i^T C_i^{-1} u_i
-
-    Args:
-        setting: prior and measurement.
-        steps: the number T of steps, uniform in time.
-        noise: frozen, (T, B, n), or None for none.
-        start: the time to start from, in ]0, 1].
-
-    Returns:
-        The problem, the kernels (F, b, C) of its steps, and the times (T + 1,).
-    """
-    times = torch.linspace(start, 0, steps + 1, dtype=torch.float64)
-    kernels = [
-        setting.prior.reverse_kernel(times[i].item(), times[i + 1].item()) for i in range(steps)
-    ]
-    precisions = [torch.linalg.inv(C) for _, _, C in kernels]
-    roots = [torch.linalg.cholesky(C) for _, _, C in kernels]
-
-    def dynamics(i: int, x: Tensor, u: Tensor) -> Tensor:
-        F, b, _ = kernels[i]
-        x = x @ F.mT + b + u
-        return x if noise is None else x + noise[i] @ roots[i].mT
-
-    def running_cost(i: int, x: Tensor, u: Tensor) -> Tensor:
-        return 0.5 * ((u @ precisions[i]) * u).sum(-1)
-
-    return ControlProblem(dynamics, running_cost, setting.likelihood, steps), kernels, times
-
-
 def kl_control() -> Iterator[Identity]:
     """The statement that needs no limit: V_t = -log p(y | x_t) for the exact stochastic process."""
     setting = linear_gaussian()
@@ -273,7 +189,7 @@ def kl_control() -> Iterator[Identity]:
     states = torch.randn(5, 8, generator=g, dtype=torch.float64)
     value = ilqr(problem, states, regularization=0.0, max_iterations=1).cost
     evidence = (
-        _as_mixture(setting.prior)
+        as_mixture(setting.prior)
         .given_noisy(states, *setting.prior.schedule(times[0]))
         .given(setting.measurement)
     ).log_evidence
@@ -315,7 +231,7 @@ def posterior_by_control() -> Iterator[Identity]:
     x = torch.randn(1, n, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     problem, _, times = exact_kernel_problem(setting, steps)
     mean = ilqr(problem, x, regularization=0.0, max_iterations=1).states[-1]
-    belief = _as_mixture(setting.prior).given_noisy(x, *setting.prior.schedule(times[0]))
+    belief = as_mixture(setting.prior).given_noisy(x, *setting.prior.schedule(times[0]))
     exact = belief.given(setting.measurement)
     yield Identity(
         "Control without noise ends in E[x_0|x_T, y]",
@@ -398,11 +314,3 @@ def _start(setting: LinearGaussian, mode: str) -> tuple[ReverseProcess, Tensor, 
     process = ReverseProcess(setting.prior, 50, "euler", mode)
     x = process.initial_state((1, len(setting.prior.mean)), torch.Generator().manual_seed(1))
     return process, x, process.rollout(x)
-
-
-def _as_mixture(prior: GaussianPrior) -> GaussianMixture:
-    """The prior as a mixture of one: another implementation of the same oracles."""
-    L, Q = torch.linalg.eigh(prior.matrix)
-    return GaussianMixture(
-        torch.zeros(1, 1, dtype=L.dtype), prior.mean[None, None], Q[None], L[None], L[:1]
-    )

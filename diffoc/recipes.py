@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from diffoc.data import faces, mnist, register_file
+from diffoc.data import LICENSES, faces, mnist, register_file
 from diffoc.fitting import fit_mixture, log_likelihood
 
 
@@ -30,7 +30,7 @@ RECIPES = {
         components=20,
         rank=60,
         held_out=10_000,
-        license="CC BY-SA 3.0, as MNIST (Yann LeCun, Corinna Cortes, Christopher J.C. Burges)",
+        license=LICENSES["mnist"],
         source="python -m diffoc fit mnist",
     ),
     "faces32": _Recipe(
@@ -38,7 +38,7 @@ RECIPES = {
         components=10,
         rank=97,
         held_out=1_000,
-        license="research use, as Labeled Faces in the Wild (Huang et al. 2007)",
+        license=LICENSES["faces"],
         source="python -m diffoc fit faces32",
     ),
 }

@@ -120,7 +120,7 @@ def resume(recipe: Recipe, path: Path) -> Run:
         ValueError: if it belongs to another network.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is no checkpoint: train without --resume first")
+        raise FileNotFoundError(f"path {path} is no checkpoint: call start() for a new run")
     state = torch.load(path, weights_only=True)
     run = start(recipe)
     try:

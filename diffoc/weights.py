@@ -7,14 +7,11 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import nn
 
-from diffoc.data import load_weights, register_file
+from diffoc.data import LICENSES, load_weights, register_file
 from diffoc.networks import DigitClassifier
 
-LICENSES = {
-    "mnist": "CC BY-SA 3.0, as MNIST (Yann LeCun, Corinna Cortes, Christopher J.C. Burges)",
-    "classifier": "CC BY-SA 3.0, as MNIST (Yann LeCun, Corinna Cortes, Christopher J.C. Burges)",
-    "faces64": "research use, as Labeled Faces in the Wild (Huang et al. 2007)",
-}
+# What each network was trained on.
+TRAINED_ON = {"mnist": "mnist", "classifier": "mnist", "faces64": "faces"}
 
 
 def write_weights(network: nn.Module, name: str, folder: Path) -> Path:
@@ -22,13 +19,14 @@ def write_weights(network: nn.Module, name: str, folder: Path) -> Path:
 
     Args:
         network: whose weights.
-        name: a key of :data:`LICENSES`.
+        name: a key of :data:`TRAINED_ON`.
         folder: an existing folder.
     """
     state = {k: v.half().contiguous() for k, v in network.state_dict().items()}
     path = folder / f"{name}.safetensors"
     save_file(state, path)
-    register_file(path.name, LICENSES[name], f"python -m diffoc train {name}", folder)
+    license = LICENSES[TRAINED_ON[name]]
+    register_file(path.name, license, f"python -m diffoc train {name}", folder)
     return path
 
 

@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from diffoc import training
+from diffoc import __main__, training
 from diffoc.networks import DigitClassifier, UNetBackbone, parameter_count
 from diffoc.training import Recipe, learning_rate, resume, save, shift, start, step, train
+from diffoc.weights import classifier
 
 
 class Tiny(nn.Module):
@@ -175,3 +176,20 @@ def test_sizes_are_as_promised():
     assert parameter_count(DigitClassifier()) <= 500_000
     assert parameter_count(training.RECIPES["mnist"].build()) <= 2_000_000
     assert parameter_count(training.RECIPES["faces64"].build()) <= 5_000_000
+
+
+def test_the_command_trains_goes_on_and_writes_weights(tmp_path, monkeypatch, capsys):
+    labels = np.arange(40) % 10
+    pictures = np.random.default_rng(1).integers(0, 256, (40, 28, 28), dtype=np.uint8)
+    monkeypatch.setattr("diffoc.data.mnist", lambda split: (pictures, labels))
+    checkpoint, out = tmp_path / "run" / "classifier.pt", tmp_path / "out"
+    out.mkdir()
+    command = ["train", "classifier", "--checkpoint", str(checkpoint), "--out", str(out)]
+    for images in (32, 96):  # the second call goes on where the first one ended
+        recipe = Recipe(DigitClassifier, images=images, batch=16, warmup=16)
+        monkeypatch.setitem(training.RECIPES, "classifier", recipe)
+        assert __main__.main(command) == 0
+        assert f"{images} of {images} images" in capsys.readouterr().out
+    trained = resume(recipe, checkpoint).average
+    x = torch.from_numpy(pictures).float().unsqueeze(1) / 127.5 - 1
+    torch.testing.assert_close(classifier(folder=out)(x), trained(x), rtol=1e-2, atol=1e-3)
