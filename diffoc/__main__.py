@@ -30,11 +30,14 @@ def verify() -> int:
     return int(failed > 0)
 
 
-def train(name: str, checkpoint: Path, out: Path) -> int:
+def train(args: argparse.Namespace) -> int:
     """Trains, or goes on from the checkpoint, and writes the weights of the moving average."""
     from diffoc import data, training
+    from diffoc.figures import write_sheet
     from diffoc.weights import write_weights
 
+    name = args.name
+    checkpoint = args.checkpoint or ROOT / "build" / "training" / f"{name}.pt"
     recipe = training.RECIPES[name]
     if name == "faces64":
         images, held_out, labels, truth = data.faces("train"), data.faces("test")[:256], None, None
@@ -42,12 +45,20 @@ def train(name: str, checkpoint: Path, out: Path) -> int:
         (images, labels), (held_out, truth) = data.mnist("train"), data.mnist("test")
         if name == "mnist":
             held_out, labels, truth = held_out[:256], None, None
-    run = training.resume(recipe, checkpoint) if checkpoint.exists() else training.start(recipe)
+    precision = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.precision]
+    if checkpoint.exists():
+        run = training.resume(recipe, checkpoint, args.device, precision)
+    else:
+        run = training.start(recipe, device=args.device, precision=precision)
 
     def report(run: training.Run, rate: float) -> None:
         if truth is None:
-            psnr = (training.denoising_psnr(run.average, held_out, s) for s in (0.1, 0.3, 1.0))
+            prior = training.denoiser(run.average)
+            psnr = (training.denoising_psnr(prior, held_out, s) for s in (0.1, 0.3, 1.0))
             score = "PSNR at sigma 0.1, 0.3, 1: " + " / ".join(f"{p:.2f}" for p in psnr)
+            shape = (16, 1, *held_out.shape[1:])
+            sheet = training.draw_samples(prior, shape, torch.Generator().manual_seed(0))
+            write_sheet(sheet, checkpoint.with_suffix(".png"))
         else:
             score = f"accuracy {training.accuracy(run.average, held_out, truth):.4f}"
         loss = sum(run.losses) / len(run.losses)
@@ -57,8 +68,8 @@ def train(name: str, checkpoint: Path, out: Path) -> int:
         )
 
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
-    training.train(run, images, labels, checkpoint, report=report)
-    print(write_weights(run.average, name, out))
+    training.train(run, images, labels, checkpoint, args.every, report=report, compile=args.compile)
+    print(write_weights(run.average, name, args.out))
     return 0
 
 
@@ -80,6 +91,10 @@ def main(argv: list[str] | None = None) -> int:
     trainer.add_argument("name", choices=["mnist", "faces64", "classifier"])
     trainer.add_argument("--checkpoint", type=Path, help="default: build/training/NAME.pt")
     trainer.add_argument("--out", type=Path, default=ROOT / "data", metavar="DIR")
+    trainer.add_argument("--device", default="cpu", help="cpu or cuda")
+    trainer.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
+    trainer.add_argument("--compile", action="store_true", help="compile the network: for a GPU")
+    trainer.add_argument("--every", type=float, default=300, metavar="SECONDS", help="report")
     args = parser.parse_args(argv)
 
     # Activations and optimiser states decay into denormals, which halve the speed of a CPU.
@@ -92,8 +107,7 @@ def main(argv: list[str] | None = None) -> int:
 
             return run(args.paths or find(ROOT / "notebooks"), args.out, args.in_place)
         if args.command == "train":
-            default = ROOT / "build" / "training" / f"{args.name}.pt"
-            return train(args.name, args.checkpoint or default, args.out)
+            return train(args)
         from diffoc.recipes import fit_mixture_prior
 
         fit_mixture_prior(args.name, args.out, args.seed)

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor
 
 # Okabe & Ito's palette, distinguishable with every colour vision deficiency.
 COLORS = {
@@ -59,3 +61,28 @@ def save(figure: Figure, name: str) -> Path:
     path = folder / f"{name}.png"
     figure.savefig(path, dpi=150, metadata={"Software": None})
     return path
+
+
+def sheet(images: Tensor, columns: int) -> Tensor:
+    """Images side by side, in rows.
+
+    Args:
+        images: (B, 1, H, W) in [-1, 1]; what lies outside is clipped.
+        columns: of the sheet; the last row is filled up with black.
+
+    Returns:
+        (rows * H, columns * W) uint8.
+    """
+    count, _, height, width = images.shape
+    rows = -(-count // columns)
+    filled = images.new_full((rows * columns, height, width), -1.0)
+    filled[:count] = images[:, 0]
+    grid = filled.reshape(rows, columns, height, width).transpose(1, 2)
+    pixels = (grid.reshape(rows * height, columns * width) + 1) * 127.5
+    return pixels.round().clamp(0, 255).byte()
+
+
+def write_sheet(images: Tensor, path: Path, columns: int = 8) -> None:
+    """Writes a :func:`sheet` as picture, each pixel twice as large."""
+    pixels = sheet(images.cpu(), columns).numpy()
+    Image.fromarray(pixels.repeat(2, 0).repeat(2, 1)).save(path)

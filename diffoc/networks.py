@@ -6,62 +6,71 @@ A backbone maps a scaled noisy image and :math:`\log(\sigma_t / \alpha_t)` to an
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
-from diffusers import UNet2DModel
+from azula.nn.layers import SineEncoding
+from azula.nn.unet import UNet
 from torch import Tensor, nn
+
+# The noise levels, relative to the signal's scale, that the backbones are trained for.
+SIGMA_MIN, SIGMA_MAX = 2e-3, 80.0
 
 
 class UNetBackbone(nn.Module):
-    """A `diffusers.UNet2DModel` on images that may be folded, as a backbone for azula.
+    """An `azula.nn.unet.UNet` on images that may be folded, as a backbone for azula's denoisers.
 
     Folding trades resolution for channels (pixel-unshuffle): a 2 x 2 fold makes a 64 x 64 image
-    cost what a 32 x 32 one costs.
+    cost what a 32 x 32 one costs. Noise levels beyond the trained ones are treated as the
+    nearest of those.
 
     Args:
-        side: height and width of the images, divisible by fold * 2^(levels - 1).
-        channels: of every level, each a multiple of 32.
-        layers: residual blocks of every level.
+        channels: of every level; each level halves the resolution of the one before.
+        blocks: residual blocks of every level, each way.
         fold: side of the squares of pixels that become channels.
         in_channels: of the images.
-
-    Raises:
-        ValueError: if the image cannot be folded and halved so often.
+        features: of the noise level's embedding.
     """
 
     def __init__(
         self,
-        side: int,
         channels: Sequence[int],
-        layers: int = 1,
+        blocks: Sequence[int],
         fold: int = 1,
         in_channels: int = 1,
+        features: int = 64,
     ) -> None:
         super().__init__()
-        divisor = fold * 2 ** (len(channels) - 1)
-        if side % divisor:
-            raise ValueError(f"side is {side}, expected a multiple of {divisor}")
         self.fold = fold
         folded = in_channels * fold**2
-        # Attention pays at the lowest resolution only.
-        plain = len(channels) - 1
-        self.unet = UNet2DModel(
-            sample_size=side // fold,
-            in_channels=folded,
-            out_channels=folded,
-            block_out_channels=tuple(channels),
-            layers_per_block=layers,
-            down_block_types=("DownBlock2D",) * plain + ("AttnDownBlock2D",),
-            up_block_types=("AttnUpBlock2D",) + ("UpBlock2D",) * plain,
-            norm_num_groups=32,
-            attention_head_dim=32,
+        self.embedding = nn.Sequential(
+            SineEncoding(features, omega=1e2),
+            nn.Linear(features, features),
+            nn.SiLU(),
+            nn.Linear(features, features),
+        )
+        self.unet = UNet(
+            folded,
+            folded,
+            hid_channels=channels,
+            hid_blocks=blocks,
+            mod_features=features,
+            norm="group",
         )
 
     def forward(self, x: Tensor, log_sigma: Tensor, **kwargs: object) -> Tensor:
-        """Maps images (B, C, H, W) and log-noise-levels, () or (B,), to images."""
+        """Maps images (B, C, H, W) and log-noise-levels, () or (B,), to images.
+
+        Raises:
+            ValueError: if height or width is not a multiple of the fold.
+        """
+        if x.shape[-2] % self.fold or x.shape[-1] % self.fold:
+            raise ValueError(
+                f"x has shape {tuple(x.shape)}, expected sides that {self.fold} divides"
+            )
         x = nn.functional.pixel_unshuffle(x, self.fold)
-        # The sinusoids' periods are made for timesteps up to 1000; log sigma spans about 10.
-        y = self.unet(x, 100 * log_sigma.expand(len(x))).sample
+        level = log_sigma.clamp(math.log(SIGMA_MIN), math.log(SIGMA_MAX))
+        y = self.unet(x, self.embedding(level.expand(len(x))))
         return nn.functional.pixel_shuffle(y, self.fold)
 
 

@@ -19,13 +19,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from azula.denoise import KarrasDenoiser
+from azula.denoise import Denoiser, KarrasDenoiser
 from azula.noise import VESchedule
+from azula.sample import HeunSampler
 from torch import Tensor, nn
 
-from diffoc.networks import DigitClassifier, UNetBackbone
-
-SIGMA_MIN, SIGMA_MAX = 2e-3, 80.0
+from diffoc.networks import SIGMA_MAX, SIGMA_MIN, DigitClassifier, UNetBackbone
+from diffoc.weights import read_torch_file
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,16 @@ class Recipe:
 
 
 RECIPES = {
-    "mnist": Recipe(lambda: UNetBackbone(28, (64, 96), fold=2), images=3_000_000),
-    "faces64": Recipe(lambda: UNetBackbone(64, (96, 160), fold=4), images=5_000_000, flip=True),
+    "mnist": Recipe(
+        lambda: UNetBackbone((64, 128), (1, 2), fold=2), images=700_000, batch=64, rate=2e-3
+    ),
+    "faces64": Recipe(
+        lambda: UNetBackbone((96, 160), (2, 3), fold=4),
+        images=420_000,
+        batch=32,
+        rate=2e-3,
+        flip=True,
+    ),
     "classifier": Recipe(DigitClassifier, images=900_000, batch=128, decay=0.998),
 }
 
@@ -69,7 +77,10 @@ class Run:
         network: the weights that are optimised.
         average: their moving average, the result.
         optimizer: AdamW.
-        generator: the source of all randomness after the initialisation.
+        generator: the source of all randomness after the initialisation, on the CPU so that every
+            device sees the same numbers.
+        precision: of the forward and backward passes, torch.float32 or torch.bfloat16; weights,
+            optimiser and loss stay in float32.
         seen: images so far.
         losses: of the steps since they were last read.
     """
@@ -79,23 +90,46 @@ class Run:
     average: nn.Module
     optimizer: torch.optim.Optimizer
     generator: torch.Generator
+    precision: torch.dtype = torch.float32
     seen: int = 0
     losses: list[float] = field(default_factory=list)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.network.parameters()).device
 
-def start(recipe: Recipe, seed: int = 0) -> Run:
+
+def start(
+    recipe: Recipe,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    precision: torch.dtype = torch.float32,
+) -> Run:
     """A run that has seen nothing yet.
 
     Args:
         recipe: what to train.
         seed: of the initialisation and of everything drawn later.
+        device: where to train.
+        precision: torch.float32, or torch.bfloat16 for autocast.
+
+    Raises:
+        ValueError: for another precision.
     """
+    if precision not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"precision is {precision}, expected torch.float32 or torch.bfloat16")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = recipe.build()
+    # On a CPU neither memory format is faster; tensor cores want the channels last.
+    on_cpu = torch.device(device).type == "cpu"
+    layout = torch.contiguous_format if on_cpu else torch.channels_last
+    network = network.to(device, memory_format=layout)
     optimizer = torch.optim.AdamW(network.parameters(), lr=recipe.rate, weight_decay=1e-2)
     average = copy.deepcopy(network).requires_grad_(False)
-    return Run(recipe, network, average, optimizer, torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    return Run(recipe, network, average, optimizer, generator, precision)
 
 
 def save(run: Run, path: Path) -> None:
@@ -112,21 +146,39 @@ def save(run: Run, path: Path) -> None:
     os.replace(part, path)
 
 
-def resume(recipe: Recipe, path: Path) -> Run:
-    """The run whose checkpoint lies at `path`.
+def read_checkpoint(path: Path) -> dict:
+    """The content of a checkpoint that :func:`save` wrote, on the CPU.
 
     Raises:
         FileNotFoundError: if there is none.
-        ValueError: if it belongs to another network.
+        ValueError: if the file is damaged or something else.
     """
     if not path.is_file():
         raise FileNotFoundError(f"path {path} is no checkpoint: call start() for a new run")
-    state = torch.load(path, weights_only=True)
-    run = start(recipe)
+    state = read_torch_file(path)
+    if {"network", "average", "seen"} - state.keys():
+        raise ValueError(f"path {path} is no checkpoint of this trainer")
+    return state
+
+
+def resume(
+    recipe: Recipe,
+    path: Path,
+    device: torch.device | str = "cpu",
+    precision: torch.dtype = torch.float32,
+) -> Run:
+    """The run whose checkpoint lies at `path`; device and precision as for :func:`start`.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: if it is damaged or belongs to another network.
+    """
+    state = read_checkpoint(path)
+    run = start(recipe, device=device, precision=precision)
     try:
         run.network.load_state_dict(state["network"])
         run.average.load_state_dict(state["average"])
-    except (KeyError, RuntimeError) as error:
+    except RuntimeError as error:
         raise ValueError(f"path {path} is a checkpoint of another network") from error
     run.optimizer.load_state_dict(state["optimizer"])
     run.generator.set_state(state["generator"])
@@ -152,8 +204,8 @@ def denoising_loss(network: nn.Module, x: Tensor, run: Run) -> Tensor:
     """
     mean, std = run.recipe.log_sigma
     log_sigma = mean + std * torch.randn(len(x), generator=run.generator)
-    sigma = log_sigma.exp().clamp(SIGMA_MIN, SIGMA_MAX)
-    z = torch.randn(x.shape, generator=run.generator)
+    sigma = log_sigma.exp().clamp(SIGMA_MIN, SIGMA_MAX).to(x.device)
+    z = torch.randn(x.shape, generator=run.generator).to(x.device)
     expanded = sigma.reshape(-1, 1, 1, 1)
     estimate = denoiser(network)(x + expanded * z, time_of(sigma)).mean
     return ((1 / expanded**2 + 1) * (estimate - x).square()).mean()
@@ -169,15 +221,21 @@ def time_of(sigma: Tensor) -> Tensor:
     return torch.log(sigma / SIGMA_MIN) / math.log(SIGMA_MAX / SIGMA_MIN)
 
 
-def step(run: Run, images: np.ndarray, labels: np.ndarray | None = None) -> float:
+def step(
+    run: Run,
+    images: np.ndarray,
+    labels: np.ndarray | None = None,
+    forward: nn.Module | None = None,
+) -> float:
     """One optimisation step on a random batch; returns its loss.
 
     Args:
         run: changed in place.
         images: the training set, uint8, (N, H, W).
         labels: of the images, for a classifier; None for a denoiser.
+        forward: the run's network, compiled; the network itself by default.
     """
-    recipe = run.recipe
+    recipe, forward = run.recipe, run.network if forward is None else forward
     index = torch.randint(len(images), (recipe.batch,), generator=run.generator).numpy()
     x = torch.from_numpy(images[index]).float().unsqueeze(1) / 127.5 - 1
     if recipe.flip:
@@ -185,11 +243,14 @@ def step(run: Run, images: np.ndarray, labels: np.ndarray | None = None) -> floa
         x = torch.where(mirrored.reshape(-1, 1, 1, 1), x.flip(-1), x)
     for group in run.optimizer.param_groups:
         group["lr"] = learning_rate(recipe, run.seen)
-    if labels is None:
-        loss = denoising_loss(run.network, x, run)
-    else:
-        target = torch.from_numpy(labels[index]).long()
-        loss = nn.functional.cross_entropy(run.network(shift(x, run.generator)), target)
+    device = run.device
+    with torch.autocast(device.type, torch.bfloat16, enabled=run.precision == torch.bfloat16):
+        if labels is None:
+            loss = denoising_loss(forward, x.to(device), run)
+        else:
+            target = torch.from_numpy(labels[index]).long().to(device)
+            logits = forward(shift(x, run.generator).to(device))
+            loss = nn.functional.cross_entropy(logits.float(), target)
     run.optimizer.zero_grad()
     loss.backward()
     nn.utils.clip_grad_norm_(run.network.parameters(), 1.0)
@@ -198,8 +259,9 @@ def step(run: Run, images: np.ndarray, labels: np.ndarray | None = None) -> floa
     # A young average forgets its random start faster.
     decay = min(recipe.decay, run.seen / (run.seen + 10 * recipe.batch))
     with torch.no_grad():
-        for mean, new in zip(run.average.parameters(), run.network.parameters(), strict=True):
-            mean.lerp_(new, 1 - decay)
+        torch._foreach_lerp_(
+            list(run.average.parameters()), list(run.network.parameters()), 1 - decay
+        )
     return loss.item()
 
 
@@ -218,6 +280,7 @@ def train(
     checkpoint: Path | None = None,
     every_seconds: float = 120.0,
     report: Callable[[Run, float], None] | None = None,
+    compile: bool = False,
 ) -> None:
     """Trains until the recipe's last image, writing checkpoints on the way.
 
@@ -227,10 +290,12 @@ def train(
         checkpoint: where to write them, every so many seconds and at the end.
         every_seconds: between checkpoints and reports.
         report: called with the run and the images per second at the same rhythm.
+        compile: whether to compile the network (it pays on a GPU).
     """
+    forward = torch.compile(run.network) if compile else run.network
     mark, seen = time.monotonic(), run.seen
     while run.seen < run.recipe.images:
-        run.losses.append(step(run, images, labels))
+        run.losses.append(step(run, images, labels, forward))
         elapsed = time.monotonic() - mark
         if elapsed > every_seconds or run.seen >= run.recipe.images:
             if checkpoint:
@@ -242,11 +307,11 @@ def train(
 
 
 @torch.no_grad()
-def denoising_psnr(network: nn.Module, images: np.ndarray, sigma: float, seed: int = 0) -> float:
+def denoising_psnr(prior: Denoiser, images: np.ndarray, sigma: float, seed: int = 0) -> float:
     """Mean PSNR in dB of denoised images at a noise level, on the [-1, 1] scale (peak 2).
 
     Args:
-        network: a backbone.
+        prior: a denoiser made by :func:`denoiser`.
         images: uint8, (N, H, W).
         sigma: noise standard deviation.
         seed: of the noise.
@@ -255,14 +320,35 @@ def denoising_psnr(network: nn.Module, images: np.ndarray, sigma: float, seed: i
     x = torch.from_numpy(images).float().unsqueeze(1) / 127.5 - 1
     noisy = x + sigma * torch.randn(x.shape, generator=generator)
     level = time_of(torch.tensor(sigma))
-    estimate = [denoiser(network)(part, level).mean for part in noisy.split(64)]
+    device = next(prior.parameters()).device
+    estimate = [prior(part.to(device), level.to(device)).mean.cpu() for part in noisy.split(64)]
     error = (torch.cat(estimate) - x).square().flatten(1).mean(1)
     return (10 * torch.log10(4 / error)).mean().item()
+
+
+@torch.no_grad()
+def draw_samples(
+    prior: Denoiser, shape: tuple[int, ...], generator: torch.Generator, steps: int = 32
+) -> Tensor:
+    """Unconditional samples in [-1, 1] by Heun's method with steps uniform in log sigma.
+
+    Args:
+        prior: a denoiser made by :func:`denoiser`.
+        shape: (B, C, H, W).
+        generator: of the initial noise.
+        steps: of the sampler; each takes two evaluations.
+    """
+    device = next(prior.parameters()).device
+    noise = SIGMA_MAX * torch.randn(shape, generator=generator)
+    sampler = HeunSampler(prior, steps=steps, silent=True)
+    parts = [sampler(part.to(device)).cpu() for part in noise.split(50)]
+    return torch.cat(parts).clamp(-1, 1)
 
 
 @torch.no_grad()
 def accuracy(network: nn.Module, images: np.ndarray, labels: np.ndarray) -> float:
     """The fraction of images (N, 28, 28), uint8, that a classifier names rightly."""
     x = torch.from_numpy(images).float().unsqueeze(1) / 127.5 - 1
-    guess = torch.cat([network(part).argmax(1) for part in x.split(500)])
+    device = next(network.parameters()).device
+    guess = torch.cat([network(part.to(device)).argmax(1).cpu() for part in x.split(500)])
     return (guess == torch.from_numpy(labels)).float().mean().item()

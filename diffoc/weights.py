@@ -1,11 +1,13 @@
-"""Weights of the small networks on disk: safetensors in half precision, with checksums."""
+"""Weights on disk: ours as safetensors in half precision, those of others as torch files."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from diffoc.data import LICENSES, load_weights, register_file
 from diffoc.networks import DigitClassifier
@@ -28,6 +30,28 @@ def write_weights(network: nn.Module, name: str, folder: Path) -> Path:
     license = LICENSES[TRAINED_ON[name]]
     register_file(path.name, license, f"python -m diffoc train {name}", folder)
     return path
+
+
+def read_torch_file(path: Path) -> dict[str, Tensor | dict]:
+    """The content of a torch file, on the CPU; no code in it is run.
+
+    Args:
+        path: an existing file.
+
+    Raises:
+        ValueError: if it is damaged, holds more than tensors and numbers, or no names.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # a damaged file makes the reader fail anywhere
+        raise ValueError(
+            f"{path} is damaged or no file of tensors ({error!r}): remove it and try again"
+        ) from error
+    if not isinstance(state, Mapping):
+        raise ValueError(f"{path} is no file of named tensors: remove it and try again")
+    return dict(state)
 
 
 def classifier(name: str = "mnist", folder: Path | None = None) -> DigitClassifier:

@@ -5,6 +5,10 @@ import math
 import numpy as np
 import pytest
 import torch
+from azula.denoise import DiracPosterior, GaussianDenoiser
+from azula.linalg.covariance import IsotropicCovariance
+from azula.noise import VESchedule
+from PIL import Image
 from torch import nn
 
 from diffoc import __main__, training
@@ -121,24 +125,37 @@ def test_time_of_inverts_the_schedule():
     torch.testing.assert_close(found, sigma, rtol=1e-5, atol=0)
 
 
-def test_psnr_of_an_untouched_image(monkeypatch):
+def test_psnr_of_an_untouched_image():
     """A denoiser that returns its input scores the noise: 10 log10(4 / sigma^2)."""
 
-    class Same:
-        def __call__(self, x, t):
-            return type("Posterior", (), {"mean": x})
+    class Same(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.unused = nn.Parameter(torch.zeros(()))
 
-    monkeypatch.setattr(training, "denoiser", lambda network: Same())
-    psnr = training.denoising_psnr(Tiny(), images(200, 16), 0.5)
+        def forward(self, x, t):
+            return DiracPosterior(x)
+
+    psnr = training.denoising_psnr(Same(), images(200, 16), 0.5)
     assert psnr == pytest.approx(10 * math.log10(4 / 0.25), abs=0.05)
+
+
+def test_samples_of_a_gaussian_have_its_spread():
+    """Heun's method maps the noise to N(m, s^2) when the denoiser is that Gaussian's."""
+    covariance = IsotropicCovariance(torch.tensor(0.2**2))
+    prior = GaussianDenoiser(torch.tensor(0.3), covariance, VESchedule(2e-3, 80.0))
+    prior.register_parameter("unused", nn.Parameter(torch.zeros(())))
+    found = training.draw_samples(prior, (60, 1, 8, 8), torch.Generator().manual_seed(0), 64)
+    assert found.mean().item() == pytest.approx(0.3, abs=0.01)
+    assert found.std().item() == pytest.approx(0.2, rel=0.03)
 
 
 def test_training_lowers_the_denoising_error():
     smooth = np.full((50, 8, 8), 200, dtype=np.uint8)
     run = start(tiny(images=8000, rate=1e-2), seed=1)
-    before = training.denoising_psnr(run.average, smooth, 0.5)
+    before = training.denoising_psnr(training.denoiser(run.average), smooth, 0.5)
     train(run, smooth)
-    assert training.denoising_psnr(run.average, smooth, 0.5) > before + 3
+    assert training.denoising_psnr(training.denoiser(run.average), smooth, 0.5) > before + 3
 
 
 def test_the_classifier_learns_bright_from_dark():
@@ -158,18 +175,84 @@ def test_shift_moves_and_fills_with_black():
     assert (moved == -1).any()
 
 
+def test_half_precision_trains_and_resumes_exactly(tmp_path):
+    """Autocast changes the passes, not the weights' precision nor the exactness of a resumption."""
+    whole = start(tiny(), seed=3, precision=torch.bfloat16)
+    train(whole, images())
+    full = start(tiny(), seed=3)
+    train(full, images())
+    half = start(tiny(), seed=3, precision=torch.bfloat16)
+    for _ in range(3):
+        step(half, images())
+    save(half, tmp_path / "run.pt")
+    resumed = resume(tiny(), tmp_path / "run.pt", precision=torch.bfloat16)
+    train(resumed, images())
+    assert whole.network.conv.weight.dtype == torch.float32
+    assert torch.equal(whole.network.conv.weight, resumed.network.conv.weight)
+    assert not torch.equal(whole.network.conv.weight, full.network.conv.weight)
+    torch.testing.assert_close(
+        whole.network.conv.weight, full.network.conv.weight, rtol=0, atol=5e-3
+    )
+    with pytest.raises(ValueError, match="precision"):
+        start(tiny(), precision=torch.float16)
+
+
+def test_a_compiled_network_trains_the_same_weights():
+    """The trainer calls what `compile` returned, and optimises the network behind it."""
+    runs = [start(tiny(), seed=2), start(tiny(), seed=2)]
+    train(runs[0], images())
+    calls = []
+
+    class Compiled(nn.Module):
+        def __init__(self, network):
+            super().__init__()
+            self.network = network
+
+        def forward(self, *args, **kwargs):
+            calls.append(1)
+            return self.network(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "compile", Compiled)
+        train(runs[1], images(), compile=True)
+    assert len(calls) == 8
+    assert torch.equal(runs[0].network.conv.weight, runs[1].network.conv.weight)
+
+
 @pytest.mark.parametrize(("side", "fold"), [(28, 2), (64, 4)])
 def test_backbones_fold_and_unfold(side, fold):
-    network = UNetBackbone(side, (32, 64), fold=fold)
+    network = UNetBackbone((32, 64), (1, 1), fold=fold)
     x = torch.randn(2, 1, side, side, generator=torch.Generator().manual_seed(0))
     y = network(x, torch.zeros(()))
     assert y.shape == x.shape
     torch.testing.assert_close(network(x, torch.zeros(2)), y)
 
 
-def test_a_backbone_that_cannot_be_halved_is_refused():
-    with pytest.raises(ValueError, match="side is 30"):
-        UNetBackbone(30, (32, 64), fold=2)
+def test_noise_beyond_the_trained_levels_counts_as_the_nearest():
+    network = UNetBackbone((16, 16), (1, 1))
+    x = torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    most = network(x, torch.tensor(math.log(80.0)))
+    torch.testing.assert_close(network(x, torch.tensor(9.0)), most)
+    assert not torch.allclose(network(x, torch.tensor(2.0)), most)
+
+
+def test_an_image_that_cannot_be_folded_is_refused():
+    with pytest.raises(ValueError, match=r"x has shape \(1, 1, 30, 32\)"):
+        UNetBackbone((32, 64), (1, 1), fold=4)(torch.zeros(1, 1, 30, 32), torch.zeros(()))
+
+
+def test_the_trainer_s_checkpoints_run_no_code(tmp_path):
+    class Touch:
+        def __reduce__(self):
+            return open, (str(tmp_path / "touched"), "w")
+
+    torch.save({"network": Touch()}, tmp_path / "run.pt")
+    with pytest.raises(ValueError, match="damaged or no file of tensors"):
+        resume(tiny(), tmp_path / "run.pt")
+    assert not (tmp_path / "touched").exists()
+    (tmp_path / "run.pt").write_bytes(b"half a fi")
+    with pytest.raises(ValueError, match="damaged"):
+        resume(tiny(), tmp_path / "run.pt")
 
 
 def test_sizes_are_as_promised():
@@ -193,3 +276,17 @@ def test_the_command_trains_goes_on_and_writes_weights(tmp_path, monkeypatch, ca
     trained = resume(recipe, checkpoint).average
     x = torch.from_numpy(pictures).float().unsqueeze(1) / 127.5 - 1
     torch.testing.assert_close(classifier(folder=out)(x), trained(x), rtol=1e-2, atol=1e-3)
+
+
+def test_the_command_reports_a_denoiser_with_a_sheet_of_samples(tmp_path, monkeypatch, capsys):
+    pictures = np.random.default_rng(1).integers(0, 256, (40, 28, 28), dtype=np.uint8)
+    monkeypatch.setattr("diffoc.data.mnist", lambda split: (pictures, np.arange(40) % 10))
+    recipe = Recipe(lambda: UNetBackbone((16, 16), (1, 1), fold=2), images=32, batch=16)
+    monkeypatch.setitem(training.RECIPES, "mnist", recipe)
+    checkpoint = tmp_path / "mnist.pt"
+    command = ["train", "mnist", "--checkpoint", str(checkpoint), "--out", str(tmp_path)]
+    assert __main__.main([*command, "--precision", "bf16"]) == 0
+    assert "PSNR at sigma 0.1, 0.3, 1" in capsys.readouterr().out
+    with Image.open(tmp_path / "mnist.png") as picture:
+        assert picture.size == (8 * 28 * 2, 2 * 28 * 2)
+    assert (tmp_path / "mnist.safetensors").exists()

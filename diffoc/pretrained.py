@@ -1,0 +1,302 @@
+r"""Pretrained priors by name: ours from `data/`, those of others from the cache or the hub.
+
+Every prior is an azula denoiser on images in [-1, 1]. A network depends on the noise only
+through the ratio :math:`\sigma_t / \alpha_t`, so the schedule it is used with need not be the one
+it was trained with: with :math:`c = (\alpha_t^2 + \sigma_t^2)^{-1/2}`, :math:`c x_t` is a sample
+of the variance-preserving process at :math:`\bar\alpha = (c \alpha_t)^2`.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+
+import httpx
+import torch
+from azula.denoise import Denoiser, DiracPosterior, KarrasDenoiser
+from azula.noise import Schedule, VPSchedule
+from azula.plugins import adm
+from azula.plugins.utils import load_cards
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from torch import Tensor, nn
+
+from diffoc import data, training
+from diffoc.downloads import RemoteFile, cache_folder, fetch
+from diffoc.weights import read_torch_file
+
+OURS = ("mnist", "faces64")
+
+# Sizes: the imagenet256 file's is exact, as its checksum; the others' are four bytes a parameter.
+REMOTE = {
+    "ffhq256": RemoteFile(
+        "ffhq_10m.pt",
+        "https://drive.google.com/uc?id=1BGwhRWUoguF-D8wlZ65tf227gp3cDUDh",
+        374_000_000,
+    ),
+    "imagenet256": RemoteFile(
+        "256x256_diffusion_uncond.pt",
+        "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/256x256_diffusion_uncond.pt",
+        2_211_383_297,
+        "a37c32fffd316cd494cf3f35b339936debdc1576dad13fe57c42399a5dbc78b1",
+    ),
+    "ffhq64": RemoteFile(
+        "edm-ffhq-64x64-uncond-vp.pkl",
+        "https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/edm-ffhq-64x64-uncond-vp.pkl",
+        250_000_000,
+    ),
+}
+_ADM_CARDS = {"ffhq256": "ffhq_256x256", "imagenet256": "imagenet_256x256"}
+
+
+def load_prior(
+    name_or_path: str | Path, schedule: Schedule | None = None, *, allow_pickle: bool = False
+) -> Denoiser:
+    """A pretrained prior: an azula denoiser on images in [-1, 1], in evaluation mode, float32.
+
+    Args:
+        name_or_path: one of
+
+            - "mnist" (1, 28, 28) and "faces64" (1, 64, 64): ours, in the repository;
+            - "ffhq256" (3, 256, 256), the weights of Chung et al. 2023 that the paper uses, and
+              "imagenet256" (3, 256, 256), of Dhariwal & Nichol 2021, both ADM networks; their
+              heads for the variance are cut off, and means are not clipped to [-1, 1], because
+              a controller needs the derivatives;
+            - "ffhq64" (3, 64, 64), of Karras et al. 2022, for which see `allow_pickle`;
+            - an unconditional pixel model of `diffusers`: "owner/name" on the Hugging Face hub,
+              such as "1aurent/mnist-28", or a local folder;
+            - a checkpoint of our trainer, a path ending in .pt.
+        schedule: of the noise; by default azula's variance-preserving one with
+            sigma / alpha from 0.01 to 100, about what all these networks were trained for.
+        allow_pickle: whether the file of "ffhq64", which is Python code as much as data, may be
+            run. It also needs a clone of https://github.com/NVlabs/edm on the Python path.
+
+    Raises:
+        FileNotFoundError: if a file is missing and cannot be downloaded.
+        ValueError: for an unknown name, a file that is damaged or of another kind, and for
+            "ffhq64" without `allow_pickle`.
+    """
+    if schedule is None:
+        schedule = VPSchedule(alpha_min=1e-2, sigma_min=1e-2)
+    name, path = str(name_or_path), Path(name_or_path)
+    if name in OURS:
+        weights = {key: value.float() for key, value in data.load_weights(name).items()}
+        network = training.RECIPES[name].build()
+        network.load_state_dict(weights)
+        prior: Denoiser = KarrasDenoiser(network, schedule)
+    elif name in _ADM_CARDS:
+        prior = _load_adm(name, schedule)
+    elif name == "ffhq64":
+        prior = _load_edm(schedule, allow_pickle)
+    elif path.suffix == ".pt":
+        prior = KarrasDenoiser(_network_of_checkpoint(path), schedule)
+    elif path.is_dir():
+        prior = _load_diffusers(path, schedule)
+    elif name.count("/") == 1 and all(name.split("/")) and not name.startswith("."):
+        prior = _load_diffusers(_from_hub(name), schedule)
+    else:
+        raise ValueError(
+            f"name_or_path is {name!r}, expected one of {sorted([*OURS, *REMOTE])}, the name "
+            "owner/name of a diffusers model, a folder that holds one, or a checkpoint "
+            "of `python -m diffoc train`, ending in .pt"
+        )
+    return prior.eval().requires_grad_(False)
+
+
+# --- ours -----------------------------------------------------------------------------------------
+
+
+def _network_of_checkpoint(path: Path) -> nn.Module:
+    state = training.read_checkpoint(path)
+    for name in OURS:
+        network = training.RECIPES[name].build()
+        try:
+            network.load_state_dict(state["average"])
+        except RuntimeError:
+            continue
+        return network
+    raise ValueError(f"path {path} holds another network than those of {', '.join(OURS)}")
+
+
+# --- ADM and EDM ----------------------------------------------------------------------------------
+
+
+def _load_adm(name: str, schedule: Schedule) -> Denoiser:
+    path = fetch(REMOTE[name])
+    state = read_torch_file(path)
+    config = load_cards(adm)[_ADM_CARDS[name]].config
+    prior = adm.make_model(**config, clip_mean=False, learn_var=False)
+    # The second half of the output channels is the interpolation of the variance.
+    for key in ("out.2.weight", "out.2.bias"):
+        if key in state:
+            state[key] = state[key][: config.get("image_channels", 3)]
+    try:
+        prior.backbone.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(f"{path} holds another network than {name}: {error}") from error
+    prior.schedule = schedule
+    return prior
+
+
+class EDMDenoiser(Denoiser):
+    r"""A network :math:`D(x_0 + \sigma z; \sigma)` of Karras et al. 2022 as azula denoiser.
+
+    azula's own `ElucidatedDenoiser` asks for a class label, which these networks have not.
+
+    Args:
+        backbone: called with images (B, C, H, W) and sigma (B,).
+        schedule: of the noise.
+    """
+
+    def __init__(self, backbone: nn.Module, schedule: Schedule) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.schedule = schedule
+
+    def forward(self, x_t: Tensor, t: Tensor, **kwargs: object) -> DiracPosterior:
+        """The estimate of x_0 given x_t (B, C, H, W) at time t, () or (B,)."""
+        alpha, sigma = _as_images(self.schedule, t, x_t)
+        ratio = (sigma / alpha).flatten().expand(len(x_t))
+        return DiracPosterior(self.backbone(x_t / alpha, ratio).to(x_t))
+
+
+def _load_edm(schedule: Schedule, allow_pickle: bool) -> Denoiser:
+    file = REMOTE["ffhq64"]
+    if not allow_pickle:
+        raise ValueError(
+            f"allow_pickle is False, but {file.name} is a pickle that runs code when it is read: "
+            "pass allow_pickle=True if you trust it"
+        )
+    path = fetch(file)
+    try:
+        with path.open("rb") as content:
+            backbone = pickle.load(content)["ema"]
+    except ModuleNotFoundError as error:
+        raise FileNotFoundError(
+            f"{path} needs the module {error.name!r}: clone https://github.com/NVlabs/edm and add "
+            "the folder to PYTHONPATH"
+        ) from error
+    except Exception as error:  # a damaged pickle fails anywhere
+        raise ValueError(f"{path} is damaged ({error!r}): remove it and try again") from error
+    return EDMDenoiser(backbone, schedule)
+
+
+# --- diffusers ------------------------------------------------------------------------------------
+
+
+class DiffusersDenoiser(Denoiser):
+    r"""An unconditional `diffusers` network as azula denoiser.
+
+    The network expects :math:`\sqrt{\bar\alpha_i} x_0 + \sqrt{1 - \bar\alpha_i} z` and the
+    timestep i; a noise level between two timesteps gets a fractional one, by linear
+    interpolation in the logarithm of the signal-to-noise ratio.
+
+    Args:
+        backbone: a `diffusers.UNet2DModel`.
+        alphas_cumprod: :math:`\bar\alpha_i`, decreasing, shape (steps,).
+        prediction_type: "epsilon", "sample" (of x_0) or "v_prediction".
+        schedule: of the noise.
+
+    Raises:
+        ValueError: for another prediction type.
+    """
+
+    def __init__(
+        self, backbone: nn.Module, alphas_cumprod: Tensor, prediction_type: str, schedule: Schedule
+    ) -> None:
+        super().__init__()
+        if prediction_type not in ("epsilon", "sample", "v_prediction"):
+            raise ValueError(
+                f"prediction_type is {prediction_type!r}, expected 'epsilon', 'sample' or "
+                "'v_prediction'"
+            )
+        self.backbone = backbone
+        self.prediction_type = prediction_type
+        self.schedule = schedule
+        bar = alphas_cumprod.double()
+        self.register_buffer("log_snr", (bar / (1 - bar)).log(), persistent=False)
+
+    def timestep(self, log_snr: Tensor) -> Tensor:
+        """The fractional timestep of a log-SNR, between the first and the last one."""
+        increasing = self.log_snr.flip(0)
+        index = torch.searchsorted(increasing, log_snr.to(increasing)).clamp(1, len(increasing) - 1)
+        below, above = increasing[index - 1], increasing[index]
+        fraction = ((log_snr - below) / (above - below)).clamp(0, 1)
+        return len(increasing) - 1 - (index - 1 + fraction)
+
+    def forward(self, x_t: Tensor, t: Tensor, **kwargs: object) -> DiracPosterior:
+        """The estimate of x_0 given x_t (B, C, H, W) at time t, () or (B,)."""
+        alpha, sigma = _as_images(self.schedule, t, x_t)
+        scale = torch.rsqrt(alpha**2 + sigma**2)
+        signal, noise, x = scale * alpha, scale * sigma, scale * x_t
+        timestep = self.timestep(2 * torch.log(alpha / sigma).flatten().double())
+        output = self.backbone(x, timestep.to(x).expand(len(x))).sample
+        # A head for the variance would be the second half of the channels.
+        output = output[:, : x.shape[1]]
+        if self.prediction_type == "epsilon":
+            return DiracPosterior((x - noise * output) / signal)
+        if self.prediction_type == "sample":
+            return DiracPosterior(output)
+        return DiracPosterior(signal * x - noise * output)
+
+
+def _from_hub(name: str) -> Path:
+    folder = cache_folder() / "hub"
+    try:
+        return Path(
+            snapshot_download(
+                name, cache_dir=folder, allow_patterns=["*.json", "*.safetensors", "*.bin"]
+            )
+        )
+    except (HfHubHTTPError, LocalEntryNotFoundError, httpx.TransportError) as error:
+        raise FileNotFoundError(
+            f"{name} is not in {folder} and cannot be downloaded ({error}): fetch the files of "
+            f"https://huggingface.co/{name}/tree/main (as a rule 1 to 500 MB) by hand, and pass "
+            "the folder you put them in as name_or_path"
+        ) from error
+
+
+def _load_diffusers(folder: Path, schedule: Schedule) -> Denoiser:
+    # Slow to import, and only needed here.
+    from diffusers import DDPMScheduler, UNet2DModel
+
+    for latent in ("vae", "vqvae"):
+        if (folder / latent).exists():
+            raise ValueError(f"{folder} is a latent model: only pixel models are priors here")
+    unet = folder / "unet" if (folder / "unet").is_dir() else folder
+    found = _read_json(unet / "config.json")
+    if found.get("_class_name") != "UNet2DModel":
+        raise ValueError(f"{unet} holds a {found.get('_class_name')}, expected a UNet2DModel")
+    if found.get("num_class_embeds") or found.get("class_embed_type"):
+        raise ValueError(f"{unet} holds a class-conditional network, expected an unconditional one")
+    home = folder / "scheduler" if (folder / "scheduler").is_dir() else folder
+    config = _read_json(home / "scheduler_config.json")
+    if "beta_schedule" not in config:
+        raise ValueError(
+            f"{home} has the scheduler {config.get('_class_name')}, expected one with discrete "
+            "timesteps and betas, such as DDPMScheduler or DDIMScheduler"
+        )
+    try:
+        backbone = UNet2DModel.from_pretrained(unet)
+    except OSError as error:
+        raise FileNotFoundError(f"{unet} has no weights of the network: {error}") from error
+    alphas_cumprod = DDPMScheduler.from_config(config).alphas_cumprod
+    kind = config.get("prediction_type", "epsilon")
+    return DiffusersDenoiser(backbone, alphas_cumprod, kind, schedule)
+
+
+def _read_json(path: Path) -> dict:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: expected a diffusers model or pipeline there")
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+
+
+def _as_images(schedule: Schedule, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Signal and noise scales at t, shaped to multiply images."""
+    alpha, sigma = schedule(t)
+    shape = alpha.shape + (1,) * (x.ndim - max(1, alpha.ndim))
+    return alpha.reshape(shape), sigma.reshape(shape)
