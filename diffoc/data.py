@@ -7,6 +7,9 @@ under the folder named by the environment variable ``DIFFOC_DATA``:
     $DIFFOC_DATA/MNIST/raw/    the four idx files of torchvision.datasets.MNIST, gzipped or not
     $DIFFOC_DATA/faces64.npz   arrays `train` and `test`, (N, 64, 64) uint8
 
+Where that variable is not set they are downloaded into the cache by torchvision and scikit-learn,
+which `pip install -e '.[train]'` brings.
+
 Images come as uint8 when they are material for training, and as float tensors in [-1, 1],
 v -> v / 127.5 - 1, when they are to be reconstructed.
 """
@@ -23,6 +26,8 @@ import numpy as np
 import torch
 from safetensors.torch import load
 from torch import Tensor
+
+from diffoc.downloads import cache_folder
 
 MANIFEST = "manifest.json"
 # Of the data sets, and so of the weights that are fitted to them.
@@ -153,7 +158,7 @@ def mnist(split: str, root: Path | str | None = None) -> tuple[np.ndarray, np.nd
 
     Arguments:
         split: "train" or "test".
-        root: folder that holds MNIST/raw; $DIFFOC_DATA by default.
+        root: folder that holds MNIST/raw; $DIFFOC_DATA by default, else a download of 12 MB.
 
     Returns images (N, 28, 28) uint8 and labels (N,) uint8. Raises ValueError for another split or
     a damaged file, FileNotFoundError, saying where to get the file, if one is missing.
@@ -162,7 +167,8 @@ def mnist(split: str, root: Path | str | None = None) -> tuple[np.ndarray, np.nd
     """
     if split not in _IDX:
         raise ValueError(f"split must be 'train' or 'test', got {split!r}")
-    folder = _external_root(root) / "MNIST" / "raw"
+    root = root or os.environ.get("DIFFOC_DATA")
+    folder = (Path(root) if root else _download_mnist()) / "MNIST" / "raw"
     images, labels = (_read_idx(folder / name) for name in _IDX[split])
     if images.ndim != 3 or labels.shape != images.shape[:1]:
         raise ValueError(
@@ -182,7 +188,8 @@ def faces(split: str, size: int = 64, root: Path | str | None = None) -> np.ndar
     Arguments:
         split: "train" or "test"; no person is in both.
         size: side in pixels, a divisor of 64.
-        root: folder that holds faces64.npz; $DIFFOC_DATA by default.
+        root: folder that holds faces64.npz; $DIFFOC_DATA by default, else a download of 200 MB
+            whose crops are alike but not the same, nor is the split, by persons too.
 
     Returns images (N, size, size) uint8. Raises ValueError for another split or size or a damaged
     file, FileNotFoundError if the file is missing.
@@ -193,7 +200,8 @@ def faces(split: str, size: int = 64, root: Path | str | None = None) -> np.ndar
         raise ValueError(f"split must be 'train' or 'test', got {split!r}")
     if size < 1 or 64 % size:
         raise ValueError(f"size must be a divisor of 64, got {size}")
-    path = _external_root(root) / "faces64.npz"
+    root = root or os.environ.get("DIFFOC_DATA")
+    path = Path(root) / "faces64.npz" if root else _download_faces()
     if not path.is_file():
         raise FileNotFoundError(
             f"{path} is missing: it holds uint8 arrays `train` and `test` of shape (N, 64, 64), "
@@ -259,14 +267,52 @@ def _digits_bytes() -> tuple[np.ndarray, np.ndarray]:
         return archive["images"], archive["labels"]
 
 
-def _external_root(root: Path | str | None) -> Path:
-    root = os.environ.get("DIFFOC_DATA") if root is None else root
-    if not root:
-        raise FileNotFoundError(
-            "the environment variable DIFFOC_DATA is not set: set it to the folder that holds "
-            "MNIST/raw and faces64.npz, or pass root"
+def _download_mnist() -> Path:
+    """The folder that torchvision has downloaded MNIST to, now or earlier."""
+    folder = cache_folder() / "datasets"
+    try:
+        from torchvision.datasets import MNIST
+
+        MNIST(folder, download=True)
+    except (ImportError, RuntimeError, OSError) as error:
+        raise _not_downloaded("MNIST/raw", error) from error
+    return folder
+
+
+def _download_faces() -> Path:
+    """A file like faces64.npz in the cache, made from what scikit-learn downloads."""
+    path = cache_folder() / "datasets" / "faces64.npz"
+    if path.is_file():
+        return path
+    try:
+        from sklearn.datasets import fetch_lfw_people
+
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # The square of the 250 x 250 pictures whose eyes and mouth lie as `_CROPS` says.
+        lfw = fetch_lfw_people(
+            data_home=path.parent, resize=None, slice_=(slice(68, 184), slice(67, 183))
         )
-    return Path(root)
+    except (ImportError, OSError) as error:
+        raise _not_downloaded("faces64.npz", error) from error
+    from skimage.transform import resize
+
+    scale = 255 if lfw.images.max() <= 1 else 1
+    images = [resize(scale * image, (64, 64), anti_aliasing=True) for image in lfw.images]
+    pixels = np.rint(images).clip(0, 255).astype(np.uint8)
+    persons = np.unique(lfw.target)
+    tested = np.isin(lfw.target, persons[:: max(2, len(persons) // 240)])
+    part = path.with_name("faces64.part.npz")
+    np.savez_compressed(part, train=pixels[~tested], test=pixels[tested])
+    os.replace(part, path)
+    return path
+
+
+def _not_downloaded(what: str, error: Exception) -> FileNotFoundError:
+    return FileNotFoundError(
+        f"{what} cannot be downloaded ({error}): the environment variable DIFFOC_DATA is not set; "
+        "set it to the folder that holds MNIST/raw and faces64.npz, or install what downloads "
+        "them with `pip install -e '.[train]'`"
+    )
 
 
 def _read_idx(path: Path) -> np.ndarray:

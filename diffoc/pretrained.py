@@ -12,7 +12,7 @@ import json
 import pickle
 from pathlib import Path
 
-import httpx
+import httpx2
 import torch
 from azula.denoise import Denoiser, DiracPosterior, KarrasDenoiser
 from azula.noise import Schedule, VPSchedule
@@ -249,7 +249,7 @@ def _from_hub(name: str) -> Path:
                 name, cache_dir=folder, allow_patterns=["*.json", "*.safetensors", "*.bin"]
             )
         )
-    except (HfHubHTTPError, LocalEntryNotFoundError, httpx.TransportError) as error:
+    except (HfHubHTTPError, LocalEntryNotFoundError, httpx2.TransportError) as error:
         raise FileNotFoundError(
             f"{name} is not in {folder} and cannot be downloaded ({error}): fetch the files of "
             f"https://huggingface.co/{name}/tree/main (as a rule 1 to 500 MB) by hand, and pass "

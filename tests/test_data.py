@@ -2,6 +2,9 @@
 
 import gzip
 import json
+import shutil
+import sys
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -74,12 +77,74 @@ def test_test_split_is_complete_and_reads_the_environment(mnist_root, monkeypatc
     assert np.array_equal(read_labels, labels)
 
 
-def test_mnist_says_what_is_missing(tmp_path, monkeypatch):
+def fake_module(monkeypatch, name, **content):
+    module = ModuleType(name)
+    vars(module).update(content)
+    monkeypatch.setitem(sys.modules, name, module)
+
+
+@pytest.fixture
+def downloading(tmp_path, monkeypatch):
+    """No DIFFOC_DATA, an empty cache, and libraries that fail as they do offline."""
+    monkeypatch.delenv("DIFFOC_DATA", raising=False)
+    monkeypatch.setenv("DIFFOC_CACHE", str(tmp_path / "cache"))
+
+    def offline(*args, **kwargs):
+        raise RuntimeError("Error downloading train-images-idx3-ubyte.gz")
+
+    def unreachable(*args, **kwargs):
+        raise OSError("Network is unreachable")
+
+    fake_module(monkeypatch, "torchvision")
+    fake_module(monkeypatch, "torchvision.datasets", MNIST=offline)
+    fake_module(monkeypatch, "sklearn")
+    fake_module(monkeypatch, "sklearn.datasets", fetch_lfw_people=unreachable)
+    return tmp_path / "cache" / "datasets"
+
+
+def test_data_sets_that_cannot_be_downloaded_say_what_to_do(downloading, monkeypatch):
+    for read in (data.mnist, data.faces):
+        with pytest.raises(FileNotFoundError, match="DIFFOC_DATA is not set"):
+            read("train")
+    monkeypatch.setitem(sys.modules, "torchvision.datasets", None)  # not installed
+    with pytest.raises(FileNotFoundError, match=r"pip install -e '\.\[train\]'"):
+        data.mnist("train")
+
+
+def test_mnist_is_read_from_where_torchvision_puts_it(downloading, mnist_root, monkeypatch):
+    def download(root, download):
+        assert download
+        shutil.copytree(mnist_root[0] / "MNIST", root / "MNIST")
+
+    fake_module(monkeypatch, "torchvision.datasets", MNIST=download)
+    assert np.array_equal(data.mnist("train")[0], mnist_root[3])
+
+
+def test_faces_are_cropped_and_split_by_person(downloading, monkeypatch):
+    """Of 1000 persons with two pictures each; grey levels tell the persons apart."""
+    persons = np.arange(1000).repeat(2)
+    calls = []
+
+    def fetch(data_home, resize, slice_):
+        calls.append(data_home)
+        side = slice_[0].stop - slice_[0].start
+        assert side == slice_[1].stop - slice_[1].start
+        images = np.broadcast_to((persons / 1000)[:, None, None], (2000, side, side))
+        return SimpleNamespace(images=images.astype(np.float32), target=persons)
+
+    fake_module(monkeypatch, "sklearn.datasets", fetch_lfw_people=fetch)
+    train, test = data.faces("train"), data.faces("test")
+    assert calls == [downloading]  # the second call found the file
+    assert len(train) + len(test) == 2000
+    assert 0.02 < len(test) / 2000 < 0.3
+    levels = np.rint(255 * persons / 1000)
+    assert sorted([*train[:, 5, 5], *test[:, 5, 5]]) == sorted(levels.astype(int))
+    assert len(test) % 2 == 0
+
+
+def test_mnist_says_what_is_missing(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"train-images-idx3-ubyte.*https.*DIFFOC_DATA"):
         data.mnist("train", tmp_path)
-    monkeypatch.delenv("DIFFOC_DATA", raising=False)
-    with pytest.raises(FileNotFoundError, match="DIFFOC_DATA is not set"):
-        data.mnist("train")
     with pytest.raises(ValueError, match="split"):
         data.mnist("validation", tmp_path)
 
