@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -73,6 +74,19 @@ def train(args: argparse.Namespace) -> int:
     return 0
 
 
+def evaluate(name: str, samples: int, out: Path) -> int:
+    """Prints what the prior's card reports, and writes a sheet of its samples."""
+    from diffoc.evaluation import report
+    from diffoc.figures import write_sheet
+
+    numbers, drawn = report(name, samples)
+    print(json.dumps(numbers, indent=2))
+    out.mkdir(parents=True, exist_ok=True)
+    write_sheet(drawn[:64], out / f"samples_{name}.png")
+    print(out / f"samples_{name}.png")
+    return 0
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs one command and returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m diffoc", description=__doc__)
@@ -95,6 +109,10 @@ def main(argv: list[str] | None = None) -> int:
     trainer.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     trainer.add_argument("--compile", action="store_true", help="compile the network: for a GPU")
     trainer.add_argument("--every", type=float, default=300, metavar="SECONDS", help="report")
+    judge = commands.add_parser("evaluate", help="measure a small prior, as its card reports it")
+    judge.add_argument("name", choices=["mnist", "faces64"])
+    judge.add_argument("--samples", type=int, default=1000)
+    judge.add_argument("--out", type=Path, default=ROOT / "build", metavar="DIR")
     args = parser.parse_args(argv)
 
     # Activations and optimiser states decay into denormals, which halve the speed of a CPU.
@@ -108,6 +126,8 @@ def main(argv: list[str] | None = None) -> int:
             return run(args.paths or find(ROOT / "notebooks"), args.out, args.in_place)
         if args.command == "train":
             return train(args)
+        if args.command == "evaluate":
+            return evaluate(args.name, args.samples, args.out)
         from diffoc.recipes import fit_mixture_prior
 
         fit_mixture_prior(args.name, args.out, args.seed)

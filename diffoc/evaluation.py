@@ -1,0 +1,88 @@
+"""What the cards of the small priors report: denoising and unconditional samples."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from azula.denoise import Denoiser
+from azula.noise import VESchedule
+from torch import Tensor
+
+from diffoc.metrics import frechet_distance
+from diffoc.networks import SIGMA_MAX, SIGMA_MIN, DigitClassifier
+from diffoc.pretrained import load_prior
+from diffoc.training import denoising_psnr, draw_samples
+
+SIGMAS = (0.1, 0.3, 1.0)
+
+
+def trained(name: str) -> Denoiser:
+    """A prior of the repository, with the schedule it was trained with: sigma from 0.002 to 80."""
+    return load_prior(name, VESchedule(SIGMA_MIN, SIGMA_MAX))
+
+
+def denoising_report(prior: Denoiser, held_out: np.ndarray) -> dict[str, float]:
+    """PSNR in dB of denoised held-out images.
+
+    Args:
+        prior: made by :func:`trained`.
+        held_out: uint8, (N, H, W).
+    """
+    return {f"psnr_sigma_{s:g}": round(denoising_psnr(prior, held_out, s), 2) for s in SIGMAS}
+
+
+@torch.no_grad()
+def digits_report(
+    samples: Tensor, classifier: DigitClassifier, real: Tensor
+) -> dict[str, float | list[float]]:
+    """What a classifier says of samples of digits.
+
+    Args:
+        samples: (N, 1, 28, 28) in [-1, 1].
+        classifier: of digits.
+        real: held-out digits in the same form, for the Fréchet distance.
+
+    Returns:
+        confident: the fraction whose largest probability is above 0.9; confident_real: of `real`;
+        classes: the fraction of each class among the samples, largest probability;
+        frechet: the distance to `real` in the classifier's last hidden layer (128 features);
+        frechet_real: that of one half of `real` to the other, what a perfect prior would score.
+    """
+    generated, truth = classifier(samples).softmax(1), classifier(real).softmax(1)
+    counts = generated.argmax(1).bincount(minlength=10) / len(samples)
+    of_samples, of_real = classifier.features(samples), classifier.features(real)
+    return {
+        "confident": round((generated.amax(1) > 0.9).float().mean().item(), 4),
+        "confident_real": round((truth.amax(1) > 0.9).float().mean().item(), 4),
+        "classes": [round(c, 3) for c in counts.tolist()],
+        "frechet": round(frechet_distance(of_samples, of_real), 3),
+        "frechet_real": round(frechet_distance(of_real[::2], of_real[1::2]), 3),
+    }
+
+
+def report(name: str, samples: int = 1000, seed: int = 0) -> tuple[dict, Tensor]:
+    """All that a card reports of a prior, and the samples that were judged.
+
+    Args:
+        name: "mnist" or "faces64".
+        samples: how many to draw.
+        seed: of the samples.
+
+    Raises:
+        FileNotFoundError: if the held-out images are missing.
+    """
+    from diffoc import data
+    from diffoc.weights import classifier
+
+    prior = trained(name)
+    generator = torch.Generator().manual_seed(seed)
+    if name == "mnist":
+        held_out, _ = data.mnist("test")
+        drawn = draw_samples(prior, (samples, 1, 28, 28), generator)
+        real = torch.from_numpy(held_out).float().unsqueeze(1) / 127.5 - 1
+        judged = digits_report(drawn, classifier(), real)
+        # The first thousand suffice for a hundredth of a dB.
+        return denoising_report(prior, held_out[:1000]) | judged, drawn
+    held_out = data.faces("test")
+    drawn = draw_samples(prior, (samples, 1, 64, 64), generator)
+    return denoising_report(prior, held_out), drawn
