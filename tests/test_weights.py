@@ -5,6 +5,7 @@ import torch
 
 from diffoc import data
 from diffoc.networks import DigitClassifier
+from diffoc.training import RECIPES, denoiser, time_of
 from diffoc.weights import classifier, write_weights
 
 
@@ -15,6 +16,25 @@ def test_half_precision_gives_the_same_results_to_a_percent(tmp_path):
     assert path.stat().st_size < 2 * 422_000 + 4096
     x = torch.rand(8, 1, 28, 28) * 2 - 1
     torch.testing.assert_close(classifier(folder=tmp_path)(x), network(x), rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["mnist", "faces64"])
+def test_a_denoiser_in_half_precision_estimates_the_same_to_a_percent(name, tmp_path):
+    torch.manual_seed(0)
+    network, read = RECIPES[name].build(), RECIPES[name].build()
+    path = write_weights(network, name, tmp_path)
+    assert path.stat().st_size < 16 * 2**20
+    read.load_state_dict({k: v.float() for k, v in data.load_weights(name, tmp_path).items()})
+    side = 28 if name == "mnist" else 64
+    x = torch.randn(2, 1, side, side)
+    for sigma in (0.01, 0.3, 5.0):
+        t = time_of(torch.tensor(sigma))
+        with torch.no_grad():
+            expected, found = (
+                denoiser(network)(sigma * x, t).mean,
+                denoiser(read)(sigma * x, t).mean,
+            )
+        assert (found - expected).abs().max() < 1e-2 * expected.abs().max()
 
 
 def test_the_shipped_classifier_reads_digits_that_it_has_never_seen():
