@@ -1,0 +1,162 @@
+r"""The Riccati recursion with a value Hessian of rank k, exact and free of matrices.
+
+If the control cost is :math:`\frac12 r \|u\|^2` and the terminal Hessian is
+:math:`Z S Z^T` with Z of shape (n, k), every value Hessian of the recursion has that form. With
+:math:`W = f_x^T Z`, :math:`U = f_u^T Z`, :math:`G = U^T U` and :math:`\rho = r + a`,
+
+.. math::
+    Q_{xx} &= W S W^T, \quad Q_{uu} = r I + U S U^T, \quad Q_{ux} = U S W^T \\
+    (Q_{uu} + a I)^{-1} &= \frac1\rho (I - U M U^T), \qquad M = S (\rho I + G S)^{-1} \\
+    K &= -U M W^T, \qquad k = -\frac1\rho (Q_u - U M U^T Q_u) \\
+    V_{xx} &= W S' W^T, \qquad S' = S + M (r G + G S G) M - M G S - S G M
+
+so a step costs k + 1 vector-Jacobian products and algebra of k x k. Nothing is projected again
+(unlike in the paper's Appendix D.1, see :mod:`diffoc.projected`); the one approximation is that of
+the terminal Hessian. Vectors are (B, n), factors (B, n, k), as in :mod:`diffoc.riccati`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class MatrixFreeStep:
+    """Dynamics and control cost at one step of the trajectory, for products only.
+
+    Attributes:
+        pullback: maps cotangents of the next state, (c, B, n), to those of x, (c, B, n), and of
+            u, (c, B, m), in one backward pass.
+        u: the nominal control, flat, (B, m).
+        r: weight of the control cost.
+    """
+
+    pullback: Callable[[Tensor], tuple[Tensor, Tensor]]
+    u: Tensor
+    r: float
+
+
+@dataclass(frozen=True)
+class LowRankGains:
+    r"""The locally optimal control of one step, :math:`\delta u = \epsilon k - U M W^T \delta x`.
+
+    Attributes:
+        k: feedforward, (B, m).
+        U, M, W: the factors of the feedback, (B, m, k), (B, k, k) and (B, n, k).
+        slope, curvature, definite: as in :class:`diffoc.riccati.Gains`.
+    """
+
+    k: Tensor
+    U: Tensor
+    M: Tensor
+    W: Tensor
+    slope: Tensor
+    curvature: Tensor
+    definite: Tensor
+
+    def feedback(self, dx: Tensor) -> Tensor:
+        """K dx, for flat deviations dx (B, n)."""
+        return -_times(self.U, _times(self.M, _times(self.W.mT, dx)))
+
+
+@dataclass(frozen=True)
+class LowRankValue:
+    """The value function's gradient Vx (B, n) and Hessian Z S Z^T, (B, n, k) and (B, k, k)."""
+
+    Vx: Tensor
+    Z: Tensor
+    S: Tensor
+
+    def step_back(
+        self, e: MatrixFreeStep, a: Tensor, update: str
+    ) -> tuple[LowRankGains, LowRankValue]:
+        """One Riccati step; arguments as for :meth:`diffoc.riccati.DenseValue.step_back`.
+
+        Its result is that of the dense step for the same Hessian, up to rounding.
+        """
+        cotangents = torch.cat([self.Vx.unsqueeze(0), self.Z.movedim(-1, 0)])
+        in_x, in_u = e.pullback(cotangents)
+        Qx, W = in_x[0], in_x[1:].movedim(0, -1)
+        Qu, U = e.r * e.u + in_u[0], in_u[1:].movedim(0, -1)
+        S, r, rho = self.S, e.r, (e.r + a)[:, None, None]
+
+        G = U.mT @ U
+        M, definite = _woodbury(S, G, rho)
+        rho = torch.where(rho > 0, rho, 1)[..., 0]
+        k = -(Qu - _times(U, _times(M, _times(U.mT, Qu)))) / rho
+        k = torch.where(definite[:, None], k, 0)
+
+        UTk = _times(U.mT, k)
+        Quuk = r * k + _times(U, _times(S, UTk))
+        squared = M @ (r * G + G @ S @ G) @ M  # of K^T Quu K = W squared W^T
+        if update == "paper":
+            Vx = Qx + _times(W, _times(M, _times(U.mT, Quuk)))  # Eq. 48
+            new_S = S - squared  # Eq. 49
+        else:
+            Vx = Qx - _times(W, _times(M, _times(U.mT, Quuk + Qu)) - _times(S, UTk))
+            cross = M @ G @ S
+            new_S = S + squared - cross - cross.mT
+        slope, curvature = (k * Qu).sum(-1), (k * Quuk).sum(-1)
+        gains = LowRankGains(k, U, M, W, slope, curvature, definite)
+        return gains, LowRankValue(Vx, W, (new_S + new_S.mT) / 2)
+
+
+def linearize_step(
+    dynamics: Callable[[int, Tensor, Tensor], Tensor], i: int, x: Tensor, u: Tensor
+) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor]]]:
+    """The next states, and their pullback through the activations that this call keeps.
+
+    Args:
+        dynamics: maps (i, x, u) to the next states.
+        i: the step.
+        x, u: states and controls, (B, ...).
+
+    Returns:
+        The next states, and :attr:`MatrixFreeStep.pullback`.
+    """
+    x, u = x.detach().requires_grad_(), u.detach().requires_grad_()
+    with torch.enable_grad():
+        y = dynamics(i, x, u)
+
+    def pullback(cotangents: Tensor) -> tuple[Tensor, Tensor]:
+        grads = torch.autograd.grad(
+            y,
+            (x, u),
+            cotangents.reshape(len(cotangents), *y.shape),
+            is_grads_batched=True,
+            retain_graph=True,
+            materialize_grads=True,
+        )
+        in_x, in_u = (g.flatten(2).detach() for g in grads)
+        return in_x, in_u
+
+    return y.detach(), pullback
+
+
+def _woodbury(S: Tensor, G: Tensor, rho: Tensor) -> tuple[Tensor, Tensor]:
+    """M = S (rho I + G S)^-1, and whether rho I + U S U^T is positive definite, (B,).
+
+    The matrix has the eigenvalue rho across the span of U, and those of rho I + L^T S L within,
+    with G = L L^T; an eigenvalue that is rounding of the largest counts as zero.
+    """
+    k = S.shape[-1]
+    eye = torch.eye(k, dtype=S.dtype, device=S.device)
+    values, vectors = torch.linalg.eigh(G)
+    root = vectors * values.clamp(min=0).sqrt().unsqueeze(-2)
+    inside = torch.linalg.eigvalsh(root.mT @ S @ root)
+    spectrum = torch.cat([rho[..., 0], rho[..., 0] + inside], dim=-1)
+    floor = torch.finfo(S.dtype).eps * spectrum.abs().amax(-1)
+    definite = spectrum.amin(-1) > floor
+    safe = torch.where(definite[:, None, None], rho * eye + G @ S, eye)
+    # S (rho I + G S)^-1 = ((rho I + S G)^-1 S)^T for symmetric S and G.
+    M = torch.linalg.solve(safe.mT, S)
+    M = torch.where(definite[:, None, None], (M + M.mT) / 2, 0)
+    return M, definite
+
+
+def _times(A: Tensor, v: Tensor) -> Tensor:
+    return (A @ v.unsqueeze(-1)).squeeze(-1)
