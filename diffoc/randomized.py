@@ -1,0 +1,102 @@
+r"""Randomised low-rank approximation of matrices that are known by their products only.
+
+Halko, Martinsson & Tropp 2011 (doi:10.1137/090771806). A batch of square matrices (B, n, n) is a
+function that maps (B, n, c) to (B, n, c). Every routine needs `rank + oversampling` random
+directions; their cost is counted in products with one column.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Product = Callable[[Tensor], Tensor]
+
+
+def range_finder(product: Product, directions: Tensor, power: int = 0) -> Tensor:
+    """Orthonormal columns whose span nearly contains the range of a matrix, (B, n, c).
+
+    Algorithm 4.1, or 4.4 with `power` iterations for a symmetric matrix.
+
+    Args:
+        product: with the matrix.
+        directions: standard normal, (B, n, c), c at most n.
+        power: each iteration takes c products more.
+    """
+    Q = torch.linalg.qr(product(directions)).Q
+    for _ in range(power):
+        Q = torch.linalg.qr(product(Q)).Q
+    return Q
+
+
+def symmetric_eigen(
+    product: Product, directions: Tensor, rank: int, power: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Approximate eigenvectors (B, n, rank) and eigenvalues (B, rank), largest in magnitude first.
+
+    Algorithm 5.3: the matrix is compressed to its approximate range; (2 + power) c products.
+
+    Args:
+        product: with the symmetric matrix.
+        directions: standard normal, (B, n, c), c at least `rank`.
+        rank: how many to keep.
+        power: of :func:`range_finder`.
+    """
+    Q = range_finder(product, directions, power)
+    small = Q.mT @ product(Q)
+    values, vectors = torch.linalg.eigh((small + small.mT) / 2)
+    keep = values.abs().topk(rank, dim=-1).indices
+    vectors = vectors.gather(-1, keep.unsqueeze(-2).expand(*vectors.shape[:-1], rank))
+    return Q @ vectors, values.gather(-1, keep)
+
+
+def nystrom(product: Product, directions: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    r"""As :func:`symmetric_eigen`, of a positive semidefinite matrix, in c products.
+
+    The matrix is approximated by :math:`Y (\Omega^T Y)^+ Y^T`, :math:`Y = H \Omega`, after a shift
+    that keeps the core positive definite in floating point, which is taken back at the end.
+
+    Args:
+        product, directions, rank: as for :func:`symmetric_eigen`.
+
+    Source: Halko et al., Algorithm 5.5; the shift is of Tropp, Yurtsever, Udell & Cevher 2017
+    (arXiv:1706.05736), Algorithm 3.
+    """
+    basis = torch.linalg.qr(directions).Q
+    Y = product(basis)
+    # The core is inverted: its rounding errors must stay below the shift.
+    shift = 10 * torch.finfo(Y.dtype).eps * torch.linalg.matrix_norm(Y, ord="fro")[..., None, None]
+    shift = shift.clamp(min=torch.finfo(Y.dtype).tiny)
+    shifted = Y + shift * basis
+    core = basis.mT @ shifted
+    L = torch.linalg.cholesky((core + core.mT) / 2)
+    half = torch.linalg.solve_triangular(L, shifted.mT, upper=False).mT
+    U, s, _ = torch.linalg.svd(half, full_matrices=False)
+    values = (s.square() - shift[..., 0]).clamp(min=0)
+    return U[..., :rank], values[..., :rank]
+
+
+def range_error_bound(next_singular_value: float, n: int, rank: int, oversampling: int) -> float:
+    r"""The bound of Theorem 1.1 on the mean spectral error of :func:`range_finder`.
+
+    .. math:: E\|A - Q Q^T A\| \le
+        \Big(1 + \frac{4 \sqrt{k + p}}{p - 1} \sqrt{n}\Big) \sigma_{k + 1}
+
+    Args:
+        next_singular_value: :math:`\sigma_{k+1}` of the (n, n) matrix.
+        n: its size.
+        rank: k, at least 2.
+        oversampling: p, at least 2, with k + p at most n.
+
+    Raises:
+        ValueError: outside those ranges.
+    """
+    if rank < 2 or oversampling < 2 or rank + oversampling > n:
+        raise ValueError(
+            f"rank and oversampling are {rank} and {oversampling}, expected at least 2 and "
+            f"together at most {n}"
+        )
+    factor = 1 + 4 * (rank + oversampling) ** 0.5 / (oversampling - 1) * n**0.5
+    return factor * next_singular_value
