@@ -54,10 +54,14 @@ class ControlCost:
         if weights.ndim > 1 or not (weights >= 0).all():
             raise ValueError("weights must be a number or of shape (T,), and not negative")
 
-    def __call__(self, i: int, x: Tensor, u: Tensor) -> Tensor:
+    def weight(self, i: int) -> float:
+        """r of step i."""
         r = self.weights
         if isinstance(r, Tensor) and r.ndim == 1:
             if i >= len(r):
                 raise ValueError(f"weights has {len(r)} steps, but there is a step {i}")
-            r = r[i].item()
-        return 0.5 * r * u.flatten(1).square().sum(dim=1)
+            return r[i].item()
+        return float(r)
+
+    def __call__(self, i: int, x: Tensor, u: Tensor) -> Tensor:
+        return 0.5 * self.weight(i) * u.flatten(1).square().sum(dim=1)

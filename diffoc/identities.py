@@ -16,7 +16,7 @@ from azula.noise import VPSchedule
 from torch import Tensor
 
 from diffoc.costs import ControlCost, GaussianLikelihood
-from diffoc.ilqr import ControlProblem, ILQRResult, ilqr
+from diffoc.ilqr import ILQRResult, ilqr
 from diffoc.linear_gaussian import (
     LinearGaussian,
     as_mixture,
@@ -28,6 +28,7 @@ from diffoc.linear_gaussian import (
 from diffoc.operators import LinearMeasurement
 from diffoc.priors import GaussianPrior
 from diffoc.process import ReverseProcess, drift_and_diffusion
+from diffoc.sweeps import ControlProblem
 
 EXACT = 1e-12
 """The bound on the relative error of what is equal in exact arithmetic."""

@@ -9,114 +9,36 @@ An iteration expands it around the nominal trajectory, sweeps backward for the g
 
 .. math:: u_i^* = u_i + \epsilon k_i + K_i (x_i^* - x_i) , \quad x_{i+1}^* = f(i, x_i^*, u_i^*) ,
 
-with a backtracking line search on :math:`\epsilon` and Tikhonov regularisation of Quu, both of
-each problem of the batch on its own.
+with a backtracking line search on :math:`\epsilon` (or Adam, Eq. 80) and Tikhonov regularisation
+of Quu, both of each problem of the batch on its own. How derivatives are represented, as dense
+matrices (:class:`diffoc.riccati.Dense`) or by products only (:class:`diffoc.lowrank.MatrixFree`),
+the controller does not know.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from diffoc.riccati import (
-    VALUE_UPDATES,
-    DenseValue,
-    Expansion,
-    Gains,
-    SingularControlHessianError,
-    control_gradient,
-    expand_step,
-    terminal_value,
-)
+from diffoc.lowrank import LowRankGains, MatrixFree
+from diffoc.riccati import VALUE_UPDATES, Dense, Gains, SingularControlHessianError
+from diffoc.rules import Adam, AdamState, LineSearch, Tikhonov
+from diffoc.sweeps import ControlProblem, Trajectory, backward_sweep, forward_sweep, roll_out
 
 
-@dataclass(frozen=True)
-class ControlProblem:
-    """A controlled system with costs; every callable is batched and differentiable.
+class DivergenceError(RuntimeError):
+    """A trajectory left the finite numbers; `result` is the best one before.
 
     Attributes:
-        dynamics: maps (i, x, u) to the next states; x is (B, ...), u is (B, ...).
-        running_cost: maps (i, x, u) to costs (B,), not necessarily dependent on x.
-        terminal_cost: maps final states to costs (B,).
-        horizon: the number T of steps.
+        result: an :class:`ILQRResult`.
     """
 
-    dynamics: Callable[[int, Tensor, Tensor], Tensor]
-    running_cost: Callable[[int, Tensor, Tensor], Tensor]
-    terminal_cost: Callable[[Tensor], Tensor]
-    horizon: int
-
-    def rollout(self, x: Tensor, controls: Tensor) -> Tensor:
-        """The states (T + 1, B, ...) from x (B, ...) under controls (T, B, ...)."""
-        states = [x]
-        for i in range(self.horizon):
-            states.append(self.dynamics(i, states[-1], controls[i]))
-        return torch.stack(states)
-
-    def cost(self, states: Tensor, controls: Tensor) -> Tensor:
-        """The total cost J, Eq. 10, (B,)."""
-        running = (self.running_cost(i, states[i], controls[i]) for i in range(self.horizon))
-        return sum(running, self.terminal_cost(states[-1]))
-
-
-@dataclass(frozen=True)
-class Tikhonov:
-    """The quadratic schedule of Tassa et al. 2012 (doi:10.1109/IROS.2012.6386025, Sec. II-F).
-
-    After a success the constant shrinks faster and faster, to zero below `minimum`; after a
-    failed factorisation or line search it grows faster and faster, up to `maximum`.
-    """
-
-    initial: float = 0.0
-    minimum: float = 1e-8
-    maximum: float = 1e12
-    factor: float = 2.0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.initial <= self.maximum or not 0 < self.minimum <= self.maximum:
-            raise ValueError(
-                f"initial, minimum and maximum are {self.initial}, {self.minimum} and "
-                f"{self.maximum}: expected 0 <= initial <= maximum and 0 < minimum <= maximum"
-            )
-        if not self.factor > 1:
-            raise ValueError(f"factor is {self.factor}, expected above 1")
-
-    def shrink(self, a: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
-        """The next constant and its factor, after a success; (B,) each."""
-        delta = (delta / self.factor).clamp(max=1 / self.factor)
-        a = a * delta
-        return torch.where(a >= self.minimum, a, 0), delta
-
-    def grow(self, a: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
-        """The next constant and its factor, after a failure; (B,) each."""
-        delta = (delta * self.factor).clamp(min=self.factor)
-        return (a * delta).clamp(self.minimum, self.maximum), delta
-
-
-@dataclass(frozen=True)
-class LineSearch:
-    """Backtracking: the first step, from 1 down, whose decrease is a fraction of the expected.
-
-    Attributes:
-        sufficient: the fraction, in ]0, 1/2[.
-        contraction: the ratio of a step to the one before, in ]0, 1[.
-        trials: the number of steps tried.
-    """
-
-    sufficient: float = 1e-4
-    contraction: float = 0.5
-    trials: int = 20
-
-    def __post_init__(self) -> None:
-        if not 0 < self.sufficient < 0.5:
-            raise ValueError(f"sufficient is {self.sufficient}, expected in ]0, 1/2[")
-        if not 0 < self.contraction < 1:
-            raise ValueError(f"contraction is {self.contraction}, expected in ]0, 1[")
-        if self.trials < 1:
-            raise ValueError(f"trials is {self.trials}, expected at least 1")
+    def __init__(self, message: str, result: ILQRResult) -> None:
+        super().__init__(message)
+        self.result = result
 
 
 @dataclass(frozen=True)
@@ -125,7 +47,8 @@ class History:
 
     Attributes:
         cost: J before the iteration.
-        gradient: the largest absolute derivative of J in a control, before the iteration.
+        gradient: the largest absolute derivative of J in a control, before the iteration; NaN
+            where derivatives are products only and it is not known.
         expected: the decrease expected of a full step.
         step: the step taken, 0 where none was (converged, or refused).
         regularization: the constant of the gains.
@@ -148,60 +71,17 @@ class ILQRResult:
         cost: J, (B,).
         gains: of the batch's last backward sweep, around the trajectories before the last step.
         status: of each problem "gradient" or "cost" (converged by that test), "stalled" (no
-            descent at the largest regularisation) or "iterations" (stopped by their number).
+            descent at the largest regularisation), "stopped" (by `stop`) or "iterations" (by
+            their number).
         history: of the iterations.
     """
 
     states: Tensor
     controls: Tensor
     cost: Tensor
-    gains: list[Gains]
+    gains: list[Gains] | list[LowRankGains]
     status: list[str]
     history: History
-
-
-def backward_sweep(
-    expansions: list[Expansion], value: DenseValue, a: Tensor, update: str
-) -> tuple[list[Gains], DenseValue]:
-    """Gains of all steps and the value at the initial state.
-
-    The sweep knows nothing of how the value represents its Hessian: it only asks it to step back.
-
-    Args:
-        expansions: of the steps 0 to T - 1.
-        value: at the final state.
-        a: Tikhonov's constant of every step and problem, (T, B).
-        update: a member of :data:`diffoc.riccati.VALUE_UPDATES`.
-    """
-    gains = []
-    for i in reversed(range(len(expansions))):
-        step_gains, value = value.step_back(expansions[i], a[i], update)
-        gains.append(step_gains)
-    return gains[::-1], value
-
-
-def forward_sweep(
-    problem: ControlProblem, states: Tensor, controls: Tensor, gains: list[Gains], step: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The trajectory under the new controls, Eqs. 15 and 16.
-
-    Args:
-        problem: the system.
-        states: nominal, (T + 1, B, ...).
-        controls: nominal, (T, B, ...).
-        gains: of every step.
-        step: of every problem, (B,).
-
-    Returns:
-        States and controls, shaped as the nominal ones.
-    """
-    x, new_states, new_controls = states[0], [states[0]], []
-    for i, g in enumerate(gains):
-        du = step[:, None] * g.k + g.feedback((x - states[i]).flatten(1))
-        new_controls.append(controls[i] + du.reshape(controls[i].shape))
-        x = problem.dynamics(i, x, new_controls[-1])
-        new_states.append(x)
-    return torch.stack(new_states), torch.stack(new_controls)
 
 
 @torch.no_grad()
@@ -210,15 +90,18 @@ def ilqr(
     x: Tensor,
     controls: Tensor | None = None,
     *,
+    derivatives: Dense | MatrixFree = Dense(),
     regularization: Tikhonov | float | Tensor | None = None,
     value_update: str = "full",
     hessian_rank: int | None = None,
-    line_search: LineSearch | None = LineSearch(),
+    line_search: LineSearch | Adam | None = LineSearch(),
+    feedback: bool = True,
     max_iterations: int = 100,
     gradient_tolerance: float = 1e-8,
+    stop: Callable[[Tensor], Tensor] | None = None,
     callback: Callable[[int, Tensor], None] | None = None,
 ) -> ILQRResult:
-    r"""Minimises the total cost over the controls, with dense derivatives.
+    r"""Minimises the total cost over the controls.
 
     A problem is converged when no derivative of J in a control exceeds `gradient_tolerance`, or
     when the expected decrease is below the rounding of J. Its trajectory is kept from then on.
@@ -227,14 +110,18 @@ def ilqr(
         problem: the system and its costs.
         x: initial states, (B, ...), float32 or float64.
         controls: the initial guess, (T, B, ...); zeros of the states' shape by default.
+        derivatives: dense matrices, or products only for large states.
         regularization: a :class:`Tikhonov` schedule (the default), or a fixed constant: a
             number, or one per step, (T,).
         value_update: "full", or "paper" for Eqs. 48 and 49.
         hessian_rank: truncates the terminal Hessian, see
             :func:`diffoc.riccati.terminal_value`.
-        line_search: its parameters, or None to take every full step, whatever it costs.
+        line_search: its parameters; or Adam in its place; or None to take every full step,
+            whatever it costs.
+        feedback: whether to use the feedback gains K.
         max_iterations: at least 0.
         gradient_tolerance: not negative.
+        stop: maps final states to the problems that are good enough, (B,) bool.
         callback: called after each iteration with its number and the costs (B,).
 
     Returns:
@@ -244,6 +131,7 @@ def ilqr(
         ValueError: if an argument is wrong, or the initial trajectory is not finite.
         SingularControlHessianError: if Quu + a I of a step is not positive definite for the
             fixed constant a, or for the schedule's largest.
+        DivergenceError: if Adam leads to a cost that is not finite.
     """
     if controls is None:
         controls = x.new_zeros(problem.horizon, *x.shape)
@@ -258,8 +146,8 @@ def ilqr(
         a_steps = fixed.expand(T, batch)
         a = a_steps[0]
 
-    states = problem.rollout(x, controls)
-    cost = problem.cost(states, controls)
+    nominal = roll_out(problem, x, controls, derivatives)
+    cost = problem.cost(nominal.states, controls)
     if not cost.isfinite().all():
         raise ValueError("controls lead to a trajectory whose cost is not finite: lower them")
     # The cost is a sum of squares of states, computed with relative errors of some eps.
@@ -267,17 +155,28 @@ def ilqr(
     history, gains = History(), []
     status = ["iterations"] * batch
     active = torch.ones(batch, dtype=torch.bool, device=x.device)
+    adam = AdamState(line_search) if isinstance(line_search, Adam) else None
+    best = controls, cost  # Adam's costs go up and down
     expansions = None
 
+    def result() -> ILQRResult:
+        states, controls, found = nominal.states, nominal.controls, cost
+        better = ~(cost <= best[1])  # also where the cost is not a number
+        if adam and better.any():
+            controls = _where(better, best[0], controls)
+            states = problem.rollout(x, controls)
+            found = torch.where(better, best[1], cost)
+        return ILQRResult(states, controls, found, gains, status, history)
+
     for iteration in range(max_iterations + 1):
-        if expansions is None:
-            expansions = [
-                expand_step(problem.dynamics, problem.running_cost, i, states[i], controls[i])
-                for i in range(T)
-            ]
-            value = terminal_value(problem.terminal_cost, states[-1], hessian_rank)
-            gradient = control_gradient(expansions, value.Vx).abs().amax(dim=(0, 2))
-        active = _retire(active, gradient <= gradient_tolerance, status, "gradient")
+        if stop:
+            active = _retire(active, stop(nominal.states[-1]), status, "stopped")
+        if expansions is None and active.any() and iteration < max_iterations:
+            expansions = [expand() for expand in nominal.expand]
+            value = derivatives.terminal(problem, nominal.states[-1], hessian_rank)
+            gradient = derivatives.largest_gradient(expansions, value)
+        if expansions is not None:
+            active = _retire(active, gradient <= gradient_tolerance, status, "gradient")
         if not active.any() or iteration == max_iterations:
             break
 
@@ -302,15 +201,29 @@ def ilqr(
         history.expected.append(expected)
         history.regularization.append(a_steps.amax(dim=0))
 
-        accept = _acceptance(line_search, slope, curvature, cost, negligible)
-        states, controls, cost, step = _search(
-            problem, states, controls, cost, gains, active, accept, line_search
-        )
+        if adam:
+            changes = adam.precondition([g.k for g in gains])
+            gains = [replace(g, k=k) for g, k in zip(gains, changes, strict=True)]
+        searching = isinstance(line_search, LineSearch)
+        search = line_search if searching else None
+        accept = _acceptance(search, slope, curvature, cost, negligible)
+        sweep = (problem, gains, derivatives, feedback)
+        nominal, cost, step = _search(sweep, nominal, cost, active, accept, search)
         history.step.append(step)
         moved = step > 0
+        if adam:
+            if not moved[active].all():
+                raise DivergenceError(
+                    f"the cost is not finite in iteration {iteration}: lower Adam's rate, "
+                    f"{line_search.rate:g}, or raise regularization; the best iterate is in the "
+                    "error's `result`",
+                    result(),
+                )
+            better = cost < best[1]
+            best = _where(better, nominal.controls, best[0]), torch.where(better, cost, best[1])
         if moved.any():
             expansions = None
-        if line_search:
+        if searching:
             active = _retire(active, negligible, status, "cost")
         if adaptive:
             stuck = ~moved & (a >= schedule.maximum)
@@ -322,7 +235,7 @@ def ilqr(
         if callback:
             callback(iteration, cost)
 
-    return ILQRResult(states, controls, cost, gains, status, history)
+    return result()
 
 
 def _acceptance(
@@ -346,40 +259,44 @@ def _acceptance(
 
 
 def _search(
-    problem: ControlProblem,
-    states: Tensor,
-    controls: Tensor,
+    sweep: tuple[ControlProblem, list[Gains], Dense | MatrixFree, bool],
+    nominal: Trajectory,
     cost: Tensor,
-    gains: list[Gains],
     active: Tensor,
     accept: Callable[[float, Tensor], Tensor],
     line_search: LineSearch | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Trajectory, Tensor, Tensor]:
     """Tries smaller and smaller steps until every active problem has accepted one.
 
-    A problem that has accepted repeats its own step in the trials of the others, so that the
-    last forward sweep holds everybody's trajectory. Returns the states, controls, costs and the
-    steps taken, (B,), zero for those who refused all.
+    A problem that has accepted repeats its own step in the trials of the others, and one that is
+    not active stays where it is, so that the last forward sweep holds everybody's trajectory.
+    Returns it, the costs and the steps taken, (B,), zero for those who refused all.
     """
+    problem, gains, derivatives, feedback = sweep
     step, trial = torch.zeros_like(cost), 1.0
     for _ in range(line_search.trials if line_search else 1):
         waiting = active & (step == 0)
         if not waiting.any():
             break
         size = torch.where(waiting, trial, step)
-        new_states, new_controls = forward_sweep(problem, states, controls, gains, size)
-        new_cost = problem.cost(new_states, new_controls)
+        new = None  # lets go of the last trial's activations
+        new = forward_sweep(problem, nominal, gains, size, derivatives, feedback)
+        new_cost = problem.cost(new.states, new.controls)
         step = torch.where(waiting & accept(trial, new_cost), size, step)
         trial *= line_search.contraction if line_search else 1.0
     moved = step > 0
     if not moved.any():
-        return states, controls, cost, step
-    return (
-        torch.where(moved.reshape(-1, *[1] * (states.ndim - 2)), new_states, states),
-        torch.where(moved.reshape(-1, *[1] * (controls.ndim - 2)), new_controls, controls),
-        torch.where(moved, new_cost, cost),
-        step,
-    )
+        return nominal, cost, step
+    if (refused := (size > 0) & ~moved).any():
+        # Their last trial is in the new trajectory: roll out once more, without them.
+        controls = _where(refused, nominal.controls, new.controls)
+        new = roll_out(problem, nominal.states[0], controls, derivatives)
+    return new, torch.where(moved, new_cost, cost), step
+
+
+def _where(mask: Tensor, yes: Tensor, no: Tensor) -> Tensor:
+    """Chooses by problem, of tensors (T, B, ...)."""
+    return torch.where(mask.reshape(-1, *[1] * (yes.ndim - 2)), yes, no)
 
 
 def _select(

@@ -13,11 +13,11 @@ from azula.noise import VPSchedule
 from torch import Tensor
 
 from diffoc.costs import GaussianLikelihood
-from diffoc.ilqr import ControlProblem
 from diffoc.mixtures import GaussianMixture
 from diffoc.operators import LinearMeasurement
 from diffoc.priors import GaussianPrior
 from diffoc.process import ReverseProcess
+from diffoc.sweeps import ControlProblem
 
 
 @dataclass(frozen=True)

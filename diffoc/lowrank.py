@@ -23,6 +23,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from diffoc.costs import ControlCost
+from diffoc.randomized import nystrom, symmetric_eigen
+from diffoc.riccati import System
+
 
 @dataclass(frozen=True)
 class MatrixFreeStep:
@@ -103,6 +107,92 @@ class LowRankValue:
         slope, curvature = (k * Qu).sum(-1), (k * Quuk).sum(-1)
         gains = LowRankGains(k, U, M, W, slope, curvature, definite)
         return gains, LowRankValue(Vx, W, (new_S + new_S.mT) / 2)
+
+
+@dataclass(frozen=True)
+class MatrixFree:
+    r"""Derivatives by products only, for the controller; suits images of any size.
+
+    The running cost must be a :class:`diffoc.costs.ControlCost`, and the rank of the terminal
+    Hessian be given. The Hessian is approximated by randomised products with it, those of one
+    backward pass through its gradient.
+
+    Attributes:
+        keep_activations: of the forward sweep for the next backward sweep, which costs
+            :math:`T(F + (1 + k) B)`; otherwise each step is evaluated again, one F more.
+        oversampling: directions beyond the rank.
+        power: iterations of the range finder, see :mod:`diffoc.randomized`.
+        convex: whether the terminal cost is, so that one product a direction suffices (Nystrom).
+        seed: of the random directions, which are the same in every iteration.
+    """
+
+    keep_activations: bool = True
+    oversampling: int = 5
+    power: int = 0
+    convex: bool = False
+    seed: int = 0
+
+    def step(
+        self, problem: System, i: int, x: Tensor, u: Tensor
+    ) -> tuple[Tensor, Callable[[], MatrixFreeStep]]:
+        """The next states, and what expands this step."""
+        if not isinstance(problem.running_cost, ControlCost):
+            raise ValueError(
+                f"running_cost is {type(problem.running_cost).__name__}, expected a ControlCost: "
+                "other costs need derivatives=Dense()"
+            )
+        r, flat = problem.running_cost.weight(i), u.flatten(1)
+        if not self.keep_activations:
+
+            def expand() -> MatrixFreeStep:
+                return MatrixFreeStep(linearize_step(problem.dynamics, i, x, u)[1], flat, r)
+
+            return problem.dynamics(i, x, u), expand
+        y, pullback = linearize_step(problem.dynamics, i, x, u)
+        return y, lambda: MatrixFreeStep(pullback, flat, r)
+
+    def terminal(self, problem: System, x: Tensor, rank: int | None) -> LowRankValue:
+        """The value at the final states (B, ...), its Hessian of the given rank.
+
+        Raises:
+            ValueError: if `rank` is missing, or not between 0 and n.
+        """
+        batch, n = len(x), x[0].numel()
+        if rank is None or not 0 <= rank <= n:
+            raise ValueError(f"hessian_rank is {rank}, expected 0 to {n}")
+        x = x.detach().requires_grad_()
+        with torch.enable_grad():
+            cost = problem.terminal_cost(x).sum()
+            (gradient,) = torch.autograd.grad(cost, x, create_graph=rank > 0)
+        Vx = gradient.detach().flatten(1)
+        if rank == 0 or not gradient.requires_grad:
+            return LowRankValue(Vx, x.new_zeros(batch, n, 0), x.new_zeros(batch, 0, 0))
+
+        def product(X: Tensor) -> Tensor:
+            (columns,) = torch.autograd.grad(
+                gradient,
+                x,
+                X.movedim(-1, 0).reshape(-1, *x.shape),
+                is_grads_batched=True,
+                retain_graph=True,
+                materialize_grads=True,
+            )
+            return columns.flatten(2).movedim(0, -1)
+
+        directions = min(n, rank + self.oversampling)
+        generator = torch.Generator().manual_seed(self.seed)
+        # The same directions for every problem, so that no result depends on the batch.
+        omega = torch.randn(n, directions, generator=generator, dtype=torch.float64).to(x)
+        omega = omega.expand(batch, n, directions)
+        if self.convex:
+            Z, values = nystrom(product, omega, rank)
+        else:
+            Z, values = symmetric_eigen(product, omega, rank, self.power)
+        return LowRankValue(Vx, Z, torch.diag_embed(values))
+
+    def largest_gradient(self, expansions: list[MatrixFreeStep], value: LowRankValue) -> Tensor:
+        """NaN (B,): the gradient would cost another vector-Jacobian product a step."""
+        return torch.full_like(value.Vx[:, 0], torch.nan)
 
 
 def linearize_step(

@@ -18,11 +18,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 VALUE_UPDATES = ("full", "paper")
+
+
+class System(Protocol):
+    """What is differentiated: the callables of :class:`diffoc.ilqr.ControlProblem`."""
+
+    dynamics: Callable[[int, Tensor, Tensor], Tensor]
+    running_cost: Callable[[int, Tensor, Tensor], Tensor]
+    terminal_cost: Callable[[Tensor], Tensor]
 
 
 class SingularControlHessianError(torch.linalg.LinAlgError):
@@ -115,6 +124,29 @@ class DenseValue:
             Vxx = Qxx + K.mT @ QuuK + cross + cross.mT
         gains = Gains(k, K, (k * Qu).sum(-1), (k * _matvec(Quu, k)).sum(-1), definite)
         return gains, DenseValue(Vx, (Vxx + Vxx.mT) / 2)
+
+
+@dataclass(frozen=True)
+class Dense:
+    """Derivatives as matrices, for the controller; suits some thousand states at most."""
+
+    def step(
+        self, problem: System, i: int, x: Tensor, u: Tensor
+    ) -> tuple[Tensor, Callable[[], Expansion]]:
+        """The next states, and what expands this step."""
+
+        def expand() -> Expansion:
+            return expand_step(problem.dynamics, problem.running_cost, i, x, u)
+
+        return problem.dynamics(i, x, u), expand
+
+    def terminal(self, problem: System, x: Tensor, rank: int | None) -> DenseValue:
+        """The value at the final states, see :func:`terminal_value`."""
+        return terminal_value(problem.terminal_cost, x, rank)
+
+    def largest_gradient(self, expansions: list[Expansion], value: DenseValue) -> Tensor:
+        """The largest absolute derivative of the total cost in a control, (B,)."""
+        return control_gradient(expansions, value.Vx).abs().amax(dim=(0, 2))
 
 
 def expand_step(

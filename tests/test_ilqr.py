@@ -12,17 +12,12 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize
 
 from diffoc.costs import ControlCost, GaussianLikelihood
-from diffoc.ilqr import (
-    ControlProblem,
-    LineSearch,
-    Tikhonov,
-    backward_sweep,
-    forward_sweep,
-    ilqr,
-)
+from diffoc.ilqr import ilqr
 from diffoc.priors import GaussianPrior
 from diffoc.process import ReverseProcess
-from diffoc.riccati import SingularControlHessianError, expand_step, terminal_value
+from diffoc.riccati import Dense, SingularControlHessianError, expand_step, terminal_value
+from diffoc.rules import LineSearch, Tikhonov
+from diffoc.sweeps import ControlProblem, backward_sweep, forward_sweep, roll_out
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -203,9 +198,11 @@ def test_forward_sweep_is_the_policy():
     lq = LQ(4, 2, 5, seed=5)
     problem, x, controls = lq.problem(), normal(2, 4, seed=91), normal(5, 2, 2, seed=92)
     states = problem.rollout(x, controls)
-    gains = ilqr(problem, x, controls, max_iterations=1).gains
+    gains = ilqr(problem, x, controls, max_iterations=1).gains  # of the first sweep
     step = torch.tensor([0.25, 0.0], dtype=torch.float64)
-    new_states, new_controls = forward_sweep(problem, states, controls, gains, step)
+    nominal = roll_out(problem, x, controls, Dense())
+    new = forward_sweep(problem, nominal, gains, step, Dense())
+    new_states, new_controls = new.states, new.controls
     assert torch.equal(new_states[:, 1], states[:, 1])
     assert torch.equal(new_controls[:, 1], controls[:, 1])
     y = x[0].numpy()

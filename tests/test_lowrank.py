@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from diffoc.costs import ControlCost
-from diffoc.ilqr import backward_sweep
 from diffoc.lowrank import LowRankValue, MatrixFreeStep, linearize_step
 from diffoc.riccati import DenseValue, expand_step
+from diffoc.sweeps import backward_sweep
 
 
 def random(*shape, seed):

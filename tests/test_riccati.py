@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 
-from diffoc.ilqr import backward_sweep
 from diffoc.riccati import (
     VALUE_UPDATES,
     DenseValue,
@@ -13,6 +12,7 @@ from diffoc.riccati import (
     expand_step,
     terminal_value,
 )
+from diffoc.sweeps import backward_sweep
 
 B, N, M, T = 3, 4, 2, 6
 

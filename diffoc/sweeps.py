@@ -1,0 +1,119 @@
+r"""A controlled system, its trajectories, and the two sweeps of an iteration of iLQR.
+
+The backward sweep turns expansions into gains, the forward sweep gains into a new trajectory,
+Eqs. 15 and 16. :mod:`diffoc.ilqr` decides what to do with them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from diffoc.lowrank import LowRankGains, LowRankValue, MatrixFree, MatrixFreeStep
+from diffoc.riccati import Dense, DenseValue, Expansion, Gains
+
+
+@dataclass(frozen=True)
+class ControlProblem:
+    """A controlled system with costs; every callable is batched and differentiable.
+
+    Attributes:
+        dynamics: maps (i, x, u) to the next states; x is (B, ...), u is (B, ...).
+        running_cost: maps (i, x, u) to costs (B,), not necessarily dependent on x.
+        terminal_cost: maps final states to costs (B,).
+        horizon: the number T of steps.
+    """
+
+    dynamics: Callable[[int, Tensor, Tensor], Tensor]
+    running_cost: Callable[[int, Tensor, Tensor], Tensor]
+    terminal_cost: Callable[[Tensor], Tensor]
+    horizon: int
+
+    def rollout(self, x: Tensor, controls: Tensor) -> Tensor:
+        """The states (T + 1, B, ...) from x (B, ...) under controls (T, B, ...)."""
+        states = [x]
+        for i in range(self.horizon):
+            states.append(self.dynamics(i, states[-1], controls[i]))
+        return torch.stack(states)
+
+    def cost(self, states: Tensor, controls: Tensor) -> Tensor:
+        """The total cost J, Eq. 10, (B,)."""
+        running = (self.running_cost(i, states[i], controls[i]) for i in range(self.horizon))
+        return sum(running, self.terminal_cost(states[-1]))
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """States (T + 1, B, ...), controls (T, B, ...), and how to expand each step around them."""
+
+    states: Tensor
+    controls: Tensor
+    expand: list[Callable[[], Expansion | MatrixFreeStep]]
+
+
+def backward_sweep(
+    expansions: list[Expansion] | list[MatrixFreeStep],
+    value: DenseValue | LowRankValue,
+    a: Tensor,
+    update: str,
+) -> tuple[list[Gains] | list[LowRankGains], DenseValue | LowRankValue]:
+    """Gains of all steps and the value at the initial state.
+
+    The sweep knows nothing of how the value represents its Hessian: it only asks it to step back.
+
+    Args:
+        expansions: of the steps 0 to T - 1.
+        value: at the final state.
+        a: Tikhonov's constant of every step and problem, (T, B).
+        update: a member of :data:`diffoc.riccati.VALUE_UPDATES`.
+    """
+    gains = []
+    for i in reversed(range(len(expansions))):
+        step_gains, value = value.step_back(expansions[i], a[i], update)
+        gains.append(step_gains)
+    return gains[::-1], value
+
+
+def forward_sweep(
+    problem: ControlProblem,
+    nominal: Trajectory,
+    gains: list[Gains] | list[LowRankGains],
+    step: Tensor,
+    derivatives: Dense | MatrixFree,
+    feedback: bool = True,
+) -> Trajectory:
+    """The trajectory under the new controls, Eqs. 15 and 16.
+
+    Args:
+        problem: the system.
+        nominal: the trajectory that the gains belong to.
+        gains: of every step.
+        step: of every problem, (B,).
+        derivatives: how the new trajectory will be expanded.
+        feedback: whether to use the gains K, or k only.
+    """
+    states, controls, expand = [nominal.states[0]], [], []
+    for i, g in enumerate(gains):
+        du = step[:, None] * g.k
+        if feedback:
+            du = du + g.feedback((states[i] - nominal.states[i]).flatten(1))
+        controls.append(nominal.controls[i] + du.reshape(nominal.controls[i].shape))
+        x, later = derivatives.step(problem, i, states[i], controls[i])
+        states.append(x)
+        expand.append(later)
+    return Trajectory(torch.stack(states), torch.stack(controls), expand)
+
+
+def roll_out(
+    problem: ControlProblem, x: Tensor, controls: Tensor, derivatives: Dense | MatrixFree
+) -> Trajectory:
+    """The trajectory from x (B, ...) under controls (T, B, ...)."""
+    states, expand = [x], []
+    for i in range(problem.horizon):
+        y, later = derivatives.step(problem, i, states[i], controls[i])
+        states.append(y)
+        expand.append(later)
+    return Trajectory(torch.stack(states), controls, expand)

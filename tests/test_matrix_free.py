@@ -1,0 +1,213 @@
+"""The controller with products only, against the one with matrices, and Adam against torch's."""
+
+import pytest
+import torch
+
+from diffoc.costs import ControlCost, GaussianLikelihood
+from diffoc.ilqr import DivergenceError, ilqr
+from diffoc.lowrank import MatrixFree
+from diffoc.riccati import Dense, terminal_value
+from diffoc.rules import Adam, AdamState
+from diffoc.sweeps import ControlProblem
+
+
+def random(*shape, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def setting(mode="input", n=24, T=5, r=0.3, scale=1.0):
+    first, second = random(n, n, seed=0) / n**0.5, random(n, n, seed=1) / n**0.5
+    calls = []
+
+    def dynamics(i, x, u):
+        calls.append(i)
+        if mode == "input":
+            x = x + u
+        y = 0.9 * x + scale * torch.tanh(x @ first + 0.1 * i) @ second
+        return y + u if mode == "output" else y
+
+    operator = random(n, 6, seed=2)
+    likelihood = GaussianLikelihood(lambda x: x @ operator, random(1, 6, seed=3), 0.5)
+    weights = r * torch.linspace(1, 2, T, dtype=torch.float64)
+    problem = ControlProblem(dynamics, ControlCost(weights), likelihood, T)
+    return problem, random(3, n, seed=4), calls
+
+
+@pytest.mark.parametrize("mode", ["input", "output"])
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("rank", [0, 2, 6, 24])
+def test_whole_optimisations_agree(mode, keep, rank):
+    """Rank 6 is the Hessian's own, so 24 adds nothing; the dense form truncates alike."""
+    problem, x, _ = setting(mode)
+    options = {"hessian_rank": rank, "max_iterations": 6}
+    expected = ilqr(problem, x, **options)
+    free = MatrixFree(keep_activations=keep, oversampling=24, power=3)
+    found = ilqr(problem, x, derivatives=free, **options)
+    torch.testing.assert_close(found.cost, expected.cost, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(found.controls, expected.controls, rtol=1e-6, atol=1e-7)
+    assert found.history.step[0].tolist() == expected.history.step[0].tolist()
+
+
+@pytest.mark.parametrize("convex", [True, False])
+def test_the_terminal_hessian_is_the_dense_one_s(convex):
+    problem, x, _ = setting()
+    for rank in (0, 1, 3, 6):
+        expected = terminal_value(problem.terminal_cost, x, rank)
+        found = MatrixFree(convex=convex, power=4).terminal(problem, x, rank)
+        torch.testing.assert_close(found.Vx, expected.Vx)
+        hessian = found.Z @ found.S @ found.Z.mT
+        torch.testing.assert_close(hessian, expected.Vxx, rtol=1e-7, atol=1e-7)
+
+
+def test_activations_that_are_kept_save_an_evaluation_a_step():
+    problem, x, calls = setting()
+    for keep, per_iteration in ((True, 1), (False, 2)):
+        counts = []
+        for iterations in (2, 3):
+            calls.clear()
+            ilqr(
+                problem,
+                x,
+                derivatives=MatrixFree(keep_activations=keep),
+                hessian_rank=1,
+                regularization=1.0,
+                line_search=None,
+                max_iterations=iterations,
+            )
+            counts.append(len(calls))
+        assert counts[1] - counts[0] == per_iteration * problem.horizon
+
+
+def test_problems_of_a_batch_do_not_influence_each_other():
+    problem, x, _ = setting()
+    options = {"derivatives": MatrixFree(), "hessian_rank": 2, "max_iterations": 4}
+    together = ilqr(problem, x, **options)
+    for b in range(3):
+        alone = ilqr(problem, x[b : b + 1], **options)
+        torch.testing.assert_close(together.controls[:, b], alone.controls[:, 0])
+
+
+def test_a_batch_in_which_one_refuses_keeps_everybody_s_trajectory():
+    """States, controls and costs belong together whoever accepted which trial."""
+    problem, x, _ = setting(scale=3.0)
+    controls = torch.zeros(5, *x.shape, dtype=x.dtype)
+    controls[:, 1] = ilqr(problem, x, max_iterations=200).controls[:, 1]  # nothing left to gain
+    for derivatives in (Dense(), MatrixFree()):
+        found = ilqr(
+            problem, x, controls, derivatives=derivatives, hessian_rank=6, max_iterations=3
+        )
+        states = problem.rollout(x, found.controls)
+        torch.testing.assert_close(found.states, states)
+        torch.testing.assert_close(found.cost, problem.cost(states, found.controls))
+
+
+def test_adam_is_torch_s():
+    gains = [[random(2, 4, seed=10 * s + i) for i in range(3)] for s in range(5)]
+    rule = Adam(rate=0.1, betas=(0.8, 0.95), epsilon=1e-6)
+    state = AdamState(rule)
+    parameters = [torch.nn.Parameter(torch.zeros(2, 4, dtype=torch.float64)) for _ in range(3)]
+    reference = torch.optim.Adam(parameters, lr=0.1, betas=(0.8, 0.95), eps=1e-6)
+    total = [torch.zeros(2, 4, dtype=torch.float64) for _ in range(3)]
+    for sweep in gains:
+        total = [t + c for t, c in zip(total, state.precondition(sweep), strict=True)]
+        for parameter, k in zip(parameters, sweep, strict=True):
+            parameter.grad = -k
+        reference.step()
+    for found, expected in zip(total, parameters, strict=True):
+        torch.testing.assert_close(found, expected.detach())
+
+
+@pytest.mark.parametrize("derivatives", [Dense(), MatrixFree()])
+def test_adam_lowers_the_cost_and_returns_the_best_iterate(derivatives):
+    problem, x, _ = setting()
+    costs = []
+    found = ilqr(
+        problem,
+        x,
+        derivatives=derivatives,
+        hessian_rank=1,
+        line_search=Adam(0.1),  # too large in the end, so that costs go up again
+        regularization=1.0,
+        max_iterations=40,
+        callback=lambda i, cost: costs.append(cost),
+    )
+    start = problem.cost(problem.rollout(x, torch.zeros(5, *x.shape).double()), found.controls * 0)
+    costs = torch.stack([start, *costs])
+    assert (costs.diff(dim=0) > 0).any()
+    torch.testing.assert_close(found.cost, costs.amin(dim=0))
+    torch.testing.assert_close(problem.cost(found.states, found.controls), found.cost)
+    assert (found.cost < 0.5 * start).all()
+
+
+def test_divergence_keeps_the_best_iterate():
+    problem, x, _ = setting()
+    exploding = ControlProblem(
+        lambda i, x, u: x + u.square().exp() - 1,
+        problem.running_cost,
+        problem.terminal_cost,
+        problem.horizon,
+    )
+    with pytest.raises(DivergenceError, match=r"iteration \d+: lower Adam's rate, 30") as caught:
+        ilqr(
+            exploding,
+            x,
+            0.1 + torch.zeros(5, *x.shape, dtype=x.dtype),
+            derivatives=MatrixFree(),
+            hessian_rank=0,
+            line_search=Adam(30.0),
+            regularization=1.0,
+        )
+    result = caught.value.result
+    assert result.cost.isfinite().all()
+    torch.testing.assert_close(exploding.cost(result.states, result.controls), result.cost)
+
+
+def test_stopping_is_each_problem_s_own():
+    problem, x, _ = setting()
+
+    def good(x0):
+        return problem.terminal_cost(x0) < torch.tensor([1e9, 1e-9, 5.0], dtype=x0.dtype)
+
+    found = ilqr(problem, x, derivatives=MatrixFree(), hessian_rank=6, stop=good)
+    assert found.status[0] == "stopped"
+    assert (found.controls[:, 0] == 0).all()
+    assert found.status[1] != "stopped"
+    if found.status[2] == "stopped":
+        assert problem.terminal_cost(found.states[-1])[2] < 5
+
+
+def test_feedback_may_be_left_out():
+    problem, x, _ = setting()
+    with_it, without = (
+        ilqr(
+            problem,
+            x,
+            derivatives=MatrixFree(),
+            hessian_rank=6,
+            regularization=1.0,
+            line_search=None,
+            max_iterations=1,
+            feedback=feedback,
+        )
+        for feedback in (True, False)
+    )
+    expected = torch.stack([g.k for g in without.gains])
+    torch.testing.assert_close(without.controls, expected)
+    assert not torch.allclose(with_it.controls, expected)
+
+
+def test_what_products_cannot_do_is_refused():
+    problem, x, _ = setting()
+    with pytest.raises(ValueError, match="hessian_rank is None"):
+        ilqr(problem, x, derivatives=MatrixFree())
+    with pytest.raises(ValueError, match="hessian_rank is 25"):
+        ilqr(problem, x, derivatives=MatrixFree(), hessian_rank=25)
+    other = ControlProblem(
+        problem.dynamics, lambda i, x, u: u.square().sum(1), problem.terminal_cost, 5
+    )
+    with pytest.raises(ValueError, match="running_cost is function"):
+        ilqr(other, x, derivatives=MatrixFree(), hessian_rank=1)
+    for wrong in ({"rate": 0.0}, {"betas": (0.9, 1.0)}, {"epsilon": 0.0}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            Adam(**wrong)
