@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import numpy as np
-import scipy.linalg
+import torch
 from torch import Tensor
 
 
 def frechet_distance(first: Tensor, second: Tensor) -> float:
-    r"""The squared Fréchet distance between Gaussians fitted to two sets of features.
-
-    .. math:: \|\mu_1 - \mu_2\|^2 + \mathrm{tr}(C_1 + C_2 - 2 (C_1 C_2)^{1/2})
+    """The squared Fréchet distance between Gaussians fitted to two sets of features.
 
     It is what is called FID when the features are Inception's; sets of fewer images than features,
     or of different sizes, bias it upwards.
@@ -23,21 +20,36 @@ def frechet_distance(first: Tensor, second: Tensor) -> float:
 
     Source: Heusel et al. 2017, arXiv:1706.08500, Eq. 6.
     """
-    for name, features in (("first", first), ("second", second)):
-        if features.ndim != 2 or len(features) < 2:
-            raise ValueError(f"{name} has shape {tuple(features.shape)}, expected (N >= 2, d)")
-        if not features.isfinite().all():
-            raise ValueError(f"{name} has values that are not finite")
-    if first.shape[1] != second.shape[1]:
+    return frechet_between(moments(first, "first"), moments(second, "second"))
+
+
+def moments(features: Tensor, name: str = "features") -> tuple[Tensor, Tensor]:
+    """Mean (d,) and covariance (d, d) of features (N, d), float64; errors call them `name`."""
+    if features.ndim != 2 or len(features) < 2:
+        raise ValueError(f"{name} has shape {tuple(features.shape)}, expected (N >= 2, d)")
+    if not features.isfinite().all():
+        raise ValueError(f"{name} has values that are not finite")
+    features = features.double().cpu()
+    return features.mean(0), torch.cov(features.mT).reshape(2 * features.shape[1:])
+
+
+def frechet_between(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> float:
+    r"""The squared Fréchet distance between two Gaussians, mean (d,) and covariance (d, d) each.
+
+    .. math:: \|\mu_1 - \mu_2\|^2 + \mathrm{tr}(C_1 + C_2 - 2 (C_1 C_2)^{1/2})
+
+    Raises:
+        ValueError: if their dimensions differ.
+    """
+    (mu1, c1), (mu2, c2) = ((m.double(), c.double()) for m, c in (first, second))
+    if mu1.shape != mu2.shape:
         raise ValueError(
-            f"first and second have {first.shape[1]} and {second.shape[1]} features, expected equal"
+            f"first and second have {len(mu1)} and {len(mu2)} features, expected equal"
         )
-    a, b = (features.double().cpu().numpy() for features in (first, second))
-    difference = a.mean(0) - b.mean(0)
-    c1, c2 = (np.atleast_2d(np.cov(x, rowvar=False)) for x in (a, b))
     # The square root's trace from the eigenvalues of the symmetric C1^1/2 C2 C1^1/2, which has
     # those of C1 C2 and stays real where a covariance is singular.
-    values, vectors = scipy.linalg.eigh(c1)
-    root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
-    overlap = np.sqrt(scipy.linalg.eigvalsh(root @ c2 @ root).clip(0)).sum()
-    return float(difference @ difference + np.trace(c1) + np.trace(c2) - 2 * overlap)
+    values, vectors = torch.linalg.eigh(c1)
+    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.mT
+    overlap = torch.linalg.eigvalsh(root @ c2 @ root).clamp(min=0).sqrt().sum()
+    distance = (mu1 - mu2).square().sum() + c1.trace() + c2.trace() - 2 * overlap
+    return distance.item()
