@@ -47,6 +47,7 @@ class History:
 
     Attributes:
         cost: J before the iteration.
+        terminal: the terminal cost's part of it.
         gradient: the largest absolute derivative of J in a control, before the iteration; NaN
             where derivatives are products only and it is not known.
         expected: the decrease expected of a full step.
@@ -55,6 +56,7 @@ class History:
     """
 
     cost: list[Tensor] = field(default_factory=list)
+    terminal: list[Tensor] = field(default_factory=list)
     gradient: list[Tensor] = field(default_factory=list)
     expected: list[Tensor] = field(default_factory=list)
     step: list[Tensor] = field(default_factory=list)
@@ -162,6 +164,8 @@ def ilqr(
     def result() -> ILQRResult:
         states, controls, found = nominal.states, nominal.controls, cost
         better = ~(cost <= best[1])  # also where the cost is not a number
+        # Who was stopped is good enough where it is, though perhaps not cheapest.
+        better &= torch.tensor([reason != "stopped" for reason in status], device=x.device)
         if adam and better.any():
             controls = _where(better, best[0], controls)
             states = problem.rollout(x, controls)
@@ -197,6 +201,7 @@ def ilqr(
         expected = -(slope + curvature / 2)
         negligible = expected <= rounding * cost.abs()
         history.cost.append(cost)
+        history.terminal.append(problem.terminal_cost(nominal.states[-1]))
         history.gradient.append(gradient)
         history.expected.append(expected)
         history.regularization.append(a_steps.amax(dim=0))

@@ -18,7 +18,7 @@ the terminal Hessian. Vectors are (B, n), factors (B, n, k), as in :mod:`diffoc.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -109,6 +109,19 @@ class LowRankValue:
         return gains, LowRankValue(Vx, W, (new_S + new_S.mT) / 2)
 
 
+@dataclass
+class Counts:
+    """Work done so far, per problem: the unit of the cost model.
+
+    Attributes:
+        evaluations: of the dynamics.
+        products: vector-Jacobian products of the dynamics.
+    """
+
+    evaluations: int = 0
+    products: int = 0
+
+
 @dataclass(frozen=True)
 class MatrixFree:
     r"""Derivatives by products only, for the controller; suits images of any size.
@@ -124,6 +137,7 @@ class MatrixFree:
         power: iterations of the range finder, see :mod:`diffoc.randomized`.
         convex: whether the terminal cost is, so that one product a direction suffices (Nystrom).
         seed: of the random directions, which are the same in every iteration.
+        counts: of the work done with this object.
     """
 
     keep_activations: bool = True
@@ -131,6 +145,7 @@ class MatrixFree:
     power: int = 0
     convex: bool = False
     seed: int = 0
+    counts: Counts = field(default_factory=Counts)
 
     def step(
         self, problem: System, i: int, x: Tensor, u: Tensor
@@ -142,14 +157,22 @@ class MatrixFree:
                 "other costs need derivatives=Dense()"
             )
         r, flat = problem.running_cost.weight(i), u.flatten(1)
-        if not self.keep_activations:
 
-            def expand() -> MatrixFreeStep:
-                return MatrixFreeStep(linearize_step(problem.dynamics, i, x, u)[1], flat, r)
+        def linearize() -> tuple[Tensor, MatrixFreeStep]:
+            self.counts.evaluations += 1
+            y, pullback = linearize_step(problem.dynamics, i, x, u)
 
-            return problem.dynamics(i, x, u), expand
-        y, pullback = linearize_step(problem.dynamics, i, x, u)
-        return y, lambda: MatrixFreeStep(pullback, flat, r)
+            def counted(cotangents: Tensor) -> tuple[Tensor, Tensor]:
+                self.counts.products += len(cotangents)
+                return pullback(cotangents)
+
+            return y, MatrixFreeStep(counted, flat, r)
+
+        if self.keep_activations:
+            y, step = linearize()
+            return y, lambda: step
+        self.counts.evaluations += 1
+        return problem.dynamics(i, x, u), lambda: linearize()[1]
 
     def terminal(self, problem: System, x: Tensor, rank: int | None) -> LowRankValue:
         """The value at the final states (B, ...), its Hessian of the given rank.

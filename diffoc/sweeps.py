@@ -41,8 +41,14 @@ class ControlProblem:
 
     def cost(self, states: Tensor, controls: Tensor) -> Tensor:
         """The total cost J, Eq. 10, (B,)."""
+        running, terminal = self.parts(states, controls)
+        return running + terminal
+
+    def parts(self, states: Tensor, controls: Tensor) -> tuple[Tensor, Tensor]:
+        """The running costs' sum and the terminal cost, (B,) each."""
+        terminal = self.terminal_cost(states[-1])
         running = (self.running_cost(i, states[i], controls[i]) for i in range(self.horizon))
-        return sum(running, self.terminal_cost(states[-1]))
+        return sum(running, torch.zeros_like(terminal)), terminal
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,172 @@
+r"""One entry point: steer a prior's reverse process so that its image explains a measurement.
+
+An iteration costs :math:`T (F + (1 + k) B)` with the activations kept, F being one evaluation of
+the denoiser, B one vector-Jacobian product, k the rank of the terminal Hessian.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from azula.noise import Schedule
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from diffoc.costs import ControlCost
+from diffoc.ilqr import ILQRResult, ilqr
+from diffoc.lowrank import Counts, MatrixFree
+from diffoc.process import ReverseProcess
+from diffoc.rules import Adam, LineSearch, Tikhonov
+from diffoc.sweeps import ControlProblem
+
+PRECISIONS = {None: None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Result:
+    """What :func:`solve` found.
+
+    Attributes:
+        x0: the images, (B, C, H, W).
+        controls: (T, B, C, H, W).
+        states: (T + 1, B, C, H, W), or None if they were not asked for.
+        cost: the total cost of `x0` and `controls`, (B,).
+        costs: before every iteration, (iterations, B).
+        terminal_costs: the terminal cost's part of `costs`.
+        status: of each problem, see :class:`diffoc.ilqr.ILQRResult`.
+        evaluations: of the denoiser, for each image.
+        products: vector-Jacobian products of the process's steps, for each image.
+    """
+
+    x0: Tensor
+    controls: Tensor
+    states: Tensor | None
+    cost: Tensor
+    costs: Tensor
+    terminal_costs: Tensor
+    status: list[str]
+    evaluations: int
+    products: int
+
+
+def solve(
+    process: ReverseProcess,
+    cost: Callable[[Tensor], Tensor],
+    x: Tensor,
+    *,
+    control_cost: ControlCost | float = 1.0,
+    rank: int = 1,
+    iterations: int = 50,
+    update: Adam | LineSearch = Adam(),
+    regularization: Tikhonov | float = 0.0,
+    feedback: bool = True,
+    residual: Callable[[Tensor], Tensor] | None = None,
+    noise_level: float | None = None,
+    keep_activations: bool = True,
+    precision: str | None = None,
+    keep_states: bool = False,
+    progress: bool = False,
+    callback: Callable[[int, Tensor], None] | None = None,
+) -> Result:
+    r"""Minimises the terminal cost of the process's image, plus the controls' own cost.
+
+    Args:
+        process: of any azula prior, in "input" or "output" mode.
+        cost: maps images (B, C, H, W) to costs (B,), such as a
+            :class:`diffoc.costs.GaussianLikelihood`.
+        x: initial states at time 1, (B, C, H, W), as :meth:`ReverseProcess.initial_state` draws
+            them; their dtype and device are those of the computation.
+        control_cost: weights of :math:`\frac12 r_i \|u_i\|^2`; see also :func:`snr_weights`.
+        rank: k of the terminal Hessian, at least 0, which is the first order.
+        iterations: at least 0.
+        update: Adam (Eq. 80) or a backtracking line search.
+        regularization: Tikhonov's constant, or a schedule.
+        feedback: whether to use the gains K.
+        residual, noise_level: where the mean of the squared `residual` of the images (B, ...)
+            falls below `noise_level` squared, a problem is stopped (the discrepancy principle).
+        keep_activations: of the forward sweep, for speed; otherwise they are recomputed, for
+            memory.
+        precision: "bfloat16" or "float16" for autocast of the process's steps.
+        keep_states: whether the result has the trajectory.
+        progress: whether to show a bar.
+        callback: called after each iteration with its number and the costs (B,).
+
+    Raises:
+        ValueError: if an argument is wrong.
+        diffoc.ilqr.DivergenceError: if the cost is not finite any more; it has the best iterate.
+    """
+    if not isinstance(control_cost, ControlCost):
+        control_cost = ControlCost(control_cost)
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision is {precision!r}, expected None, 'bfloat16' or 'float16'")
+    if (residual is None) != (noise_level is None):
+        raise ValueError("residual and noise_level belong together: give both, or neither")
+    if noise_level is not None and not noise_level > 0:
+        raise ValueError(f"noise_level is {noise_level}, expected above 0")
+    autocast = PRECISIONS[precision]
+
+    def dynamics(i: int, x: Tensor, u: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, autocast, enabled=autocast is not None):
+            return process.step(i, x, u).to(x.dtype)
+
+    def stop(x0: Tensor) -> Tensor:
+        return residual(x0).flatten(1).square().mean(dim=1) < noise_level**2
+
+    counts = Counts()
+    bar = tqdm(total=iterations, disable=not progress, leave=False, unit="iteration")
+
+    def report(iteration: int, costs: Tensor) -> None:
+        bar.update()
+        bar.set_postfix(cost=f"{costs.mean().item():.4g}")
+        if callback:
+            callback(iteration, costs)
+
+    with bar:
+        found = ilqr(
+            ControlProblem(dynamics, control_cost, cost, process.horizon),
+            x,
+            derivatives=MatrixFree(keep_activations=keep_activations, counts=counts),
+            hessian_rank=rank,
+            regularization=regularization,
+            line_search=update,
+            feedback=feedback,
+            max_iterations=iterations,
+            stop=stop if residual else None,
+            callback=report,
+        )
+    return _as_result(found, counts, keep_states)
+
+
+def _as_result(found: ILQRResult, counts: Counts, keep_states: bool) -> Result:
+    empty = found.cost.new_zeros(0, len(found.cost))
+    history = found.history
+    return Result(
+        x0=found.states[-1],
+        controls=found.controls,
+        states=found.states if keep_states else None,
+        cost=found.cost,
+        costs=torch.stack(history.cost) if history.cost else empty,
+        terminal_costs=torch.stack(history.terminal) if history.terminal else empty,
+        status=found.status,
+        evaluations=counts.evaluations,
+        products=counts.products,
+    )
+
+
+def snr_weights(schedule: Schedule, times: Tensor, scale: float = 1e-6) -> Tensor:
+    r"""Weights of the control cost as in the authors' released code, (T,).
+
+    .. math:: r_i = s \, \frac{\alpha_i}{\sigma_i} \frac{1}{dt^2}, \qquad dt = 1 / T
+
+    The signal-to-noise ratio is the one at the state that the control acts on, `times[i]`.
+
+    Args:
+        schedule: of the prior.
+        times: of the process, (T + 1,).
+        scale: s.
+    """
+    alpha, sigma = schedule(times[:-1])
+    steps = len(times) - 1
+    return scale * alpha / sigma * steps**2
