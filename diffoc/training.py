@@ -59,7 +59,7 @@ RECIPES = {
     ),
     "faces64": Recipe(
         lambda: UNetBackbone((96, 160), (2, 3), fold=4),
-        images=420_000,
+        images=225_000,
         batch=32,
         rate=2e-3,
         flip=True,
