@@ -68,7 +68,8 @@ def nystrom(product: Product, directions: Tensor, rank: int) -> tuple[Tensor, Te
     Y = product(basis)
     # The core is inverted: its rounding errors must stay below the shift.
     shift = 10 * torch.finfo(Y.dtype).eps * torch.linalg.matrix_norm(Y, ord="fro")[..., None, None]
-    shift = shift.clamp(min=torch.finfo(Y.dtype).tiny)
+    # Of a zero matrix too, even where denormal numbers are flushed to zero.
+    shift = shift.clamp(min=torch.finfo(Y.dtype).tiny ** 0.5)
     shifted = Y + shift * basis
     core = basis.mT @ shifted
     L = torch.linalg.cholesky((core + core.mT) / 2)
