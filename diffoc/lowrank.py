@@ -10,9 +10,9 @@ If the control cost is :math:`\frac12 r \|u\|^2` and the terminal Hessian is
     K &= -U M W^T, \qquad k = -\frac1\rho (Q_u - U M U^T Q_u) \\
     V_{xx} &= W S' W^T, \qquad S' = S + M (r G + G S G) M - M G S - S G M
 
-so a step costs k + 1 vector-Jacobian products and algebra of k x k. Nothing is projected again
-(unlike in the paper's Appendix D.1, see :mod:`diffoc.projected`); the one approximation is that of
-the terminal Hessian. Vectors are (B, n), factors (B, n, k), as in :mod:`diffoc.riccati`.
+so a step costs k + 1 vector-Jacobian products and algebra of k x k. Nothing is projected again,
+unlike in the paper's Appendix D.1; the one approximation is that of the terminal Hessian. Vectors
+are (B, n), factors (B, n, k), as in :mod:`diffoc.riccati`.
 """
 
 from __future__ import annotations

@@ -28,7 +28,8 @@ from diffoc.weights import read_torch_file
 
 OURS = ("mnist", "faces64")
 
-# Sizes: the imagenet256 file's is exact, as its checksum; the others' are four bytes a parameter.
+# Sizes: the imagenet256 file's is exact, as its checksum is; ffhq256's is four bytes a parameter,
+# ffhq64's a rough one.
 REMOTE = {
     "ffhq256": RemoteFile(
         "ffhq_10m.pt",
