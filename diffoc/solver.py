@@ -21,8 +21,6 @@ from diffoc.process import ReverseProcess
 from diffoc.rules import Adam, LineSearch, Tikhonov
 from diffoc.sweeps import ControlProblem
 
-PRECISIONS = {None: None, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
 
 @dataclass(frozen=True)
 class Result:
@@ -88,7 +86,7 @@ def solve(
             falls below `noise_level` squared, a problem is stopped (the discrepancy principle).
         keep_activations: of the forward sweep, for speed; otherwise they are recomputed, for
             memory.
-        precision: "bfloat16" or "float16" for autocast of the process's steps.
+        precision: "bfloat16" for autocast of the process's steps.
         keep_states: whether the result has the trajectory.
         progress: whether to show a bar.
         callback: called after each iteration with its number and the costs (B,).
@@ -99,16 +97,15 @@ def solve(
     """
     if not isinstance(control_cost, ControlCost):
         control_cost = ControlCost(control_cost)
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision is {precision!r}, expected None, 'bfloat16' or 'float16'")
+    if precision not in (None, "bfloat16"):
+        raise ValueError(f"precision is {precision!r}, expected None or 'bfloat16'")
     if (residual is None) != (noise_level is None):
         raise ValueError("residual and noise_level belong together: give both, or neither")
     if noise_level is not None and not noise_level > 0:
         raise ValueError(f"noise_level is {noise_level}, expected above 0")
-    autocast = PRECISIONS[precision]
 
     def dynamics(i: int, x: Tensor, u: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, autocast, enabled=autocast is not None):
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=precision is not None):
             return process.step(i, x, u).to(x.dtype)
 
     def stop(x0: Tensor) -> Tensor:
