@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -35,11 +36,12 @@ def train(args: argparse.Namespace) -> int:
     """Trains, or goes on from the checkpoint, and writes the weights of the moving average."""
     from diffoc import data, training
     from diffoc.figures import write_sheet
-    from diffoc.weights import write_weights
+    from diffoc.weights import read_weights, write_weights
 
     name = args.name
     checkpoint = args.checkpoint or ROOT / "build" / "training" / f"{name}.pt"
-    recipe = training.RECIPES[name]
+    changes = {"images": args.images, "rate": args.rate}
+    recipe = replace(training.RECIPES[name], **{k: v for k, v in changes.items() if v is not None})
     if name == "faces64":
         images, held_out, labels, truth = data.faces("train"), data.faces("test")[::2], None, None
     else:
@@ -51,7 +53,8 @@ def train(args: argparse.Namespace) -> int:
     if checkpoint.exists():
         run = training.resume(recipe, checkpoint, args.device, precision)
     else:
-        run = training.start(recipe, device=args.device, precision=precision)
+        weights = args.init and read_weights(args.init)
+        run = training.start(recipe, args.seed, args.device, precision, weights)
 
     def report(run: training.Run, rate: float) -> None:
         if truth is None:
@@ -106,6 +109,10 @@ def main(argv: list[str] | None = None) -> int:
     trainer.add_argument("name", choices=["mnist", "faces64", "classifier"])
     trainer.add_argument("--checkpoint", type=Path, help="default: build/training/NAME.pt")
     trainer.add_argument("--out", type=Path, default=ROOT / "data", metavar="DIR")
+    trainer.add_argument("--init", type=Path, metavar="FILE", help="weights to begin with")
+    trainer.add_argument("--images", type=int, help="to see, instead of the recipe's")
+    trainer.add_argument("--rate", type=float, help="learning rate, instead of the recipe's")
+    trainer.add_argument("--seed", type=int, default=0)
     trainer.add_argument("--device", default="cpu", help="cpu or cuda")
     trainer.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     trainer.add_argument("--compile", action="store_true", help="compile the network: for a GPU")

@@ -13,7 +13,7 @@ import copy
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -105,6 +105,7 @@ def start(
     seed: int = 0,
     device: torch.device | str = "cpu",
     precision: torch.dtype = torch.float32,
+    weights: Mapping[str, Tensor] | None = None,
 ) -> Run:
     """A run that has seen nothing yet.
 
@@ -113,15 +114,21 @@ def start(
         seed: of the initialisation and of everything drawn later.
         device: where to train.
         precision: torch.float32, or torch.bfloat16 for autocast.
+        weights: to begin with, those of an earlier run's average, say; random by default.
 
     Raises:
-        ValueError: for another precision.
+        ValueError: for another precision, or weights of another network.
     """
     if precision not in (torch.float32, torch.bfloat16):
         raise ValueError(f"precision is {precision}, expected torch.float32 or torch.bfloat16")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = recipe.build()
+    if weights is not None:
+        try:
+            network.load_state_dict(weights)
+        except RuntimeError as error:
+            raise ValueError("weights belong to another network than the recipe's") from error
     # On a CPU neither memory format is faster; tensor cores want the channels last.
     on_cpu = torch.device(device).type == "cpu"
     layout = torch.contiguous_format if on_cpu else torch.channels_last

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from diffoc.data import LICENSES, load_weights, register_file
@@ -30,6 +31,24 @@ def write_weights(network: nn.Module, name: str, folder: Path) -> Path:
     license = LICENSES[TRAINED_ON[name]]
     register_file(path.name, license, f"python -m diffoc train {name}", folder)
     return path
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The float32 weights in a file of :func:`write_weights`, wherever it lies.
+
+    Args:
+        path: of the safetensors file.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: if it is damaged or of another kind.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"path {path} is no file: name the weights of an earlier training")
+    try:
+        return {k: v.float() for k, v in load_file(path).items()}
+    except SafetensorError as error:
+        raise ValueError(f"path {path} is damaged or no safetensors file") from error
 
 
 def read_torch_file(path: Path) -> dict[str, Tensor | dict]:

@@ -9,12 +9,13 @@ from azula.denoise import DiracPosterior, GaussianDenoiser
 from azula.linalg.covariance import IsotropicCovariance
 from azula.noise import VESchedule
 from PIL import Image
+from safetensors.torch import save_file
 from torch import nn
 
 from diffoc import __main__, training
 from diffoc.networks import DigitClassifier, UNetBackbone, parameter_count
 from diffoc.training import Recipe, learning_rate, resume, save, shift, start, step, train
-from diffoc.weights import classifier
+from diffoc.weights import classifier, read_weights
 
 
 class Tiny(nn.Module):
@@ -61,6 +62,29 @@ def test_the_seed_decides_everything():
         states.append(run.network.conv.weight)
     assert torch.equal(states[0], states[1])
     assert not torch.equal(states[0], states[2])
+
+
+def test_a_run_begins_with_the_weights_of_another(tmp_path):
+    earlier = start(tiny(), seed=5)
+    train(earlier, images())
+    path = tmp_path / "weights.safetensors"
+    save_file(earlier.average.state_dict(), path)
+    run = start(tiny(), seed=6, weights=read_weights(path))
+    for network in (run.network, run.average):
+        for key, tensor in network.state_dict().items():
+            assert torch.equal(tensor, earlier.average.state_dict()[key])
+    assert run.seen == 0
+
+
+def test_unfit_weights_to_begin_with_are_refused(tmp_path):
+    path = tmp_path / "weights.safetensors"
+    with pytest.raises(FileNotFoundError, match="earlier training"):
+        read_weights(path)
+    path.write_bytes(b"no safetensors at all")
+    with pytest.raises(ValueError, match="damaged"):
+        read_weights(path)
+    with pytest.raises(ValueError, match="another network"):
+        start(tiny(), weights=DigitClassifier().state_dict())
 
 
 def test_a_broken_write_keeps_the_old_checkpoint(tmp_path, monkeypatch):
