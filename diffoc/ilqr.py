@@ -157,7 +157,7 @@ def ilqr(
     history, gains = History(), []
     status = ["iterations"] * batch
     active = torch.ones(batch, dtype=torch.bool, device=x.device)
-    adam = AdamState(line_search) if isinstance(line_search, Adam) else None
+    adam = AdamState(line_search, max_iterations) if isinstance(line_search, Adam) else None
     best = controls, cost  # Adam's costs go up and down
     expansions = None
 

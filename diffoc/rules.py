@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -77,6 +78,9 @@ class Adam:
         rate: :math:`\eta > 0`, about the largest change of a control in an iteration.
         betas: decays of the two means, in [0, 1[.
         epsilon: above 0.
+        anneal: whether the rate falls to zero, as half a cosine over the iterations. At a constant
+            rate, as in the paper, every control keeps moving by about the rate, and a cost that
+            all T steps act on does not settle.
 
     Source: Kingma & Ba 2015, arXiv:1412.6980.
     """
@@ -84,6 +88,7 @@ class Adam:
     rate: float = 5e-3
     betas: tuple[float, float] = (0.9, 0.999)
     epsilon: float = 1e-8
+    anneal: bool = False
 
     def __post_init__(self) -> None:
         if not self.rate > 0:
@@ -99,10 +104,12 @@ class AdamState:
 
     Args:
         rule: its parameters.
+        iterations: how many there will be.
     """
 
-    def __init__(self, rule: Adam) -> None:
+    def __init__(self, rule: Adam, iterations: int) -> None:
         self.rule = rule
+        self.iterations = iterations
         self.count = 0
         self.first: list[Tensor] = []
         self.second: list[Tensor] = []
@@ -112,6 +119,9 @@ class AdamState:
         if not self.first:
             self.first = [torch.zeros_like(k) for k in gains]
             self.second = [torch.zeros_like(k) for k in gains]
+        rate = self.rule.rate
+        if self.rule.anneal:
+            rate *= (1 + math.cos(math.pi * self.count / self.iterations)) / 2
         self.count += 1
         one, two = self.rule.betas
         changes = []
@@ -119,5 +129,5 @@ class AdamState:
             m.lerp_(k, 1 - one)
             v.lerp_(k.square(), 1 - two)
             scale = (v / (1 - two**self.count)).sqrt() + self.rule.epsilon
-            changes.append(self.rule.rate * m / (1 - one**self.count) / scale)
+            changes.append(rate * m / (1 - one**self.count) / scale)
         return changes

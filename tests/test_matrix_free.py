@@ -102,18 +102,22 @@ def test_a_batch_in_which_one_refuses_keeps_everybody_s_trajectory():
         torch.testing.assert_close(found.cost, problem.cost(states, found.controls))
 
 
-def test_adam_is_torch_s():
+@pytest.mark.parametrize("anneal", [False, True])
+def test_adam_is_torch_s(anneal):
     gains = [[random(2, 4, seed=10 * s + i) for i in range(3)] for s in range(5)]
-    rule = Adam(rate=0.1, betas=(0.8, 0.95), epsilon=1e-6)
-    state = AdamState(rule)
+    rule = Adam(rate=0.1, betas=(0.8, 0.95), epsilon=1e-6, anneal=anneal)
+    state = AdamState(rule, 5)
     parameters = [torch.nn.Parameter(torch.zeros(2, 4, dtype=torch.float64)) for _ in range(3)]
     reference = torch.optim.Adam(parameters, lr=0.1, betas=(0.8, 0.95), eps=1e-6)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(reference, T_max=5)
     total = [torch.zeros(2, 4, dtype=torch.float64) for _ in range(3)]
     for sweep in gains:
         total = [t + c for t, c in zip(total, state.precondition(sweep), strict=True)]
         for parameter, k in zip(parameters, sweep, strict=True):
             parameter.grad = -k
         reference.step()
+        if anneal:
+            schedule.step()
     for found, expected in zip(total, parameters, strict=True):
         torch.testing.assert_close(found, expected.detach())
 
