@@ -91,6 +91,33 @@ def evaluate(name: str, samples: int, out: Path) -> int:
     return 0
 
 
+def solve(args: argparse.Namespace) -> int:
+    """Reconstructs a picture from a measurement of it, and writes what happened."""
+    from diffoc import reconstruct
+    from diffoc.pretrained import load_prior
+
+    given = {name: getattr(args, name) for name in ("steps", "iterations", "rank", "rate")}
+    given = {name: value for name, value in given.items() if value is not None}
+    settings = reconstruct.Settings(
+        args.task, args.prior, noise_std=args.noise_std, seed=args.seed, **given
+    )
+    prior = load_prior(args.prior)
+    read = reconstruct.from_measurement if args.measurement else reconstruct.from_picture
+    case = read(args.measurement or args.image, prior.image_shape, settings)
+    for note in case.notes:
+        print(f"note: {note}")
+    result, report = reconstruct.reconstruct(case, prior, settings, args.device)
+    for path in reconstruct.write(args.out, case, result.x0, report):
+        print(path)
+    if report["metrics"]:
+        print(", ".join(f"{name} {value:g}" for name, value in report["metrics"].items()))
+    print(
+        f"residual {report['residual_over_noise']:g} of the noise, "
+        f"{report['evaluations']} evaluations, {report['seconds']:g} s"
+    )
+    return 0
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs one command and returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m diffoc", description=__doc__)
@@ -121,7 +148,24 @@ def main(argv: list[str] | None = None) -> int:
     judge.add_argument("name", choices=["mnist", "faces64"])
     judge.add_argument("--samples", type=int, default=1000)
     judge.add_argument("--out", type=Path, default=ROOT / "build", metavar="DIR")
+    solver = commands.add_parser("solve", help="reconstruct a picture from a measurement of it")
+    solver.add_argument("image", nargs="?", type=Path, help="a picture, to be measured first")
+    solver.add_argument("--measurement", type=Path, metavar="FILE", help="in place of a picture")
+    solver.add_argument(
+        "--task", required=True, help="super_resolution, or another of diffoc.tasks"
+    )
+    solver.add_argument("--prior", default="faces64", help="a name or path for load_prior")
+    solver.add_argument("--out", type=Path, default=Path("solved"), metavar="DIR")
+    solver.add_argument("--noise-std", type=float, default=0.05, help="on the scale [-1, 1]")
+    solver.add_argument("--steps", type=int, help="T of the reverse process")
+    solver.add_argument("--iterations", type=int, help="of the controller")
+    solver.add_argument("--rank", type=int, help="of the terminal Hessian")
+    solver.add_argument("--rate", type=float, help="Adam's")
+    solver.add_argument("--seed", type=int, default=0, help="of mask, kernel and noise")
+    solver.add_argument("--device", default="cpu", help="cpu or cuda")
     args = parser.parse_args(argv)
+    if args.command == "solve" and (args.image is None) == (args.measurement is None):
+        parser.error("solve needs either a picture or --measurement FILE")
 
     # Activations and optimiser states decay into denormals, which halve the speed of a CPU.
     torch.set_flush_denormal(True)
@@ -134,6 +178,8 @@ def main(argv: list[str] | None = None) -> int:
             return run(args.paths or find(ROOT / "notebooks"), args.out, args.in_place)
         if args.command == "train":
             return train(args)
+        if args.command == "solve":
+            return solve(args)
         if args.command == "evaluate":
             return evaluate(args.name, args.samples, args.out)
         from diffoc.recipes import fit_mixture_prior

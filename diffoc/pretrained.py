@@ -26,7 +26,7 @@ from diffoc import data, training
 from diffoc.downloads import RemoteFile, cache_folder, fetch
 from diffoc.weights import read_torch_file
 
-OURS = ("mnist", "faces64")
+OURS = {"mnist": (1, 28, 28), "faces64": (1, 64, 64)}
 
 # Sizes: the imagenet256 file's is exact, as its checksum is; ffhq256's is four bytes a parameter,
 # ffhq64's a rough one.
@@ -48,6 +48,7 @@ REMOTE = {
         250_000_000,
     ),
 }
+_SHAPES = OURS | {"ffhq256": (3, 256, 256), "imagenet256": (3, 256, 256), "ffhq64": (3, 64, 64)}
 _ADM_CARDS = {"ffhq256": "ffhq_256x256", "imagenet256": "imagenet_256x256"}
 
 
@@ -55,6 +56,8 @@ def load_prior(
     name_or_path: str | Path, schedule: Schedule | None = None, *, allow_pickle: bool = False
 ) -> Denoiser:
     """A pretrained prior: an azula denoiser on images in [-1, 1], in evaluation mode, float32.
+
+    Its attribute `image_shape` is the shape (C, H, W) of its images.
 
     Args:
         name_or_path: one of
@@ -81,6 +84,7 @@ def load_prior(
     if schedule is None:
         schedule = VPSchedule(alpha_min=1e-2, sigma_min=1e-2)
     name, path = str(name_or_path), Path(name_or_path)
+    shape = _SHAPES.get(name)
     if name in OURS:
         weights = {key: value.float() for key, value in data.load_weights(name).items()}
         network = training.RECIPES[name].build()
@@ -91,7 +95,8 @@ def load_prior(
     elif name == "ffhq64":
         prior = _load_edm(schedule, allow_pickle)
     elif path.suffix == ".pt":
-        prior = KarrasDenoiser(_network_of_checkpoint(path), schedule)
+        network, shape = _network_of_checkpoint(path)
+        prior = KarrasDenoiser(network, schedule)
     elif path.is_dir():
         prior = _load_diffusers(path, schedule)
     elif name.count("/") == 1 and all(name.split("/")) and not name.startswith("."):
@@ -102,21 +107,27 @@ def load_prior(
             "owner/name of a diffusers model, a folder that holds one, or a checkpoint "
             "of `python -m diffoc train`, ending in .pt"
         )
+    if shape is None:
+        config = prior.backbone.config
+        size = config.sample_size
+        sides = (size, size) if isinstance(size, int) else tuple(size)
+        shape = (config.in_channels, *sides)
+    prior.image_shape = shape
     return prior.eval().requires_grad_(False)
 
 
 # --- ours -----------------------------------------------------------------------------------------
 
 
-def _network_of_checkpoint(path: Path) -> nn.Module:
+def _network_of_checkpoint(path: Path) -> tuple[nn.Module, tuple[int, int, int]]:
     state = training.read_checkpoint(path)
-    for name in OURS:
+    for name, shape in OURS.items():
         network = training.RECIPES[name].build()
         try:
             network.load_state_dict(state["average"])
         except RuntimeError:
             continue
-        return network
+        return network, shape
     raise ValueError(f"path {path} holds another network than those of {', '.join(OURS)}")
 
 

@@ -3,8 +3,9 @@
 import pytest
 import scipy.linalg
 import torch
+from skimage.metrics import mean_squared_error, peak_signal_noise_ratio, structural_similarity
 
-from diffoc.metrics import frechet_distance
+from diffoc.metrics import frechet_distance, image_metrics
 
 
 def features(count, size, seed):
@@ -44,3 +45,43 @@ def test_frechet_distance_refuses_what_it_cannot_use():
         frechet_distance(a, a[:, :2])
     with pytest.raises(ValueError, match="second has values that are not finite"):
         frechet_distance(a, a / 0)
+
+
+def test_psnr_ssim_and_mse_are_scikit_image_s():
+    generator = torch.Generator().manual_seed(0)
+    truth = 2 * torch.rand(3, 3, 24, 32, generator=generator, dtype=torch.float64) - 1
+    images = truth + 0.3 * torch.randn(truth.shape, generator=generator, dtype=torch.float64)
+    found = image_metrics(images, truth)
+    for i in range(3):
+        a, b = (((v[i] + 1) / 2).movedim(0, -1).numpy() for v in (images.clamp(-1, 1), truth))
+        psnr = peak_signal_noise_ratio(b, a, data_range=1)
+        ssim = structural_similarity(
+            b,
+            a,
+            data_range=1,
+            channel_axis=-1,
+            gaussian_weights=True,
+            sigma=1.5,
+            use_sample_covariance=False,
+        )
+        assert found["psnr"][i].item() == pytest.approx(psnr, abs=1e-9)
+        assert found["mse"][i].item() == pytest.approx(4 * mean_squared_error(b, a))
+        # They differ in what they do at the border.
+        assert found["ssim"][i].item() == pytest.approx(ssim, abs=2e-3)
+
+
+def test_metrics_by_hand():
+    truth = torch.zeros(1, 1, 16, 16)
+    found = image_metrics(truth + 0.2, truth)
+    assert found["mse"].item() == pytest.approx(0.04)
+    assert found["psnr"].item() == pytest.approx(20)
+    # Of constant images the contrast term is 1, and C1 = 0.01^2; on [0, 1] they are 0.5 and 0.6.
+    expected = (2 * 0.5 * 0.6 + 1e-4) / (0.25 + 0.36 + 1e-4)
+    assert found["ssim"].item() == pytest.approx(expected, rel=1e-4)
+    assert image_metrics(truth + 5, truth)["mse"].item() == pytest.approx(1)  # clipped
+
+
+@pytest.mark.parametrize("bad", [torch.zeros(1, 1, 16, 15), torch.full((1, 1, 16, 16), torch.nan)])
+def test_unfit_images_are_refused(bad):
+    with pytest.raises(ValueError, match="images and truth"):
+        image_metrics(bad, torch.zeros(1, 1, 16, 16))
