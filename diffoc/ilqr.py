@@ -121,7 +121,8 @@ def ilqr(
             whatever it costs.
         feedback: whether to use the feedback gains K.
         max_iterations: at least 0.
-        gradient_tolerance: not negative.
+        gradient_tolerance: not negative; zero for no such test, which saves the memory of the
+            gains while those of the next iteration are computed.
         stop: maps final states to the problems that are good enough, (B,) bool.
         callback: called after each iteration with its number and the costs (B,).
 
@@ -135,7 +136,7 @@ def ilqr(
         DivergenceError: if Adam leads to a cost that is not finite.
     """
     if controls is None:
-        controls = x.new_zeros(problem.horizon, *x.shape)
+        controls = x.new_zeros(()).expand(problem.horizon, *x.shape)  # takes no memory
     schedule = Tikhonov() if regularization is None else regularization
     _check(problem, x, controls, schedule, value_update, max_iterations, gradient_tolerance)
     batch, T = len(x), problem.horizon
@@ -175,10 +176,12 @@ def ilqr(
         if stop:
             active = _retire(active, stop(nominal.x[-1]), status, "stopped")
         if expansions is None and active.any() and iteration < max_iterations:
+            if not gradient_tolerance:
+                gains = []  # nothing can end before the next ones, and they take memory
             value = derivatives.terminal(problem, nominal.x[-1], hessian_rank)
             expansions = derivatives.expand(nominal.steps, value)
             gradient = derivatives.largest_gradient(expansions, value)
-        if expansions is not None:
+        if expansions is not None and gradient_tolerance:
             active = _retire(active, gradient <= gradient_tolerance, status, "gradient")
         if not active.any() or iteration == max_iterations:
             break
@@ -213,9 +216,14 @@ def ilqr(
         searching = isinstance(line_search, LineSearch)
         search = line_search if searching else None
         accept = _acceptance(search, slope, curvature, cost, negligible)
-        sweep = (problem, gains, derivatives, feedback)
-        costs = cost, terminal
-        nominal, (cost, terminal), step = _search(sweep, nominal, costs, active, accept, search)
+        nominal, (cost, terminal), step = _search(
+            (problem, gains, derivatives, feedback),
+            nominal,
+            (cost, terminal),
+            active,
+            accept,
+            search,
+        )
         history.step.append(step)
         moved = step > 0
         if adam:

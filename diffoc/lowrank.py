@@ -314,13 +314,17 @@ def pull_back(
     """
     p, Z, expansions = value.p, value.Z, []
     while steps:
-        step = steps.pop()()
-        # Apart, because the gains keep W and not px.
-        px, pu = (g[0] for g in step.pullback(p.unsqueeze(0)))
-        W, U = (g.movedim(0, -1) for g in step.pullback(Z.movedim(-1, 0)))
-        expansions.append(LowRankExpansion(px, pu, W, U, step.u, step.r))
-        p, Z = px, W
+        e = _pull_back_step(steps.pop()(), p, Z)
+        expansions.append(e)
+        p, Z = e.px, e.W
     return expansions[::-1]
+
+
+def _pull_back_step(step: MatrixFreeStep, p: Tensor, Z: Tensor) -> LowRankExpansion:
+    # Apart, because the gains keep W and not px.
+    px, pu = (g[0] for g in step.pullback(p.unsqueeze(0)))
+    W, U = (g.movedim(0, -1) for g in step.pullback(Z.movedim(-1, 0)))
+    return LowRankExpansion(px, pu, W, U, step.u, step.r)
 
 
 def _stack(tensors: list[Tensor], like: Tensor) -> Tensor:

@@ -130,6 +130,7 @@ def solve(
             line_search=update,
             feedback=feedback,
             max_iterations=iterations,
+            gradient_tolerance=0.0,
             stop=stop if residual else None,
             callback=report,
         )
