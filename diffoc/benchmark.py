@@ -179,7 +179,7 @@ def measure(
     options = {"rank": rank, "keep_activations": keep_activations}
     bare, controlled, resumed = [], [], []
 
-    def between(iteration: int, costs: Tensor) -> None:
+    def between(iteration: int, costs: Tensor, x0: Tensor) -> None:
         now = _clock(x.device)
         if resumed:  # the first iteration warms up
             controlled.append(now - resumed.pop())

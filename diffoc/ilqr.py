@@ -100,7 +100,7 @@ def ilqr(
     max_iterations: int = 100,
     gradient_tolerance: float = 1e-8,
     stop: Callable[[Tensor], Tensor] | None = None,
-    callback: Callable[[int, Tensor], None] | None = None,
+    callback: Callable[[int, Tensor, Tensor], None] | None = None,
 ) -> ILQRResult:
     r"""Minimises the total cost over the controls.
 
@@ -124,7 +124,8 @@ def ilqr(
         gradient_tolerance: not negative; zero for no such test, which saves the memory of the
             gains while those of the next iteration are computed.
         stop: maps final states to the problems that are good enough, (B,) bool.
-        callback: called after each iteration with its number and the costs (B,).
+        callback: called after each iteration with its number, the costs (B,) and the final states
+            (B, ...).
 
     Returns:
         The best trajectory and how it was found.
@@ -248,7 +249,7 @@ def ilqr(
             stuck = ~moved
         active = _retire(active, stuck, status, "stalled")
         if callback:
-            callback(iteration, cost)
+            callback(iteration, cost, nominal.x[-1])
 
     return result()
 

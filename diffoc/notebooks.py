@@ -206,6 +206,7 @@ def _run_cells(notebook: NotebookNode, folder: Path, timeout: float) -> _CellErr
         resources={"metadata": {"path": str(folder)}},
         timeout=timeout,
         record_timing=False,
+        store_widget_state=False,  # it is random names, and pictures that only a kernel can change
         coalesce_streams=True,  # else the split of a cell's prints differs from run to run
         on_notebook_start=_let_interrupt_through,
         on_cell_execute=lambda cell, cell_index: begun.append(cell_index),

@@ -14,13 +14,12 @@ from deepinv.physics import Inpainting, Physics
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from diffoc.costs import GaussianLikelihood
 from diffoc.metrics import image_metrics
 from diffoc.pictures import picture_size, read_picture, read_transparency, write_picture
 from diffoc.process import ReverseProcess
 from diffoc.rules import Adam
 from diffoc.solver import Result, solve
-from diffoc.tasks import NOISE_STD, measure, measured, noise_level, task
+from diffoc.tasks import NOISE_STD, likelihood, measure, measured, noise_level, task
 
 # Their measurement is a picture that says all that is needed to know A.
 FROM_PICTURES = ("super_resolution", "gaussian_blur", "random_inpainting", "box_inpainting")
@@ -148,7 +147,7 @@ def reconstruct(
     began = time.perf_counter()
     result = solve(
         process,
-        GaussianLikelihood(physics.A, y, settings.noise_std),
+        likelihood(physics, y, settings.noise_std),
         start,
         control_cost=settings.control_cost,
         rank=settings.rank,

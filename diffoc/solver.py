@@ -67,7 +67,7 @@ def solve(
     precision: str | None = None,
     keep_states: bool = False,
     progress: bool = False,
-    callback: Callable[[int, Tensor], None] | None = None,
+    callback: Callable[[int, Tensor, Tensor], None] | None = None,
 ) -> Result:
     r"""Minimises the terminal cost of the process's image, plus the controls' own cost.
 
@@ -90,7 +90,8 @@ def solve(
         precision: "bfloat16" for autocast of the process's steps.
         keep_states: whether the result has the trajectory.
         progress: whether to show a bar.
-        callback: called after each iteration with its number and the costs (B,).
+        callback: called after each iteration with its number, the costs (B,) and the images
+            (B, C, H, W).
 
     Raises:
         ValueError: if an argument is wrong.
@@ -117,11 +118,11 @@ def solve(
     counts = Counts()
     bar = tqdm(total=iterations, disable=not progress, leave=False, unit="iteration")
 
-    def report(iteration: int, costs: Tensor) -> None:
+    def report(iteration: int, costs: Tensor, x0: Tensor) -> None:
         bar.update()
         bar.set_postfix(cost=f"{costs.mean().item():.4g}")
         if callback:
-            callback(iteration, costs)
+            callback(iteration, costs, x0)
 
     with bar:
         found = ilqr(

@@ -18,6 +18,7 @@ from deepinv.physics.functional import conv2d
 from scipy.ndimage import gaussian_filter
 from torch import Tensor, nn
 
+from diffoc.costs import GaussianLikelihood
 from diffoc.kernels import motion_kernel
 from diffoc.weights import read_torch_file
 
@@ -249,6 +250,11 @@ def measured(physics: Physics, y: Tensor) -> Tensor:
     if isinstance(physics, Inpainting):
         return physics.mask.to(y).expand_as(y)
     return torch.ones_like(y)
+
+
+def likelihood(physics: Physics, y: Tensor, noise_std: float = NOISE_STD) -> GaussianLikelihood:
+    """The terminal cost -log p(y | x_0) of a task; arguments as for :func:`noise_level`."""
+    return GaussianLikelihood(physics.A, y, noise_std)
 
 
 def noise_level(physics: Physics, y: Tensor, noise_std: float = NOISE_STD) -> float:

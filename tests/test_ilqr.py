@@ -283,7 +283,7 @@ def swing_up(request):
         x,
         controls,
         max_iterations=500,
-        callback=lambda i, cost: seen.append((i, cost.clone())),
+        callback=lambda i, cost, x: seen.append((i, cost.clone())),
     )
     return problem, x, controls, seen, result
 

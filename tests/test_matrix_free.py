@@ -136,7 +136,7 @@ def test_adam_lowers_the_cost_and_returns_the_best_iterate(derivatives):
         line_search=Adam(0.1),  # too large in the end, so that costs go up again
         regularization=1.0,
         max_iterations=40,
-        callback=lambda i, cost: costs.append(cost),
+        callback=lambda i, cost, x: costs.append(cost),
     )
     start = problem.cost(problem.rollout(x, torch.zeros(5, *x.shape).double()), found.controls * 0)
     costs = torch.stack([start, *costs])

@@ -95,11 +95,13 @@ def test_what_happens_is_reported(capsys):
         x,
         iterations=3,
         progress=True,
-        callback=lambda i, cost: seen.append((i, cost)),
+        callback=lambda i, cost, x0: seen.append((i, cost, x0)),
     )
-    assert [i for i, _ in seen] == [0, 1, 2]
+    assert [i for i, _, _ in seen] == [0, 1, 2]
     assert found.costs.shape == (3, 2)
     torch.testing.assert_close(found.costs[1], seen[0][1])
+    # The terminal cost of the images that it was given.
+    torch.testing.assert_close(found.terminal_costs[1], likelihood(seen[0][2]))
     assert "cost" in capsys.readouterr().err
 
 

@@ -1,0 +1,115 @@
+"""Buttons and sliders for the quickstart notebook: the controller at work, live."""
+
+from __future__ import annotations
+
+import io
+
+import ipywidgets as widgets
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from diffoc import data
+from diffoc.metrics import image_metrics
+from diffoc.pretrained import load_prior
+from diffoc.process import ReverseProcess
+from diffoc.reconstruct import picture_of
+from diffoc.rules import Adam
+from diffoc.solver import solve
+from diffoc.tasks import TASKS, likelihood, measure, task
+
+# What can be chosen: the images that ship with the repository, each with its prior.
+_IMAGES = {
+    "astronaut": "faces64",
+    "grace hopper": "faces64",
+    **{f"digit {d}": "mnist" for d in range(10)},
+}
+
+
+def _image(name: str) -> Tensor:
+    if name.startswith("digit"):
+        return data.digits()[0][2 * int(name[-1])][None]
+    return data.portrait(name.replace(" ", "_"))
+
+
+class Panel:
+    """Image, task, noise, iterations and rank by hand; measurement, image and cost as they move.
+
+    Attributes:
+        view: the widget, to be displayed.
+        steps: T of the reverse process.
+    """
+
+    def __init__(self, steps: int = 10) -> None:
+        self.steps = steps
+        self.image = widgets.Dropdown(options=list(_IMAGES), description="image")
+        names = [(name.replace("_", " "), name) for name in TASKS]
+        self.task = widgets.Dropdown(options=names, description="task")
+        self.noise = widgets.FloatSlider(0.05, min=0.01, max=0.5, step=0.01, description="noise")
+        self.iterations = widgets.IntSlider(30, min=1, max=100, description="iterations")
+        self.rank = widgets.IntSlider(1, min=0, max=8, description="rank")
+        self.button = widgets.Button(description="Reconstruct", button_style="primary")
+        self.status = widgets.Label()
+        self.picture = widgets.Image(format="png", width=760)
+        self.button.on_click(lambda _: self.run())
+        controls = [self.image, self.task, self.noise, self.iterations, self.rank]
+        self.view = widgets.VBox(
+            [
+                widgets.HBox(controls[:3]),
+                widgets.HBox([*controls[3:], self.button]),
+                self.status,
+                self.picture,
+            ]
+        )
+
+    def run(self) -> None:
+        """Measures the chosen image and reconstructs it, showing every iteration."""
+        self.button.disabled = True
+        try:
+            self._run()
+        except (ValueError, RuntimeError) as error:
+            self.status.value = f"{error}"
+        finally:
+            self.button.disabled = False
+
+    def _run(self) -> None:
+        self.status.value = "measuring"
+        prior = load_prior(_IMAGES[self.image.value])
+        truth = _image(self.image.value)
+        generator = torch.Generator().manual_seed(0)
+        physics = task(self.task.value, prior.image_shape, generator)
+        y = measure(physics, truth, generator, self.noise.value)
+        costs = []
+
+        def show(iteration: int, cost: Tensor, x0: Tensor) -> None:
+            costs.append(cost.item())
+            psnr = image_metrics(x0, truth)["psnr"].item()
+            self.status.value = f"iteration {iteration + 1}: cost {costs[-1]:.4g}, {psnr:.2f} dB"
+            self.picture.value = _draw(truth, picture_of(y, self.task.value), x0, costs)
+
+        solve(
+            ReverseProcess(prior, self.steps),
+            likelihood(physics, y, self.noise.value),
+            torch.zeros_like(truth),
+            rank=self.rank.value,
+            iterations=self.iterations.value,
+            update=Adam(0.02, anneal=True),
+            callback=show,
+        )
+        self.status.value += ", done"
+
+
+def _draw(truth: Tensor, measurement: Tensor, x0: Tensor, costs: list[float]) -> bytes:
+    """Three images and the cost so far, as PNG."""
+    figure = Figure(figsize=(9.5, 2.6), layout="constrained")
+    axes = figure.subplots(1, 4, width_ratios=[1, 1, 1, 1.3])
+    pictures = {"truth": truth, "measurement": measurement, "reconstruction": x0}
+    for ax, (title, picture) in zip(axes, pictures.items(), strict=False):
+        ax.imshow(picture[0, 0], cmap="gray", vmin=-1, vmax=1, interpolation="nearest")
+        ax.set_title(title)
+        ax.axis("off")
+    axes[-1].semilogy(range(1, len(costs) + 1), costs)
+    axes[-1].set(title="cost", xlabel="iteration")
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=80)
+    return content.getvalue()
