@@ -8,20 +8,19 @@ turns, and the fastest of each count, so that other work on the machine does not
 
 from __future__ import annotations
 
+import itertools
 import platform
 import time
-import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import torch
 from azula.denoise import Denoiser
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffoc.costs import GaussianLikelihood
+from diffoc.memory import peak_memory
 from diffoc.operators import average_pool
 from diffoc.pretrained import load_prior, untrained_adm
 from diffoc.process import ReverseProcess
@@ -77,62 +76,6 @@ class Row:
     def beyond(self) -> float:
         """The controller's memory beyond the network's, in float32 numbers, over T n."""
         return (self.bytes - self.bare_bytes) / (4 * self.steps * torch.Size(self.shape).numel())
-
-
-class LiveTensors(TorchDispatchMode):
-    """Counts the bytes of the tensors made while it is active that are still alive.
-
-    Activations that autograd keeps count, what a kernel allocates for itself does not. Works on
-    every device.
-
-    Attributes:
-        live, peak: bytes, now and at most.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self._alive: set[int] = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        before = {id(s) for s in _storages((args, kwargs))}
-        result = func(*args, **(kwargs or {}))
-        for storage in _storages(result):
-            if id(storage) not in before | self._alive:
-                self._alive.add(id(storage))
-                self.live += storage.nbytes()
-                weakref.finalize(storage, self._forget, id(storage), storage.nbytes())
-        self.peak = max(self.peak, self.live)
-        return result
-
-    def _forget(self, key: int, size: int) -> None:
-        self._alive.remove(key)
-        self.live -= size
-
-
-def _storages(tree: object) -> list[torch.UntypedStorage]:
-    return [t.untyped_storage() for t in tree_leaves(tree) if isinstance(t, Tensor)]
-
-
-def peak_memory(run: Callable[[], object], device: torch.device) -> tuple[int, int]:
-    """The most bytes in use during `run`, and those that its result keeps, beyond those before.
-
-    On a CUDA device as its allocator counts them, elsewhere those of :class:`LiveTensors`.
-    """
-    if device.type == "cuda":
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        result = run()
-        most, after = (
-            measured(device) - before
-            for measured in (torch.cuda.max_memory_allocated, torch.cuda.memory_allocated)
-        )
-    else:
-        with LiveTensors() as tensors:
-            result = run()
-        most, after = tensors.peak, tensors.live
-    del result  # was alive until here
-    return most, after
 
 
 def bare_iteration(process: ReverseProcess, x: Tensor, rank: int, keep_activations: bool) -> None:
@@ -247,8 +190,7 @@ class Projection:
     Attributes:
         rank, keep_activations: of the controller.
         nfe: T times the number of iterations.
-        seconds: of one image.
-        gpu_hours: of the table's 5000 images.
+        seconds, gpu_hours: of one image, and of the table's.
     """
 
     rank: int
@@ -259,13 +201,13 @@ class Projection:
 
 
 def project(
-    forward: float, product: float, rank: int, keep_activations: bool, teraflops: float
+    forward: float, product: float, ranks: Sequence[int], teraflops: float
 ) -> list[Projection]:
-    r"""Projects Table 1's cost, :math:`NFE \, (F + (1 + k) B)` an image, for each of its NFE.
+    r"""Projects Table 1's cost, :math:`NFE \, (F + (1 + k) B)` an image, or 2 F in place of F.
 
     Args:
         forward, product: FLOP of F and of B.
-        rank, keep_activations: of the controller; without activations it takes 2 F.
+        ranks: k of every projection, with activations kept and recomputed.
         teraflops: that the device sustains, above 0.
 
     Raises:
@@ -273,12 +215,11 @@ def project(
     """
     if not teraflops > 0:
         raise ValueError(f"teraflops is {teraflops}, expected above 0")
-    each = (1 if keep_activations else 2) * forward + (1 + rank) * product
     rows = []
-    for nfe in TABLE_1_NFE:
+    for rank, keep, nfe in itertools.product(ranks, (True, False), TABLE_1_NFE):
+        each = (1 if keep else 2) * forward + (1 + rank) * product
         seconds = nfe * each / (teraflops * 1e12)
-        hours = seconds * TABLE_1_IMAGES / 3600
-        rows.append(Projection(rank, keep_activations, nfe, seconds, hours))
+        rows.append(Projection(rank, keep, nfe, seconds, seconds * TABLE_1_IMAGES / 3600))
     return rows
 
 
@@ -311,25 +252,28 @@ def run(
     """
     if batch < 1:
         raise ValueError(f"batch is {batch}, expected at least 1")
-    projections = project_table_1(ranks, teraflops)
-    measured = "allocator" if torch.device(device).type == "cuda" else "live tensors"
+    with torch.device("meta"):
+        network = untrained_adm("ffhq256")
+    table = project(*flop(network, (1, *SHAPES["ffhq256"])), ranks, teraflops)
+    on_cuda = torch.device(device).type == "cuda"
     found = {
         "torch": torch.__version__,
-        "device": _name(torch.device(device)),
+        "device": torch.cuda.get_device_name(device) if on_cuda else platform.machine(),
         "threads": torch.get_num_threads(),
-        "memory": f"most bytes beyond the weights, by {measured}",
+        "memory": "allocated" if on_cuda else "live tensors",
         "priors": {},
-        "projected": {"teraflops": teraflops, "table_1": [asdict(p) for p in projections]},
+        "projected": {"teraflops": teraflops, "table_1": [asdict(row) for row in table]},
     }
     print(f"{found['device']}, {found['threads']} threads, torch {found['torch']}")
-    print(f"MB: {found['memory']}; an iteration has T = {steps} steps")
-    print(f"{'prior':<12} B rank activations  F/step B/step  bare s  iteration s  ratio", end="")
-    print("       MB  bare MB  beyond / (T n)")
+    print(f"seconds of an iteration with T = {steps}; MB beyond the weights ({found['memory']})")
+    print(
+        f"{'prior':<12} B rank activations  F/step B/step  bare s  diffoc s  ratio  "
+        "bare MB  diffoc MB  more / (T n)"
+    )
     for name in names:
         if shape is None and name not in SHAPES:
             raise ValueError(f"shape is missing: {name!r} is none of {', '.join(SHAPES)}")
-        prior = untrained_adm(name) if random_weights else load_prior(name)
-        prior = prior.to(device)
+        prior = (untrained_adm(name) if random_weights else load_prior(name)).to(device)
         rows = []
         for images, keep in ((1, True), (1, False), *([(batch, True)] if batch > 1 else [])):
             generator = torch.Generator().manual_seed(0)
@@ -337,52 +281,32 @@ def run(
             for rank in ranks:
                 rows.append(row := measure(prior, x, steps, rank, keep, repeats))
                 print(_line(name, row), flush=True)
-        if batch > 1:
-            for one, many in zip(rows[: len(ranks)], rows[-len(ranks) :], strict=True):
-                print(
-                    f"{name}, rank {one.rank}: {batch} images at once {many.seconds:.3f} s, one "
-                    f"after another {batch * one.seconds:.3f} s"
-                )
+        for one, many in zip(rows, rows[2 * len(ranks) :], strict=False):
+            print(
+                f"{name}, rank {one.rank}: {batch} images at once {many.seconds:.3f} s, one "
+                f"after another {batch * one.seconds:.3f} s"
+            )
         found["priors"][name] = [
             asdict(row) | {"ratio": row.ratio, "beyond": row.beyond} for row in rows
         ]
-    print(
-        f"\nPROJECTED from counted FLOP, not measured: Table 1 (ffhq256, {TABLE_1_IMAGES} images)"
-    )
-    print(f"on a device that sustains {teraflops:g} TFLOP/s, which is an assumption")
-    for p in projections:
-        kept = "kept" if p.keep_activations else "recomputed"
+    print("\nPROJECTED from the FLOP of ffhq256, not measured: Table 1 on a device that sustains")
+    print(f"{teraflops:g} TFLOP/s, which is an assumption")
+    for row in table:
         print(
-            f"NFE {p.nfe}, rank {p.rank}, activations {kept}: {p.seconds:.1f} s an image, "
-            f"{p.gpu_hours:.0f} GPU-hours"
+            f"NFE {row.nfe}, rank {row.rank}, activations {_kept(row)}: {row.seconds:.1f} s an "
+            f"image, {row.gpu_hours:.0f} GPU-hours for {TABLE_1_IMAGES} images"
         )
     return found
 
 
-def project_table_1(ranks: Sequence[int], teraflops: float) -> list[Projection]:
-    """Projections for the paper's network, with activations kept and recomputed."""
-    with torch.device("meta"):
-        network = untrained_adm("ffhq256")
-    forward, product = flop(network, (1, *SHAPES["ffhq256"]))
-    return [
-        row
-        for rank in ranks
-        for keep in (True, False)
-        for row in project(forward, product, rank, keep, teraflops)
-    ]
-
-
 def _line(name: str, row: Row) -> str:
-    kept = "kept" if row.keep_activations else "recomputed"
     return (
-        f"{name:<12} {row.shape[0]} {row.rank:>4} {kept:<11} "
+        f"{name:<12} {row.shape[0]} {row.rank:>4} {_kept(row):<11} "
         f"{row.evaluations / row.steps:>7g} {row.products / row.steps:>6g} "
-        f"{row.bare_seconds:>7.3f} {row.seconds:>12.3f} {row.ratio:>6.3f} "
-        f"{row.bytes / 1e6:>8.1f} {row.bare_bytes / 1e6:>8.1f} {row.beyond:>15.1f}"
+        f"{row.bare_seconds:>7.3f} {row.seconds:>9.3f} {row.ratio:>6.3f} "
+        f"{row.bare_bytes / 1e6:>8.1f} {row.bytes / 1e6:>10.1f} {row.beyond:>13.1f}"
     )
 
 
-def _name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return platform.processor() or platform.machine()
+def _kept(row: Row | Projection) -> str:
+    return "kept" if row.keep_activations else "recomputed"

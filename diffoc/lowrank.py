@@ -341,6 +341,10 @@ def _woodbury(S: Tensor, G: Tensor, rho: Tensor) -> tuple[Tensor, Tensor]:
     with G = L L^T; an eigenvalue that is rounding of the largest counts as zero.
     """
     k = S.shape[-1]
+    if (
+        k == 0
+    ):  # the first order: no decompositions of nothing, a tenth of the step of a small prior
+        return S, rho[:, 0, 0] > 0
     eye = torch.eye(k, dtype=S.dtype, device=S.device)
     values, vectors = torch.linalg.eigh(G)
     root = vectors * values.clamp(min=0).sqrt().unsqueeze(-2)

@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from diffoc.costs import GaussianLikelihood
 from diffoc.networks import UNetBackbone
 from diffoc.operators import average_pool
+from diffoc.pretrained import untrained_adm
 from diffoc.process import ReverseProcess, draw_noise
 from diffoc.rules import Adam, LineSearch, Tikhonov
 from diffoc.solver import snr_weights, solve
@@ -58,20 +59,27 @@ class Decisions(TorchFunctionMode):
         return result
 
 
-def pipeline(device, rank, update, keep, method="ddim", misplaced=None):
+def small_network(channels=1):
+    network = UNetBackbone((8, 16), (1, 1), fold=2, in_channels=channels, features=8)
+    return KarrasDenoiser(network, VPSchedule()).eval().requires_grad_(False)
+
+
+def pipeline(
+    device, rank, update, keep, method="ddim", misplaced=None, prior=small_network, shape=(1, 8, 8)
+):
     """What a user writes, with everything on one device but what is misplaced."""
 
     def place(what, tensor):
         return tensor.to("cpu" if what == misplaced else device)
 
     with torch.device(device):
-        network = UNetBackbone((8, 16), (1, 1), fold=2, features=8)
-        prior = KarrasDenoiser(network, VPSchedule()).eval().requires_grad_(False)
+        prior = prior()
+    channels, height, width = shape
     g = torch.Generator().manual_seed(0)
-    noise = place("noise", draw_noise(3, (2, 1, 8, 8), g)) if method == "ddpm" else None
+    noise = place("noise", draw_noise(3, (2, *shape), g)) if method == "ddpm" else None
     process = ReverseProcess(prior, 3, method, noise=noise)
-    x = process.initial_state((2, 1, 8, 8), g).float().to(device)
-    y = place("y", torch.zeros(2, 1, 4, 4))
+    x = process.initial_state((2, *shape), g).float().to(device)
+    y = place("y", torch.zeros(2, channels, height // 2, width // 2))
     operator = average_pool(2)
     found = solve(
         process,
@@ -90,10 +98,13 @@ def pipeline(device, rank, update, keep, method="ddim", misplaced=None):
     return [found.x0, found.controls, found.states, found.cost, found.costs, found.terminal_costs]
 
 
-def on_fake_device(**options):
+def on_fake_device(prior=small_network, shape=(1, 8, 8), **options):
+    """The pipeline's results there; the decisions are those of a small network."""
     torch.manual_seed(0)
     with Decisions() as decisions:
-        pipeline("cpu", **{**options, "misplaced": None})
+        small = {"prior": lambda: small_network(shape[0]), "shape": (shape[0], 8, 8)}
+        pipeline("cpu", **{**options, **small, "misplaced": None})
+    options.update(prior=prior, shape=shape)
     with FakeTensorMode(allow_non_fake_inputs=True), Decisions(decisions.log) as replayed:
         result = pipeline(DEVICE, **options)
     assert not replayed.log
@@ -112,6 +123,23 @@ def test_everything_stays_on_the_device(rank, update, keep):
 def test_frozen_noise_is_there_too():
     for tensor in on_fake_device(rank=1, update=Adam(), keep=True, method="ddpm"):
         assert tensor.device == DEVICE
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_the_network_of_the_paper_at_full_size(keep):
+    """93.56 M parameters and images of 256 x 256, through three iterations of rank 1."""
+    found = on_fake_device(
+        rank=1,
+        update=Adam(),
+        keep=keep,
+        prior=lambda: untrained_adm("ffhq256"),
+        shape=(3, 256, 256),
+    )
+    assert found[0].shape == (2, 3, 256, 256)
+    assert found[2].shape == (4, 2, 3, 256, 256)
+    for tensor in found:
+        assert tensor.device == DEVICE
+        assert tensor.dtype == torch.float32
 
 
 @pytest.mark.parametrize("misplaced", ["y", "noise"])
