@@ -25,7 +25,7 @@ from torch import Tensor
 
 from diffoc.lowrank import LowRankGains, MatrixFree
 from diffoc.riccati import VALUE_UPDATES, Dense, Gains, SingularControlHessianError
-from diffoc.rules import Adam, AdamState, LineSearch, Tikhonov
+from diffoc.rules import LBFGS, Adam, AdamState, LBFGSState, LineSearch, Tikhonov
 from diffoc.sweeps import ControlProblem, Trajectory, backward_sweep, forward_sweep, roll_out
 
 
@@ -95,7 +95,7 @@ def ilqr(
     regularization: Tikhonov | float | Tensor | None = None,
     value_update: str = "full",
     hessian_rank: int | None = None,
-    line_search: LineSearch | Adam | None = LineSearch(),
+    line_search: LineSearch | Adam | LBFGS | None = LineSearch(),
     feedback: bool = True,
     max_iterations: int = 100,
     gradient_tolerance: float = 1e-8,
@@ -117,7 +117,7 @@ def ilqr(
         value_update: "full", or "paper" for Eqs. 48 and 49.
         hessian_rank: truncates the terminal Hessian, see
             :func:`diffoc.riccati.terminal_value`.
-        line_search: its parameters; or Adam in its place; or None to take every full step,
+        line_search: its parameters; or Adam or L-BFGS in its place; or None to take every full step,
             whatever it costs.
         feedback: whether to use the feedback gains K.
         max_iterations: at least 0.
@@ -160,6 +160,7 @@ def ilqr(
     status = ["iterations"] * batch
     active = torch.ones(batch, dtype=torch.bool, device=x.device)
     adam = AdamState(line_search, max_iterations) if isinstance(line_search, Adam) else None
+    lbfgs = LBFGSState(line_search) if isinstance(line_search, LBFGS) else None
     best = nominal.u, cost  # Adam's costs go up and down
     expansions = None
 
@@ -181,7 +182,8 @@ def ilqr(
                 gains = []  # nothing can end before the next ones, and they take memory
             value = derivatives.terminal(problem, nominal.x[-1], hessian_rank)
             expansions = derivatives.expand(nominal.steps, value)
-            gradient = derivatives.largest_gradient(expansions, value)
+            gradients = derivatives.gradients(expansions, value)
+            gradient = torch.stack([g.abs().amax(-1) for g in gradients]).amax(dim=0)
         if expansions is not None and gradient_tolerance:
             active = _retire(active, gradient <= gradient_tolerance, status, "gradient")
         if not active.any() or iteration == max_iterations:
@@ -203,6 +205,12 @@ def ilqr(
 
         slope = torch.stack([g.slope for g in gains]).sum(dim=0)
         curvature = torch.stack([g.curvature for g in gains]).sum(dim=0)
+        if lbfgs:
+            flat = torch.cat([u.flatten(1) for u in nominal.u], dim=1)
+            change = lbfgs.direction(torch.cat(gradients, dim=1), flat)
+            slope, curvature = (torch.cat(gradients, dim=1) * change).sum(-1), 0 * curvature
+            parts = change.split([g.k.shape[1] for g in gains], dim=1)
+            gains = [replace(g, k=k) for g, k in zip(gains, parts, strict=True)]
         expected = -(slope + curvature / 2)
         negligible = expected <= rounding * cost.abs()
         history.cost.append(cost)
@@ -214,8 +222,8 @@ def ilqr(
         if adam:
             changes = adam.precondition([g.k for g in gains])
             gains = [replace(g, k=k) for g, k in zip(gains, changes, strict=True)]
-        searching = isinstance(line_search, LineSearch)
-        search = line_search if searching else None
+        search = line_search.search if lbfgs else line_search
+        search = search if isinstance(search, LineSearch) else None
         accept = _acceptance(search, slope, curvature, cost, negligible)
         nominal, (cost, terminal), step = _search(
             (problem, gains, derivatives, feedback),
@@ -239,7 +247,7 @@ def ilqr(
             best = _where(better, nominal.u, best[0]), torch.where(better, cost, best[1])
         if moved.any():
             expansions = None
-        if searching:
+        if search:
             active = _retire(active, negligible, status, "cost")
         if adaptive:
             stuck = ~moved & (a >= schedule.maximum)

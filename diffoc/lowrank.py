@@ -262,9 +262,9 @@ class MatrixFree:
         """The trajectory's expansion, by :func:`pull_back`; `steps` is empty afterwards."""
         return pull_back(steps, value)
 
-    def largest_gradient(self, expansions: list[LowRankExpansion], value: LowRankValue) -> Tensor:
-        """The largest absolute derivative of the total cost in a control, (B,)."""
-        return torch.stack([e.gradient.abs().amax(-1) for e in expansions]).amax(dim=0)
+    def gradients(self, expansions: list[LowRankExpansion], value: LowRankValue) -> list[Tensor]:
+        """The derivatives of the total cost in the controls of every step, (B, m) each."""
+        return [e.gradient for e in expansions]
 
 
 def linearize_step(

@@ -148,9 +148,9 @@ class Dense:
         """The trajectory's expansion, from its steps'."""
         return [step() for step in steps]
 
-    def largest_gradient(self, expansions: list[Expansion], value: DenseValue) -> Tensor:
-        """The largest absolute derivative of the total cost in a control, (B,)."""
-        return control_gradient(expansions, value.Vx).abs().amax(dim=(0, 2))
+    def gradients(self, expansions: list[Expansion], value: DenseValue) -> list[Tensor]:
+        """The derivatives of the total cost in the controls of every step, (B, m) each."""
+        return list(control_gradient(expansions, value.Vx))
 
 
 def expand_step(
