@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from diffoc.costs import ControlCost
+from diffoc.curvature import HESSIANS, terminal_products
 from diffoc.randomized import nystrom, symmetric_eigen
 from diffoc.riccati import System
 
@@ -86,27 +87,42 @@ class LowRankValue:
         in_x, in_u = e.pullback(cotangents)
         Qx, W = in_x[0], in_x[1:].movedim(0, -1)
         Qu, U = e.r * e.u + in_u[0], in_u[1:].movedim(0, -1)
-        S, r, rho = self.S, e.r, (e.r + a)[:, None, None]
+        return low_rank_step(Qx, Qu, W, U, self.S, e.r, a, update)
 
-        G = U.mT @ U
-        M, definite = _woodbury(S, G, rho)
-        rho = torch.where(rho > 0, rho, 1)[..., 0]
-        k = -(Qu - _times(U, _times(M, _times(U.mT, Qu)))) / rho
-        k = torch.where(definite[:, None], k, 0)
 
-        UTk = _times(U.mT, k)
-        Quuk = r * k + _times(U, _times(S, UTk))
-        squared = M @ (r * G + G @ S @ G) @ M  # of K^T Quu K = W squared W^T
-        if update == "paper":
-            Vx = Qx + _times(W, _times(M, _times(U.mT, Quuk)))  # Eq. 48
-            new_S = S - squared  # Eq. 49
-        else:
-            Vx = Qx - _times(W, _times(M, _times(U.mT, Quuk + Qu)) - _times(S, UTk))
-            cross = M @ G @ S
-            new_S = S + squared - cross - cross.mT
-        slope, curvature = (k * Qu).sum(-1), (k * Quuk).sum(-1)
-        gains = LowRankGains(k, U, M, W, slope, curvature, definite)
-        return gains, LowRankValue(Vx, W, (new_S + new_S.mT) / 2)
+def low_rank_step(
+    Qx: Tensor, Qu: Tensor, W: Tensor, U: Tensor, S: Tensor, r: float, a: Tensor, update: str
+) -> tuple[LowRankGains, LowRankValue]:
+    """The algebra of a step, see the module, for whatever factors W and U.
+
+    Args:
+        Qx, Qu: gradients of Q, Eqs. 40 and 41, (B, n) and (B, m).
+        W, U: factors of Qxx and Quu, (B, n, k) and (B, m, k).
+        S: the symmetric middle of both, (B, k, k).
+        r: weight of the control cost.
+        a: Tikhonov's constant, (B,).
+        update: a member of :data:`diffoc.riccati.VALUE_UPDATES`.
+    """
+    rho = (r + a)[:, None, None]
+    G = U.mT @ U
+    M, definite = _woodbury(S, G, rho)
+    rho = torch.where(rho > 0, rho, 1)[..., 0]
+    k = -(Qu - _times(U, _times(M, _times(U.mT, Qu)))) / rho
+    k = torch.where(definite[:, None], k, 0)
+
+    UTk = _times(U.mT, k)
+    Quuk = r * k + _times(U, _times(S, UTk))
+    squared = M @ (r * G + G @ S @ G) @ M  # of K^T Quu K = W squared W^T
+    if update == "paper":
+        Vx = Qx + _times(W, _times(M, _times(U.mT, Quuk)))  # Eq. 48
+        new_S = S - squared  # Eq. 49
+    else:
+        Vx = Qx - _times(W, _times(M, _times(U.mT, Quuk + Qu)) - _times(S, UTk))
+        cross = M @ G @ S
+        new_S = S + squared - cross - cross.mT
+    slope, curvature = (k * Qu).sum(-1), (k * Quuk).sum(-1)
+    gains = LowRankGains(k, U, M, W, slope, curvature, definite)
+    return gains, LowRankValue(Vx, W, (new_S + new_S.mT) / 2)
 
 
 @dataclass
@@ -116,10 +132,13 @@ class Counts:
     Attributes:
         evaluations: of the dynamics.
         products: vector-Jacobian products of the dynamics.
+        tangents: Jacobian-vector products of the dynamics, of :class:`diffoc.projected.Projected`
+            only.
     """
 
     evaluations: int = 0
     products: int = 0
+    tangents: int = 0
 
 
 @dataclass(frozen=True)
@@ -136,6 +155,8 @@ class MatrixFree:
         oversampling: directions beyond the rank.
         power: iterations of the range finder, see :mod:`diffoc.randomized`.
         convex: whether the terminal cost is, so that one product a direction suffices (Nystrom).
+        hessian: "full", or "gauss_newton", which is positive semidefinite whatever the operator,
+            so that one product suffices; see :mod:`diffoc.curvature`.
         seed: of the random directions, which are the same in every iteration.
         counts: of the work done with this object.
     """
@@ -144,19 +165,19 @@ class MatrixFree:
     oversampling: int = 5
     power: int = 0
     convex: bool = False
+    hessian: str = "full"
     seed: int = 0
     counts: Counts = field(default_factory=Counts)
+
+    def __post_init__(self) -> None:
+        if self.hessian not in HESSIANS:
+            raise ValueError(f"hessian is {self.hessian!r}, expected one of {', '.join(HESSIANS)}")
 
     def step(
         self, problem: System, i: int, x: Tensor, u: Tensor
     ) -> tuple[Tensor, Callable[[], MatrixFreeStep]]:
         """The next states, and what expands this step."""
-        if not isinstance(problem.running_cost, ControlCost):
-            raise ValueError(
-                f"running_cost is {type(problem.running_cost).__name__}, expected a ControlCost: "
-                "other costs need derivatives=Dense()"
-            )
-        r, flat = problem.running_cost.weight(i), u.flatten(1)
+        r, flat = control_weight(problem, i), u.flatten(1)
 
         def linearize() -> tuple[Tensor, MatrixFreeStep]:
             self.counts.evaluations += 1
@@ -180,34 +201,12 @@ class MatrixFree:
         Raises:
             ValueError: if `rank` is missing, or not between 0 and n.
         """
-        batch, n = len(x), x[0].numel()
-        if rank is None or not 0 <= rank <= n:
-            raise ValueError(f"hessian_rank is {rank}, expected 0 to {n}")
-        x = x.detach().requires_grad_()
-        with torch.enable_grad():
-            cost = problem.terminal_cost(x).sum()
-            (gradient,) = torch.autograd.grad(cost, x, create_graph=rank > 0)
-        Vx = gradient.detach().flatten(1)
-        if rank == 0 or not gradient.requires_grad:
+        batch, n = check_rank(x, rank)
+        Vx, product = terminal_products(problem.terminal_cost, x, self.hessian)
+        if rank == 0:
             return LowRankValue(Vx, x.new_zeros(batch, n, 0), x.new_zeros(batch, 0, 0))
-
-        def product(X: Tensor) -> Tensor:
-            (columns,) = torch.autograd.grad(
-                gradient,
-                x,
-                X.movedim(-1, 0).reshape(-1, *x.shape),
-                is_grads_batched=True,
-                retain_graph=True,
-                materialize_grads=True,
-            )
-            return columns.flatten(2).movedim(0, -1)
-
-        directions = min(n, rank + self.oversampling)
-        generator = torch.Generator().manual_seed(self.seed)
-        # The same directions for every problem, so that no result depends on the batch.
-        omega = torch.randn(n, directions, generator=generator, dtype=torch.float64).to(x)
-        omega = omega.expand(batch, n, directions)
-        if self.convex:
+        omega = random_directions(x, min(n, rank + self.oversampling), self.seed)
+        if self.convex or self.hessian == "gauss_newton":
             Z, values = nystrom(product, omega, rank)
         else:
             Z, values = symmetric_eigen(product, omega, rank, self.power)
@@ -216,6 +215,34 @@ class MatrixFree:
     def largest_gradient(self, expansions: list[MatrixFreeStep], value: LowRankValue) -> Tensor:
         """NaN (B,): the gradient would cost another vector-Jacobian product a step."""
         return torch.full_like(value.Vx[:, 0], torch.nan)
+
+
+def control_weight(problem: System, i: int) -> float:
+    """r of step i; a ValueError if the running cost is none that products can do."""
+    if not isinstance(problem.running_cost, ControlCost):
+        raise ValueError(
+            f"running_cost is {type(problem.running_cost).__name__}, expected a ControlCost: "
+            "other costs need derivatives=Dense()"
+        )
+    return problem.running_cost.weight(i)
+
+
+def check_rank(x: Tensor, rank: int | None) -> tuple[int, int]:
+    """B and n of states (B, ...); a ValueError if the Hessian cannot have that rank."""
+    n = x[0].numel()
+    if rank is None or not 0 <= rank <= n:
+        raise ValueError(f"hessian_rank is {rank}, expected 0 to {n}")
+    return len(x), n
+
+
+def random_directions(x: Tensor, count: int, seed: int) -> Tensor:
+    """Standard normal vectors (B, n, count) for states x (B, ...).
+
+    The same for every problem, so that no result depends on the batch.
+    """
+    n, generator = x[0].numel(), torch.Generator().manual_seed(seed)
+    omega = torch.randn(n, count, generator=generator, dtype=torch.float64).to(x)
+    return omega.expand(len(x), n, count)
 
 
 def linearize_step(
