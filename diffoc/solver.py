@@ -7,7 +7,7 @@ the denoiser, B one vector-Jacobian product, k the rank of the terminal Hessian.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from azula.noise import Schedule
@@ -18,6 +18,7 @@ from diffoc.costs import ControlCost
 from diffoc.ilqr import ILQRResult, ilqr
 from diffoc.lowrank import Counts, MatrixFree
 from diffoc.process import ReverseProcess
+from diffoc.projected import Projected
 from diffoc.rules import Adam, LineSearch, Tikhonov
 from diffoc.sweeps import ControlProblem
 
@@ -36,6 +37,7 @@ class Result:
         status: of each problem, see :class:`diffoc.ilqr.ILQRResult`.
         evaluations: of the denoiser, for each image.
         products: vector-Jacobian products of the process's steps, for each image.
+        tangents: Jacobian-vector products of them, for each image.
     """
 
     x0: Tensor
@@ -47,6 +49,7 @@ class Result:
     status: list[str]
     evaluations: int
     products: int
+    tangents: int
 
 
 def solve(
@@ -63,6 +66,7 @@ def solve(
     residual: Callable[[Tensor], Tensor] | None = None,
     noise_level: float | None = None,
     keep_activations: bool = True,
+    derivatives: MatrixFree | Projected | None = None,
     precision: str | None = None,
     keep_states: bool = False,
     progress: bool = False,
@@ -86,6 +90,8 @@ def solve(
             falls below `noise_level` squared, a problem is stopped (the discrepancy principle).
         keep_activations: of the forward sweep, for speed; otherwise they are recomputed, for
             memory.
+        derivatives: how they are represented, in place of products with the defaults of
+            :class:`diffoc.lowrank.MatrixFree`; its counts start from zero.
         precision: "bfloat16" for autocast of the process's steps.
         keep_states: whether the result has the trajectory.
         progress: whether to show a bar.
@@ -99,6 +105,10 @@ def solve(
         control_cost = ControlCost(control_cost)
     if precision not in (None, "bfloat16"):
         raise ValueError(f"precision is {precision!r}, expected None or 'bfloat16'")
+    if derivatives is None:
+        derivatives = MatrixFree(keep_activations=keep_activations)
+    elif not keep_activations:
+        raise ValueError("keep_activations is False, but derivatives is given: it decides")
     if (residual is None) != (noise_level is None):
         raise ValueError("residual and noise_level belong together: give both, or neither")
     if noise_level is not None and not noise_level > 0:
@@ -124,7 +134,7 @@ def solve(
         found = ilqr(
             ControlProblem(dynamics, control_cost, cost, process.horizon),
             x,
-            derivatives=MatrixFree(keep_activations=keep_activations, counts=counts),
+            derivatives=replace(derivatives, counts=counts),
             hessian_rank=rank,
             regularization=regularization,
             line_search=update,
@@ -149,6 +159,7 @@ def _as_result(found: ILQRResult, counts: Counts, keep_states: bool) -> Result:
         status=found.status,
         evaluations=counts.evaluations,
         products=counts.products,
+        tangents=counts.tangents,
     )
 
 

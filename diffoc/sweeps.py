@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from diffoc.lowrank import LowRankGains, LowRankValue, MatrixFree, MatrixFreeStep
+from diffoc.projected import Projected, ProjectedStep, ProjectedValue
 from diffoc.riccati import Dense, DenseValue, Expansion, Gains
 
 
@@ -57,15 +58,15 @@ class Trajectory:
 
     states: Tensor
     controls: Tensor
-    expand: list[Callable[[], Expansion | MatrixFreeStep]]
+    expand: list[Callable[[], Expansion | MatrixFreeStep | ProjectedStep]]
 
 
 def backward_sweep(
-    expansions: list[Expansion] | list[MatrixFreeStep],
-    value: DenseValue | LowRankValue,
+    expansions: list[Expansion] | list[MatrixFreeStep] | list[ProjectedStep],
+    value: DenseValue | LowRankValue | ProjectedValue,
     a: Tensor,
     update: str,
-) -> tuple[list[Gains] | list[LowRankGains], DenseValue | LowRankValue]:
+) -> tuple[list[Gains] | list[LowRankGains], DenseValue | LowRankValue | ProjectedValue]:
     """Gains of all steps and the value at the initial state.
 
     The sweep knows nothing of how the value represents its Hessian: it only asks it to step back.
@@ -88,7 +89,7 @@ def forward_sweep(
     nominal: Trajectory,
     gains: list[Gains] | list[LowRankGains],
     step: Tensor,
-    derivatives: Dense | MatrixFree,
+    derivatives: Dense | MatrixFree | Projected,
     feedback: bool = True,
 ) -> Trajectory:
     """The trajectory under the new controls, Eqs. 15 and 16.
@@ -114,7 +115,10 @@ def forward_sweep(
 
 
 def roll_out(
-    problem: ControlProblem, x: Tensor, controls: Tensor, derivatives: Dense | MatrixFree
+    problem: ControlProblem,
+    x: Tensor,
+    controls: Tensor,
+    derivatives: Dense | MatrixFree | Projected,
 ) -> Trajectory:
     """The trajectory from x (B, ...) under controls (T, B, ...)."""
     states, expand = [x], []
