@@ -83,25 +83,36 @@ class LowRankValue:
 
         Its result is that of the dense step for the same Hessian, up to rounding.
         """
-        cotangents = torch.cat([self.Vx.unsqueeze(0), self.Z.movedim(-1, 0)])
-        in_x, in_u = e.pullback(cotangents)
-        Qx, W = in_x[0], in_x[1:].movedim(0, -1)
-        Qu, U = e.r * e.u + in_u[0], in_u[1:].movedim(0, -1)
-        return low_rank_step(Qx, Qu, W, U, self.S, e.r, a, update)
+        # Apart, because the gains keep W and U, and not Qx and Qu.
+        (Qx, Qu), (W, U) = pull_back(e, self.Vx.unsqueeze(-1)), pull_back(e, self.Z)
+        Qu = e.r * e.u + Qu[..., 0]
+        gains, dc, S = low_rank_step(Qu, W, U, self.S, e.r, a, update)
+        return gains, LowRankValue(Qx[..., 0] + _times(W, dc), W, S)
+
+
+def pull_back(e: MatrixFreeStep, Z: Tensor) -> tuple[Tensor, Tensor]:
+    """The factors f_x^T Z (B, n, c) and f_u^T Z (B, m, c) of Z (B, n, c)."""
+    if not Z.shape[-1]:
+        return Z, Z.new_zeros(*e.u.shape, 0)
+    in_x, in_u = e.pullback(Z.movedim(-1, 0))
+    return in_x.movedim(0, -1), in_u.movedim(0, -1)
 
 
 def low_rank_step(
-    Qx: Tensor, Qu: Tensor, W: Tensor, U: Tensor, S: Tensor, r: float, a: Tensor, update: str
-) -> tuple[LowRankGains, LowRankValue]:
+    Qu: Tensor, W: Tensor, U: Tensor, S: Tensor, r: float, a: Tensor, update: str
+) -> tuple[LowRankGains, Tensor, Tensor]:
     """The algebra of a step, see the module, for whatever factors W and U.
 
     Args:
-        Qx, Qu: gradients of Q, Eqs. 40 and 41, (B, n) and (B, m).
+        Qu: the gradient of Q, Eq. 41, (B, m).
         W, U: factors of Qxx and Quu, (B, n, k) and (B, m, k).
         S: the symmetric middle of both, (B, k, k).
         r: weight of the control cost.
         a: Tikhonov's constant, (B,).
         update: a member of :data:`diffoc.riccati.VALUE_UPDATES`.
+
+    Returns:
+        The gains, and c (B, k) and S' (B, k, k) such that Vx = Qx + W c and Vxx = W S' W^T.
     """
     rho = (r + a)[:, None, None]
     G = U.mT @ U
@@ -114,15 +125,14 @@ def low_rank_step(
     Quuk = r * k + _times(U, _times(S, UTk))
     squared = M @ (r * G + G @ S @ G) @ M  # of K^T Quu K = W squared W^T
     if update == "paper":
-        Vx = Qx + _times(W, _times(M, _times(U.mT, Quuk)))  # Eq. 48
+        c = _times(M, _times(U.mT, Quuk))  # Eq. 48
         new_S = S - squared  # Eq. 49
     else:
-        Vx = Qx - _times(W, _times(M, _times(U.mT, Quuk + Qu)) - _times(S, UTk))
+        c = _times(S, UTk) - _times(M, _times(U.mT, Quuk + Qu))
         cross = M @ G @ S
         new_S = S + squared - cross - cross.mT
     slope, curvature = (k * Qu).sum(-1), (k * Quuk).sum(-1)
-    gains = LowRankGains(k, U, M, W, slope, curvature, definite)
-    return gains, LowRankValue(Vx, W, (new_S + new_S.mT) / 2)
+    return LowRankGains(k, U, M, W, slope, curvature, definite), c, (new_S + new_S.mT) / 2
 
 
 @dataclass

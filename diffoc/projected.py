@@ -51,6 +51,7 @@ from diffoc.lowrank import (
     control_weight,
     linearize_step,
     low_rank_step,
+    pull_back,
     random_directions,
 )
 from diffoc.randomized import range_finder
@@ -91,13 +92,12 @@ class ProjectedValue:
         P = e.basis()
         PTZ = P.mT @ self.Z
         C = PTZ @ self.S @ PTZ.mT
-        in_x, in_u = e.pullback(torch.cat([self.Vx.unsqueeze(0), P.movedim(-1, 0)]))
-        W, U = in_x[1:].movedim(0, -1), in_u[1:].movedim(0, -1)
+        (Qx, Qu), (W, U) = pull_back(e, self.Vx.unsqueeze(-1)), pull_back(e, P)
         if e.sides == 2:
             W, U = P @ (P.mT @ W), P @ (P.mT @ U)
-        Qu = e.r * e.u + in_u[0]
-        gains, value = low_rank_step(in_x[0], Qu, W, U, C, e.r, a, update)
-        return gains, ProjectedValue(value.Vx, value.Z, value.S)
+        Qu = e.r * e.u + Qu[..., 0]
+        gains, c, S = low_rank_step(Qu, W, U, C, e.r, a, update)
+        return gains, ProjectedValue(Qx[..., 0] + (W @ c.unsqueeze(-1))[..., 0], W, S)
 
 
 @dataclass(frozen=True)
