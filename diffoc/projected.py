@@ -7,14 +7,15 @@ Hessian :math:`V'_{xx} = Z S Z^T` at the next state, :math:`\rho = r_t + a`, and
 :math:`h_u = h_x` (input mode) or I (output mode),
 
 .. math::
-    Q_x &= h_x^T V'_x, \qquad Q_u = r_t u + h_u^T V'_x & \text{81, exact} \\
-    P^T Q_{xx} P &= (P^T h_x P)^T \, C \, (P^T h_x P), \qquad C = P^T V'_{xx} P & \text{82} \\
-    P^T (Q_{uu} - r_t I) P &= (P^T h_u P)^T \, C \, (P^T h_u P) & \text{83} \\
-    P^T Q_{ux} P &= (P^T h_u P)^T \, C \, (P^T h_x P) & \text{84} \\
+    Q_x &= h_x^T V'_x, \qquad Q_u = r_t u + h_u^T V'_x, \text{ exact,} \\
+    P^T Q_{xx} P &= (P^T h_x P)^T \, C \, (P^T h_x P), \qquad C = P^T V'_{xx} P, \\
+    P^T (Q_{uu} - r_t I) P &= (P^T h_u P)^T \, C \, (P^T h_u P), \\
+    P^T Q_{ux} P &= (P^T h_u P)^T \, C \, (P^T h_x P), \\
     (Q_{uu} + a I)^{-1} &= \tfrac1\rho (I - P P^T)
-        + P \, (\rho I + P^T (Q_{uu} - r_t I) P)^{-1} P^T & \text{85} \\
-    k, K &\text{ from 85 with 81 and 84} & \text{86, 87} \\
-    V_x &\text{ exactly as in 48}, \quad P^T V_{xx} P \text{ as in 49} & \text{88, 89}
+        + P \, (\rho I + P^T (Q_{uu} - r_t I) P)^{-1} P^T .
+
+The first four are Eqs. 81-84, the fifth is Eq. 85. Eqs. 86-89 are Eqs. 46-49 with these: k, K and
+:math:`V_x` take the exact gradients, and :math:`V_{xx}` is kept as P and :math:`P^T V_{xx} P`.
 
 What the paper leaves open, and what is done here:
 
@@ -26,9 +27,9 @@ What the paper leaves open, and what is done here:
 - *The dropped leading factor.* "We drop the leading P" keeps a product of matrices as a pair.
   The next product projects it again: C needs :math:`P^T Z`, and what of Z lies outside the span of
   P is lost. That is an approximation in every step, of which the paper gives no bound.
-- *One side or two?* Eq. 79 projects from the left, Eqs. 82-84 from both sides, with r x r matrices.
-  `sides=2` is the equations; `sides=1` is Eq. 79 alone, with the (r, n) matrix
-  :math:`P^T h_x` in place of :math:`P^T h_x P` :math:`P^T`, for the same products.
+- *One side or two?* Eq. 79 projects from the left, :math:`h_x \approx P P^T h_x`, Eqs. 81-84 from
+  both sides, :math:`h_x \approx P (P^T h_x P) P^T`, which makes their matrices r x r. `sides=1` is
+  the former, `sides=2` the latter; both take the same products.
 
 The recursion of :mod:`diffoc.lowrank` needs none of these choices: a value Hessian of rank k stays
 one. Everything here is that recursion with :math:`h_x^T Z` replaced by its projection, so what the
@@ -113,7 +114,7 @@ class Projected:
     Attributes:
         rank: r, the number of columns of P, from 0, which is the first order, to n.
         passes: 2 for a range finder, 1 for a random projection.
-        sides: 2 for Eqs. 82-84, 1 for Eq. 79.
+        sides: 2 for Eqs. 81-84, 1 for Eq. 79.
         hessian: "full" or "gauss_newton", see :mod:`diffoc.curvature`.
         seed: of the random directions, which are the same for every matrix and iteration.
         counts: of the work done with this object.

@@ -90,8 +90,9 @@ def solve(
             falls below `noise_level` squared, a problem is stopped (the discrepancy principle).
         keep_activations: of the forward sweep, for speed; otherwise they are recomputed, for
             memory.
-        derivatives: how they are represented, in place of products with the defaults of
-            :class:`diffoc.lowrank.MatrixFree`; its counts start from zero.
+        derivatives: how they are represented: None for `MatrixFree(keep_activations)`, or such as
+            `MatrixFree(hessian="gauss_newton")` or the paper's `Projected(rank)`. The object is
+            not changed: its counts are in the result.
         precision: "bfloat16" for autocast of the process's steps.
         keep_states: whether the result has the trajectory.
         progress: whether to show a bar.
