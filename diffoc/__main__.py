@@ -91,6 +91,28 @@ def evaluate(name: str, samples: int, out: Path) -> int:
     return 0
 
 
+def benchmark(args: argparse.Namespace) -> int:
+    """Prints what the controller costs, measured here, and what Table 1 would, projected."""
+    from diffoc.benchmark import run
+
+    found = run(
+        args.priors or ["mnist", "faces64"],
+        steps=args.steps,
+        ranks=args.ranks,
+        batch=args.batch,
+        repeats=args.repeats,
+        device=args.device,
+        teraflops=args.teraflops,
+        shape=args.shape,
+        random_weights=args.random_weights,
+    )
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(found, indent=2) + "\n")
+        print(args.out)
+    return 0
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs one command and returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m diffoc", description=__doc__)
@@ -121,6 +143,21 @@ def main(argv: list[str] | None = None) -> int:
     judge.add_argument("name", choices=["mnist", "faces64"])
     judge.add_argument("--samples", type=int, default=1000)
     judge.add_argument("--out", type=Path, default=ROOT / "build", metavar="DIR")
+    bench = commands.add_parser("benchmark", help="time and memory of the controller, measured")
+    bench.add_argument("priors", nargs="*", help="for load_prior; by default mnist and faces64")
+    bench.add_argument("--steps", type=int, default=10, metavar="T")
+    bench.add_argument("--ranks", type=int, nargs="+", default=[0, 1], metavar="K")
+    bench.add_argument("--batch", type=int, default=8, help="images at once; 1 for no comparison")
+    bench.add_argument("--repeats", type=int, default=5, help="the fastest counts")
+    bench.add_argument("--device", default="cpu", help="cpu or cuda")
+    bench.add_argument(
+        "--teraflops", type=float, default=50.0, help="that the projection of Table 1 assumes"
+    )
+    bench.add_argument("--shape", type=int, nargs=3, metavar=("C", "H", "W"), help="of an image")
+    bench.add_argument(
+        "--random-weights", action="store_true", help="for ffhq256, without its file"
+    )
+    bench.add_argument("--out", type=Path, metavar="JSON")
     args = parser.parse_args(argv)
 
     # Activations and optimiser states decay into denormals, which halve the speed of a CPU.
@@ -136,6 +173,8 @@ def main(argv: list[str] | None = None) -> int:
             return train(args)
         if args.command == "evaluate":
             return evaluate(args.name, args.samples, args.out)
+        if args.command == "benchmark":
+            return benchmark(args)
         from diffoc.recipes import fit_mixture_prior
 
         fit_mixture_prior(args.name, args.out, args.seed)

@@ -17,7 +17,7 @@ by the paper's projections (:class:`diffoc.projected.Projected`), the controller
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -50,7 +50,7 @@ class History:
         cost: J before the iteration.
         terminal: the terminal cost's part of it.
         gradient: the largest absolute derivative of J in a control, before the iteration; NaN
-            where derivatives are products only and it is not known.
+            with projections, which do not know it.
         expected: the decrease expected of a full step.
         step: the step taken, 0 where none was (converged, or refused).
         regularization: the constant of the gains.
@@ -123,7 +123,8 @@ def ilqr(
             whatever it costs.
         feedback: whether to use the feedback gains K.
         max_iterations: at least 0.
-        gradient_tolerance: not negative.
+        gradient_tolerance: not negative; zero for no such test, which saves the memory of the
+            gains while those of the next iteration are computed.
         stop: maps final states to the problems that are good enough, (B,) bool.
         callback: called after each iteration with its number and the costs (B,).
 
@@ -137,7 +138,7 @@ def ilqr(
         DivergenceError: if Adam leads to a cost that is not finite.
     """
     if controls is None:
-        controls = x.new_zeros(problem.horizon, *x.shape)
+        controls = x.new_zeros(()).expand(problem.horizon, *x.shape)  # takes no memory
     schedule = Tikhonov() if regularization is None else regularization
     _check(problem, x, controls, schedule, value_update, max_iterations, gradient_tolerance)
     batch, T = len(x), problem.horizon
@@ -150,7 +151,8 @@ def ilqr(
         a = a_steps[0]
 
     nominal = roll_out(problem, x, controls, derivatives)
-    cost = problem.cost(nominal.states, controls)
+    running, terminal = problem.parts(nominal.x, nominal.u)
+    cost = running + terminal
     if not cost.isfinite().all():
         raise ValueError("controls lead to a trajectory whose cost is not finite: lower them")
     # The cost is a sum of squares of states, computed with relative errors of some eps.
@@ -159,28 +161,29 @@ def ilqr(
     status = ["iterations"] * batch
     active = torch.ones(batch, dtype=torch.bool, device=x.device)
     adam = AdamState(line_search) if isinstance(line_search, Adam) else None
-    best = controls, cost  # Adam's costs go up and down
+    best = nominal.u, cost  # Adam's costs go up and down
     expansions = None
 
     def result() -> ILQRResult:
-        states, controls, found = nominal.states, nominal.controls, cost
+        states, controls, found = nominal.x, nominal.u, cost
         better = ~(cost <= best[1])  # also where the cost is not a number
         # Who was stopped is good enough where it is, though perhaps not cheapest.
         better &= torch.tensor([reason != "stopped" for reason in status], device=x.device)
         if adam and better.any():
-            controls = _where(better, best[0], controls)
+            controls, found = _where(better, best[0], controls), torch.where(better, best[1], cost)
             states = problem.rollout(x, controls)
-            found = torch.where(better, best[1], cost)
-        return ILQRResult(states, controls, found, gains, status, history)
+        return ILQRResult(_stacked(states), _stacked(controls), found, gains, status, history)
 
     for iteration in range(max_iterations + 1):
         if stop:
-            active = _retire(active, stop(nominal.states[-1]), status, "stopped")
+            active = _retire(active, stop(nominal.x[-1]), status, "stopped")
         if expansions is None and active.any() and iteration < max_iterations:
-            expansions = [expand() for expand in nominal.expand]
-            value = derivatives.terminal(problem, nominal.states[-1], hessian_rank)
+            if not gradient_tolerance:
+                gains = []  # nothing can end before the next ones, and they take memory
+            value = derivatives.terminal(problem, nominal.x[-1], hessian_rank)
+            expansions = derivatives.expand(nominal.steps, value)
             gradient = derivatives.largest_gradient(expansions, value)
-        if expansions is not None:
+        if expansions is not None and gradient_tolerance:
             active = _retire(active, gradient <= gradient_tolerance, status, "gradient")
         if not active.any() or iteration == max_iterations:
             break
@@ -196,13 +199,15 @@ def ilqr(
             if not adaptive or (a[failed] >= schedule.maximum).any():
                 raise _singular(definite, failed, a_steps)
             a, delta = _select(failed, schedule.grow(a, delta), (a, delta))
+        if not adaptive:
+            expansions = None  # only another constant would need them again
 
         slope = torch.stack([g.slope for g in gains]).sum(dim=0)
         curvature = torch.stack([g.curvature for g in gains]).sum(dim=0)
         expected = -(slope + curvature / 2)
         negligible = expected <= rounding * cost.abs()
         history.cost.append(cost)
-        history.terminal.append(problem.terminal_cost(nominal.states[-1]))
+        history.terminal.append(terminal)
         history.gradient.append(gradient)
         history.expected.append(expected)
         history.regularization.append(a_steps.amax(dim=0))
@@ -213,8 +218,14 @@ def ilqr(
         searching = isinstance(line_search, LineSearch)
         search = line_search if searching else None
         accept = _acceptance(search, slope, curvature, cost, negligible)
-        sweep = (problem, gains, derivatives, feedback)
-        nominal, cost, step = _search(sweep, nominal, cost, active, accept, search)
+        nominal, (cost, terminal), step = _search(
+            (problem, gains, derivatives, feedback),
+            nominal,
+            (cost, terminal),
+            active,
+            accept,
+            search,
+        )
         history.step.append(step)
         moved = step > 0
         if adam:
@@ -226,7 +237,7 @@ def ilqr(
                     result(),
                 )
             better = cost < best[1]
-            best = _where(better, nominal.controls, best[0]), torch.where(better, cost, best[1])
+            best = _where(better, nominal.u, best[0]), torch.where(better, cost, best[1])
         if moved.any():
             expansions = None
         if searching:
@@ -267,19 +278,20 @@ def _acceptance(
 def _search(
     sweep: tuple[ControlProblem, list[Gains], Dense | MatrixFree | Projected, bool],
     nominal: Trajectory,
-    cost: Tensor,
+    costs: tuple[Tensor, Tensor],
     active: Tensor,
     accept: Callable[[float, Tensor], Tensor],
     line_search: LineSearch | None,
-) -> tuple[Trajectory, Tensor, Tensor]:
+) -> tuple[Trajectory, tuple[Tensor, Tensor], Tensor]:
     """Tries smaller and smaller steps until every active problem has accepted one.
 
     A problem that has accepted repeats its own step in the trials of the others, and one that is
     not active stays where it is, so that the last forward sweep holds everybody's trajectory.
-    Returns it, the costs and the steps taken, (B,), zero for those who refused all.
+    Returns it, the costs and their terminal parts, and the steps taken, (B,), zero for those who
+    refused all.
     """
     problem, gains, derivatives, feedback = sweep
-    step, trial = torch.zeros_like(cost), 1.0
+    step, trial = torch.zeros_like(costs[0]), 1.0
     for _ in range(line_search.trials if line_search else 1):
         waiting = active & (step == 0)
         if not waiting.any():
@@ -287,22 +299,31 @@ def _search(
         size = torch.where(waiting, trial, step)
         new = None  # lets go of the last trial's activations
         new = forward_sweep(problem, nominal, gains, size, derivatives, feedback)
-        new_cost = problem.cost(new.states, new.controls)
+        running, terminal = problem.parts(new.x, new.u)
+        new_cost = running + terminal
         step = torch.where(waiting & accept(trial, new_cost), size, step)
         trial *= line_search.contraction if line_search else 1.0
     moved = step > 0
     if not moved.any():
-        return nominal, cost, step
+        return nominal, costs, step
     if (refused := (size > 0) & ~moved).any():
         # Their last trial is in the new trajectory: roll out once more, without them.
-        controls = _where(refused, nominal.controls, new.controls)
-        new = roll_out(problem, nominal.states[0], controls, derivatives)
-    return new, torch.where(moved, new_cost, cost), step
+        controls = _where(refused, nominal.u, new.u)
+        new = None
+        new = roll_out(problem, nominal.x[0], controls, derivatives)
+    return new, _select(moved, (new_cost, terminal), costs), step
 
 
-def _where(mask: Tensor, yes: Tensor, no: Tensor) -> Tensor:
-    """Chooses by problem, of tensors (T, B, ...)."""
-    return torch.where(mask.reshape(-1, *[1] * (yes.ndim - 2)), yes, no)
+def _where(mask: Tensor, yes: Sequence[Tensor], no: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Chooses by problem, of tensors (B, ...) for every step."""
+    if mask.all():
+        return yes  # without a copy
+    mask = mask.reshape(-1, *[1] * (yes[0].ndim - 1))
+    return [torch.where(mask, *pair) for pair in zip(yes, no, strict=True)]
+
+
+def _stacked(steps: Sequence[Tensor]) -> Tensor:
+    return steps if isinstance(steps, Tensor) else torch.stack(steps)
 
 
 def _select(

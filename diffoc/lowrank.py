@@ -13,6 +13,15 @@ If the control cost is :math:`\frac12 r \|u\|^2` and the terminal Hessian is
 so a step costs k + 1 vector-Jacobian products and algebra of k x k. Nothing is projected again,
 unlike in the paper's Appendix D.1; the one approximation is that of the terminal Hessian. Vectors
 are (B, n), factors (B, n, k), as in :mod:`diffoc.riccati`.
+
+The products do not depend on the regularisation: :math:`V_x` differs from the costate
+:math:`p_i = f_x^T p_{i+1}` of the open loop within the span of the factor only,
+
+.. math::
+    V_x = p + Z c, \qquad Q_u = r u + f_u^T p + U c,
+
+so a trajectory is pulled back once (:func:`pull_back`), whatever constants are tried on it, and
+the activations of a step are let go of as soon as that is done.
 """
 
 from __future__ import annotations
@@ -35,7 +44,7 @@ class MatrixFreeStep:
 
     Attributes:
         pullback: maps cotangents of the next state, (c, B, n), to those of x, (c, B, n), and of
-            u, (c, B, m), in one backward pass.
+            u, (c, B, m), by a backward pass each.
         u: the nominal control, flat, (B, m).
         r: weight of the control cost.
     """
@@ -43,6 +52,30 @@ class MatrixFreeStep:
     pullback: Callable[[Tensor], tuple[Tensor, Tensor]]
     u: Tensor
     r: float
+
+
+@dataclass(frozen=True)
+class LowRankExpansion:
+    """What the recursion needs of one step: the costate and the factor Z, pulled back.
+
+    Attributes:
+        px, pu: f_x^T p (B, n) and f_u^T p (B, m), of the costate p at the next state.
+        W, U: f_x^T Z (B, n, k) and f_u^T Z (B, m, k), of the factor Z at the next state.
+        u: the nominal control, flat, (B, m).
+        r: weight of the control cost.
+    """
+
+    px: Tensor
+    pu: Tensor
+    W: Tensor
+    U: Tensor
+    u: Tensor
+    r: float
+
+    @property
+    def gradient(self) -> Tensor:
+        """Of the open loop's total cost in the control, (B, m)."""
+        return self.r * self.u + self.pu
 
 
 @dataclass(frozen=True)
@@ -70,32 +103,35 @@ class LowRankGains:
 
 @dataclass(frozen=True)
 class LowRankValue:
-    """The value function's gradient Vx (B, n) and Hessian Z S Z^T, (B, n, k) and (B, k, k)."""
+    """The value function's gradient Vx = p + Z c and Hessian Z S Z^T at one state.
 
-    Vx: Tensor
+    Attributes:
+        p: the costate, (B, n); at the final state it is the gradient.
+        Z, S: (B, n, k) and (B, k, k).
+        c: (B, k), None for zero.
+    """
+
+    p: Tensor
     Z: Tensor
     S: Tensor
+    c: Tensor | None = None
+
+    @property
+    def Vx(self) -> Tensor:
+        """The gradient, (B, n)."""
+        return self.p if self.c is None else self.p + _times(self.Z, self.c)
 
     def step_back(
-        self, e: MatrixFreeStep, a: Tensor, update: str
+        self, e: LowRankExpansion, a: Tensor, update: str
     ) -> tuple[LowRankGains, LowRankValue]:
         """One Riccati step; arguments as for :meth:`diffoc.riccati.DenseValue.step_back`.
 
         Its result is that of the dense step for the same Hessian, up to rounding.
         """
-        # Apart, because the gains keep W and U, and not Qx and Qu.
-        (Qx, Qu), (W, U) = pull_back(e, self.Vx.unsqueeze(-1)), pull_back(e, self.Z)
-        Qu = e.r * e.u + Qu[..., 0]
-        gains, dc, S = low_rank_step(Qu, W, U, self.S, e.r, a, update)
-        return gains, LowRankValue(Qx[..., 0] + _times(W, dc), W, S)
-
-
-def pull_back(e: MatrixFreeStep, Z: Tensor) -> tuple[Tensor, Tensor]:
-    """The factors f_x^T Z (B, n, c) and f_u^T Z (B, m, c) of Z (B, n, c)."""
-    if not Z.shape[-1]:
-        return Z, Z.new_zeros(*e.u.shape, 0)
-    in_x, in_u = e.pullback(Z.movedim(-1, 0))
-    return in_x.movedim(0, -1), in_u.movedim(0, -1)
+        c = self.S.new_zeros(self.S.shape[:-1]) if self.c is None else self.c
+        Qu = e.gradient + _times(e.U, c)
+        gains, dc, S = low_rank_step(Qu, e.W, e.U, self.S, e.r, a, update)
+        return gains, LowRankValue(e.px, e.W, S, c + dc)
 
 
 def low_rank_step(
@@ -222,9 +258,15 @@ class MatrixFree:
             Z, values = symmetric_eigen(product, omega, rank, self.power)
         return LowRankValue(Vx, Z, torch.diag_embed(values))
 
-    def largest_gradient(self, expansions: list[MatrixFreeStep], value: LowRankValue) -> Tensor:
-        """NaN (B,): the gradient would cost another vector-Jacobian product a step."""
-        return torch.full_like(value.Vx[:, 0], torch.nan)
+    def expand(
+        self, steps: list[Callable[[], MatrixFreeStep]], value: LowRankValue
+    ) -> list[LowRankExpansion]:
+        """The trajectory's expansion, by :func:`pull_back`; `steps` is empty afterwards."""
+        return pull_back(steps, value)
+
+    def largest_gradient(self, expansions: list[LowRankExpansion], value: LowRankValue) -> Tensor:
+        """The largest absolute derivative of the total cost in a control, (B,)."""
+        return torch.stack([e.gradient.abs().amax(-1) for e in expansions]).amax(dim=0)
 
 
 def control_weight(problem: System, i: int) -> float:
@@ -273,18 +315,53 @@ def linearize_step(
         y = dynamics(i, x, u)
 
     def pullback(cotangents: Tensor) -> tuple[Tensor, Tensor]:
-        grads = torch.autograd.grad(
-            y,
-            (x, u),
-            cotangents.reshape(len(cotangents), *y.shape),
-            is_grads_batched=True,
-            retain_graph=True,
-            materialize_grads=True,
-        )
-        in_x, in_u = (g.flatten(2).detach() for g in grads)
-        return in_x, in_u
+        # One after the other: a batched backward pass was slower on a CPU, needs the memory of
+        # all, and not every network can be batched.
+        grads = [
+            torch.autograd.grad(y, (x, u), each, retain_graph=True, materialize_grads=True)
+            for each in cotangents.reshape(len(cotangents), *y.shape)
+        ]
+        in_x = _stack([g for g, _ in grads], x)
+        # In input mode autograd gives one tensor for both: nothing is copied twice, or kept.
+        same = grads and all(a is b for a, b in grads)
+        return in_x, in_x if same else _stack([g for _, g in grads], u)
 
     return y.detach(), pullback
+
+
+def pull_back(
+    steps: list[Callable[[], MatrixFreeStep]], value: LowRankValue
+) -> list[LowRankExpansion]:
+    """The costate and the factor of the value's Hessian, pulled back along a trajectory.
+
+    Args:
+        steps: give the steps 0 to T - 1, last one first; each is taken off the list when its
+            turn comes, and with it the last reference to its activations.
+        value: at the final state.
+
+    Returns:
+        The expansions of the steps 0 to T - 1.
+    """
+    p, Z, expansions = value.p, value.Z, []
+    while steps:
+        e = _pull_back_step(steps.pop()(), p, Z)
+        expansions.append(e)
+        p, Z = e.px, e.W
+    return expansions[::-1]
+
+
+def _pull_back_step(step: MatrixFreeStep, p: Tensor, Z: Tensor) -> LowRankExpansion:
+    # Apart, because the gains keep W and not px.
+    px, pu = (g[0] for g in step.pullback(p.unsqueeze(0)))
+    W, U = (g.movedim(0, -1) for g in step.pullback(Z.movedim(-1, 0)))
+    return LowRankExpansion(px, pu, W, U, step.u, step.r)
+
+
+def _stack(tensors: list[Tensor], like: Tensor) -> Tensor:
+    """Flat derivatives (c, B, n) in a tensor (B, ...), none of them too."""
+    if not tensors:
+        return like.new_empty(0, len(like), like[0].numel())
+    return torch.stack(tensors).flatten(2)
 
 
 def _woodbury(S: Tensor, G: Tensor, rho: Tensor) -> tuple[Tensor, Tensor]:

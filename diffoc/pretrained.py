@@ -17,6 +17,7 @@ import torch
 from azula.denoise import Denoiser, DiracPosterior, KarrasDenoiser
 from azula.noise import Schedule, VPSchedule
 from azula.plugins import adm
+from azula.plugins.adm._src.unet import AttentionBlock, ResBlock
 from azula.plugins.utils import load_cards
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -123,15 +124,34 @@ def _network_of_checkpoint(path: Path) -> nn.Module:
 # --- ADM and EDM ----------------------------------------------------------------------------------
 
 
+def untrained_adm(name: str) -> Denoiser:
+    """The network of "ffhq256" or "imagenet256" at full size, with random weights: to be measured.
+
+    Its schedule is azula's own for these networks; under `torch.device("meta")` it takes no memory.
+
+    Raises:
+        ValueError: for another name.
+    """
+    if name not in _ADM_CARDS:
+        raise ValueError(f"name is {name!r}, expected one of {sorted(_ADM_CARDS)}")
+    config = load_cards(adm)[_ADM_CARDS[name]].config
+    prior = adm.make_model(**config, clip_mean=False, learn_var=False)
+    for block in prior.backbone.modules():
+        if isinstance(block, ResBlock | AttentionBlock):
+            # azula's checkpoints evaluate the block again in every backward pass, 0.74 F each;
+            # the controller recomputes whole steps instead, once for all products.
+            block.forward = block._forward
+    return prior.eval().requires_grad_(False)
+
+
 def _load_adm(name: str, schedule: Schedule) -> Denoiser:
     path = fetch(REMOTE[name])
     state = read_torch_file(path)
-    config = load_cards(adm)[_ADM_CARDS[name]].config
-    prior = adm.make_model(**config, clip_mean=False, learn_var=False)
+    prior = untrained_adm(name)
     # The second half of the output channels is the interpolation of the variance.
-    for key in ("out.2.weight", "out.2.bias"):
-        if key in state:
-            state[key] = state[key][: config.get("image_channels", 3)]
+    for key, value in prior.backbone.state_dict().items():
+        if key in ("out.2.weight", "out.2.bias") and key in state:
+            state[key] = state[key][: len(value)]
     try:
         prior.backbone.load_state_dict(state)
     except RuntimeError as error:

@@ -52,7 +52,6 @@ from diffoc.lowrank import (
     control_weight,
     linearize_step,
     low_rank_step,
-    pull_back,
     random_directions,
 )
 from diffoc.randomized import range_finder
@@ -93,12 +92,12 @@ class ProjectedValue:
         P = e.basis()
         PTZ = P.mT @ self.Z
         C = PTZ @ self.S @ PTZ.mT
-        (Qx, Qu), (W, U) = pull_back(e, self.Vx.unsqueeze(-1)), pull_back(e, P)
+        Qx, Qu = (g[0] for g in e.pullback(self.Vx.unsqueeze(0)))
+        W, U = (g.movedim(0, -1) for g in e.pullback(P.movedim(-1, 0)))
         if e.sides == 2:
             W, U = P @ (P.mT @ W), P @ (P.mT @ U)
-        Qu = e.r * e.u + Qu[..., 0]
-        gains, c, S = low_rank_step(Qu, W, U, C, e.r, a, update)
-        return gains, ProjectedValue(Qx[..., 0] + (W @ c.unsqueeze(-1))[..., 0], W, S)
+        gains, c, S = low_rank_step(e.r * e.u + Qu, W, U, C, e.r, a, update)
+        return gains, ProjectedValue(Qx + (W @ c.unsqueeze(-1))[..., 0], W, S)
 
 
 @dataclass(frozen=True)
@@ -178,8 +177,14 @@ class Projected:
         S = P.mT @ product(P)
         return ProjectedValue(Vx, P, (S + S.mT) / 2)
 
+    def expand(
+        self, steps: list[Callable[[], ProjectedStep]], value: ProjectedValue
+    ) -> list[ProjectedStep]:
+        """The steps themselves: what they pull back depends on the gains of those after them."""
+        return [step() for step in steps]
+
     def largest_gradient(self, expansions: list[ProjectedStep], value: ProjectedValue) -> Tensor:
-        """NaN (B,), as for :class:`diffoc.lowrank.MatrixFree`."""
+        """NaN (B,): the gradient would cost another vector-Jacobian product a step."""
         return torch.full_like(value.Vx[:, 0], torch.nan)
 
     def _basis(self, product: Callable[[Tensor], Tensor], x: Tensor, rank: int) -> Tensor:

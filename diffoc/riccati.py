@@ -144,6 +144,10 @@ class Dense:
         """The value at the final states, see :func:`terminal_value`."""
         return terminal_value(problem.terminal_cost, x, rank)
 
+    def expand(self, steps: list[Callable[[], Expansion]], value: DenseValue) -> list[Expansion]:
+        """The trajectory's expansion, from its steps'."""
+        return [step() for step in steps]
+
     def largest_gradient(self, expansions: list[Expansion], value: DenseValue) -> Tensor:
         """The largest absolute derivative of the total cost in a control, (B,)."""
         return control_gradient(expansions, value.Vx).abs().amax(dim=(0, 2))

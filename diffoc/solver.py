@@ -7,6 +7,7 @@ the denoiser, B one vector-Jacobian product, k the rank of the terminal Hessian.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -116,7 +117,9 @@ def solve(
         raise ValueError(f"noise_level is {noise_level}, expected above 0")
 
     def dynamics(i: int, x: Tensor, u: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=precision is not None):
+        # Not every device that can run the rest has autocast.
+        half = torch.autocast(x.device.type, torch.bfloat16) if precision else nullcontext()
+        with half:
             return process.step(i, x, u).to(x.dtype)
 
     def stop(x0: Tensor) -> Tensor:
@@ -141,6 +144,7 @@ def solve(
             line_search=update,
             feedback=feedback,
             max_iterations=iterations,
+            gradient_tolerance=0.0,
             stop=stop if residual else None,
             callback=report,
         )

@@ -6,13 +6,19 @@ Eqs. 15 and 16. :mod:`diffoc.ilqr` decides what to do with them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from diffoc.lowrank import LowRankGains, LowRankValue, MatrixFree, MatrixFreeStep
+from diffoc.lowrank import (
+    LowRankExpansion,
+    LowRankGains,
+    LowRankValue,
+    MatrixFree,
+    MatrixFreeStep,
+)
 from diffoc.projected import Projected, ProjectedStep, ProjectedValue
 from diffoc.riccati import Dense, DenseValue, Expansion, Gains
 
@@ -33,19 +39,19 @@ class ControlProblem:
     terminal_cost: Callable[[Tensor], Tensor]
     horizon: int
 
-    def rollout(self, x: Tensor, controls: Tensor) -> Tensor:
+    def rollout(self, x: Tensor, controls: Sequence[Tensor]) -> Tensor:
         """The states (T + 1, B, ...) from x (B, ...) under controls (T, B, ...)."""
         states = [x]
         for i in range(self.horizon):
             states.append(self.dynamics(i, states[-1], controls[i]))
         return torch.stack(states)
 
-    def cost(self, states: Tensor, controls: Tensor) -> Tensor:
-        """The total cost J, Eq. 10, (B,)."""
+    def cost(self, states: Sequence[Tensor], controls: Sequence[Tensor]) -> Tensor:
+        """The total cost J, Eq. 10, (B,), of states (T + 1, B, ...) and controls (T, B, ...)."""
         running, terminal = self.parts(states, controls)
         return running + terminal
 
-    def parts(self, states: Tensor, controls: Tensor) -> tuple[Tensor, Tensor]:
+    def parts(self, states: Sequence[Tensor], controls: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """The running costs' sum and the terminal cost, (B,) each."""
         terminal = self.terminal_cost(states[-1])
         running = (self.running_cost(i, states[i], controls[i]) for i in range(self.horizon))
@@ -54,15 +60,31 @@ class ControlProblem:
 
 @dataclass(frozen=True)
 class Trajectory:
-    """States (T + 1, B, ...), controls (T, B, ...), and how to expand each step around them."""
+    """A trajectory and how to expand each of its steps.
 
-    states: Tensor
-    controls: Tensor
-    expand: list[Callable[[], Expansion | MatrixFreeStep | ProjectedStep]]
+    Attributes:
+        x: the T + 1 states (B, ...): a list, because to stack them takes their memory twice.
+        u: the T controls (B, ...).
+        steps: what gives the expansion of each step; for products only, it can be asked once.
+    """
+
+    x: list[Tensor]
+    u: list[Tensor]
+    steps: list[Callable[[], Expansion | MatrixFreeStep | ProjectedStep]]
+
+    @property
+    def states(self) -> Tensor:
+        """(T + 1, B, ...), a copy."""
+        return torch.stack(self.x)
+
+    @property
+    def controls(self) -> Tensor:
+        """(T, B, ...), a copy."""
+        return torch.stack(self.u)
 
 
 def backward_sweep(
-    expansions: list[Expansion] | list[MatrixFreeStep] | list[ProjectedStep],
+    expansions: list[Expansion] | list[LowRankExpansion] | list[ProjectedStep],
     value: DenseValue | LowRankValue | ProjectedValue,
     a: Tensor,
     update: str,
@@ -102,16 +124,14 @@ def forward_sweep(
         derivatives: how the new trajectory will be expanded.
         feedback: whether to use the gains K, or k only.
     """
-    states, controls, expand = [nominal.states[0]], [], []
+    new = Trajectory([nominal.x[0]], [], [])
     for i, g in enumerate(gains):
         du = step[:, None] * g.k
         if feedback:
-            du = du + g.feedback((states[i] - nominal.states[i]).flatten(1))
-        controls.append(nominal.controls[i] + du.reshape(nominal.controls[i].shape))
-        x, later = derivatives.step(problem, i, states[i], controls[i])
-        states.append(x)
-        expand.append(later)
-    return Trajectory(torch.stack(states), torch.stack(controls), expand)
+            du = du + g.feedback((new.x[i] - nominal.x[i]).flatten(1))
+        new.u.append(nominal.u[i] + du.reshape(nominal.u[i].shape))
+        _advance(problem, new, derivatives)
+    return new
 
 
 def roll_out(
@@ -121,9 +141,18 @@ def roll_out(
     derivatives: Dense | MatrixFree | Projected,
 ) -> Trajectory:
     """The trajectory from x (B, ...) under controls (T, B, ...)."""
-    states, expand = [x], []
-    for i in range(problem.horizon):
-        y, later = derivatives.step(problem, i, states[i], controls[i])
-        states.append(y)
-        expand.append(later)
-    return Trajectory(torch.stack(states), controls, expand)
+    new = Trajectory([x], [], [])
+    for u in controls:
+        new.u.append(u)
+        _advance(problem, new, derivatives)
+    return new
+
+
+def _advance(
+    problem: ControlProblem, trajectory: Trajectory, derivatives: Dense | MatrixFree | Projected
+) -> None:
+    """Appends the state that the last control leads to."""
+    i = len(trajectory.u) - 1
+    y, step = derivatives.step(problem, i, trajectory.x[i], trajectory.u[i])
+    trajectory.x.append(y)
+    trajectory.steps.append(step)

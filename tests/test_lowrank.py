@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from diffoc.costs import ControlCost
-from diffoc.lowrank import LowRankValue, MatrixFreeStep, linearize_step
+from diffoc.lowrank import LowRankValue, MatrixFreeStep, linearize_step, pull_back
 from diffoc.riccati import DenseValue, expand_step
 from diffoc.sweeps import backward_sweep
 
@@ -45,6 +45,12 @@ def setting(mode, n, k, T=6, batch=2, definite=True):
     return expansions, free, DenseValue(Vx, Z @ S @ Z.mT), LowRankValue(Vx, Z, S)
 
 
+def free_sweep(steps, value, constant, update):
+    """The backward sweep by products only; `steps` stay as they are."""
+    expansions = pull_back([lambda step=step: step for step in steps], value)
+    return backward_sweep(expansions, value, constant, update)
+
+
 def close(found, expected):
     scale = max(1.0, expected.abs().max().item()) if expected.numel() else 1.0
     return expected.numel() == 0 or (found - expected).abs().max().item() < 1e-10 * scale
@@ -58,7 +64,7 @@ def test_equal_to_the_dense_recursion(mode, update, n, k, a):
     expansions, free, dense, low = setting(mode, n, k)
     constant = torch.full((len(free), 2), a, dtype=torch.float64)
     expected, dense_first = backward_sweep(expansions, dense, constant, update)
-    found, low_first = backward_sweep(free, low, constant, update)
+    found, low_first = free_sweep(free, low, constant, update)
     dx = random(2, n, seed=7)
     for e, f in zip(expected, found, strict=True):
         assert e.definite.all()
@@ -77,12 +83,12 @@ def test_indefinite_hessians_and_rank_zero_are_first_order(mode):
     expansions, free, dense, low = setting(mode, 20, 4, definite=False)
     constant = torch.zeros(len(free), 2, dtype=torch.float64)
     expected, _ = backward_sweep(expansions, dense, constant, "full")
-    found, _ = backward_sweep(free, low, constant, "full")
+    found, _ = free_sweep(free, low, constant, "full")
     for e, f in zip(expected, found, strict=True):
         assert close(f.k, e.k)
 
     _, free, _, none = setting(mode, 20, 0)
-    gains, _ = backward_sweep(free, none, constant, "full")
+    gains, _ = free_sweep(free, none, constant, "full")
     cotangent = none.Vx
     for e, g in zip(reversed(free), reversed(gains), strict=True):
         in_x, in_u = e.pullback(cotangent.unsqueeze(0))
@@ -97,7 +103,8 @@ def test_singular_and_indefinite_control_hessians_are_reported():
         step = MatrixFreeStep(free[0].pullback, free[0].u, problem_r)
         value = LowRankValue(low.Vx, low.Z, S_scale * low.S)
         a = torch.tensor([0.0, 1e4], dtype=torch.float64)
-        gains, new = value.step_back(step, a, "full")
+        (expansion,) = pull_back([lambda step=step: step], value)
+        gains, new = value.step_back(expansion, a, "full")
         assert gains.definite.tolist() == [False, True]
         assert (gains.k[0] == 0).all()
         assert (gains.feedback(random(2, 10, seed=8))[0] == 0).all()

@@ -1,5 +1,7 @@
 """The controller with products only, against the one with matrices, and Adam against torch's."""
 
+import weakref
+
 import pytest
 import torch
 
@@ -211,3 +213,93 @@ def test_what_products_cannot_do_is_refused():
     for wrong in ({"rate": 0.0}, {"betas": (0.9, 1.0)}, {"epsilon": 0.0}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             Adam(**wrong)
+
+
+@pytest.mark.parametrize("mode", ["input", "output"])
+def test_the_gradient_is_known_without_matrices(mode):
+    problem, x, _ = setting(mode)
+    controls = 0.1 * random(5, *x.shape, seed=5).requires_grad_()
+    (expected,) = torch.autograd.grad(
+        problem.cost(problem.rollout(x, controls), controls).sum(), controls
+    )
+    found = ilqr(
+        problem, x, controls.detach(), derivatives=MatrixFree(), hessian_rank=2, max_iterations=1
+    )
+    largest = expected.abs().amax(dim=(0, 2))
+    torch.testing.assert_close(found.history.gradient[0], largest)
+    already = ilqr(
+        problem,
+        x,
+        controls.detach(),
+        derivatives=MatrixFree(),
+        hessian_rank=2,
+        gradient_tolerance=largest.max().item() * 1.01,
+    )
+    assert already.status == ["gradient"] * 3
+
+
+def test_another_regularization_costs_no_evaluation_and_no_product():
+    """A control Hessian that is indefinite without one, and steps that are refused."""
+    problem, x, calls = setting(r=0.0, scale=3.0)
+    derivatives = MatrixFree()
+    found = ilqr(problem, x[:1], derivatives=derivatives, hessian_rank=2, max_iterations=60)
+    assert found.history.regularization[0] > 0  # so that zero was tried first
+    moved = [step.item() > 0 for step in found.history.step]
+    assert any(moved)
+    assert not all(moved)
+    trajectories = 1 + sum(moved[:-1])
+    assert derivatives.counts.products == trajectories * 5 * 3
+    assert derivatives.counts.evaluations == len(calls)
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_activations_are_let_go_of_in_time(keep):
+    """Those of the last trajectory before the next one's are made; one step's if recomputed."""
+    problem, x, _ = setting(T=5)
+    alive, most = set(), []
+
+    class Square(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            if x.requires_grad or ctx.needs_input_grad[0]:
+                alive.add(id(ctx))
+                weakref.finalize(ctx, alive.discard, id(ctx))
+                most.append(len(alive))
+            return x.square()
+
+        @staticmethod
+        def backward(ctx, cotangent):
+            (x,) = ctx.saved_tensors
+            return 2 * x * cotangent
+
+    counted = ControlProblem(
+        lambda i, x, u: problem.dynamics(i, x, u) + 1e-3 * Square.apply(x + u),
+        problem.running_cost,
+        problem.terminal_cost,
+        5,
+    )
+    ilqr(
+        counted,
+        x,
+        derivatives=MatrixFree(keep_activations=keep),
+        hessian_rank=1,
+        line_search=Adam(0.01),
+        regularization=1.0,
+        max_iterations=4,
+    )
+    assert max(most) == (5 if keep else 1)
+
+
+def test_the_terminal_cost_is_evaluated_once_for_the_value_and_once_for_the_cost():
+    problem, x, _ = setting()
+    calls = []
+
+    def cost(x):
+        calls.append(1)
+        return problem.terminal_cost(x)
+
+    counted = ControlProblem(problem.dynamics, problem.running_cost, cost, 5)
+    options = {"derivatives": MatrixFree(), "hessian_rank": 1, "line_search": None}
+    ilqr(counted, x, regularization=1.0, max_iterations=3, **options)
+    assert len(calls) == 1 + 2 * 3

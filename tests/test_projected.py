@@ -41,8 +41,8 @@ def setting(mode, n=14, T=4, batch=2):
 
 def sweep(problem, x, controls, derivatives, hessian_rank, a=2.0, update="full"):
     trajectory = roll_out(problem, x, controls, derivatives)
-    expansions = [expand() for expand in trajectory.expand]
     value = derivatives.terminal(problem, trajectory.states[-1], hessian_rank)
+    expansions = derivatives.expand(trajectory.steps, value)
     constant = torch.full((problem.horizon, len(x)), a, dtype=x.dtype)
     return backward_sweep(expansions, value, constant, update)
 

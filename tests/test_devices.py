@@ -1,0 +1,120 @@
+"""The whole pipeline on another device, without one: on fake tensors that only know where they are.
+
+The device is a CUDA one where there is one. Elsewhere autograd refuses backward passes on fake CUDA
+tensors, because it asks the driver for its streams, and "lazy", the one kind of device whose
+backward passes need no driver, stands in: that a tensor was left on the CPU shows all the same.
+
+Fake tensors have no values, but control flow needs some ("is the cost finite?"). The values are
+those of the same run on real tensors of the CPU, recorded first and replayed in the same order.
+"""
+
+import pytest
+import torch
+from azula.denoise import KarrasDenoiser
+from azula.noise import VPSchedule
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+
+from diffoc.costs import GaussianLikelihood
+from diffoc.networks import UNetBackbone
+from diffoc.operators import average_pool
+from diffoc.process import ReverseProcess, draw_noise
+from diffoc.rules import Adam, LineSearch, Tikhonov
+from diffoc.solver import snr_weights, solve
+
+DEVICE = torch.device("cuda:0" if torch.cuda.is_available() else "lazy:0")
+
+
+class Decisions(TorchFunctionMode):
+    """Records what Python reads from tensors, and shapes that depend on values, or replays them."""
+
+    def __init__(self, recorded=None):
+        super().__init__()
+        self.log = [] if recorded is None else list(recorded)
+        self.replaying = recorded is not None
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        name = getattr(func, "__name__", "")
+        is_value = name in ("item", "tolist", "__bool__", "__float__", "__int__")
+        is_shape = name == "nonzero" or (
+            name == "__getitem__"
+            and isinstance(args[1], torch.Tensor)
+            and args[1].dtype == torch.bool
+        )
+        if not (is_value or is_shape):
+            return func(*args, **(kwargs or {}))
+        if self.replaying:
+            expected, result = self.log.pop(0)
+            assert name == expected, "the two runs took different ways"
+            if is_shape:
+                dtype = torch.int64 if name == "nonzero" else args[0].dtype
+                return args[0].new_empty(result, dtype=dtype)
+            return result
+        result = func(*args, **(kwargs or {}))
+        if name == "tolist":  # which a fake tensor does item by item
+            self.log += [("item", each.item()) for each in args[0].flatten()]
+        else:
+            self.log.append((name, result.shape if is_shape else result))
+        return result
+
+
+def pipeline(device, rank, update, keep, method="ddim", misplaced=None):
+    """What a user writes, with everything on one device but what is misplaced."""
+
+    def place(what, tensor):
+        return tensor.to("cpu" if what == misplaced else device)
+
+    with torch.device(device):
+        network = UNetBackbone((8, 16), (1, 1), fold=2, features=8)
+        prior = KarrasDenoiser(network, VPSchedule()).eval().requires_grad_(False)
+    g = torch.Generator().manual_seed(0)
+    noise = place("noise", draw_noise(3, (2, 1, 8, 8), g)) if method == "ddpm" else None
+    process = ReverseProcess(prior, 3, method, noise=noise)
+    x = process.initial_state((2, 1, 8, 8), g).float().to(device)
+    y = place("y", torch.zeros(2, 1, 4, 4))
+    operator = average_pool(2)
+    found = solve(
+        process,
+        GaussianLikelihood(operator, y, 0.5),
+        x,
+        control_cost=snr_weights(prior.schedule, process.times, 1e-2)[0].item(),
+        rank=rank,
+        update=update,
+        regularization=Tikhonov() if isinstance(update, LineSearch) else 1.0,
+        iterations=3,
+        keep_activations=keep,
+        keep_states=True,
+        residual=lambda x0: operator(x0) - y,
+        noise_level=1e-3,
+    )
+    return [found.x0, found.controls, found.states, found.cost, found.costs, found.terminal_costs]
+
+
+def on_fake_device(**options):
+    torch.manual_seed(0)
+    with Decisions() as decisions:
+        pipeline("cpu", **{**options, "misplaced": None})
+    with FakeTensorMode(allow_non_fake_inputs=True), Decisions(decisions.log) as replayed:
+        result = pipeline(DEVICE, **options)
+    assert not replayed.log
+    return result
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("update", [Adam(0.05), LineSearch()])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_everything_stays_on_the_device(rank, update, keep):
+    for tensor in on_fake_device(rank=rank, update=update, keep=keep):
+        assert tensor.device == DEVICE
+        assert tensor.dtype == torch.float32
+
+
+def test_frozen_noise_is_there_too():
+    for tensor in on_fake_device(rank=1, update=Adam(), keep=True, method="ddpm"):
+        assert tensor.device == DEVICE
+
+
+@pytest.mark.parametrize("misplaced", ["y", "noise"])
+def test_what_is_on_another_device_is_found(misplaced):
+    with pytest.raises(RuntimeError, match=r"two different devices|same device"):
+        on_fake_device(rank=1, update=Adam(), keep=True, method="ddpm", misplaced=misplaced)
