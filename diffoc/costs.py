@@ -33,9 +33,35 @@ class GaussianLikelihood:
         if not self.noise_std > 0:
             raise ValueError(f"noise_std is {self.noise_std}, expected above 0")
 
+    def whitened_residual(self, x: Tensor) -> Tensor:
+        """The residual in units of the noise, (A(x_0) - y) / s; half of its square is the cost."""
+        return (self.operator(x) - self.y) / self.noise_std
+
     def __call__(self, x: Tensor) -> Tensor:
-        residual = self.operator(x) - self.y
-        return residual.flatten(1).square().sum(dim=1) / (2 * self.noise_std**2)
+        return self.whitened_residual(x).flatten(1).square().sum(dim=1) / 2
+
+
+@dataclass(frozen=True)
+class ResidualNorm:
+    r"""The terminal cost :math:`\|A(x_0) - y\|` of the authors' released code, not its square.
+
+    Its gradient has the length of the operator's derivative however small the residual is, so
+    that an iteration does not slow down towards y, nor does it settle there. It is twice
+    differentiable but for a residual of zero, where its derivatives count as zero.
+
+    Attributes:
+        operator: A, a differentiable callable from (B, ...) to (B, ...).
+        y: the measurements, shape (B, ...), or (1, ...) for one that all problems share.
+    """
+
+    operator: Operator
+    y: Tensor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        squared = (self.operator(x) - self.y).flatten(1).square().sum(dim=1)
+        zero = squared == 0
+        # The root's derivative at zero is infinite, and infinity times zero not a number.
+        return torch.where(zero, 0, torch.where(zero, 1, squared).sqrt())
 
 
 @dataclass(frozen=True)

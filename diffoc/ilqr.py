@@ -11,8 +11,8 @@ An iteration expands it around the nominal trajectory, sweeps backward for the g
 
 with a backtracking line search on :math:`\epsilon` (or Adam, Eq. 80) and Tikhonov regularisation
 of Quu, both of each problem of the batch on its own. How derivatives are represented, as dense
-matrices (:class:`diffoc.riccati.Dense`) or by products only (:class:`diffoc.lowrank.MatrixFree`),
-the controller does not know.
+matrices (:class:`diffoc.riccati.Dense`), by products only (:class:`diffoc.lowrank.MatrixFree`) or
+by the paper's projections (:class:`diffoc.projected.Projected`), the controller does not know.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from diffoc.lowrank import LowRankGains, MatrixFree
+from diffoc.projected import Projected
 from diffoc.riccati import VALUE_UPDATES, Dense, Gains, SingularControlHessianError
 from diffoc.rules import LBFGS, Adam, AdamState, LBFGSState, LineSearch, Tikhonov
 from diffoc.sweeps import ControlProblem, Trajectory, backward_sweep, forward_sweep, roll_out
@@ -48,7 +49,8 @@ class History:
     Attributes:
         cost: J before the iteration.
         terminal: the terminal cost's part of it.
-        gradient: the largest absolute derivative of J in a control, before the iteration.
+        gradient: the largest absolute derivative of J in a control, before the iteration; NaN
+            with projections, which do not know it.
         expected: the decrease expected of a full step.
         step: the step taken, 0 where none was (converged, or refused).
         regularization: the constant of the gains.
@@ -91,7 +93,7 @@ def ilqr(
     x: Tensor,
     controls: Tensor | None = None,
     *,
-    derivatives: Dense | MatrixFree = Dense(),
+    derivatives: Dense | MatrixFree | Projected = Dense(),
     regularization: Tikhonov | float | Tensor | None = None,
     value_update: str = "full",
     hessian_rank: int | None = None,
@@ -111,7 +113,7 @@ def ilqr(
         problem: the system and its costs.
         x: initial states, (B, ...), float32 or float64.
         controls: the initial guess, (T, B, ...); zeros of the states' shape by default.
-        derivatives: dense matrices, or products only for large states.
+        derivatives: dense matrices, or products only for large states, or projections.
         regularization: a :class:`Tikhonov` schedule (the default), or a fixed constant: a
             number, or one per step, (T,).
         value_update: "full", or "paper" for Eqs. 48 and 49.
@@ -283,7 +285,7 @@ def _acceptance(
 
 
 def _search(
-    sweep: tuple[ControlProblem, list[Gains], Dense | MatrixFree, bool],
+    sweep: tuple[ControlProblem, list[Gains], Dense | MatrixFree | Projected, bool],
     nominal: Trajectory,
     costs: tuple[Tensor, Tensor],
     active: Tensor,

@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 
 from diffoc.costs import ControlCost
+from diffoc.curvature import HESSIANS, terminal_products
 from diffoc.randomized import nystrom, symmetric_eigen
 from diffoc.riccati import System
 
@@ -127,29 +128,47 @@ class LowRankValue:
 
         Its result is that of the dense step for the same Hessian, up to rounding.
         """
-        S, U, r, rho = self.S, e.U, e.r, (e.r + a)[:, None, None]
-        c = S.new_zeros(S.shape[:-1]) if self.c is None else self.c
-        Qu = e.gradient + _times(U, c)
+        c = self.S.new_zeros(self.S.shape[:-1]) if self.c is None else self.c
+        Qu = e.gradient + _times(e.U, c)
+        gains, dc, S = low_rank_step(Qu, e.W, e.U, self.S, e.r, a, update)
+        return gains, LowRankValue(e.px, e.W, S, c + dc)
 
-        G = U.mT @ U
-        M, definite = _woodbury(S, G, rho)
-        rho = torch.where(rho > 0, rho, 1)[..., 0]
-        k = -(Qu - _times(U, _times(M, _times(U.mT, Qu)))) / rho
-        k = torch.where(definite[:, None], k, 0)
 
-        UTk = _times(U.mT, k)
-        Quuk = r * k + _times(U, _times(S, UTk))
-        squared = M @ (r * G + G @ S @ G) @ M  # of K^T Quu K = W squared W^T
-        if update == "paper":
-            c = c + _times(M, _times(U.mT, Quuk))  # Eq. 48
-            new_S = S - squared  # Eq. 49
-        else:
-            c = c - _times(M, _times(U.mT, Quuk + Qu)) + _times(S, UTk)
-            cross = M @ G @ S
-            new_S = S + squared - cross - cross.mT
-        slope, curvature = (k * Qu).sum(-1), (k * Quuk).sum(-1)
-        gains = LowRankGains(k, U, M, e.W, slope, curvature, definite)
-        return gains, LowRankValue(e.px, e.W, (new_S + new_S.mT) / 2, c)
+def low_rank_step(
+    Qu: Tensor, W: Tensor, U: Tensor, S: Tensor, r: float, a: Tensor, update: str
+) -> tuple[LowRankGains, Tensor, Tensor]:
+    """The algebra of a step, see the module, for whatever factors W and U.
+
+    Args:
+        Qu: the gradient of Q, Eq. 41, (B, m).
+        W, U: factors of Qxx and Quu, (B, n, k) and (B, m, k).
+        S: the symmetric middle of both, (B, k, k).
+        r: weight of the control cost.
+        a: Tikhonov's constant, (B,).
+        update: a member of :data:`diffoc.riccati.VALUE_UPDATES`.
+
+    Returns:
+        The gains, and c (B, k) and S' (B, k, k) such that Vx = Qx + W c and Vxx = W S' W^T.
+    """
+    rho = (r + a)[:, None, None]
+    G = U.mT @ U
+    M, definite = _woodbury(S, G, rho)
+    rho = torch.where(rho > 0, rho, 1)[..., 0]
+    k = -(Qu - _times(U, _times(M, _times(U.mT, Qu)))) / rho
+    k = torch.where(definite[:, None], k, 0)
+
+    UTk = _times(U.mT, k)
+    Quuk = r * k + _times(U, _times(S, UTk))
+    squared = M @ (r * G + G @ S @ G) @ M  # of K^T Quu K = W squared W^T
+    if update == "paper":
+        c = _times(M, _times(U.mT, Quuk))  # Eq. 48
+        new_S = S - squared  # Eq. 49
+    else:
+        c = _times(S, UTk) - _times(M, _times(U.mT, Quuk + Qu))
+        cross = M @ G @ S
+        new_S = S + squared - cross - cross.mT
+    slope, curvature = (k * Qu).sum(-1), (k * Quuk).sum(-1)
+    return LowRankGains(k, U, M, W, slope, curvature, definite), c, (new_S + new_S.mT) / 2
 
 
 @dataclass
@@ -159,10 +178,13 @@ class Counts:
     Attributes:
         evaluations: of the dynamics.
         products: vector-Jacobian products of the dynamics.
+        tangents: Jacobian-vector products of the dynamics, of :class:`diffoc.projected.Projected`
+            only.
     """
 
     evaluations: int = 0
     products: int = 0
+    tangents: int = 0
 
 
 @dataclass(frozen=True)
@@ -179,6 +201,8 @@ class MatrixFree:
         oversampling: directions beyond the rank.
         power: iterations of the range finder, see :mod:`diffoc.randomized`.
         convex: whether the terminal cost is, so that one product a direction suffices (Nystrom).
+        hessian: "full", or "gauss_newton", which is positive semidefinite whatever the operator,
+            so that one product suffices; see :mod:`diffoc.curvature`.
         seed: of the random directions, which are the same in every iteration.
         counts: of the work done with this object.
     """
@@ -187,19 +211,19 @@ class MatrixFree:
     oversampling: int = 5
     power: int = 0
     convex: bool = False
+    hessian: str = "full"
     seed: int = 0
     counts: Counts = field(default_factory=Counts)
+
+    def __post_init__(self) -> None:
+        if self.hessian not in HESSIANS:
+            raise ValueError(f"hessian is {self.hessian!r}, expected one of {', '.join(HESSIANS)}")
 
     def step(
         self, problem: System, i: int, x: Tensor, u: Tensor
     ) -> tuple[Tensor, Callable[[], MatrixFreeStep]]:
         """The next states, and what expands this step."""
-        if not isinstance(problem.running_cost, ControlCost):
-            raise ValueError(
-                f"running_cost is {type(problem.running_cost).__name__}, expected a ControlCost: "
-                "other costs need derivatives=Dense()"
-            )
-        r, flat = problem.running_cost.weight(i), u.flatten(1)
+        r, flat = control_weight(problem, i), u.flatten(1)
 
         def linearize() -> tuple[Tensor, MatrixFreeStep]:
             self.counts.evaluations += 1
@@ -223,34 +247,12 @@ class MatrixFree:
         Raises:
             ValueError: if `rank` is missing, or not between 0 and n.
         """
-        batch, n = len(x), x[0].numel()
-        if rank is None or not 0 <= rank <= n:
-            raise ValueError(f"hessian_rank is {rank}, expected 0 to {n}")
-        x = x.detach().requires_grad_()
-        with torch.enable_grad():
-            cost = problem.terminal_cost(x).sum()
-            (gradient,) = torch.autograd.grad(cost, x, create_graph=rank > 0)
-        Vx = gradient.detach().flatten(1)
-        if rank == 0 or not gradient.requires_grad:
+        batch, n = check_rank(x, rank)
+        Vx, product = terminal_products(problem.terminal_cost, x, self.hessian)
+        if rank == 0:
             return LowRankValue(Vx, x.new_zeros(batch, n, 0), x.new_zeros(batch, 0, 0))
-
-        def product(X: Tensor) -> Tensor:
-            (columns,) = torch.autograd.grad(
-                gradient,
-                x,
-                X.movedim(-1, 0).reshape(-1, *x.shape),
-                is_grads_batched=True,
-                retain_graph=True,
-                materialize_grads=True,
-            )
-            return columns.flatten(2).movedim(0, -1)
-
-        directions = min(n, rank + self.oversampling)
-        generator = torch.Generator().manual_seed(self.seed)
-        # The same directions for every problem, so that no result depends on the batch.
-        omega = torch.randn(n, directions, generator=generator, dtype=torch.float64).to(x)
-        omega = omega.expand(batch, n, directions)
-        if self.convex:
+        omega = random_directions(x, min(n, rank + self.oversampling), self.seed)
+        if self.convex or self.hessian == "gauss_newton":
             Z, values = nystrom(product, omega, rank)
         else:
             Z, values = symmetric_eigen(product, omega, rank, self.power)
@@ -265,6 +267,34 @@ class MatrixFree:
     def gradients(self, expansions: list[LowRankExpansion], value: LowRankValue) -> list[Tensor]:
         """The derivatives of the total cost in the controls of every step, (B, m) each."""
         return [e.gradient for e in expansions]
+
+
+def control_weight(problem: System, i: int) -> float:
+    """r of step i; a ValueError if the running cost is none that products can do."""
+    if not isinstance(problem.running_cost, ControlCost):
+        raise ValueError(
+            f"running_cost is {type(problem.running_cost).__name__}, expected a ControlCost: "
+            "other costs need derivatives=Dense()"
+        )
+    return problem.running_cost.weight(i)
+
+
+def check_rank(x: Tensor, rank: int | None) -> tuple[int, int]:
+    """B and n of states (B, ...); a ValueError if the Hessian cannot have that rank."""
+    n = x[0].numel()
+    if rank is None or not 0 <= rank <= n:
+        raise ValueError(f"hessian_rank is {rank}, expected 0 to {n}")
+    return len(x), n
+
+
+def random_directions(x: Tensor, count: int, seed: int) -> Tensor:
+    """Standard normal vectors (B, n, count) for states x (B, ...).
+
+    The same for every problem, so that no result depends on the batch.
+    """
+    n, generator = x[0].numel(), torch.Generator().manual_seed(seed)
+    omega = torch.randn(n, count, generator=generator, dtype=torch.float64).to(x)
+    return omega.expand(len(x), n, count)
 
 
 def linearize_step(

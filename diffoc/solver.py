@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from azula.noise import Schedule
@@ -19,6 +19,7 @@ from diffoc.costs import ControlCost
 from diffoc.ilqr import ILQRResult, ilqr
 from diffoc.lowrank import Counts, MatrixFree
 from diffoc.process import ReverseProcess
+from diffoc.projected import Projected
 from diffoc.rules import Adam, LineSearch, Tikhonov
 from diffoc.sweeps import ControlProblem
 
@@ -37,6 +38,7 @@ class Result:
         status: of each problem, see :class:`diffoc.ilqr.ILQRResult`.
         evaluations: of the denoiser, for each image.
         products: vector-Jacobian products of the process's steps, for each image.
+        tangents: Jacobian-vector products of them, for each image.
     """
 
     x0: Tensor
@@ -48,6 +50,7 @@ class Result:
     status: list[str]
     evaluations: int
     products: int
+    tangents: int
 
 
 def solve(
@@ -64,6 +67,7 @@ def solve(
     residual: Callable[[Tensor], Tensor] | None = None,
     noise_level: float | None = None,
     keep_activations: bool = True,
+    derivatives: MatrixFree | Projected | None = None,
     precision: str | None = None,
     keep_states: bool = False,
     progress: bool = False,
@@ -87,6 +91,9 @@ def solve(
             falls below `noise_level` squared, a problem is stopped (the discrepancy principle).
         keep_activations: of the forward sweep, for speed; otherwise they are recomputed, for
             memory.
+        derivatives: how they are represented: None for `MatrixFree(keep_activations)`, or such as
+            `MatrixFree(hessian="gauss_newton")` or the paper's `Projected(rank)`. The object is
+            not changed: its counts are in the result.
         precision: "bfloat16" for autocast of the process's steps.
         keep_states: whether the result has the trajectory.
         progress: whether to show a bar.
@@ -101,6 +108,10 @@ def solve(
         control_cost = ControlCost(control_cost)
     if precision not in (None, "bfloat16"):
         raise ValueError(f"precision is {precision!r}, expected None or 'bfloat16'")
+    if derivatives is None:
+        derivatives = MatrixFree(keep_activations=keep_activations)
+    elif not keep_activations:
+        raise ValueError("keep_activations is False, but derivatives is given: it decides")
     if (residual is None) != (noise_level is None):
         raise ValueError("residual and noise_level belong together: give both, or neither")
     if noise_level is not None and not noise_level > 0:
@@ -128,7 +139,7 @@ def solve(
         found = ilqr(
             ControlProblem(dynamics, control_cost, cost, process.horizon),
             x,
-            derivatives=MatrixFree(keep_activations=keep_activations, counts=counts),
+            derivatives=replace(derivatives, counts=counts),
             hessian_rank=rank,
             regularization=regularization,
             line_search=update,
@@ -154,6 +165,7 @@ def _as_result(found: ILQRResult, counts: Counts, keep_states: bool) -> Result:
         status=found.status,
         evaluations=counts.evaluations,
         products=counts.products,
+        tangents=counts.tangents,
     )
 
 

@@ -19,6 +19,7 @@ from diffoc.lowrank import (
     MatrixFree,
     MatrixFreeStep,
 )
+from diffoc.projected import Projected, ProjectedStep, ProjectedValue
 from diffoc.riccati import Dense, DenseValue, Expansion, Gains
 
 
@@ -69,7 +70,7 @@ class Trajectory:
 
     x: list[Tensor]
     u: list[Tensor]
-    steps: list[Callable[[], Expansion | MatrixFreeStep]]
+    steps: list[Callable[[], Expansion | MatrixFreeStep | ProjectedStep]]
 
     @property
     def states(self) -> Tensor:
@@ -83,11 +84,11 @@ class Trajectory:
 
 
 def backward_sweep(
-    expansions: list[Expansion] | list[LowRankExpansion],
-    value: DenseValue | LowRankValue,
+    expansions: list[Expansion] | list[LowRankExpansion] | list[ProjectedStep],
+    value: DenseValue | LowRankValue | ProjectedValue,
     a: Tensor,
     update: str,
-) -> tuple[list[Gains] | list[LowRankGains], DenseValue | LowRankValue]:
+) -> tuple[list[Gains] | list[LowRankGains], DenseValue | LowRankValue | ProjectedValue]:
     """Gains of all steps and the value at the initial state.
 
     The sweep knows nothing of how the value represents its Hessian: it only asks it to step back.
@@ -110,7 +111,7 @@ def forward_sweep(
     nominal: Trajectory,
     gains: list[Gains] | list[LowRankGains],
     step: Tensor,
-    derivatives: Dense | MatrixFree,
+    derivatives: Dense | MatrixFree | Projected,
     feedback: bool = True,
 ) -> Trajectory:
     """The trajectory under the new controls, Eqs. 15 and 16.
@@ -134,7 +135,10 @@ def forward_sweep(
 
 
 def roll_out(
-    problem: ControlProblem, x: Tensor, controls: Tensor, derivatives: Dense | MatrixFree
+    problem: ControlProblem,
+    x: Tensor,
+    controls: Tensor,
+    derivatives: Dense | MatrixFree | Projected,
 ) -> Trajectory:
     """The trajectory from x (B, ...) under controls (T, B, ...)."""
     new = Trajectory([x], [], [])
@@ -145,7 +149,7 @@ def roll_out(
 
 
 def _advance(
-    problem: ControlProblem, trajectory: Trajectory, derivatives: Dense | MatrixFree
+    problem: ControlProblem, trajectory: Trajectory, derivatives: Dense | MatrixFree | Projected
 ) -> None:
     """Appends the state that the last control leads to."""
     i = len(trajectory.u) - 1

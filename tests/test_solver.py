@@ -8,9 +8,11 @@ import diffoc
 from diffoc.costs import ControlCost, GaussianLikelihood
 from diffoc.data import digits
 from diffoc.ilqr import DivergenceError, ilqr
+from diffoc.lowrank import Counts, MatrixFree
 from diffoc.operators import average_pool
 from diffoc.priors import GaussianPrior
 from diffoc.process import ReverseProcess
+from diffoc.projected import Projected
 from diffoc.rules import Adam, LineSearch
 from diffoc.solver import snr_weights, solve
 from diffoc.sweeps import ControlProblem
@@ -61,6 +63,24 @@ def test_the_counts_are_those_of_the_network(keep, rank):
     assert found.evaluations <= len(calls) <= found.evaluations + 6  # the best iterate, once more
     assert found.evaluations == 6 + (4 if keep else 8) * 6
     assert found.products == 4 * 6 * (1 + rank)
+
+
+def test_derivatives_may_be_represented_otherwise():
+    """With as many columns as numbers the paper's projections change nothing."""
+    process, likelihood, x = setting()
+    options = {"rank": 4, "update": LineSearch(), "iterations": 3}
+    expected = solve(process, likelihood, x, **options)
+    for derivatives, evaluations, products, tangents in (
+        (Projected(12), 2, 13, 12),
+        (MatrixFree(hessian="gauss_newton"), 1, 5, 0),
+    ):
+        found = solve(process, likelihood, x, derivatives=derivatives, **options)
+        torch.testing.assert_close(found.controls, expected.controls, rtol=1e-7, atol=1e-8)
+        iterations = len(found.costs)
+        assert found.evaluations >= 6 * (1 + evaluations * iterations)
+        assert found.products == 6 * products * iterations
+        assert found.tangents == 6 * tangents * iterations
+        assert derivatives.counts == Counts()
 
 
 def test_the_discrepancy_principle_stops_in_time():
@@ -118,6 +138,7 @@ def test_wrong_arguments_are_named():
         ({"precision": "float8"}, "precision is 'float8'"),
         ({"noise_level": 0.1}, "belong together"),
         ({"residual": likelihood.operator, "noise_level": 0.0}, "noise_level is 0.0"),
+        ({"derivatives": MatrixFree(), "keep_activations": False}, "keep_activations is False"),
         ({"rank": -1}, "hessian_rank is -1"),
         ({"iterations": -1}, "max_iterations is -1"),
     ):
