@@ -96,7 +96,8 @@ def solve(args: argparse.Namespace) -> int:
     from diffoc import reconstruct
     from diffoc.pretrained import load_prior
 
-    given = {name: getattr(args, name) for name in ("steps", "iterations", "rank", "rate")}
+    names = ("steps", "iterations", "update", "rank", "rate")
+    given = {name: getattr(args, name) for name in names}
     given = {name: value for name, value in given.items() if value is not None}
     settings = reconstruct.Settings(
         args.task, args.prior, noise_std=args.noise_std, seed=args.seed, **given
@@ -181,8 +182,9 @@ def main(argv: list[str] | None = None) -> int:
     solver.add_argument("--noise-std", type=float, default=0.05, help="on the scale [-1, 1]")
     solver.add_argument("--steps", type=int, help="T of the reverse process")
     solver.add_argument("--iterations", type=int, help="of the controller")
-    solver.add_argument("--rank", type=int, help="of the terminal Hessian")
-    solver.add_argument("--rate", type=float, help="Adam's")
+    solver.add_argument("--update", choices=["lbfgs", "adam"], help="lbfgs by default")
+    solver.add_argument("--rank", type=int, help="of the terminal Hessian, for adam")
+    solver.add_argument("--rate", type=float, help="of adam")
     solver.add_argument("--seed", type=int, default=0, help="of mask, kernel and noise")
     solver.add_argument("--device", default="cpu", help="cpu or cuda")
     bench = commands.add_parser("benchmark", help="time and memory of the controller, measured")

@@ -119,8 +119,8 @@ def ilqr(
         value_update: "full", or "paper" for Eqs. 48 and 49.
         hessian_rank: truncates the terminal Hessian, see
             :func:`diffoc.riccati.terminal_value`.
-        line_search: its parameters; or Adam or L-BFGS in its place; or None to take every full step,
-            whatever it costs.
+        line_search: its parameters; or Adam or L-BFGS in its place; or None to take every full
+            step, whatever it costs.
         feedback: whether to use the feedback gains K.
         max_iterations: at least 0.
         gradient_tolerance: not negative; zero for no such test, which saves the memory of the
@@ -208,6 +208,11 @@ def ilqr(
         slope = torch.stack([g.slope for g in gains]).sum(dim=0)
         curvature = torch.stack([g.curvature for g in gains]).sum(dim=0)
         if lbfgs:
+            if gradient.isnan().any():
+                raise ValueError(
+                    "line_search is LBFGS, which needs the gradient: derivatives must be Dense or "
+                    "MatrixFree"
+                )
             flat = torch.cat([u.flatten(1) for u in nominal.u], dim=1)
             change = lbfgs.direction(torch.cat(gradients, dim=1), flat)
             slope, curvature = (torch.cat(gradients, dim=1) * change).sum(-1), 0 * curvature

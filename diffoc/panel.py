@@ -10,11 +10,12 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from diffoc import data
+from diffoc.lowrank import MatrixFree
 from diffoc.metrics import image_metrics
 from diffoc.pretrained import load_prior
 from diffoc.process import ReverseProcess
 from diffoc.reconstruct import picture_of
-from diffoc.rules import Adam
+from diffoc.rules import LBFGS, Adam
 from diffoc.solver import solve
 from diffoc.tasks import TASKS, likelihood, measure, task
 
@@ -47,12 +48,14 @@ class Panel:
         self.task = widgets.Dropdown(options=names, description="task")
         self.noise = widgets.FloatSlider(0.05, min=0.01, max=0.5, step=0.01, description="noise")
         self.iterations = widgets.IntSlider(30, min=1, max=100, description="iterations")
-        self.rank = widgets.IntSlider(1, min=0, max=8, description="rank")
+        updates = [("L-BFGS", "lbfgs"), ("Adam, as in the paper", "adam")]
+        self.update = widgets.Dropdown(options=updates, description="update")
+        self.rank = widgets.IntSlider(0, min=0, max=8, description="rank")
         self.button = widgets.Button(description="Reconstruct", button_style="primary")
         self.status = widgets.Label()
         self.picture = widgets.Image(format="png", width=760)
         self.button.on_click(lambda _: self.run())
-        controls = [self.image, self.task, self.noise, self.iterations, self.rank]
+        controls = [self.image, self.task, self.noise, self.iterations, self.update, self.rank]
         self.view = widgets.VBox(
             [
                 widgets.HBox(controls[:3]),
@@ -92,8 +95,9 @@ class Panel:
             likelihood(physics, y, self.noise.value),
             torch.zeros_like(truth),
             rank=self.rank.value,
+            derivatives=MatrixFree(hessian="gauss_newton"),
             iterations=self.iterations.value,
-            update=Adam(0.02, anneal=True),
+            update=LBFGS() if self.update.value == "lbfgs" else Adam(0.02, anneal=True),
             callback=show,
         )
         self.status.value += ", done"

@@ -183,9 +183,9 @@ class Projected:
         """The steps themselves: what they pull back depends on the gains of those after them."""
         return [step() for step in steps]
 
-    def largest_gradient(self, expansions: list[ProjectedStep], value: ProjectedValue) -> Tensor:
-        """NaN (B,): the gradient would cost another vector-Jacobian product a step."""
-        return torch.full_like(value.Vx[:, 0], torch.nan)
+    def gradients(self, expansions: list[ProjectedStep], value: ProjectedValue) -> list[Tensor]:
+        """NaN (B, m) of every step: they would cost another vector-Jacobian product each."""
+        return [torch.full_like(e.u, torch.nan) for e in expansions]
 
     def _basis(self, product: Callable[[Tensor], Tensor], x: Tensor, rank: int) -> Tensor:
         """Orthonormal columns (B, n, rank) for the range of a matrix, or random ones."""

@@ -14,10 +14,11 @@ from deepinv.physics import Inpainting, Physics
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from diffoc.lowrank import MatrixFree
 from diffoc.metrics import image_metrics
 from diffoc.pictures import picture_size, read_picture, read_transparency, write_picture
 from diffoc.process import ReverseProcess
-from diffoc.rules import Adam
+from diffoc.rules import LBFGS, Adam
 from diffoc.solver import Result, solve
 from diffoc.tasks import NOISE_STD, likelihood, measure, measured, noise_level, task
 
@@ -33,9 +34,15 @@ class Settings:
         task: a key of :data:`diffoc.tasks.TASKS`.
         prior: a name or path for :func:`diffoc.load_prior`.
         noise_std: of the measurement.
-        steps, iterations, rank, rate: of the controller.
+        steps, iterations: of the controller.
+        update: "lbfgs", or the paper's "adam" with its rate, annealed, and the rank of its
+            Gauss-Newton terminal Hessian.
+        rate, rank: see there.
         control_cost: weight of half the squared norm of the controls.
         seed: of mask, kernel and noise.
+
+    Raises:
+        ValueError: for another update.
     """
 
     task: str
@@ -43,10 +50,15 @@ class Settings:
     noise_std: float = NOISE_STD
     steps: int = 20
     iterations: int = 50
-    rank: int = 1
-    rate: float = 0.01
+    update: str = "lbfgs"
+    rate: float = 0.02
+    rank: int = 0
     control_cost: float = 1.0
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.update not in ("lbfgs", "adam"):
+            raise ValueError(f"update is {self.update!r}, expected 'lbfgs' or 'adam'")
 
 
 @dataclass(frozen=True)
@@ -151,8 +163,9 @@ def reconstruct(
         start,
         control_cost=settings.control_cost,
         rank=settings.rank,
+        derivatives=MatrixFree(hessian="gauss_newton"),
         iterations=settings.iterations,
-        update=Adam(settings.rate, anneal=True),
+        update=LBFGS() if settings.update == "lbfgs" else Adam(settings.rate, anneal=True),
         progress=progress,
     )
     seconds = time.perf_counter() - began

@@ -20,7 +20,7 @@ from diffoc.ilqr import ILQRResult, ilqr
 from diffoc.lowrank import Counts, MatrixFree
 from diffoc.process import ReverseProcess
 from diffoc.projected import Projected
-from diffoc.rules import Adam, LineSearch, Tikhonov
+from diffoc.rules import LBFGS, Adam, LineSearch, Tikhonov
 from diffoc.sweeps import ControlProblem
 
 
@@ -61,7 +61,7 @@ def solve(
     control_cost: ControlCost | float = 1.0,
     rank: int = 1,
     iterations: int = 50,
-    update: Adam | LineSearch = Adam(),
+    update: Adam | LBFGS | LineSearch = Adam(),
     regularization: Tikhonov | float = 0.0,
     feedback: bool = True,
     residual: Callable[[Tensor], Tensor] | None = None,
@@ -84,7 +84,7 @@ def solve(
         control_cost: weights of :math:`\frac12 r_i \|u_i\|^2`; see also :func:`snr_weights`.
         rank: k of the terminal Hessian, at least 0, which is the first order.
         iterations: at least 0.
-        update: Adam (Eq. 80) or a backtracking line search.
+        update: Adam (Eq. 80), L-BFGS, or a backtracking line search.
         regularization: Tikhonov's constant, or a schedule.
         feedback: whether to use the gains K.
         residual, noise_level: where the mean of the squared `residual` of the images (B, ...)

@@ -7,9 +7,10 @@ import torch
 
 from diffoc.costs import ControlCost, GaussianLikelihood
 from diffoc.ilqr import DivergenceError, ilqr
-from diffoc.lowrank import MatrixFree
+from diffoc.lowrank import Counts, MatrixFree
+from diffoc.projected import Projected
 from diffoc.riccati import Dense, terminal_value
-from diffoc.rules import Adam, AdamState
+from diffoc.rules import LBFGS, Adam, AdamState, LBFGSState, LineSearch
 from diffoc.sweeps import ControlProblem
 
 
@@ -307,3 +308,98 @@ def test_the_terminal_cost_is_evaluated_once_for_the_value_and_once_for_the_cost
     options = {"derivatives": MatrixFree(), "hessian_rank": 1, "line_search": None}
     ilqr(counted, x, regularization=1.0, max_iterations=3, **options)
     assert len(calls) == 1 + 2 * 3
+
+
+@pytest.mark.parametrize("memory", [3, 20])
+def test_lbfgs_is_bfgs_with_matrices(memory):
+    """Against the update of the inverse Hessian itself, Nocedal & Wright, Eq. 6.17."""
+    n, steps = 7, 6
+    A = random(2, n, n, seed=1)
+    hessians = A @ A.mT + torch.eye(n).double()
+    points = random(steps, 2, n, seed=2)
+    gradients = torch.einsum("bij,sbj->sbi", hessians, points)
+    gradients[2, 1] = gradients[1, 1] - (points[2, 1] - points[1, 1])  # negative curvature
+    state = LBFGSState(LBFGS(memory=memory, first=0.1))
+    for k in range(steps):
+        found = state.direction(gradients[k], points[k])
+        for b in range(2):
+            pairs = [
+                (points[j + 1, b] - points[j, b], gradients[j + 1, b] - gradients[j, b])
+                for j in range(max(0, k - memory), k)
+            ]
+            pairs = [(s, y) for s, y in pairs if s @ y > 0]
+            norm = gradients[k, b].norm()
+            scale = pairs[-1][0] @ pairs[-1][1] / pairs[-1][1].square().sum() if pairs else None
+            H = torch.eye(n).double() * (0.1 * n**0.5 / norm if scale is None else scale)
+            for s, y in pairs:
+                left = torch.eye(n).double() - torch.outer(s, y) / (s @ y)
+                H = left @ H @ left.mT + torch.outer(s, s) / (s @ y)
+            torch.testing.assert_close(found[b], -H @ gradients[k, b])
+
+
+@pytest.mark.parametrize("derivatives", [Dense(), MatrixFree()])
+def test_lbfgs_finds_the_optimum_of_full_newton_steps(derivatives):
+    problem, x, _ = setting()
+    best = ilqr(problem, x, max_iterations=100)
+    found = ilqr(
+        problem,
+        x,
+        derivatives=derivatives,
+        hessian_rank=0,
+        line_search=LBFGS(),
+        regularization=0.0,
+        max_iterations=200,
+        gradient_tolerance=1e-6,
+    )
+    assert found.status == ["gradient"] * len(x)
+    torch.testing.assert_close(found.cost, best.cost, rtol=1e-6, atol=1e-8)
+    assert len(found.history.cost) < 150
+    costs = torch.stack(found.history.cost)
+    assert (costs.diff(dim=0) <= 0).all()
+    for i in range(len(x)):
+        alone = ilqr(
+            problem,
+            x[i : i + 1],
+            derivatives=derivatives,
+            hessian_rank=0,
+            line_search=LBFGS(),
+            regularization=0.0,
+            max_iterations=10,
+        )
+        for row, other in zip(costs, alone.history.cost, strict=False):
+            torch.testing.assert_close(row[i], other[0])
+
+
+def test_lbfgs_needs_few_more_evaluations_than_iterations():
+    problem, x, _ = setting()
+    counts = Counts()
+    ilqr(
+        problem,
+        x,
+        derivatives=MatrixFree(counts=counts),
+        hessian_rank=0,
+        line_search=LBFGS(search=LineSearch(contraction=0.2)),
+        regularization=0.0,
+        max_iterations=20,
+        gradient_tolerance=0.0,
+    )
+    assert counts.evaluations < 1.5 * 20 * problem.horizon
+
+
+def test_lbfgs_needs_gradients():
+    problem, x, _ = setting()
+    with pytest.raises(ValueError, match="line_search is LBFGS"):
+        ilqr(
+            problem,
+            x,
+            derivatives=Projected(2),
+            hessian_rank=2,
+            line_search=LBFGS(),
+            regularization=1.0,
+        )
+
+
+@pytest.mark.parametrize(("name", "value"), [("memory", 0), ("first", 0.0)])
+def test_unfit_parameters_of_lbfgs_are_refused(name, value):
+    with pytest.raises(ValueError, match=f"^{name}"):
+        LBFGS(**{name: value})

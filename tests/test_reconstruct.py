@@ -37,8 +37,8 @@ def test_every_task_from_a_picture_and_again_from_its_measurement(name, picture,
     assert "note: cut from 70x56 to 56x56" in printed
     assert "note: grey made from colour" in printed
     report = json.loads((out / "report.json").read_text())
-    assert report["evaluations"] == 9
-    assert report["vector_jacobian_products"] == 12
+    assert report["evaluations"] >= 9
+    assert report["vector_jacobian_products"] == 6
     # What the report says is what lies beside it, up to 8 bits.
     truth, _ = read_picture(picture, SHAPE)
     image, _ = read_picture(out / "reconstruction.png", SHAPE)
@@ -66,6 +66,16 @@ def test_measurements_may_be_pictures(name, picture, tmp_path):
     x = torch.rand(1, *SHAPE)
     torch.testing.assert_close(found.physics.A(x), case.physics.A(x))
     assert torch.equal(measured(found.physics, found.y), measured(case.physics, case.y))
+
+
+def test_the_paper_s_update_can_be_asked_for(picture, tmp_path):
+    adam = ["--update", "adam", "--rank", "1", "--rate", "0.01", "--out", tmp_path]
+    assert command(picture, "--task", "phase_retrieval", *adam) == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["evaluations"] == 9
+    assert report["vector_jacobian_products"] == 12
+    with pytest.raises(ValueError, match="update is 'sgd'"):
+        Settings("phase_retrieval", "mnist", update="sgd")
 
 
 def test_unfit_measurements_are_refused(picture, tmp_path, capsys):

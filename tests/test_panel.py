@@ -1,0 +1,40 @@
+"""The quickstart's panel: every choice runs, and what goes wrong is said."""
+
+import io
+
+import pytest
+from PIL import Image
+
+from diffoc.panel import _IMAGES, Panel, _image
+from diffoc.pretrained import OURS
+from diffoc.tasks import TASKS
+
+
+@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("update", ["lbfgs", "adam"])
+def test_every_task_runs_and_is_shown(name, update):
+    panel = Panel(steps=2)
+    panel.image.value, panel.task.value = "digit 3", name
+    panel.iterations.value, panel.update.value, panel.rank.value = 2, update, 1
+    panel.button.click()
+    assert "iteration 2" in panel.status.value
+    assert panel.status.value.endswith("done")
+    assert not panel.button.disabled
+    with Image.open(io.BytesIO(panel.picture.value)) as picture:
+        assert picture.width > 600
+
+
+def test_what_goes_wrong_is_said(monkeypatch):
+    def fail(*args, **options):
+        raise ValueError("no such thing")
+
+    monkeypatch.setattr("diffoc.panel.solve", fail)
+    panel = Panel(steps=2)
+    panel.run()
+    assert panel.status.value == "no such thing"
+    assert not panel.button.disabled
+
+
+def test_images_fit_their_priors():
+    for name, prior in _IMAGES.items():
+        assert tuple(_image(name).shape[1:]) == OURS[prior]
