@@ -195,6 +195,9 @@ class MatrixFree:
     Hessian be given. The Hessian is approximated by randomised products with it, those of one
     backward pass through its gradient.
 
+    In input mode, and without a test of the gradient, the controller needs :math:`(k + 3) T n`
+    numbers beyond the trajectory and the network's activations, and Adam 3 T n more.
+
     Attributes:
         keep_activations: of the forward sweep for the next backward sweep, which costs
             :math:`T(F + (1 + k) B)`; otherwise each step is evaluated again, one F more.
