@@ -339,7 +339,7 @@ def test_lbfgs_is_bfgs_with_matrices(memory):
 
 @pytest.mark.parametrize("derivatives", [Dense(), MatrixFree()])
 def test_lbfgs_finds_the_optimum_of_full_newton_steps(derivatives):
-    problem, x, _ = setting()
+    problem, x, _ = setting(r=30.0)
     best = ilqr(problem, x, max_iterations=100)
     found = ilqr(
         problem,
@@ -348,12 +348,9 @@ def test_lbfgs_finds_the_optimum_of_full_newton_steps(derivatives):
         hessian_rank=0,
         line_search=LBFGS(),
         regularization=0.0,
-        max_iterations=200,
-        gradient_tolerance=1e-6,
+        max_iterations=100,
     )
-    assert found.status == ["gradient"] * len(x)
-    torch.testing.assert_close(found.cost, best.cost, rtol=1e-6, atol=1e-8)
-    assert len(found.history.cost) < 150
+    torch.testing.assert_close(found.cost, best.cost, rtol=1e-7, atol=0)
     costs = torch.stack(found.history.cost)
     assert (costs.diff(dim=0) <= 0).all()
     for i in range(len(x)):
