@@ -81,9 +81,7 @@ def checked_bytes(file: str, folder: Path | None = None) -> bytes:
                 f"{path} is missing: it is part of the repository, get it back with "
                 f"`git checkout -- data/{path.name}`"
             )
-    entry = json.loads((folder / MANIFEST).read_text()).get(file)
-    if entry is None:
-        raise ValueError(f"{file} has no entry in {folder / MANIFEST}: add it with register_file")
+    entry = manifest_entry(file, folder)
     content = (folder / file).read_bytes()
     digest = hashlib.sha256(content).hexdigest()
     if digest != entry["sha256"]:
@@ -94,6 +92,18 @@ def checked_bytes(file: str, folder: Path | None = None) -> bytes:
             "was made anew on purpose, register it with register_file"
         )
     return content
+
+
+def manifest_entry(file: str, folder: Path | None = None) -> dict:
+    """What the manifest says of a shipped file: sha256, bytes, license and source.
+
+    Raises ValueError if it has no entry; arguments as for `checked_bytes`.
+    """
+    folder = data_folder() if folder is None else Path(folder)
+    entry = json.loads((folder / MANIFEST).read_text()).get(file)
+    if entry is None:
+        raise ValueError(f"{file} has no entry in {folder / MANIFEST}: add it with register_file")
+    return entry
 
 
 def register_file(file: str, license: str, source: str, folder: Path | None = None) -> dict:

@@ -202,8 +202,8 @@ def ilqr(
             if not adaptive or (a[failed] >= schedule.maximum).any():
                 raise _singular(definite, failed, a_steps)
             a, delta = _select(failed, schedule.grow(a, delta), (a, delta))
-        if not adaptive:
-            expansions = None  # only another constant would need them again
+        if not adaptive and not lbfgs:
+            expansions = None  # only another constant or direction would need them again
 
         slope = torch.stack([g.slope for g in gains]).sum(dim=0)
         curvature = torch.stack([g.curvature for g in gains]).sum(dim=0)
@@ -258,10 +258,12 @@ def ilqr(
             active = _retire(active, negligible, status, "cost")
         if adaptive:
             stuck = ~moved & (a >= schedule.maximum)
+            if lbfgs:
+                lbfgs.forget(active & ~moved)
             grown = _select(active, schedule.grow(a, delta), (a, delta))
             a, delta = _select(moved, schedule.shrink(a, delta), grown)
         else:
-            stuck = ~moved
+            stuck = lbfgs.forget(active & ~moved) if lbfgs else ~moved
         active = _retire(active, stuck, status, "stalled")
         if callback:
             callback(iteration, cost, nominal.x[-1])

@@ -145,13 +145,14 @@ class LBFGS:
         memory: how many changes are remembered, each of 2 T n numbers.
         first: root mean square of the first change of the controls, when nothing is known yet.
         search: the line search; after the first iterations the full step nearly always passes.
+            Where all its trials fail, what is remembered is forgotten.
 
     Source: Nocedal & Wright 2006 (doi:10.1007/978-0-387-40065-5), Algorithm 7.4.
     """
 
     memory: int = 20
-    first: float = 5e-3
-    search: LineSearch = field(default_factory=LineSearch)
+    first: float = 1e-3
+    search: LineSearch = field(default_factory=lambda: LineSearch(trials=8))
 
     def __post_init__(self) -> None:
         if self.memory < 1:
@@ -202,6 +203,14 @@ class LBFGSState:
         for (s, y, rho), factor in zip(self.pairs, reversed(factors), strict=True):
             q = q + (factor - rho * _dot(y, q))[:, None] * s
         return -q
+
+    def forget(self, problems: Tensor) -> Tensor:
+        """Begins anew for some `problems`, (B,) bool; returns those that had nothing to forget."""
+        remembered = torch.zeros_like(problems)
+        for i, (s, y, rho) in enumerate(self.pairs):
+            remembered |= rho > 0
+            self.pairs[i] = s, y, torch.where(problems, 0, rho)
+        return problems & ~remembered
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
