@@ -17,7 +17,7 @@ from diffoc.process import ReverseProcess
 from diffoc.reconstruct import picture_of
 from diffoc.rules import LBFGS, Adam
 from diffoc.solver import solve
-from diffoc.tasks import TASKS, likelihood, measure, task
+from diffoc.tasks import TASKS, likelihood, measure, noise_level, task
 
 # What can be chosen: the images that ship with the repository, each with its prior.
 _IMAGES = {
@@ -47,7 +47,7 @@ class Panel:
         names = [(name.replace("_", " "), name) for name in TASKS]
         self.task = widgets.Dropdown(options=names, description="task")
         self.noise = widgets.FloatSlider(0.05, min=0.01, max=0.5, step=0.01, description="noise")
-        self.iterations = widgets.IntSlider(30, min=1, max=100, description="iterations")
+        self.iterations = widgets.IntSlider(60, min=1, max=200, description="iterations")
         updates = [("L-BFGS", "lbfgs"), ("Adam, as in the paper", "adam")]
         self.update = widgets.Dropdown(options=updates, description="update")
         self.rank = widgets.IntSlider(0, min=0, max=8, description="rank")
@@ -97,6 +97,8 @@ class Panel:
             rank=self.rank.value,
             derivatives=MatrixFree(hessian="gauss_newton"),
             iterations=self.iterations.value,
+            residual=lambda x0: physics.A(x0) - y,
+            noise_level=noise_level(physics, y, self.noise.value),
             update=LBFGS() if self.update.value == "lbfgs" else Adam(0.02, anneal=True),
             callback=show,
         )

@@ -14,6 +14,7 @@ from deepinv.physics import Inpainting, Physics
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from diffoc.experiments import ITERATIONS, STEPS
 from diffoc.lowrank import MatrixFree
 from diffoc.metrics import image_metrics
 from diffoc.pictures import picture_size, read_picture, read_transparency, write_picture
@@ -28,13 +29,13 @@ FROM_PICTURES = ("super_resolution", "gaussian_blur", "random_inpainting", "box_
 
 @dataclass(frozen=True)
 class Settings:
-    """What `solve` does; chosen on images that no table reports (see notebook 08).
+    """What `solve` does: by default as in :mod:`diffoc.experiments`.
 
     Attributes:
         task: a key of :data:`diffoc.tasks.TASKS`.
         prior: a name or path for :func:`diffoc.load_prior`.
         noise_std: of the measurement.
-        steps, iterations: of the controller.
+        steps, iterations: of the controller; fewer of these if the residual is the noise's.
         update: "lbfgs", or the paper's "adam" with its rate, annealed, and the rank of its
             Gauss-Newton terminal Hessian.
         rate, rank: see there.
@@ -48,8 +49,8 @@ class Settings:
     task: str
     prior: str
     noise_std: float = NOISE_STD
-    steps: int = 20
-    iterations: int = 50
+    steps: int = STEPS
+    iterations: int = ITERATIONS
     update: str = "lbfgs"
     rate: float = 0.02
     rank: int = 0
@@ -166,6 +167,8 @@ def reconstruct(
         derivatives=MatrixFree(hessian="gauss_newton"),
         iterations=settings.iterations,
         update=LBFGS() if settings.update == "lbfgs" else Adam(settings.rate, anneal=True),
+        residual=lambda x0: physics.A(x0) - y,
+        noise_level=level,
         progress=progress,
     )
     seconds = time.perf_counter() - began

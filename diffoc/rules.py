@@ -150,7 +150,7 @@ class LBFGS:
     Source: Nocedal & Wright 2006 (doi:10.1007/978-0-387-40065-5), Algorithm 7.4.
     """
 
-    memory: int = 20
+    memory: int = 50
     first: float = 1e-3
     search: LineSearch = field(default_factory=lambda: LineSearch(trials=8))
 
