@@ -147,6 +147,7 @@ def test_diffusers_models_agree_with_their_scheduler(kind, tmp_path):
     DDPMPipeline(small_unet(), scheduler).save_pretrained(tmp_path / "pipeline")
     prior = load_prior(tmp_path / "pipeline")
     assert isinstance(prior, DiffusersDenoiser)
+    assert prior.image_shape == (1, 8, 8)
     network = UNet2DModel.from_pretrained(tmp_path / "pipeline" / "unet")
     scheduler.set_timesteps(1000)
     x = noise(2, 1, 8, 8)

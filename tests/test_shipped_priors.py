@@ -20,6 +20,7 @@ def test_the_shipped_priors_know_their_images(name, shape):
     """Where the noise is small the estimate is close to the image, and far from it is not."""
     prior = diffoc.load_prior(name)
     assert not prior.training
+    assert prior.image_shape == shape
     if name == "mnist":
         x0 = diffoc.data.digits()[0]
     else:

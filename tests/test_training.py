@@ -314,3 +314,23 @@ def test_the_command_reports_a_denoiser_with_a_sheet_of_samples(tmp_path, monkey
     with Image.open(tmp_path / "mnist.png") as picture:
         assert picture.size == (8 * 28 * 2, 2 * 28 * 2)
     assert (tmp_path / "mnist.safetensors").exists()
+
+
+def test_the_command_goes_on_from_shipped_weights(tmp_path, monkeypatch, capsys):
+    pictures = np.random.default_rng(1).integers(0, 256, (40, 28, 28), dtype=np.uint8)
+    monkeypatch.setattr("diffoc.data.mnist", lambda split: (pictures, np.arange(40) % 10))
+    torch.manual_seed(3)
+    first = tmp_path / "first.safetensors"
+    save_file(DigitClassifier().state_dict(), first)
+    monkeypatch.setitem(
+        training.RECIPES, "classifier", Recipe(DigitClassifier, images=10_000, batch=16)
+    )
+    command = ["train", "classifier", "--init", str(first), "--images", "32", "--rate", "1e-9"]
+    where = ["--checkpoint", str(tmp_path / "run.pt"), "--out", str(tmp_path)]
+    assert __main__.main([*command, *where]) == 0
+    assert "32 of 32 images" in capsys.readouterr().out
+    # With next to no learning rate the weights are those of the beginning.
+    expected = read_weights(first)
+    for key, tensor in read_weights(tmp_path / "classifier.safetensors").items():
+        torch.testing.assert_close(tensor, expected[key], rtol=1e-3, atol=1e-4)
+    assert __main__.main([*command[:3], "no.safetensors", *where[:1], str(tmp_path / "b.pt")]) == 2
