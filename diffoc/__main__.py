@@ -131,7 +131,6 @@ def benchmark(args: argparse.Namespace) -> int:
         repeats=args.repeats,
         device=args.device,
         teraflops=args.teraflops,
-        shape=args.shape,
         random_weights=args.random_weights,
     )
     if args.out:
@@ -203,7 +202,6 @@ def main(argv: list[str] | None = None) -> int:
     bench.add_argument(
         "--teraflops", type=float, default=50.0, help="that the projection of Table 1 assumes"
     )
-    bench.add_argument("--shape", type=int, nargs=3, metavar=("C", "H", "W"), help="of an image")
     bench.add_argument(
         "--random-weights", action="store_true", help="for ffhq256, without its file"
     )

@@ -26,15 +26,6 @@ from diffoc.pretrained import load_prior, untrained_adm
 from diffoc.process import ReverseProcess
 from diffoc.solver import solve
 
-SHAPES = {
-    "mnist": (1, 28, 28),
-    "faces64": (1, 64, 64),
-    "ffhq64": (3, 64, 64),
-    "ffhq256": (3, 256, 256),
-    "imagenet256": (3, 256, 256),
-}
-"""Of the images of the priors that :func:`diffoc.load_prior` knows by name."""
-
 TABLE_1_IMAGES = 5 * 1000
 TABLE_1_NFE = (2500, 1000)
 """The paper's Table 1 has five tasks of 1000 images; an NFE is one step of one iteration."""
@@ -232,7 +223,6 @@ def run(
     repeats: int = 5,
     device: str = "cpu",
     teraflops: float = 50.0,
-    shape: Sequence[int] | None = None,
     random_weights: bool = False,
 ) -> dict:
     """Measures priors, projects Table 1, prints both, and returns them as numbers for JSON.
@@ -243,7 +233,6 @@ def run(
         batch: images at once, to compare with as many one after another; 1 for no comparison.
         device: "cpu", "cuda" or "cuda:i".
         teraflops: that the projection assumes.
-        shape: of one image, (C, H, W), for a prior that is not in :data:`SHAPES`.
         random_weights: to measure "ffhq256" or "imagenet256" without their files.
 
     Raises:
@@ -254,7 +243,7 @@ def run(
         raise ValueError(f"batch is {batch}, expected at least 1")
     with torch.device("meta"):
         network = untrained_adm("ffhq256")
-    table = project(*flop(network, (1, *SHAPES["ffhq256"])), ranks, teraflops)
+    table = project(*flop(network, (1, *network.image_shape)), ranks, teraflops)
     on_cuda = torch.device(device).type == "cuda"
     found = {
         "torch": torch.__version__,
@@ -271,13 +260,11 @@ def run(
         "bare MB  diffoc MB  more / (T n)"
     )
     for name in names:
-        if shape is None and name not in SHAPES:
-            raise ValueError(f"shape is missing: {name!r} is none of {', '.join(SHAPES)}")
         prior = (untrained_adm(name) if random_weights else load_prior(name)).to(device)
         rows = []
         for images, keep in ((1, True), (1, False), *([(batch, True)] if batch > 1 else [])):
             generator = torch.Generator().manual_seed(0)
-            x = torch.randn(images, *(shape or SHAPES[name]), generator=generator).to(device)
+            x = torch.randn(images, *prior.image_shape, generator=generator).to(device)
             for rank in ranks:
                 rows.append(row := measure(prior, x, steps, rank, keep, repeats))
                 print(_line(name, row), flush=True)

@@ -152,6 +152,7 @@ def untrained_adm(name: str) -> Denoiser:
             # azula's checkpoints evaluate the block again in every backward pass, 0.74 F each;
             # the controller recomputes whole steps instead, once for all products.
             block.forward = block._forward
+    prior.image_shape = _SHAPES[name]
     return prior.eval().requires_grad_(False)
 
 

@@ -6,8 +6,8 @@ the denoiser, B one vector-Jacobian product, k the rank of the terminal Hessian.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -94,7 +94,8 @@ def solve(
         derivatives: how they are represented: None for `MatrixFree(keep_activations)`, or such as
             `MatrixFree(hessian="gauss_newton")` or the paper's `Projected(rank)`. The object is
             not changed: its counts are in the result.
-        precision: "bfloat16" for autocast of the process's steps.
+        precision: "bfloat16" for autocast of the process's steps; "tf32" for float32 products
+            in TF32, where the GPU has it.
         keep_states: whether the result has the trajectory.
         progress: whether to show a bar.
         callback: called after each iteration with its number, the costs (B,) and the images
@@ -106,8 +107,8 @@ def solve(
     """
     if not isinstance(control_cost, ControlCost):
         control_cost = ControlCost(control_cost)
-    if precision not in (None, "bfloat16"):
-        raise ValueError(f"precision is {precision!r}, expected None or 'bfloat16'")
+    if precision not in (None, "bfloat16", "tf32"):
+        raise ValueError(f"precision is {precision!r}, expected None, 'bfloat16' or 'tf32'")
     if derivatives is None:
         derivatives = MatrixFree(keep_activations=keep_activations)
     elif not keep_activations:
@@ -119,8 +120,8 @@ def solve(
 
     def dynamics(i: int, x: Tensor, u: Tensor) -> Tensor:
         # Not every device that can run the rest has autocast.
-        half = torch.autocast(x.device.type, torch.bfloat16) if precision else nullcontext()
-        with half:
+        half = precision == "bfloat16"
+        with torch.autocast(x.device.type, torch.bfloat16) if half else nullcontext():
             return process.step(i, x, u).to(x.dtype)
 
     def stop(x0: Tensor) -> Tensor:
@@ -135,7 +136,7 @@ def solve(
         if callback:
             callback(iteration, costs, x0)
 
-    with bar:
+    with bar, _tensor_float() if precision == "tf32" else nullcontext():
         found = ilqr(
             ControlProblem(dynamics, control_cost, cost, process.horizon),
             x,
@@ -150,6 +151,20 @@ def solve(
             callback=report,
         )
     return _as_result(found, counts, keep_states)
+
+
+@contextmanager
+def _tensor_float() -> Iterator[None]:
+    """Lets a GPU take matrix products and convolutions of float32 in TF32, for a while."""
+    places = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
+    before = [place.fp32_precision for place in places]
+    try:
+        for place in places:
+            place.fp32_precision = "tf32"
+        yield
+    finally:
+        for place, value in zip(places, before, strict=True):
+            place.fp32_precision = value
 
 
 def _as_result(found: ILQRResult, counts: Counts, keep_states: bool) -> Result:

@@ -5,7 +5,7 @@ import torch
 from azula.guidance import DPSSampler
 
 from diffoc import experiments
-from diffoc.data import digits, portrait
+from diffoc.data import data_folder, digits, manifest_entry, portrait
 from diffoc.experiments import COLUMNS, DPS_GUIDANCE, compare, control, dps, read
 from diffoc.metrics import image_metrics
 from diffoc.pretrained import load_prior
@@ -75,6 +75,25 @@ def test_another_table_is_not_overwritten(tmp_path):
     with pytest.raises(ValueError, match="no table of this version"):
         compare(path)
     assert path.read_text() == "a,b\n1,2\n"
+
+
+def test_the_readme_s_table_is_that_of_the_records():
+    root = data_folder().parent
+    rows, text = (
+        read(root / "data" / "records" / "faces64_dps.csv"),
+        (root / "README.md").read_text(),
+    )
+    for name in DPS_GUIDANCE:
+        line = name.replace("_", " ").join(["| ", " |"])
+        for method in ("control", "dps"):
+            mine = [r for r in rows if (r["task"], r["method"]) == (name, method)]
+            assert [r["image"] for r in mine] == [str(i) for i in range(16)]
+            psnr, ssim = (sum(float(r[key]) for r in mine) / 16 for key in ("psnr", "ssim"))
+            line += f" {psnr:.2f} / {ssim:.3f} | {mine[0]['evaluations']} |"
+        assert line in text
+    assert {r["prior"] for r in rows} == {
+        "faces64 " + manifest_entry("faces64.safetensors")["sha256"][:12]
+    }
 
 
 def test_the_five_tasks_of_table_1_are_compared():

@@ -178,3 +178,20 @@ def test_a_digit_is_reconstructed_by_the_trained_prior():
         errors[precision] = (found.x0 - image).square().mean().sqrt().item()
     assert errors[None] < 0.35
     assert errors["bfloat16"] < 0.4
+
+
+def test_tf32_is_on_while_the_controller_runs_and_no_longer():
+    process, likelihood, x = setting()
+    matmul, seen = torch.backends.cuda.matmul, []
+    before = matmul.fp32_precision
+    assert before != "tf32"
+
+    def look(i, cost, x0):
+        seen.append(matmul.fp32_precision)
+        if i == 1:
+            raise RuntimeError("enough")
+
+    with pytest.raises(RuntimeError, match="enough"):
+        solve(process, likelihood, x, iterations=3, precision="tf32", callback=look)
+    assert seen == ["tf32", "tf32"]
+    assert matmul.fp32_precision == before
