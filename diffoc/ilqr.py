@@ -186,6 +186,8 @@ def ilqr(
             expansions = derivatives.expand(nominal.steps, value)
             gradients = derivatives.gradients(expansions, value)
             gradient = torch.stack([g.abs().amax(-1) for g in gradients]).amax(dim=0)
+            if not lbfgs:
+                gradients = None  # they take memory
         if expansions is not None and gradient_tolerance:
             active = _retire(active, gradient <= gradient_tolerance, status, "gradient")
         if not active.any() or iteration == max_iterations:
