@@ -7,6 +7,7 @@ another.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -62,6 +63,38 @@ class ResidualNorm:
         zero = squared == 0
         # The root's derivative at zero is infinite, and infinity times zero not a number.
         return torch.where(zero, 0, torch.where(zero, 1, squared).sqrt())
+
+
+@dataclass(frozen=True)
+class ClassLikelihood:
+    r"""The terminal cost :math:`-\log p(c \mid x_0)` of a classifier, Section 6.
+
+    Attributes:
+        classifier: a twice differentiable callable from images (B, ...) to logits (B, classes).
+        labels: c, (B,) int64, or (1,) for one that all problems share.
+    """
+
+    classifier: Callable[[Tensor], Tensor]
+    labels: Tensor
+
+    def __post_init__(self) -> None:
+        if self.labels.ndim != 1 or self.labels.dtype != torch.int64:
+            raise ValueError(
+                f"labels are {self.labels.dtype} of shape {tuple(self.labels.shape)}, expected "
+                "int64 of shape (B,)"
+            )
+        if (self.labels < 0).any():
+            raise ValueError("labels must not be negative")
+
+    def __call__(self, x: Tensor) -> Tensor:
+        logits = self.classifier(x)
+        if self.labels.max() >= logits.shape[1]:
+            raise ValueError(
+                f"labels go up to {self.labels.max()}, but the classifier has {logits.shape[1]} "
+                "classes"
+            )
+        labels = self.labels.expand(len(x))
+        return torch.nn.functional.cross_entropy(logits, labels, reduction="none")
 
 
 @dataclass(frozen=True)

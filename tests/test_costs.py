@@ -7,8 +7,13 @@ import pytest
 import torch
 from scipy.stats import norm
 
-from diffoc.costs import ControlCost, GaussianLikelihood, ResidualNorm
+from diffoc.costs import ClassLikelihood, ControlCost, GaussianLikelihood, ResidualNorm
 from diffoc.operators import average_pool
+from diffoc.pretrained import load_prior
+from diffoc.process import ReverseProcess
+from diffoc.rules import LBFGS
+from diffoc.solver import solve
+from diffoc.weights import classifier
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -145,3 +150,36 @@ def test_control_cost_door(weights):
 def test_weights_for_fewer_steps_are_named():
     with pytest.raises(ValueError, match="weights has 2 steps"):
         ControlCost(torch.ones(2))(2, torch.zeros(1, 3), torch.zeros(1, 3))
+
+
+def test_class_likelihood_is_minus_the_log_of_the_softmax():
+    weights = torch.randn(6, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x = torch.randn(3, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    labels = torch.tensor([0, 3, 1])
+    found = ClassLikelihood(lambda x: torch.tanh(x) @ weights, labels)(x)
+    for i in range(3):
+        powers = (torch.tanh(x[i]) @ weights).exp()
+        torch.testing.assert_close(found[i], -(powers[labels[i]] / powers.sum()).log())
+    shared = ClassLikelihood(lambda x: torch.tanh(x) @ weights, torch.tensor([3]))
+    torch.testing.assert_close(shared(x)[1], found[1])
+    assert torch.autograd.gradgradcheck(shared, x.requires_grad_())
+
+
+def test_a_classifier_guides_the_digit_prior():
+    """The controller makes the wanted digit the likely one, starting from any noise."""
+    network, process = classifier(), ReverseProcess(load_prior("mnist"), 5)
+    x = process.initial_state((2, 1, 28, 28), torch.Generator().manual_seed(0)).float()
+    cost = ClassLikelihood(network, torch.tensor([3, 8]))
+    before = cost(process.rollout(x)[-1])
+    found = solve(process, cost, x, control_cost=0.01, rank=0, iterations=15, update=LBFGS())
+    after = cost(found.x0)
+    assert (after < 0.1 * before).all()
+    assert (after < 0.1).all()  # above 90 %
+
+
+@pytest.mark.parametrize(
+    "labels", [torch.tensor([0.0]), torch.tensor(1), torch.tensor([-1]), torch.tensor([4])]
+)
+def test_unfit_labels_are_refused(labels):
+    with pytest.raises(ValueError, match=r"^labels"):
+        ClassLikelihood(lambda x: x, labels)(torch.zeros(1, 4))
