@@ -24,7 +24,8 @@ from diffoc.rules import LBFGS
 from diffoc.solver import solve
 from diffoc.tasks import NOISE_STD, likelihood, measure, noise_level, task
 
-# Tuned by PSNR on two of `tuning_faces`, which no table has: the best of 0.1, 0.3, 1 and 3.
+# Tuned by PSNR on the first two of `tuning_faces`, which no table has: the best of 0.1, 0.3, 1 and,
+# but for super-resolution, 3.
 DPS_GUIDANCE = {
     "super_resolution": 0.3,
     "random_inpainting": 0.3,

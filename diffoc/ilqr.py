@@ -27,7 +27,8 @@ from diffoc.lowrank import LowRankGains, MatrixFree
 from diffoc.projected import Projected
 from diffoc.riccati import VALUE_UPDATES, Dense, Gains, SingularControlHessianError
 from diffoc.rules import LBFGS, Adam, AdamState, LBFGSState, LineSearch, Tikhonov
-from diffoc.sweeps import ControlProblem, Trajectory, backward_sweep, forward_sweep, roll_out
+from diffoc.search import acceptance, choose, search_step, select
+from diffoc.sweeps import ControlProblem, backward_sweep, roll_out
 
 
 class DivergenceError(RuntimeError):
@@ -172,7 +173,7 @@ def ilqr(
         # Who was stopped is good enough where it is, though perhaps not cheapest.
         better &= torch.tensor([reason != "stopped" for reason in status], device=x.device)
         if adam and better.any():
-            controls, found = _where(better, best[0], controls), torch.where(better, best[1], cost)
+            controls, found = choose(better, best[0], controls), torch.where(better, best[1], cost)
             states = problem.rollout(x, controls)
         return ILQRResult(_stacked(states), _stacked(controls), found, gains, status, history)
 
@@ -203,7 +204,7 @@ def ilqr(
                 break
             if not adaptive or (a[failed] >= schedule.maximum).any():
                 raise _singular(definite, failed, a_steps)
-            a, delta = _select(failed, schedule.grow(a, delta), (a, delta))
+            a, delta = select(failed, schedule.grow(a, delta), (a, delta))
         if not adaptive and not lbfgs:
             expansions = None  # only another constant or direction would need them again
 
@@ -231,16 +232,16 @@ def ilqr(
         if adam:
             changes = adam.precondition([g.k for g in gains])
             gains = [replace(g, k=k) for g, k in zip(gains, changes, strict=True)]
-        search = line_search.search if lbfgs else line_search
-        search = search if isinstance(search, LineSearch) else None
-        accept = _acceptance(search, slope, curvature, cost, negligible)
-        nominal, (cost, terminal), step = _search(
+        backtracking = line_search.search if lbfgs else line_search
+        backtracking = backtracking if isinstance(backtracking, LineSearch) else None
+        accept = acceptance(backtracking, slope, curvature, cost, negligible)
+        nominal, (cost, terminal), step = search_step(
             (problem, gains, derivatives, feedback),
             nominal,
             (cost, terminal),
             active,
             accept,
-            search,
+            backtracking,
         )
         history.step.append(step)
         moved = step > 0
@@ -253,17 +254,17 @@ def ilqr(
                     result(),
                 )
             better = cost < best[1]
-            best = _where(better, nominal.u, best[0]), torch.where(better, cost, best[1])
+            best = choose(better, nominal.u, best[0]), torch.where(better, cost, best[1])
         if moved.any():
             expansions = None
-        if search:
+        if backtracking:
             active = _retire(active, negligible, status, "cost")
         if adaptive:
             stuck = ~moved & (a >= schedule.maximum)
             if lbfgs:
                 lbfgs.forget(active & ~moved)
-            grown = _select(active, schedule.grow(a, delta), (a, delta))
-            a, delta = _select(moved, schedule.shrink(a, delta), grown)
+            grown = select(active, schedule.grow(a, delta), (a, delta))
+            a, delta = select(moved, schedule.shrink(a, delta), grown)
         else:
             stuck = lbfgs.forget(active & ~moved) if lbfgs else ~moved
         active = _retire(active, stuck, status, "stalled")
@@ -273,81 +274,8 @@ def ilqr(
     return result()
 
 
-def _acceptance(
-    line_search: LineSearch | None,
-    slope: Tensor,
-    curvature: Tensor,
-    cost: Tensor,
-    negligible: Tensor,
-) -> Callable[[float, Tensor], Tensor]:
-    """Says of a trial step and the costs it led to (B,), which problems may take it."""
-    if line_search is None:
-        return lambda trial, new_cost: new_cost.isfinite()
-
-    def accept(trial: float, new_cost: Tensor) -> Tensor:
-        expected = -(trial * slope + trial**2 * curvature / 2)
-        enough = cost - new_cost >= line_search.sufficient * expected
-        # Where the whole expected decrease drowns in rounding, no increase is enough.
-        return (enough | negligible) & (new_cost <= cost)
-
-    return accept
-
-
-def _search(
-    sweep: tuple[ControlProblem, list[Gains], Dense | MatrixFree | Projected, bool],
-    nominal: Trajectory,
-    costs: tuple[Tensor, Tensor],
-    active: Tensor,
-    accept: Callable[[float, Tensor], Tensor],
-    line_search: LineSearch | None,
-) -> tuple[Trajectory, tuple[Tensor, Tensor], Tensor]:
-    """Tries smaller and smaller steps until every active problem has accepted one.
-
-    A problem that has accepted repeats its own step in the trials of the others, and one that is
-    not active stays where it is, so that the last forward sweep holds everybody's trajectory.
-    Returns it, the costs and their terminal parts, and the steps taken, (B,), zero for those who
-    refused all.
-    """
-    problem, gains, derivatives, feedback = sweep
-    step, trial = torch.zeros_like(costs[0]), 1.0
-    for _ in range(line_search.trials if line_search else 1):
-        waiting = active & (step == 0)
-        if not waiting.any():
-            break
-        size = torch.where(waiting, trial, step)
-        new = None  # lets go of the last trial's activations
-        new = forward_sweep(problem, nominal, gains, size, derivatives, feedback)
-        running, terminal = problem.parts(new.x, new.u)
-        new_cost = running + terminal
-        step = torch.where(waiting & accept(trial, new_cost), size, step)
-        trial *= line_search.contraction if line_search else 1.0
-    moved = step > 0
-    if not moved.any():
-        return nominal, costs, step
-    if (refused := (size > 0) & ~moved).any():
-        # Their last trial is in the new trajectory: roll out once more, without them.
-        controls = _where(refused, nominal.u, new.u)
-        new = None
-        new = roll_out(problem, nominal.x[0], controls, derivatives)
-    return new, _select(moved, (new_cost, terminal), costs), step
-
-
-def _where(mask: Tensor, yes: Sequence[Tensor], no: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Chooses by problem, of tensors (B, ...) for every step."""
-    if mask.all():
-        return yes  # without a copy
-    mask = mask.reshape(-1, *[1] * (yes[0].ndim - 1))
-    return [torch.where(mask, *pair) for pair in zip(yes, no, strict=True)]
-
-
 def _stacked(steps: Sequence[Tensor]) -> Tensor:
     return steps if isinstance(steps, Tensor) else torch.stack(steps)
-
-
-def _select(
-    mask: Tensor, yes: tuple[Tensor, Tensor], no: tuple[Tensor, Tensor]
-) -> tuple[Tensor, Tensor]:
-    return torch.where(mask, yes[0], no[0]), torch.where(mask, yes[1], no[1])
 
 
 def _retire(active: Tensor, done: Tensor, status: list[str], reason: str) -> Tensor:
