@@ -1,0 +1,45 @@
+r"""Diffusion posterior sampling, azula's: arXiv:2209.14687.
+
+A DDPM step, and then one along the gradient of the residual of Tweedie's estimate:
+
+.. math:: x_s = \text{DDPM}(x_t) - \zeta \, \nabla_{x_t} \|y - A(m(x_t, t))\|
+"""
+
+from __future__ import annotations
+
+import torch
+from azula.denoise import Denoiser
+from azula.guidance import DPSSampler
+from deepinv.physics import Physics
+from torch import Tensor
+
+from diffoc.baselines import global_generator
+
+
+def dps(
+    prior: Denoiser,
+    physics: Physics,
+    y: Tensor,
+    x: Tensor,
+    generator: torch.Generator,
+    *,
+    noise_std: float,
+    steps: int = 1000,
+    guidance: float = 1.0,
+) -> Tensor:
+    r"""Images (B, ...) by DPS; see :mod:`diffoc.baselines` for the arguments that all share.
+
+    Args:
+        noise_std: not used, the guidance has to be tuned to it.
+        steps: at least 1; each costs an evaluation and a product.
+        guidance: :math:`\zeta`, not negative.
+    """
+
+    def distances(x0: Tensor) -> Tensor:
+        # azula takes one norm of everything: as it is of one number here, the images' norms add up
+        # and do not influence each other.
+        return (physics.A(x0) - y).flatten(1).norm(dim=1).sum().reshape(1)
+
+    sampler = DPSSampler(prior, y.new_zeros(1), distances, zeta=guidance, steps=steps, silent=True)
+    with global_generator(generator):
+        return sampler(x)

@@ -1,0 +1,44 @@
+"""What a method asked of its prior, whoever wrote the method."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import torch
+from azula.denoise import Denoiser, DiracPosterior
+from torch import Tensor
+
+
+class CountedPrior(Denoiser):
+    """A prior that counts its evaluations, and the vector-Jacobian products taken through it.
+
+    Args:
+        prior: any azula denoiser.
+        precision: "bfloat16" for autocast of the prior alone, or None.
+
+    Attributes:
+        evaluations: of single images; divide by the batch for those an image.
+        products: likewise, whenever a gradient passes through the prior.
+    """
+
+    def __init__(self, prior: Denoiser, precision: str | None = None) -> None:
+        super().__init__()
+        if precision not in (None, "bfloat16"):
+            raise ValueError(f"precision is {precision!r}, expected None or 'bfloat16'")
+        self.prior = prior
+        self.schedule = prior.schedule
+        self.precision = precision
+        self.evaluations = self.products = 0
+
+    def forward(self, x_t: Tensor, t: Tensor, **kwargs: object) -> DiracPosterior:
+        """The posterior's mean, in the precision of `x_t`; shapes as for any denoiser."""
+        self.evaluations += len(x_t)
+        half = self.precision == "bfloat16"
+        with torch.autocast(x_t.device.type, torch.bfloat16) if half else nullcontext():
+            mean = self.prior(x_t, t, **kwargs).mean.to(x_t.dtype)
+        if mean.requires_grad:
+            mean.register_hook(self._count_product)
+        return DiracPosterior(mean)
+
+    def _count_product(self, cotangent: Tensor) -> None:
+        self.products += len(cotangent)
