@@ -155,7 +155,7 @@ def main(argv: list[str] | None = None) -> int:
     fit.add_argument("--out", type=Path, default=ROOT / "data", metavar="DIR")
     fit.add_argument("--seed", type=int, default=0)
     trainer = commands.add_parser("train", help="train a small network, or go on training it")
-    trainer.add_argument("name", choices=["mnist", "faces64", "classifier"])
+    trainer.add_argument("name", choices=["mnist", "faces64", "classifier", "judge"])
     trainer.add_argument("--checkpoint", type=Path, help="default: build/training/NAME.pt")
     trainer.add_argument("--out", type=Path, default=ROOT / "data", metavar="DIR")
     trainer.add_argument("--init", type=Path, metavar="FILE", help="weights to begin with")

@@ -97,6 +97,49 @@ class DigitClassifier(nn.Module):
         return self.head(self.features(x))
 
 
+class ResidualClassifier(nn.Module):
+    """A residual network with global pooling, to judge what :class:`DigitClassifier` guided."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(
+            nn.Conv2d(1, 32, 5, stride=2, padding=2),
+            ResidualBlock(32),
+            ResidualBlock(32),
+            nn.Conv2d(32, 64, 3, stride=2, padding=1),
+            ResidualBlock(64),
+            ResidualBlock(64),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+        )
+        self.head = nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (B, 10) of images (B, 1, 28, 28) in [-1, 1]."""
+        return self.head(self.features(x))
+
+
+class ResidualBlock(nn.Module):
+    """Two 3 x 3 convolutions of normalised activations, added to the input."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        layers = [
+            layer
+            for _ in range(2)
+            for layer in (
+                nn.GroupNorm(8, channels),
+                nn.ReLU(),
+                nn.Conv2d(channels, channels, 3, padding=1),
+            )
+        ]
+        self.branch = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, channels, H, W) to the same shape."""
+        return x + self.branch(x)
+
+
 def parameter_count(network: nn.Module) -> int:
     """The number of parameters."""
     return sum(p.numel() for p in network.parameters())

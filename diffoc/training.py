@@ -24,7 +24,13 @@ from azula.noise import VESchedule
 from azula.sample import HeunSampler
 from torch import Tensor, nn
 
-from diffoc.networks import SIGMA_MAX, SIGMA_MIN, DigitClassifier, UNetBackbone
+from diffoc.networks import (
+    SIGMA_MAX,
+    SIGMA_MIN,
+    DigitClassifier,
+    ResidualClassifier,
+    UNetBackbone,
+)
 from diffoc.weights import read_torch_file
 
 
@@ -65,6 +71,7 @@ RECIPES = {
         flip=True,
     ),
     "classifier": Recipe(DigitClassifier, images=900_000, batch=128, decay=0.998),
+    "judge": Recipe(ResidualClassifier, images=600_000, batch=128, decay=0.998),
 }
 
 

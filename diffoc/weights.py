@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from diffoc.data import LICENSES, load_weights, register_file
-from diffoc.networks import DigitClassifier
+from diffoc.networks import DigitClassifier, ResidualClassifier
 
 # What each network was trained on.
-TRAINED_ON = {"mnist": "mnist", "classifier": "mnist", "faces64": "faces"}
+TRAINED_ON = {"mnist": "mnist", "classifier": "mnist", "judge": "mnist", "faces64": "faces"}
 
 
 def write_weights(network: nn.Module, name: str, folder: Path) -> Path:
@@ -73,19 +73,26 @@ def read_torch_file(path: Path) -> dict[str, Tensor | dict]:
     return dict(state)
 
 
-def classifier(name: str = "mnist", folder: Path | None = None) -> DigitClassifier:
-    """The trained classifier of handwritten digits, in evaluation mode, float32.
+_CLASSIFIERS = {"mnist": ("classifier", DigitClassifier), "judge": ("judge", ResidualClassifier)}
+
+
+def classifier(
+    name: str = "mnist", folder: Path | None = None
+) -> DigitClassifier | ResidualClassifier:
+    """A trained classifier of handwritten digits, in evaluation mode, float32.
 
     Args:
-        name: "mnist", the only one there is.
+        name: "mnist", the paper's, which guides and whose features measure; or "judge", of another
+            architecture and seed, which has no part in what it judges.
         folder: where its weights lie, by default the repository's `data/`.
 
     Raises:
         ValueError: for another name, or weights that are not those of the manifest.
         FileNotFoundError: if the weights are missing.
     """
-    if name != "mnist":
-        raise ValueError(f"name is {name!r}, expected 'mnist'")
-    network = DigitClassifier()
-    network.load_state_dict({k: v.float() for k, v in load_weights("classifier", folder).items()})
+    if name not in _CLASSIFIERS:
+        raise ValueError(f"name is {name!r}, expected one of {', '.join(_CLASSIFIERS)}")
+    file, build = _CLASSIFIERS[name]
+    network = build()
+    network.load_state_dict({k: v.float() for k, v in load_weights(file, folder).items()})
     return network.eval().requires_grad_(False)

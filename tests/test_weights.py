@@ -37,10 +37,11 @@ def test_a_denoiser_in_half_precision_estimates_the_same_to_a_percent(name, tmp_
         assert (found - expected).abs().max() < 1e-2 * expected.abs().max()
 
 
-def test_the_shipped_classifier_reads_digits_that_it_has_never_seen():
-    """The twenty sample digits were kept out of its training."""
+@pytest.mark.parametrize("name", ["mnist", "judge"])
+def test_the_shipped_classifiers_read_digits_that_they_have_never_seen(name):
+    """The twenty sample digits were kept out of their training."""
     images, labels = data.digits()
-    assert (classifier()(images).argmax(1) == labels).sum() >= 19
+    assert (classifier(name)(images).argmax(1) == labels).sum() >= 19
 
 
 def test_altered_weights_are_refused(tmp_path):
