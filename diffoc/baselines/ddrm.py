@@ -1,0 +1,88 @@
+r"""Denoising diffusion restoration models: Kawar et al. 2022, arXiv:2201.11793.
+
+States are :math:`x_t / \alpha_t`, with noise :math:`\tau_t = \sigma_t / \alpha_t`, in the basis of
+:math:`A = U S V^T`: :math:`\bar x = V^T x_t / \alpha_t`, :math:`\bar m = V^T m(x_t, t)` and
+:math:`\bar y_i = (U^T y)_i / s_i`, whose noise is :math:`\sigma_y / s_i`. The coefficients of the
+next state have the means (Eqs. 7 and 8 of the paper)
+
+.. math::
+    \bar m_i + \sqrt{1 - \eta^2} \, \tau_s (\bar x_i - \bar m_i) / \tau_t
+        & \qquad \text{standard deviation } \eta \tau_s
+        && \text{where } s_i = 0 \\
+    \bar m_i + \sqrt{1 - \eta^2} \, \tau_s (\bar y_i - \bar m_i) s_i / \sigma_y
+        & \qquad \eta \tau_s && \text{where } \tau_s < \sigma_y / s_i \\
+    (1 - \eta_b) \bar m_i + \eta_b \bar y_i
+        & \qquad (\tau_s^2 - \eta_b^2 \sigma_y^2 / s_i^2)^{1/2} && \text{elsewhere.}
+
+and the first have :math:`\bar y_i`, where its noise is below :math:`\tau_1`.
+"""
+
+from __future__ import annotations
+
+import torch
+from azula.denoise import Denoiser
+from deepinv.physics import Physics
+from torch import Tensor
+
+from diffoc.baselines.decomposition import decompose
+
+
+@torch.no_grad()
+def ddrm(
+    prior: Denoiser,
+    physics: Physics,
+    y: Tensor,
+    x: Tensor,
+    generator: torch.Generator,
+    *,
+    noise_std: float,
+    steps: int = 20,
+    eta: float = 0.85,
+    eta_b: float = 1.0,
+) -> Tensor:
+    r"""Images (B, ...) by DDRM; see :mod:`diffoc.baselines` for the arguments that all share.
+
+    Args:
+        noise_std: :math:`\sigma_y`, not negative.
+        steps: at least 1; each costs an evaluation.
+        eta: :math:`\eta`, in [0, 1].
+        eta_b: :math:`\eta_b`, in [0, 1].
+
+    Raises:
+        UnsupportedTask: see :func:`diffoc.baselines.decomposition.decompose`.
+        ValueError: if a setting is out of its range.
+    """
+    if steps < 1:
+        raise ValueError(f"steps is {steps}, expected at least 1")
+    for name, value in (("eta", eta), ("eta_b", eta_b)):
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name} is {value}, expected in [0, 1]")
+    if not noise_std >= 0:
+        raise ValueError(f"noise_std is {noise_std}, expected at least 0")
+    svd = decompose(physics, x)
+    times = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+    alphas, sigmas = prior.schedule(times)
+    levels = (sigmas / alphas).tolist()
+    kappa = (1 - eta**2) ** 0.5
+
+    # A coefficient with more noise than the first state has none that could be used.
+    singular = svd.mask.to(x).expand_as(x)
+    measured = singular * levels[0] > noise_std
+    y_noise = torch.where(measured, noise_std / singular, 1)
+    y_bar = torch.where(measured, svd.U_adjoint(y) / singular, 0)
+
+    x_bar = svd.V_adjoint(x) / alphas[0].item()
+    first = y_bar + (1 - (y_noise / levels[0]) ** 2).clamp(min=0).sqrt() * x_bar
+    x_bar = torch.where(measured, first, x_bar)
+    for t, alpha, tau_t, tau_s in zip(
+        times.to(x), alphas.tolist(), levels, levels[1:], strict=False
+    ):
+        m_bar = svd.V_adjoint(prior(alpha * svd.V(x_bar), t).mean)
+        noise = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=generator.device)
+        noise = noise.to(x)
+        unseen = m_bar + kappa * tau_s / tau_t * (x_bar - m_bar) + eta * tau_s * noise
+        noisy = m_bar + kappa * tau_s / y_noise * (y_bar - m_bar) + eta * tau_s * noise
+        std = (tau_s**2 - (eta_b * y_noise) ** 2).clamp(min=0).sqrt()
+        seen = m_bar + eta_b * (y_bar - m_bar) + std * noise
+        x_bar = torch.where(measured, torch.where(y_noise > tau_s, noisy, seen), unseen)
+    return svd.V(x_bar) * alphas[-1].item()

@@ -1,0 +1,151 @@
+r"""Exact singular value decompositions of linear tasks, for the methods that work in their basis.
+
+.. math:: A = U S V^T, \quad S = \mathrm{diag}(s_1, \dots, s_n), \quad s_i \geq 0
+
+V is orthogonal on all of image space. U has a column for every column of V, zero where a singular
+value has no measurement, so that coefficients of images and measurements share one shape. Operators
+act on every channel alike; one channel is decomposed. There are three ways:
+
+- inpainting: U = V = I, and the mask has the singular values;
+- :math:`A(X) = L X R^T`, what bicubic down-sampling and a Gaussian blur do: Kronecker products of
+  the factors of L and R, which are found by probing A with images of rank one;
+- else the dense matrix of one channel, if that is small.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from weakref import WeakKeyDictionary
+
+import torch
+from deepinv.physics import DecomposablePhysics, Inpainting, LinearPhysics, Physics
+from torch import Tensor
+
+from diffoc.baselines import UnsupportedTask
+
+LARGEST = 4096  # numbers of a channel whose dense matrix is decomposed
+_TOLERANCE = 1e-5  # relative, of what A does to random images
+
+# A dense decomposition takes a minute, and a task is asked many times.
+_known: WeakKeyDictionary[Physics, dict] = WeakKeyDictionary()
+
+
+def require_linear(physics: Physics) -> LinearPhysics:
+    """The physics itself.
+
+    Raises:
+        UnsupportedTask: if it is not a deepinv `LinearPhysics`.
+    """
+    if not isinstance(physics, LinearPhysics):
+        raise UnsupportedTask(f"the method needs a linear task, {type(physics).__name__} is none")
+    return physics
+
+
+@torch.no_grad()
+def decompose(physics: Physics, x: Tensor) -> DecomposablePhysics:
+    """The same operator with `U`, `U_adjoint`, `V`, `V_adjoint`, and singular values in `mask`.
+
+    Args:
+        physics: linear. It is decomposed once for every kind of `x`, and must not change after.
+        x: images (B, C, H, W), or flat states (B, n), of the shape, dtype and device to come.
+
+    Raises:
+        UnsupportedTask: if it is not linear, mixes channels, or is neither inpainting nor separable
+            and a channel has more than 4096 numbers.
+    """
+    require_linear(physics)
+    if isinstance(physics, Inpainting):
+        return physics
+    known = _known.setdefault(physics, {})
+    kind = (x.shape[1:], x.dtype, x.device)
+    if kind not in known:
+        known[kind] = _decompose(physics.A, x)
+    return known[kind]
+
+
+def _decompose(A: Callable[[Tensor], Tensor], x: Tensor) -> DecomposablePhysics:
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.rand(shape, generator=generator, dtype=torch.float64).to(x) + 0.5
+
+    probe = random(2, *x.shape[1:]) - 1
+    expected = A(probe)
+
+    def is_right(candidate: DecomposablePhysics) -> bool:
+        error = torch.linalg.vector_norm(candidate.A(probe) - expected)
+        return bool(error <= _TOLERANCE * torch.linalg.vector_norm(expected))
+
+    if x.ndim == 4 and expected.ndim == 4:
+        separable = _kronecker(*_factors(A, random(x.shape[-2]), random(x.shape[-1])))
+        if is_right(separable):
+            return separable
+    channel = x.shape[-2:] if x.ndim == 4 else x.shape[1:]
+    n = channel.numel()
+    if n > LARGEST:
+        raise UnsupportedTask(
+            f"the operator is not separable, and a channel has {n} numbers: "
+            f"dense decompositions are made of up to {LARGEST}"
+        )
+    units = torch.eye(n, dtype=x.dtype, device=x.device)
+    responses = A(units.reshape(n, 1, *channel) if x.ndim == 4 else units)
+    measured = responses.shape[2:] if x.ndim == 4 else responses.shape[1:]
+    dense = _dense(responses.reshape(n, -1).mT, channel, measured)
+    if not is_right(dense):
+        raise UnsupportedTask("the operator does not act on every channel alike")
+    return dense
+
+
+def _factors(A: Callable[[Tensor], Tensor], column: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
+    """L (h, H) and R (w, W), if A(X) = L X R^T; from vectors (H,) and (W,) that L and R keep."""
+    # A(column row^T) = (L column) (R row)^T has one singular value.
+    U, S, Vh = torch.linalg.svd(A(torch.outer(column, row)[None, None])[0, 0])
+    rows_one_by_one = torch.eye(len(column)).to(row)[:, None, :, None] * row
+    columns_one_by_one = torch.eye(len(row)).to(row)[:, None, None, :] * column[:, None]
+    L = (A(rows_one_by_one)[:, 0] @ Vh[0]).mT
+    R = (U[:, 0] @ A(columns_one_by_one)[:, 0]).mT / S[0]
+    return L, R
+
+
+def _full_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """U (m, n), s (n,) and V (n, n) of a matrix (m, n), with zeros where m < n."""
+    m, n = matrix.shape
+    U, s, Vh = torch.linalg.svd(matrix, full_matrices=m < n)
+    missing = max(n - m, 0)
+    return torch.nn.functional.pad(U, (0, missing)), torch.nn.functional.pad(s, (0, missing)), Vh.mT
+
+
+def _without_rounding(s: Tensor) -> Tensor:
+    """Singular values, of which those that only rounding keeps from zero are zero."""
+    return torch.where(s > torch.finfo(s.dtype).eps * len(s) * s.max(), s, 0)
+
+
+def _kronecker(L: Tensor, R: Tensor) -> DecomposablePhysics:
+    dtype = L.dtype
+    factors = [_full_svd(matrix.double()) for matrix in (L, R)]
+    (UL, sL, VL), (UR, sR, VR) = ([part.to(dtype) for part in factor] for factor in factors)
+    return DecomposablePhysics(
+        U=lambda c: UL @ c @ UR.mT,
+        U_adjoint=lambda y: UL.mT @ y @ UR,
+        V=lambda c: VL @ c @ VR.mT,
+        V_adjoint=lambda x: VL.mT @ x @ VR,
+        mask=_without_rounding(torch.outer(sL, sR))[None, None],
+        device=L.device,
+    )
+
+
+def _dense(matrix: Tensor, channel: torch.Size, measured: torch.Size) -> DecomposablePhysics:
+    U, s, V = _full_svd(matrix)
+
+    def apply(factor: Tensor, x: Tensor, before: torch.Size, after: torch.Size) -> Tensor:
+        batch = x.shape[: x.ndim - len(before)]
+        return (x.reshape(*batch, -1) @ factor.mT).reshape(*batch, *after)
+
+    return DecomposablePhysics(
+        U=lambda c: apply(U, c, channel, measured),
+        U_adjoint=lambda y: apply(U.mT, y, measured, channel),
+        V=lambda c: apply(V, c, channel, channel),
+        V_adjoint=lambda x: apply(V.mT, x, channel, channel),
+        mask=_without_rounding(s).reshape(1, *([1] * (len(channel) > 1)), *channel),
+        device=matrix.device,
+    )

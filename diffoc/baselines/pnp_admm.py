@@ -1,0 +1,82 @@
+r"""Plug-and-play ADMM, deepinv's, with the prior as denoiser: Chan et al. 2016, arXiv:1605.01710.
+
+.. math::
+    u &\gets \arg\min_u \; \tfrac{\gamma}{2} \|A u - y\|^2 + \tfrac{1}{2} \|u - (x - z)\|^2, \qquad
+        \gamma = \lambda \, \sigma^2 / \sigma_y^2 \\
+    x &\gets D(u + z, \sigma), \qquad z \gets z + u - x
+
+with :mod:`D <diffoc.baselines.noise_level>` of a noise :math:`\sigma` that falls geometrically from
+one iteration to the next. For a Gaussian prior and a constant :math:`\sigma`, the limit is the
+posterior mean if :math:`\lambda = 1`.
+"""
+
+from __future__ import annotations
+
+import torch
+from azula.denoise import Denoiser
+from deepinv.optim import ADMM, L2, PnP
+from deepinv.physics import LinearPhysics, Physics
+from torch import Tensor
+
+from diffoc.baselines.decomposition import require_linear
+from diffoc.baselines.noise_level import NoiseLevelDenoiser
+
+
+class ImageByImage(L2):
+    """deepinv stops conjugate gradients by the worst image of a batch, which would couple them."""
+
+    def prox(self, x: Tensor, y: Tensor, physics: LinearPhysics, **kwargs: object) -> Tensor:
+        """As deepinv's, for each image alone."""
+        pairs = zip(x.split(1), y.split(1), strict=True)
+        return torch.cat(
+            [super(ImageByImage, self).prox(*pair, physics, **kwargs) for pair in pairs]
+        )
+
+
+def pnp_admm(
+    prior: Denoiser,
+    physics: Physics,
+    y: Tensor,
+    x: Tensor,
+    generator: torch.Generator,
+    *,
+    noise_std: float,
+    steps: int = 50,
+    first_std: float = 1.0,
+    last_std: float = 0.1,
+    weight: float = 1.0,
+) -> Tensor:
+    r"""Images (B, ...) by PnP-ADMM; see :mod:`diffoc.baselines` for the arguments that all share.
+
+    Args:
+        x: not used, nor is `generator`: the method is deterministic and starts from A^T y.
+        noise_std: :math:`\sigma_y`, above 0.
+        steps: iterations, at least 1; each costs an evaluation.
+        first_std, last_std: :math:`\sigma` in the first and last iteration, above 0.
+        weight: :math:`\lambda`, above 0.
+
+    Raises:
+        UnsupportedTask: if the task is not linear.
+        ValueError: if a setting is out of its range.
+    """
+    require_linear(physics)
+    if steps < 1:
+        raise ValueError(f"steps is {steps}, expected at least 1")
+    for name, value in (
+        ("noise_std", noise_std),
+        ("first_std", first_std),
+        ("last_std", last_std),
+        ("weight", weight),
+    ):
+        if not value > 0:
+            raise ValueError(f"{name} is {value}, expected above 0")
+    ends = torch.tensor([first_std, last_std], dtype=torch.float64).log()
+    levels = torch.linspace(*ends.tolist(), steps, dtype=torch.float64).exp()
+    solver = ADMM(
+        data_fidelity=ImageByImage(),
+        prior=PnP(NoiseLevelDenoiser(prior)),
+        g_param=levels.tolist(),
+        stepsize=(weight * levels**2 / noise_std**2).tolist(),
+        max_iter=steps,
+    )
+    return solver(y, physics)
