@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
+from diffoc.commands import add_commands
+from diffoc.provenance import ROOT
 
 
 def verify() -> int:
@@ -186,12 +187,7 @@ def main(argv: list[str] | None = None) -> int:
     solver.add_argument("--rate", type=float, help="of adam")
     solver.add_argument("--seed", type=int, default=0, help="of mask, kernel and noise")
     solver.add_argument("--device", default="cpu", help="cpu or cuda")
-    comparison = commands.add_parser(
-        "compare", help="reconstruct held-out faces, ours beside DPS: an hour on two cores"
-    )
-    comparison.add_argument(
-        "--out", type=Path, default=ROOT / "data" / "records" / "faces64_dps.csv", metavar="CSV"
-    )
+    add_commands(commands)
     bench = commands.add_parser("benchmark", help="time and memory of the controller, measured")
     bench.add_argument("priors", nargs="*", help="for load_prior; by default mnist and faces64")
     bench.add_argument("--steps", type=int, default=10, metavar="T")
@@ -223,11 +219,8 @@ def main(argv: list[str] | None = None) -> int:
             return train(args)
         if args.command == "solve":
             return solve(args)
-        if args.command == "compare":
-            from diffoc.experiments import compare
-
-            compare(args.out)
-            return 0
+        if "function" in args:
+            return args.function(args)
         if args.command == "evaluate":
             return evaluate(args.name, args.samples, args.out)
         if args.command == "benchmark":
@@ -236,7 +229,7 @@ def main(argv: list[str] | None = None) -> int:
 
         fit_mixture_prior(args.name, args.out, args.seed)
         return 0
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, ImportError) as error:
         print(f"diffoc: {error}", file=sys.stderr)
         return 2
 

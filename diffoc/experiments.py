@@ -1,193 +1,285 @@
-"""Reconstructions of held-out faces, ours beside DPS, as rows of a table with their provenance."""
+"""What the tables compare: images, tasks, methods and their budgets as cells, and how one is run.
+
+Measurements depend on the seed and the image alone, so that all methods see the same, in whatever
+batches: the task's mask or kernel is one for all images of a seed, noise and initial state are each
+image's own.
+"""
 
 from __future__ import annotations
 
-import csv
-import os
-import platform
+import hashlib
 import time
-from collections.abc import Callable
-from importlib.metadata import version
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from itertools import product
 from pathlib import Path
 
+import numpy as np
 import torch
 from azula.denoise import Denoiser
-from azula.guidance import DPSSampler
-from deepinv.physics import Physics
 from torch import Tensor
 
 from diffoc import data
+from diffoc.counting import CountedPrior
+from diffoc.downloads import cache_folder, sha256_of
+from diffoc.methods import METHODS, settings_of
 from diffoc.metrics import image_metrics
-from diffoc.pretrained import load_prior
-from diffoc.process import ReverseProcess
-from diffoc.rules import LBFGS
-from diffoc.solver import solve
-from diffoc.tasks import NOISE_STD, likelihood, measure, noise_level, task
+from diffoc.pictures import read_picture, write_picture
+from diffoc.pretrained import OURS, REMOTE, load_prior, untrained_adm
+from diffoc.provenance import digest, short
+from diffoc.records import Cell, Row, as_json
+from diffoc.tasks import NOISE_STD, TASKS, measure, noise_level, task
 
-# Tuned by PSNR on the first two of `tuning_faces`, which no table has: the best of 0.1, 0.3, 1 and,
-# but for super-resolution, 3.
-DPS_GUIDANCE = {
-    "super_resolution": 0.3,
-    "random_inpainting": 0.3,
-    "box_inpainting": 0.1,
-    "gaussian_blur": 0.3,
-    "motion_blur": 1.0,
-}
-"""Azula's zeta for the tasks of Table 1, for 1000 steps."""
+TABLES = {"table1": tuple(TASKS)[:5]}
+"""The tasks of the paper's tables; the records of Table 1 have the metrics of Table 3 too."""
 
-DPS_STEPS = 1000
-STEPS, ITERATIONS = 10, 80
-"""Of DPS, and of the controller, whose line search may try nineteen times more: 1000 evaluations.
+UNTRAINED = "untrained "
+"""Before a prior's name: its network with random weights, for trials."""
 
-On the tuning faces ten steps and twice the iterations blur less than twenty steps."""
-
-COLUMNS = (
-    *("task", "method", "image", "psnr", "ssim", "mse", "residual_over_noise"),
-    *("evaluations", "products", "seconds", "settings", "precision"),
-    *("prior", "versions", "machine"),
+PROTOCOL = (
+    "images clipped to [-1, 1], not rounded; PSNR and MSE on [-1, 1]; SSIM on [0, 1], Gaussian "
+    "11x11 windows within the image"
 )
 
 
-def held_out_faces() -> Tensor:
-    """The sixteen faces of the table, (16, 1, 64, 64) in [-1, 1]: every 32nd of the test set."""
-    return _signed(data.faces("test")[::32])
+def held_out_faces() -> list[str]:
+    """Names of the sixteen faces of the tables: every 32nd of the test set."""
+    return [str(i) for i in range(0, 512, 32)]
 
 
-def tuning_faces() -> Tensor:
-    """Eight others, from the test set too, for what has to be tuned."""
-    return _signed(data.faces("test")[16::64])
+def tuning_faces() -> list[str]:
+    """Eight others, from the test set too, for what has to be tuned; in no table."""
+    return [str(i) for i in range(16, 512, 64)]
 
 
-def control(prior: Denoiser, name: str, physics: Physics, y: Tensor) -> tuple[Tensor, dict]:
-    """Reconstructions by the controller, and what they took.
-
-    Args:
-        prior: of images (1, 64, 64).
-        name: of the task; not used, nothing here is tuned to it.
-        physics, y: of the task, y (B, ...).
-    """
-    result = solve(
-        ReverseProcess(prior, STEPS),
-        likelihood(physics, y),
-        y.new_zeros(len(y), *prior.image_shape),
-        rank=0,
-        iterations=ITERATIONS,
-        update=LBFGS(),
-        residual=lambda x0: physics.A(x0) - y,
-        noise_level=noise_level(physics, y),
-        precision="bfloat16",
-    )
-    settings = f"T {STEPS}, {ITERATIONS} iterations or discrepancy, L-BFGS, control cost 1"
-    counts = {"evaluations": result.evaluations, "products": result.products}
-    return result.x0, counts | {"settings": settings}
-
-
-def dps(prior: Denoiser, name: str, physics: Physics, y: Tensor) -> tuple[Tensor, dict]:
-    """Reconstructions by azula's DPS with 1000 steps; arguments as for :func:`control`."""
-
-    def distances(x0: Tensor) -> Tensor:
-        # azula takes one norm of everything: as it is of one number here, the images' norms add up
-        # and do not influence each other.
-        return (physics.A(x0.float()) - y).flatten(1).norm(dim=1).sum().reshape(1)
-
-    guidance, steps = DPS_GUIDANCE[name], DPS_STEPS
-    sampler = DPSSampler(prior, y.new_zeros(1), distances, zeta=guidance, steps=steps, silent=True)
-    with torch.random.fork_rng(devices=[]), torch.autocast(y.device.type, torch.bfloat16):
-        torch.manual_seed(4)
-        x0 = sampler(torch.randn(len(y), *prior.image_shape)).float()
-    counts = {"evaluations": steps, "products": steps}
-    return x0, counts | {"settings": f"{steps} steps, guidance {guidance:g}"}
-
-
-METHODS: dict[str, Callable[[Denoiser, str, Physics, Tensor], tuple[Tensor, dict]]] = {
-    "control": control,
-    "dps": dps,
-}
-
-
-def compare(path: Path, progress: Callable[[str], None] = print) -> None:
-    """Fills the table of all tasks and methods; what it has already is kept.
-
-    Args:
-        path: of the table, CSV; rows are added task by task, so that it can be stopped.
-        progress: called with a line for every task and method.
-
-    Raises:
-        FileNotFoundError: if the faces are missing.
-    """
-    rows = read(path) if path.exists() else []
-    prior, truth = load_prior("faces64"), held_out_faces()
-    done = {(row["task"], row["method"]) for row in rows}
-    for name in DPS_GUIDANCE:
-        generator = torch.Generator().manual_seed(0)
-        physics = task(name, prior.image_shape, generator)
-        y = measure(physics, truth, generator)
-        for method in METHODS:
-            if (name, method) in done:
-                continue
-            began = time.perf_counter()
-            x0, counts = METHODS[method](prior, name, physics, y)
-            seconds = (time.perf_counter() - began) / len(y)
-            new = _rows(name, method, physics, y, x0, truth, counts, seconds)
-            rows += new
-            _write(path, rows)
-            mean = sum(float(row["psnr"]) for row in new) / len(new)
-            progress(f"{name:18s} {method:8s} {mean:6.2f} dB  {seconds:5.1f} s an image")
-
-
-def _rows(
-    name: str,
-    method: str,
-    physics: Physics,
-    y: Tensor,
-    x0: Tensor,
-    truth: Tensor,
-    counts: dict,
-    seconds: float,
-) -> list[dict[str, str]]:
-    metrics = image_metrics(x0, truth)
-    residual = (physics.A(x0) - y).square().flatten(1).mean(dim=1).sqrt()
-    metrics["residual_over_noise"] = residual / noise_level(physics, y, NOISE_STD)
-    packages = ("torch", "azula", "deepinv", "diffoc")
-    common = {
-        **{key: str(value) for key, value in counts.items()},
-        "task": name,
-        "method": method,
-        "seconds": f"{seconds:.2f}",
-        "precision": "bfloat16",
-        "prior": "faces64 " + data.manifest_entry("faces64.safetensors")["sha256"][:12],
-        "versions": " ".join(f"{package} {version(package)}" for package in packages),
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
-    }
-    return [
-        {**common, "image": str(i), **{key: f"{v[i].item():.4f}" for key, v in metrics.items()}}
-        for i in range(len(y))
-    ]
-
-
-def read(path: Path) -> list[dict[str, str]]:
-    """The rows of a table that :func:`compare` wrote.
+def picture_names(folder: Path) -> list[str]:
+    """The PNG files of a folder by name.
 
     Raises:
         FileNotFoundError: if there is none.
-        ValueError: if it has other columns.
     """
-    with path.open(newline="") as file:
-        reader = csv.DictReader(file)
-        if tuple(reader.fieldnames or ()) != COLUMNS:
-            raise ValueError(f"path {path} is no table of this version: remove it and run again")
-        return list(reader)
+    names = sorted(path.name for path in folder.glob("*.png"))
+    if not names:
+        raise FileNotFoundError(f"{folder} has no PNG files: expected the pictures there")
+    return names
 
 
-def _write(path: Path, rows: list[dict[str, str]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    with part.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(part, path)
+@dataclass(frozen=True)
+class Computer:
+    """Computes cells, in this process or in another; see :data:`diffoc.runs.Compute`.
+
+    Attributes:
+        folder: of pictures, or None for the test set of faces, whose names are numbers.
+        device: "cpu", "cuda" or "cuda:i".
+    """
+
+    folder: Path | None = None
+    device: str = "cpu"
+
+    def __call__(self, cell: Cell) -> tuple[list[Row], Tensor]:
+        """A row for every image, and the reconstructions on the CPU.
+
+        Raises:
+            diffoc.baselines.UnsupportedTask: if the method cannot do the task.
+        """
+        prior, weights = load_once(cell.prior, self.device)
+        truth = read_images(cell.images, prior.image_shape, self.folder)
+        physics = task(cell.task, prior.image_shape, _generator(cell.seed, cell.task))
+        operator = {"noise_std": NOISE_STD, "sha256": digest(dict(physics.named_buffers()))}
+        hashes = [digest(image) for image in truth]
+        noise = [_generator(cell.seed, cell.task, name, "noise") for name in hashes]
+        y = torch.cat([measure(physics, x[None], g) for x, g in zip(truth, noise, strict=True)])
+        starts = [_generator(cell.seed, name, "start") for name in hashes]
+        start = torch.stack([torch.randn(truth.shape[1:], generator=g) for g in starts])
+        _, sigma = prior.schedule(torch.ones(()))
+        counted = CountedPrior(prior, None if cell.precision == "float32" else cell.precision)
+        counted.image_shape = prior.image_shape
+        generator = _generator(cell.seed, cell.task, *hashes, device=self.device)
+        physics, y = physics.to(self.device), y.to(self.device)
+        x = (sigma.cpu() * start).to(self.device)
+
+        began = _clock(self.device)
+        run = METHODS[cell.method].run
+        x0 = run(counted, physics, y, x, generator, noise_std=NOISE_STD, **cell.keywords).detach()
+        seconds = (_clock(self.device) - began) / len(truth)
+
+        metrics = metrics_of(x0.float().cpu(), truth)
+        residual = (physics.A(x0) - y).square().flatten(1).mean(dim=1).sqrt()
+        metrics["residual_over_noise"] = residual / noise_level(physics, y)
+        common = {
+            "evaluations": f"{counted.evaluations / len(truth):g}",
+            "products": f"{counted.products / len(truth):g}",
+            "seconds": f"{seconds:.3f}",
+            "weights_sha256": weights,
+            "operator": as_json(operator),
+            "protocol": PROTOCOL,
+        }
+        rows = [
+            # Nine digits tell all numbers of float32 apart.
+            common | {"image_sha256": h} | {k: f"{metrics[k][i].item():.9g}" for k in metrics}
+            for i, h in enumerate(hashes)
+        ]
+        return rows, x0.float().cpu()
 
 
-def _signed(faces: object) -> Tensor:
-    return torch.from_numpy(faces).float().unsqueeze(1) / 127.5 - 1
+def metrics_of(x0: Tensor, truth: Tensor) -> dict[str, Tensor]:
+    """The metrics of the tables, (B,) each, of names in :data:`diffoc.records.METRICS`."""
+    return image_metrics(x0, truth)
+
+
+def read_images(names: Sequence[str], shape: Sequence[int], folder: Path | None) -> Tensor:
+    """Images by name, (B, C, H, W) in [-1, 1]: of a folder, or of the test set of faces.
+
+    Raises:
+        FileNotFoundError: if one is missing.
+        ValueError: if pictures have another size than `shape`, or faces are not what is asked for.
+    """
+    if folder is None:
+        if tuple(shape) != OURS["faces64"]:
+            raise ValueError(f"images is missing: the prior's images are {tuple(shape)}, no faces")
+        faces = torch.from_numpy(_faces()[[int(name) for name in names]])
+        return faces.float().unsqueeze(1) / 127.5 - 1
+    pictures = []
+    for name in names:
+        picture, notes = read_picture(folder / name, shape)
+        if notes:
+            raise ValueError(f"{folder / name} does not fit the prior: {', '.join(notes)}")
+        pictures.append(picture)
+    return torch.cat(pictures)
+
+
+@cache
+def _faces() -> np.ndarray:
+    return data.faces("test")
+
+
+@cache
+def load_once(name: str, device: str) -> tuple[Denoiser, str]:
+    """A prior on a device, and the first digits of the SHA-256 of its weights.
+
+    Args:
+        name: as for :func:`diffoc.load_prior`; after "untrained ", of :func:`untrained_adm`.
+        device: where to put it.
+    """
+    if name.startswith(UNTRAINED):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            prior = untrained_adm(name.removeprefix(UNTRAINED))
+    else:
+        prior = load_prior(name)
+    if name in OURS:
+        found = short(data.manifest_entry(f"{name}.safetensors")["sha256"])
+    elif name in REMOTE:
+        found = short(sha256_of(cache_folder() / REMOTE[name].name))
+    else:
+        found = digest(prior.state_dict())
+    return prior.to(device), found
+
+
+def cells_of(
+    prior: str,
+    tasks: Sequence[str],
+    methods: Sequence[str],
+    budgets: Sequence[int],
+    seeds: Sequence[int],
+    images: Sequence[str],
+    batch: int,
+    precision: str,
+    overrides: dict | None = None,
+) -> list[Cell]:
+    """The grid, task by task.
+
+    Args:
+        prior: a name for :func:`load_once`.
+        tasks, methods, budgets, seeds, images: of the grid.
+        batch: images of a cell, at least 1.
+        precision: "bfloat16" or "float32".
+        overrides: keyword arguments for the methods in place of their own.
+
+    Raises:
+        ValueError: if there is no such task or method, or the method was not tuned.
+    """
+    if batch < 1:
+        raise ValueError(f"batch is {batch}, expected at least 1")
+    if unknown := [name for name in tasks if name not in TASKS]:
+        raise ValueError(f"tasks has {unknown[0]!r}, expected some of {', '.join(TASKS)}")
+    cells = []
+    for name, method, nfe in product(tasks, methods, budgets):
+        # A trial with random weights has nothing that could be tuned for it.
+        known = prior.removeprefix(UNTRAINED)
+        settings = as_json(settings_of(known, method, name, nfe, overrides or {}))
+        for seed, start in product(seeds, range(0, len(images), batch)):
+            some = tuple(images[start : start + batch])
+            cells.append(Cell(prior, precision, name, method, nfe, settings, seed, some))
+    return cells
+
+
+def tuning_cells(cell: Cell) -> dict[float, Cell]:
+    """A cell with every value of its method's tuned keyword."""
+    keyword, values = METHODS[cell.method].tuned
+    return {
+        value: replace(cell, settings=as_json(cell.keywords | {keyword: value})) for value in values
+    }
+
+
+def best_value(trials: dict[float, list[Row]]) -> float | None:
+    """The value with the highest mean PSNR, or None if none has one.
+
+    Args:
+        trials: rows of every value.
+    """
+    scores = {
+        value: sum(float(row["psnr"]) for row in rows) / len(rows)
+        for value, rows in trials.items()
+        if rows[0]["status"] == "ok"
+    }
+    # What is not finite is refused by the metrics, so the largest is one.
+    return max(scores, key=scores.__getitem__, default=None)
+
+
+def keep_in(folder: Path) -> Callable[[Cell, Tensor], None]:
+    """A function that writes a cell's images as PNG: FOLDER/task/method-nfe-seed/name.png."""
+
+    def keep(cell: Cell, images: Tensor) -> None:
+        place = folder / cell.task / f"{cell.method}-{cell.nfe}-{cell.seed}"
+        place.mkdir(parents=True, exist_ok=True)
+        for name, image in zip(cell.images, images, strict=True):
+            write_picture(image, place / f"{Path(name).stem}.png")
+
+    return keep
+
+
+def work_of(cell: Cell) -> tuple[int, int]:
+    """Evaluations and products of a cell, of all its images, as planned."""
+    work = METHODS[cell.method].work
+    evaluations, products = work(cell.keywords) if work else (cell.nfe, cell.nfe)
+    return evaluations * len(cell.images), products * len(cell.images)
+
+
+def time_prior(prior: str, batch: int, precision: str, device: str) -> tuple[float, float]:
+    """Seconds of an evaluation and of a product of a prior, for each image of a batch."""
+    network, _ = load_once(prior, device)
+    counted = CountedPrior(network, None if precision == "float32" else precision)
+    x = torch.zeros(batch, *network.image_shape, device=device, requires_grad=True)
+    times = []
+    for _ in range(2):  # the first warms up
+        began = _clock(device)
+        mean = counted(x, torch.tensor(0.5, device=device)).mean
+        between = _clock(device)
+        torch.autograd.grad(mean.sum(), x)
+        times = [(between - began) / batch, (_clock(device) - between) / batch]
+        del mean
+    return times[0], times[1]
+
+
+def _clock(device: str) -> float:
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _generator(*what: object, device: str = "cpu") -> torch.Generator:
+    """A source of randomness for what is named, independent of those for other things."""
+    hashed = hashlib.sha256(repr(what).encode()).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(hashed[:8], "big") >> 1)

@@ -14,8 +14,8 @@ from deepinv.physics import Inpainting, Physics
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from diffoc.experiments import ITERATIONS, STEPS
 from diffoc.lowrank import MatrixFree
+from diffoc.methods import ITERATIONS, STEPS
 from diffoc.metrics import image_metrics
 from diffoc.pictures import picture_size, read_picture, read_transparency, write_picture
 from diffoc.process import ReverseProcess
@@ -29,7 +29,7 @@ FROM_PICTURES = ("super_resolution", "gaussian_blur", "random_inpainting", "box_
 
 @dataclass(frozen=True)
 class Settings:
-    """What `solve` does: by default as in :mod:`diffoc.experiments`.
+    """What `solve` does: by default as in :mod:`diffoc.methods`.
 
     Attributes:
         task: a key of :data:`diffoc.tasks.TASKS`.

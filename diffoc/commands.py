@@ -1,0 +1,219 @@
+"""The subcommands that make and read tables: run, tune, check and table."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from diffoc.provenance import ROOT
+
+
+def add_commands(commands: argparse._SubParsersAction) -> None:
+    """Adds them to a command line."""
+    run_ = commands.add_parser("run", help="compute the records of a table, or what is missing")
+    run_.add_argument("table", choices=["table1"], help="with Table 3's metrics")
+    _add_grid(run_)
+    run_.add_argument("--methods", nargs="+", help="of diffoc.methods; all by default")
+    run_.add_argument("--seeds", type=int, nargs="+", default=[0])
+    run_.add_argument("--images", type=Path, metavar="DIR", help="of PNG files, by name")
+    run_.add_argument("--last", type=int, default=1000, metavar="N", help="images only, at most")
+    run_.add_argument("--batch", type=int, metavar="N", help="images at once; 1 from 256 pixels on")
+    run_.add_argument("--shard", type=_shard, metavar="I/N", help="one part, in a file of its own")
+    run_.add_argument("--keep", type=Path, metavar="DIR", help="write reconstructions there")
+    run_.add_argument("--random-weights", action="store_true", help="for a trial without weights")
+    run_.add_argument(
+        "--set",
+        type=_setting,
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a keyword argument of the methods, such as steps=2",
+    )
+    tune_ = commands.add_parser("tune", help="tune methods on faces that are in no table")
+    tune_.add_argument("methods", nargs="+", metavar="METHOD")
+    _add_grid(tune_)
+    check_ = commands.add_parser("check", help="compute some records again: 1 if they differ")
+    check_.add_argument("records", type=Path, metavar="CSV")
+    check_.add_argument("--rows", type=int, default=5)
+    check_.add_argument("--seed", type=int, default=0, help="of their choice")
+    check_.add_argument("--images", type=Path, metavar="DIR")
+    check_.add_argument("--device", default="cpu", help="cpu or cuda")
+    table_ = commands.add_parser("table", help="print the means of records")
+    table_.add_argument("records", type=Path, metavar="CSV")
+    for parser, function in ((run_, run), (tune_, tune), (check_, check), (table_, table)):
+        parser.set_defaults(function=function)
+
+
+def _add_grid(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--prior", default="faces64")
+    parser.add_argument("--tasks", nargs="+", help="of diffoc.tasks; the table's by default")
+    parser.add_argument("--nfe", type=int, nargs="+", default=[300], help="budgets of evaluations")
+    parser.add_argument("--jobs", type=int, default=1, help="workers of one thread each")
+    parser.add_argument("--backend", choices=["loky", "ray"], default="loky")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--precision", choices=["bfloat16", "float32"], default="bfloat16")
+    parser.add_argument("--out", type=Path, metavar="CSV")
+    parser.add_argument("--retry-failed", action="store_true")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Computes what a table does not have yet, once it has said how long that takes."""
+    from diffoc import experiments
+    from diffoc.methods import METHODS
+
+    if args.last < 1:
+        raise ValueError(f"last is {args.last}, expected at least 1")
+    prior = experiments.UNTRAINED * args.random_weights + args.prior
+    images = experiments.picture_names(args.images) if args.images else experiments.held_out_faces()
+    cells = experiments.cells_of(
+        prior,
+        args.tasks or experiments.TABLES[args.table],
+        args.methods or list(METHODS),
+        args.nfe,
+        args.seeds,
+        images[-args.last :],
+        args.batch or (1 if "256" in args.prior else 8),
+        args.precision,
+        dict(args.set),
+    )
+    folder = ROOT / "build" if args.random_weights else ROOT / "data" / "records"
+    path = args.out or folder / f"{args.table}_{prior.replace(' ', '_').replace('/', '_')}.csv"
+    compute = experiments.Computer(args.images and args.images.resolve(), args.device)
+    return _execute(
+        cells, compute, path, args, args.shard, args.keep and experiments.keep_in(args.keep)
+    )
+
+
+def tune(args: argparse.Namespace) -> int:
+    """Tries every value of each method's tuned keyword, and writes down the best by mean PSNR."""
+    from diffoc import experiments
+    from diffoc.methods import METHODS, read_tuned, write_tuned
+    from diffoc.records import read
+
+    trials = {}
+    for method in args.methods:
+        if method not in METHODS or not METHODS[method].tuned:
+            possible = [name for name in METHODS if METHODS[name].tuned]
+            raise ValueError(f"METHOD is {method!r}, expected one of {', '.join(possible)}")
+        keyword, values = METHODS[method].tuned
+        names = experiments.tuning_faces()
+        for cell in experiments.cells_of(
+            args.prior,
+            args.tasks or experiments.TABLES["table1"],
+            [method],
+            args.nfe,
+            [0],
+            names,
+            len(names),
+            args.precision,
+            {keyword: values[0]},
+        ):
+            trials[cell] = experiments.tuning_cells(cell)
+    path = args.out or ROOT / "data" / "records" / f"tuning_{args.prior}.csv"
+    cells = [cell for some in trials.values() for cell in some.values()]
+    status = _execute(cells, experiments.Computer(None, args.device), path, args)
+    records, tuned = read(path), read_tuned()
+    for cell, some in trials.items():
+        keyword = METHODS[cell.method].tuned[0]
+        best = experiments.best_value({value: records[one] for value, one in some.items()})
+        if best is None and any(records[one][0]["status"] == "failed" for one in some.values()):
+            print(f"{cell.method}, {cell.task}, nfe {cell.nfe}: every value failed")
+            continue
+        place = tuned.setdefault(args.prior, {}).setdefault(cell.method, {})
+        place.setdefault(cell.task, {})[str(cell.nfe)] = {} if best is None else {keyword: best}
+        edge = " (at the grid's edge)" if best in (min(some), max(some)) else ""
+        said = "unsupported" if best is None else f"{keyword} {best:g}{edge}"
+        print(f"{cell.method}, {cell.task}, nfe {cell.nfe}: {said}")
+    write_tuned(tuned)
+    return status
+
+
+def check(args: argparse.Namespace) -> int:
+    """Computes the cells of random rows again; 1 if a number differs."""
+    from diffoc import experiments, runs
+
+    compute = experiments.Computer(args.images and args.images.resolve(), args.device)
+    found = runs.check(args.records, compute, args.rows, args.seed, args.device)
+    for line in found.differences:
+        print(line)
+    print(
+        f"{found.rows} rows computed again, {found.exact} on the same machine and versions (to "
+        f"the last digit), {found.rows - found.exact} elsewhere (within {runs.TOLERANCE}, other "
+        f"metrics {runs.RELATIVE_TOLERANCE:.0%}): {len(found.differences)} differences"
+    )
+    return int(bool(found.differences))
+
+
+def table(args: argparse.Namespace) -> int:
+    """Prints means with their 95 % intervals."""
+    from diffoc.records import read
+    from diffoc.summary import summarise
+
+    print(summarise([row for rows in read(args.records).values() for row in rows]))
+    return 0
+
+
+def _execute(
+    cells: Sequence, compute, path: Path, args: argparse.Namespace, shard=None, keep=None
+) -> int:
+    """Says what is planned, and does it; 1 if a cell failed."""
+    from diffoc.runs import run_cells, unfinished
+
+    left = unfinished(cells, path, shard, args.retry_failed)
+    _print_plan(left, len(cells), args, keep is not None)
+    found = run_cells(
+        cells,
+        compute,
+        path,
+        jobs=args.jobs,
+        backend=args.backend,
+        shard=shard,
+        retry_failed=args.retry_failed,
+        device=args.device,
+        keep=keep,
+    )
+    print(f"{path}: " + ", ".join(f"{count} {name}" for name, count in found.items()))
+    return int(found["failed"] > 0)
+
+
+def _print_plan(left: Sequence, cells: int, args: argparse.Namespace, keep: bool) -> None:
+    from diffoc.experiments import load_once, time_prior, work_of
+
+    if not left:
+        print(f"{cells} cells, all of them computed")
+        return
+    images = sum(len(cell.images) for cell in left)
+    hours, evaluations = 0.0, 0
+    for batch, _ in Counter(len(cell.images) for cell in left).items():
+        one, product = time_prior(left[0].prior, batch, args.precision, args.device)
+        works = [work_of(cell) for cell in left if len(cell.images) == batch]
+        evaluations += sum(work[0] for work in works)
+        hours += sum(work[0] * one + work[1] * product for work in works) / 3600
+    print(f"{len(left)} cells to compute, of {cells}: {images} images, {evaluations:,} evaluations")
+    kind = "GPU-hours" if args.device.startswith("cuda") else "hours of one worker"
+    print(
+        f"estimated {hours:.2g} {kind}, {hours / args.jobs:.2g} hours with {args.jobs} jobs "
+        f"(an evaluation {one:.3g} s, a product {product:.3g} s an image, measured here)"
+    )
+    if keep:
+        size = math.prod(load_once(left[0].prior, args.device)[0].image_shape) * images / 1e6
+        print(f"reconstructions: at most {size:,.1f} MB")
+
+
+def _shard(text: str) -> tuple[int, int]:
+    first, _, second = text.partition("/")
+    return int(first), int(second)
+
+
+def _setting(text: str) -> tuple[str, object]:
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
+    try:
+        return key, json.loads(value)
+    except json.JSONDecodeError:
+        return key, value

@@ -1,0 +1,77 @@
+"""Means of a table of records, with their uncertainty."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+
+import torch
+from scipy.stats import t as student
+
+from diffoc.methods import METHODS
+from diffoc.records import METRICS, Row
+
+_FORMATS = {"psnr": "{:.2f} ± {:.2f}", "mse": "{:.4f} ± {:.4f}"}
+
+
+def mean_and_interval(values: Iterable[float]) -> tuple[float, float]:
+    """The mean, and half the width of its 95 % confidence interval; not a number for one value.
+
+    By Student's t, for values that are independent.
+    """
+    x = torch.tensor(list(values), dtype=torch.float64)
+    half = student.ppf(0.975, len(x) - 1) * x.std().item() / len(x) ** 0.5 if len(x) > 1 else None
+    return x.mean().item(), float("nan") if half is None else float(half)
+
+
+def summarise(rows: list[Row]) -> str:
+    """A table in Markdown for each metric: methods by tasks, mean ± 95 % interval over images.
+
+    Seeds of an image are averaged first. A dash is a task that a method cannot do, an empty place
+    one that was not run. Failures, and fewer images than elsewhere, are counted in brackets.
+    """
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    tried = defaultdict(set)
+    for row in rows:
+        tried[row["task"], row["method"], row["nfe"]].add(row["settings"])
+    several = {key[1:] for key, settings in tried.items() if len(settings) > 1}
+    groups: dict[tuple[str, str], list[Row]] = defaultdict(list)
+    for row in rows:
+        known = METHODS.get(row["method"])
+        label = f"{known.label if known else row['method']} (NFE {row['nfe']})"
+        if (row["method"], row["nfe"]) in several:
+            label += f" {row['settings']}"
+        groups[label, row["task"]].append(row)
+    labels = list(dict.fromkeys(label for label, _ in groups))
+    most = max((len({r["image"] for r in group}) for group in groups.values()), default=0)
+    parts = []
+    for metric in METRICS:
+        if not any(row[metric] for row in rows):
+            continue
+        lines = [f"{metric}, {most} images", ""]
+        lines += ["| method | " + " | ".join(tasks) + " |", "| --- " * (len(tasks) + 1) + "|"]
+        for label in labels:
+            places = [_place(groups.get((label, task), []), metric, most) for task in tasks]
+            lines.append(f"| {label} | " + " | ".join(places) + " |")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts) or "no results"
+
+
+def _place(rows: list[Row], metric: str, most: int) -> str:
+    if not rows:
+        return ""
+    if all(row["status"] == "unsupported" for row in rows):
+        return "-"
+    images = defaultdict(list)
+    for row in rows:
+        if row["status"] == "ok" and row[metric]:
+            images[row["image"]].append(float(row[metric]))
+    failed = sum(row["status"] == "failed" for row in rows)
+    notes = [f"{failed} failed"] if failed else []
+    if not images:
+        return ", ".join(notes)
+    if len(images) < most:
+        notes.append(f"{len(images)} images")
+    mean, half = mean_and_interval(sum(values) / len(values) for values in images.values())
+    text = _FORMATS.get(metric, "{:.3f} ± {:.3f}").format(mean, half)
+    return text + (f" ({', '.join(notes)})" if notes else "")
