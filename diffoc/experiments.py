@@ -44,13 +44,13 @@ PROTOCOL = (
 
 
 def held_out_faces() -> list[str]:
-    """Names of the sixteen faces of the tables: every 32nd of the test set."""
-    return [str(i) for i in range(0, 512, 32)]
+    """Names of the 32 faces of the tables: every 16th of the test set."""
+    return [str(i) for i in range(0, 512, 16)]
 
 
 def tuning_faces() -> list[str]:
     """Eight others, from the test set too, for what has to be tuned; in no table."""
-    return [str(i) for i in range(16, 512, 64)]
+    return [str(i) for i in range(8, 512, 64)]
 
 
 def picture_names(folder: Path) -> list[str]:
