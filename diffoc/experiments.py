@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from azula.denoise import Denoiser
+from deepinv.physics import Physics
 from torch import Tensor
 
 from diffoc import data
@@ -85,7 +86,7 @@ class Computer:
         """
         prior, weights = load_once(cell.prior, self.device)
         truth = read_images(cell.images, prior.image_shape, self.folder)
-        physics = task(cell.task, prior.image_shape, _generator(cell.seed, cell.task))
+        physics = _task(cell.task, prior.image_shape, cell.seed)
         operator = {"noise_std": NOISE_STD, "sha256": digest(dict(physics.named_buffers()))}
         hashes = [digest(image) for image in truth]
         noise = [_generator(cell.seed, cell.task, name, "noise") for name in hashes]
@@ -147,6 +148,12 @@ def read_images(names: Sequence[str], shape: Sequence[int], folder: Path | None)
             raise ValueError(f"{folder / name} does not fit the prior: {', '.join(notes)}")
         pictures.append(picture)
     return torch.cat(pictures)
+
+
+@cache
+def _task(name: str, shape: tuple[int, ...], seed: int) -> Physics:
+    """The same object for all cells, because some methods decompose it, once, which takes long."""
+    return task(name, shape, _generator(seed, name))
 
 
 @cache
