@@ -35,6 +35,7 @@ nb_execution_mode = "off"
 nb_ipywidgets_js = {}  # no widget is alive here, and the scripts would come from a CDN
 nb_merge_streams = True
 myst_enable_extensions = ["amsmath", "dollarmath"]
+myst_dmath_double_inline = True  # a display formula inside a list item
 myst_heading_anchors = 3
 
 # Single backticks are code in the docstrings, whatever reStructuredText thinks.
