@@ -30,7 +30,7 @@ lab: $(STAMP) ## open the notebooks in JupyterLab
 	@$(RUN) jupyterlab notebooks
 
 site: $(SITE) ## build the site from the notebooks as committed, into build/site
-	@$(RUN) sphinx -W --keep-going -q -c docs . build/site
+	@$(RUN) sphinx -E -W --keep-going -q -c docs . build/site
 	@echo build/site/index.html
 
 notebooks: $(STAMP) ## for maintainers: execute the notebooks in place, outputs included

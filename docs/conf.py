@@ -8,7 +8,6 @@ pages read the same without a network.
 from __future__ import annotations
 
 import pkgutil
-import re
 import shutil
 import sys
 from importlib.metadata import version as version_of
@@ -81,28 +80,16 @@ def _record(path: Path) -> str:
 
 
 def describe_images(app: Sphinx, doctree: nodes.document) -> None:
-    """Gives every picture without alternative text the title of its section and what leads to it.
+    """Gives every picture without alternative text the title of its section.
 
     A cell's own text, in its metadata under `mystnb: {image: {alt: ...}}`, takes precedence.
     """
     for image in doctree.findall(nodes.image):
         if not image.get("alt", "").strip():
-            image["alt"] = _description(image)
-
-
-def _description(image: nodes.image) -> str:
-    section = image.parent
-    while not isinstance(section, nodes.section):
-        section = section.parent
-    title = section.next_node(nodes.title).astext()
-    prose = ""
-    for node in section.findall():
-        if node is image:
-            break
-        if isinstance(node, nodes.paragraph) and node.parent is section:
-            prose = " ".join(node.astext().split())
-    sentence = re.split(r"(?<=[.!?:]) ", prose)[-1].rstrip(":")
-    return f"Figure: {title}. {sentence}".strip()
+            section = image.parent
+            while not isinstance(section, nodes.section):
+                section = section.parent
+            image["alt"] = f"Figure: {section.next_node(nodes.title).astext()}"
 
 
 def add_index(app: Sphinx, exception: Exception | None) -> None:
