@@ -4,9 +4,10 @@
 PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.diffoc-installed
+SITE := $(VENV)/.diffoc-site-installed
 RUN := $(VENV)/bin/python -m
 
-.PHONY: help reproduce test lab notebooks figures clean
+.PHONY: help reproduce test lab site notebooks figures clean
 
 help: ## show this list
 	@awk -F ': .*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -27,6 +28,10 @@ test: $(STAMP) ## check the style, the unit tests and every notebook
 
 lab: $(STAMP) ## open the notebooks in JupyterLab
 	@$(RUN) jupyterlab notebooks
+
+site: $(SITE) ## build the site from the notebooks as committed, into build/site
+	@$(RUN) sphinx -E -W --keep-going -q -c docs . build/site
+	@echo build/site/index.html
 
 notebooks: $(STAMP) ## for maintainers: execute the notebooks in place, outputs included
 	@$(RUN) diffoc notebooks --in-place
@@ -68,6 +73,10 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 endif
+
+$(SITE): $(STAMP)
+	$(RUN) pip install --disable-pip-version-check -c constraints.txt -e '.[site]'
+	@touch $@
 
 .DEFAULT:
 	@$(error there is no target '$@': make help lists the targets)

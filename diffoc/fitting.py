@@ -1,16 +1,16 @@
 """Mixtures of probabilistic principal component analysers, fitted by EM.
 
 The small priors of the notebooks are mixtures of K Gaussians on R^n whose covariances are of low
-rank plus a constant,
+rank plus a constant::
 
     p(x) = sum_k pi_k N(x; mu_k, Sigma_k),    Sigma_k = W_k W_k^T + psi_k I,   W_k of shape (n, r).
 
 Every density, posterior mean and score that diffusion needs has a closed form under such a prior,
-which is why they serve as oracles. No n x n matrix is formed after the start: with
+which is why they serve as oracles. No n x n matrix is formed after the start: with ::
 
     M_k = psi_k I + W_k^T W_k = L_k L_k^T      and      V_k = W_k L_k^-T
 
-Woodbury's identity and the determinant lemma read
+Woodbury's identity and the determinant lemma read ::
 
     (x - mu_k)^T Sigma_k^-1 (x - mu_k) = (|x - mu_k|^2 - |V_k^T (x - mu_k)|^2) / psi_k,
     log det Sigma_k = (n - r) log psi_k + log det M_k,

@@ -108,7 +108,7 @@ def as_mixture(prior: GaussianPrior) -> GaussianMixture:
 
 
 def relative_error(value: Tensor, reference: Tensor) -> float:
-    """|value - reference| / |reference| in the Euclidean norm."""
+    """`|value - reference| / |reference|` in the Euclidean norm."""
     return (torch.linalg.norm(value - reference) / torch.linalg.norm(reference)).item()
 
 

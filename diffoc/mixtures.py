@@ -87,7 +87,7 @@ class GaussianMixture:
 
         All components' projections are one matrix product and so is their way back, which is what
         a Jacobian of n rows needs to be fast: nothing of size (B, K, n) is made. The price is in
-        the weights, whose logarithms are off by some eps |x|^2 / floor.
+        the weights, whose logarithms are off by some :math:`\epsilon \|x\|^2` / floor.
         """
         K, n, r = self.basis.shape
         along = alpha**2 * self.variances + sigma**2

@@ -1,6 +1,6 @@
 """Notebooks: executed, each from a fresh kernel, and what each of them established.
 
-The last code cell of a notebook prints one line that begins with ``Established: ``. The rest
+The last code cell of a notebook prints one line that begins with ``Established:``. The rest
 of that line, beside the seconds that the notebook took, is its row in the closing table.
 """
 
@@ -35,7 +35,7 @@ class Execution:
     Attributes:
         notebook: its file name.
         seconds: wall time, the start of the kernel included.
-        established: what its last code cell printed after ``Established: ``; empty if nothing.
+        established: what its last code cell printed after ``Established:``; empty if nothing.
         error: the cell that stopped it and why, as in ``In [3]: KeyError: 'x'``; None if it
             ran to its end.
     """
@@ -146,7 +146,7 @@ def table(rows: list[Execution]) -> str:
 
 
 def established(notebook: NotebookNode) -> str:
-    """Returns what the last code cell printed after ``Established: ``, or an empty string.
+    """Returns what the last code cell printed after ``Established:``, or an empty string.
 
     Args:
         notebook: an executed notebook.

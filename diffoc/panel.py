@@ -1,8 +1,13 @@
-"""Buttons and sliders for the quickstart notebook: the controller at work, live."""
+"""Buttons and sliders for the quickstart notebook: the controller at work, live.
+
+The controller runs in a thread of its own: a kernel that ran it in the button's callback would hear
+nothing else, not even the button that cancels, before it was done.
+"""
 
 from __future__ import annotations
 
 import io
+from threading import Event, Thread
 
 import ipywidgets as widgets
 import torch
@@ -33,12 +38,17 @@ def _image(name: str) -> Tensor:
     return data.portrait(name.replace(" ", "_"))
 
 
+class _Cancelled(Exception):
+    """Raised between two iterations, to leave the solver."""
+
+
 class Panel:
     """Image, task, noise, iterations and rank by hand; measurement, image and cost as they move.
 
     Attributes:
         view: the widget, to be displayed.
         steps: T of the reverse process.
+        worker: the thread that reconstructs, or did last; None before the first.
     """
 
     def __init__(self, steps: int = 10) -> None:
@@ -52,53 +62,75 @@ class Panel:
         self.update = widgets.Dropdown(options=updates, description="update")
         self.rank = widgets.IntSlider(0, min=0, max=8, description="rank")
         self.button = widgets.Button(description="Reconstruct", button_style="primary")
+        self.cancel = widgets.Button(description="Cancel", disabled=True)
         self.status = widgets.Label()
         self.picture = widgets.Image(format="png", width=760)
-        self.button.on_click(lambda _: self.run())
+        self.worker: Thread | None = None
+        self._cancelled = Event()
+        self.button.on_click(lambda _: self.start())
+        self.cancel.on_click(lambda _: self._cancelled.set())
         controls = [self.image, self.task, self.noise, self.iterations, self.update, self.rank]
         self.view = widgets.VBox(
             [
                 widgets.HBox(controls[:3]),
-                widgets.HBox([*controls[3:], self.button]),
+                widgets.HBox([*controls[3:], self.button, self.cancel]),
                 self.status,
                 self.picture,
             ]
         )
 
+    def start(self) -> None:
+        """Begins `run` in a thread, and returns at once."""
+        self.button.disabled = True  # here already, or a double click would start two
+        self.worker = Thread(target=self.run, daemon=True)
+        self.worker.start()
+
     def run(self) -> None:
-        """Measures the chosen image and reconstructs it, showing every iteration."""
+        """Measures the chosen image and reconstructs it, showing every iteration.
+
+        *Cancel* ends it after the iteration that is going on; the last picture stays.
+        """
         self.button.disabled = True
+        self._cancelled.clear()
+        self.cancel.disabled = False
         try:
             self._run()
+        except _Cancelled:
+            self.status.value += ", cancelled"
         except (ValueError, RuntimeError) as error:
             self.status.value = f"{error}"
         finally:
+            self.cancel.disabled = True
             self.button.disabled = False
 
     def _run(self) -> None:
         self.status.value = "measuring"
-        prior = load_prior(_IMAGES[self.image.value])
-        truth = _image(self.image.value)
+        # What is used twice is read once: it may be changed meanwhile.
+        image, name, noise = self.image.value, self.task.value, self.noise.value
+        prior = load_prior(_IMAGES[image])
+        truth = _image(image)
         generator = torch.Generator().manual_seed(0)
-        physics = task(self.task.value, prior.image_shape, generator)
-        y = measure(physics, truth, generator, self.noise.value)
+        physics = task(name, prior.image_shape, generator)
+        y = measure(physics, truth, generator, noise)
         costs = []
 
         def show(iteration: int, cost: Tensor, x0: Tensor) -> None:
             costs.append(cost.item())
             psnr = image_metrics(x0, truth)["psnr"].item()
             self.status.value = f"iteration {iteration + 1}: cost {costs[-1]:.4g}, {psnr:.2f} dB"
-            self.picture.value = _draw(truth, picture_of(y, self.task.value), x0, costs)
+            self.picture.value = _draw(truth, picture_of(y, name), x0, costs)
+            if self._cancelled.is_set():
+                raise _Cancelled
 
         solve(
             ReverseProcess(prior, self.steps),
-            likelihood(physics, y, self.noise.value),
+            likelihood(physics, y, noise),
             torch.zeros_like(truth),
             rank=self.rank.value,
             derivatives=MatrixFree(hessian="gauss_newton"),
             iterations=self.iterations.value,
             residual=lambda x0: physics.A(x0) - y,
-            noise_level=noise_level(physics, y, self.noise.value),
+            noise_level=noise_level(physics, y, noise),
             update=LBFGS() if self.update.value == "lbfgs" else Adam(0.02, anneal=True),
             callback=show,
         )

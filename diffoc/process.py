@@ -223,7 +223,7 @@ class ReverseProcess:
 
 
 def draw_noise(steps: int, shape: Sequence[int], generator: torch.Generator) -> Tensor:
-    """Standard normal noise to freeze into an ancestral process, shape (steps, *shape), float64.
+    """Standard normal noise to freeze into an ancestral process, shape `(steps, *shape)`, float64.
 
     Each problem of the batch has noise of its own; states of any precision can use it.
 

@@ -17,6 +17,7 @@ def test_every_task_runs_and_is_shown(name, update):
     panel.image.value, panel.task.value = "digit 3", name
     panel.iterations.value, panel.update.value, panel.rank.value = 2, update, 1
     panel.button.click()
+    panel.worker.join()
     assert "iteration 2" in panel.status.value
     assert panel.status.value.endswith("done")
     assert not panel.button.disabled
@@ -33,6 +34,25 @@ def test_what_goes_wrong_is_said(monkeypatch):
     panel.run()
     assert panel.status.value == "no such thing"
     assert not panel.button.disabled
+
+
+def test_a_reconstruction_can_be_cancelled_and_begun_again():
+    panel = Panel(steps=2)
+    panel.image.value, panel.iterations.value = "digit 3", 200
+    panel.noise.value, panel.update.value = 0.01, "adam"
+    panel.status.observe(lambda change: panel.cancel.click(), "value")  # at the first sign of life
+    panel.button.click()
+    panel.worker.join()
+    assert panel.status.value.startswith("iteration 1:")
+    assert panel.status.value.endswith(", cancelled")
+    assert panel.picture.value
+    assert (panel.button.disabled, panel.cancel.disabled) == (False, True)
+
+    panel.status.unobserve_all()
+    panel.iterations.value = 2
+    panel.button.click()
+    panel.worker.join()
+    assert panel.status.value.endswith("done")
 
 
 def test_images_fit_their_priors():

@@ -1,6 +1,6 @@
 r"""What the controller is compared with: one method a file, on any azula prior and our tasks.
 
-Every method is a function
+Every method is a function ::
 
     method(prior, physics, y, x, generator, *, noise_std, ...) -> x0
 

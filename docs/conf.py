@@ -1,0 +1,104 @@
+"""The site: the README, the notebooks as they were committed, cards, records and the API.
+
+Sources are read where they lie (`sphinx-build -c docs . build/site`, from the repository's root),
+so that links between them need no rewriting. Nothing is executed, and nothing is fetched: the
+pages read the same without a network.
+"""
+
+from __future__ import annotations
+
+import pkgutil
+import shutil
+import sys
+from importlib.metadata import version as version_of
+from importlib.util import find_spec
+from pathlib import Path
+
+from docutils import nodes
+from sphinx.application import Sphinx
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # the API of this checkout, wherever diffoc is installed from
+
+project = "diffoc"
+author = "The diffoc authors"
+version = release = version_of("diffoc")
+html_title = "Diffusion optimal control"
+
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.mathjax", "sphinx.ext.napoleon"]
+root_doc = "README"
+include_patterns = ["README.md", "docs/*.md", "notebooks/*.ipynb", "data/*.md"]
+exclude_patterns = [".*", "build", "**/.ipynb_checkpoints", "docs/contents.md"]
+
+nb_execution_mode = "off"
+nb_ipywidgets_js = {}  # no widget is alive here, and the scripts would come from a CDN
+nb_merge_streams = True
+myst_enable_extensions = ["amsmath", "dollarmath"]
+myst_dmath_double_inline = True  # a display formula inside a list item
+myst_heading_anchors = 3
+
+# Single backticks are code in the docstrings, whatever reStructuredText thinks.
+default_role = "code"
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+napoleon_use_ivar = True
+
+html_theme = "furo"
+html_baseurl = ""
+html_show_sourcelink = False
+html_copy_source = False
+# One file with its fonts inside. The package is for Django, but needs none of it.
+_mathjax = Path(find_spec("mathjax").origin).parent / "static/mathjax/es5/tex-svg-full.js"
+mathjax_path = _mathjax.name
+html_static_path = ["site.css", str(_mathjax)]
+html_css_files = ["site.css"]
+
+
+def complete(app: Sphinx, docname: str, source: list[str]) -> None:
+    """Adds to a page what is not written in it: contents, the list of modules, the records."""
+    if docname == root_doc:
+        source[0] += (ROOT / "docs/contents.md").read_text(encoding="utf-8")
+    elif docname == "docs/api":
+        names = [name for _, name, _ in pkgutil.walk_packages([ROOT / "diffoc"], "diffoc.")]
+        source[0] += "".join(map(_module, ["diffoc", *sorted(set(names) - {"diffoc.__main__"})]))
+    elif docname == "docs/records":
+        source[0] += "".join(map(_record, sorted((ROOT / "data/records").rglob("*.csv"))))
+
+
+def _module(name: str) -> str:
+    return f"\n## {name}\n\n```{{eval-rst}}\n.. automodule:: {name}\n   :members:\n```\n"
+
+
+def _record(path: Path) -> str:
+    """Heading, link to the file, and its first rows, in the order of its columns."""
+    head, *rows = path.read_text(encoding="utf-8").splitlines()
+    table = "\n".join(
+        ["```{csv-table}", ":class: record", ":header-rows: 1", "", head, *rows[:5], "```"]
+    )
+    link = f"../{path.relative_to(ROOT).as_posix()}"
+    return f"\n## {path.stem}\n\n[{path.name}]({link}), {len(rows)} rows; the first:\n\n{table}\n"
+
+
+def describe_images(app: Sphinx, doctree: nodes.document) -> None:
+    """Gives every picture without alternative text the title of its section.
+
+    A cell's own text, in its metadata under `mystnb: {image: {alt: ...}}`, takes precedence.
+    """
+    for image in doctree.findall(nodes.image):
+        if not image.get("alt", "").strip():
+            section = image.parent
+            while not isinstance(section, nodes.section):
+                section = section.parent
+            image["alt"] = f"Figure: {section.next_node(nodes.title).astext()}"
+
+
+def add_index(app: Sphinx, exception: Exception | None) -> None:
+    """The README is the first page, by the name that a server looks for, too."""
+    if exception is None:
+        shutil.copy(Path(app.outdir, f"{root_doc}.html"), Path(app.outdir, "index.html"))
+
+
+def setup(app: Sphinx) -> None:
+    app.connect("source-read", complete)
+    app.connect("doctree-read", describe_images)
+    app.connect("build-finished", add_index)

@@ -1,0 +1,146 @@
+"""The quickstart's panel in a real JupyterLab, with a browser's hands."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Page
+
+api = pytest.importorskip("playwright.sync_api", reason="pip install -e '.[site]'")
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+if CHROMIUM is None:
+    pytest.skip("there is no chromium: apt install chromium", allow_module_level=True)
+
+ROOT = Path(__file__).resolve().parents[1]
+PATIENCE = 300_000  # milliseconds: the machine may be busy
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a JupyterLab that shows a copy of the quickstart, in a home of its own."""
+    home = tmp_path_factory.mktemp("home")
+    shutil.copy(ROOT / "notebooks/00_quickstart.ipynb", home)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {
+        **os.environ,
+        "HOME": str(home),
+        "JUPYTER_CONFIG_DIR": str(home / "config"),
+        "JUPYTER_DATA_DIR": str(home / "data"),
+        "JUPYTER_RUNTIME_DIR": str(home / "runtime"),
+        "PYTHONPATH": str(ROOT),
+        "DIFFOC_FIGURES": str(home / "figures"),
+    }
+    options = [f"--port={port}", "--no-browser", "--IdentityProvider.token=token", "--allow-root"]
+    with (home / "log").open("w") as log:
+        server = subprocess.Popen(
+            [sys.executable, "-m", "jupyterlab", *options, f"--ServerApp.root_dir={home}"],
+            env=environment,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+        _wait_for(f"http://127.0.0.1:{port}/api", server)
+        yield f"http://127.0.0.1:{port}/lab/tree/00_quickstart.ipynb?token=token&reset"
+    finally:
+        server.terminate()
+        server.wait(30)
+
+
+def _wait_for(address: str, server: subprocess.Popen) -> None:
+    for _ in range(300):
+        assert server.poll() is None, "the server has ended"
+        try:
+            urllib.request.urlopen(address).close()
+            return
+        except (urllib.error.URLError, ConnectionError):
+            time.sleep(1)
+    pytest.fail(f"no answer from {address}")
+
+
+@pytest.fixture(scope="module")
+def page(lab: str) -> Iterator[Page]:
+    """The notebook, run from top to bottom, its panel in view."""
+    with api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1400, "height": 1000})
+        page.set_default_timeout(PATIENCE)
+        page.goto(lab)
+        page.locator(".jp-NotebookPanel .jp-Cell").first.wait_for()
+        page.get_by_text("Python 3 (ipykernel) | Idle").wait_for()
+        page.get_by_role("menuitem", name="Run", exact=True).click()
+        page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+        page.get_by_role("button", name="Reconstruct").wait_for()
+        # Messages of the panel are heard when the cells below it are done.
+        page.get_by_text("Python 3 (ipykernel) | Idle").wait_for()
+        yield page
+        browser.close()
+
+
+def _status(page: Page, pattern: str) -> str:
+    label = page.locator(".widget-label", has_text=re.compile(pattern)).first
+    label.wait_for()
+    return label.inner_text()
+
+
+def _choose(page: Page, name: str, option: str) -> None:
+    page.locator(".widget-dropdown", has_text=name).locator("select").select_option(option)
+
+
+def _set(page: Page, name: str, value: str) -> None:
+    readout = page.locator(".widget-slider", has_text=name).locator(".widget-readout")
+    readout.fill(value)
+    readout.press("Enter")
+
+
+def _picture(page: Page) -> str:
+    return page.locator("img.widget-image").get_attribute("src")
+
+
+def test_choices_are_obeyed_and_the_picture_changes(page: Page) -> None:
+    _choose(page, "image", "digit 3")
+    _choose(page, "task", "gaussian blur")
+    _set(page, "iterations", "2")
+    before = _picture(page)
+    page.get_by_role("button", name="Reconstruct").click()
+    _status(page, r"iteration 2: cost .* dB, done")
+    assert _picture(page) != before
+
+
+def test_a_long_reconstruction_can_be_cancelled_and_the_kernel_lives(page: Page) -> None:
+    _choose(page, "image", "astronaut")
+    _choose(page, "update", "Adam, as in the paper")
+    _set(page, "iterations", "200")
+    _set(page, "noise", "0.01")
+    page.get_by_role("button", name="Reconstruct").click()
+    _status(page, r"iteration [1-9]\d*: cost .* dB$")
+    page.get_by_role("button", name="Cancel").click()
+    status = _status(page, "cancelled$")
+    assert int(re.search(r"iteration (\d+)", status)[1]) < 200
+
+    _choose(page, "image", "digit 3")
+    _set(page, "iterations", "1")
+    page.get_by_role("button", name="Reconstruct").click()
+    _status(page, r"iteration 1: .* done$")
+
+
+def test_no_cell_failed(page: Page) -> None:
+    outputs = page.locator(".jp-OutputArea-output").all_inner_texts()
+    assert any(text.startswith("Established: ") for text in outputs)
+    assert not [text for text in outputs if "Traceback" in text]
