@@ -1,0 +1,109 @@
+r"""D-Flow: the initial noise as the only control. Ben-Hamu et al. 2024, arXiv:2402.14017.
+
+With :math:`x_0 = F(x_1)` the end of the probability flow, solved by T steps of DDIM, L-BFGS
+minimises over :math:`x_1`
+
+.. math:: \tfrac12 \|A(F(x_1)) - y\|^2 - \lambda \log p(\|x_1\|), \qquad
+          -\log p(r) = r^2 / (2 \sigma_1^2) - (n - 1) \log r + \text{const} ,
+
+the second term to keep the norm of :math:`x_1` one of noise. It starts from a blend of noise z
+with the noise that the flow makes of a first image,
+
+.. math:: x_1 = \sqrt\beta \, F^{-1}(A^\dagger y) + \sqrt{1 - \beta} \, z .
+
+All problems of a batch take their own steps at once: each of the N iterations is one rollout and
+one gradient, with which a problem either accepts its trial, or halves the step to it.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from azula.denoise import Denoiser
+from deepinv.physics import LinearPhysics, Physics
+from torch import Tensor
+
+from diffoc.process import ReverseProcess
+from diffoc.rules import LBFGS, LBFGSState
+
+
+def d_flow(
+    prior: Denoiser,
+    physics: Physics,
+    y: Tensor,
+    x: Tensor,
+    generator: torch.Generator,
+    *,
+    noise_std: float,
+    steps: int = 6,
+    iterations: int = 50,
+    regularization: float = 0.0,
+    blend: float = 0.1,
+) -> Tensor:
+    r"""Images (B, ...) by D-Flow; see :mod:`diffoc.baselines` for the arguments that all share.
+
+    Args:
+        noise_std: not used: when to stop, or what to regularise by, has to be tuned to it.
+        steps: T, at least 1.
+        iterations: N, at least 1; each costs T evaluations and T products.
+        regularization: :math:`\lambda`, not negative.
+        blend: :math:`\beta` in [0, 1]; the inversion costs T evaluations more if it is above 0 and
+            the operator is linear. Otherwise there is none, and :math:`\beta` is 0.
+
+    Raises:
+        ValueError: if an argument is out of its range.
+    """
+    if steps < 1 or iterations < 1:
+        raise ValueError(f"steps and iterations are {steps} and {iterations}, expected at least 1")
+    if not regularization >= 0:
+        raise ValueError(f"regularization is {regularization}, expected at least 0")
+    if not 0 <= blend <= 1:
+        raise ValueError(f"blend is {blend}, expected in [0, 1]")
+    process = ReverseProcess(prior, steps)
+    variance = prior.schedule(process.times[0])[1].item() ** 2
+    if blend > 0 and isinstance(physics, LinearPhysics):
+        x = blend**0.5 * _inversion(process, physics.A_dagger(y)) + (1 - blend) ** 0.5 * x
+
+    def evaluate(flat: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Costs (B,), their gradients (B, n) and the images (B, ...)."""
+        flat = flat.detach().requires_grad_()
+        with torch.enable_grad():
+            x0 = process.rollout(flat.view_as(x))[-1]
+            cost = (physics.A(x0) - y).flatten(1).square().sum(dim=1) / 2
+            square = flat.square().sum(dim=1)
+            typical = (square / variance - (flat.shape[1] - 1) * square.log()) / 2
+            cost = cost + regularization * typical
+        return cost.detach(), torch.autograd.grad(cost.sum(), flat)[0], x0.detach()
+
+    state = LBFGSState(LBFGS(first=0.1))
+    at = x.flatten(1)
+    cost, gradient, x0 = evaluate(at)
+    step = torch.ones_like(cost)
+    direction = state.direction(gradient, at)
+    for _ in range(iterations - 1):
+        trial = at + step[:, None] * direction
+        new_cost, new_gradient, new_x0 = evaluate(trial)
+        expected = step * (gradient * direction).sum(dim=1)
+        accepted = new_cost <= cost + 1e-4 * expected
+        at = torch.where(accepted[:, None], trial, at)
+        gradient = torch.where(accepted[:, None], new_gradient, gradient)
+        cost = torch.where(accepted, new_cost, cost)
+        x0 = torch.where(accepted.reshape(-1, *[1] * (x.ndim - 1)), new_x0, x0)
+        step = torch.where(accepted, 1, step / 2)
+        stuck = step < 2.0**-8
+        state.forget(stuck)
+        step = torch.where(stuck, 1, step)
+        direction = state.direction(gradient, at)
+    return x0
+
+
+@torch.no_grad()
+def _inversion(process: ReverseProcess, x: Tensor) -> Tensor:
+    """The noise at time 1 of images x, by DDIM from time 0 up."""
+    prior, times = process.denoiser, process.times.to(x).flip(0)
+    for t, s in pairwise(times):
+        (alpha_t, sigma_t), (alpha_s, sigma_s) = prior.schedule(t), prior.schedule(s)
+        mean = prior(x, t).mean
+        x = alpha_s * mean + sigma_s / sigma_t * (x - alpha_t * mean)
+    return x

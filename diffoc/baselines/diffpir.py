@@ -1,0 +1,68 @@
+r"""Plug-and-play restoration (DiffPIR): Zhu et al. 2023, arXiv:2305.08995.
+
+The posterior mean is moved towards the measurements, then noise is predicted and partly renewed:
+
+.. math::
+    \hat x_0 &= \arg\min_x \|y - A x\|^2 + \rho_t \|x - m(x_t, t)\|^2, \qquad
+        \rho_t = \lambda \, s^2 \alpha_t^2 / \sigma_t^2 \\
+    x_s &= \alpha_s \hat x_0 + \sigma_s \big(\sqrt{1 - \zeta} \, \hat z + \sqrt\zeta \,
+        \varepsilon\big), \qquad \hat z = (x_t - \alpha_t \hat x_0) / \sigma_t .
+
+The minimum is deepinv's, in closed form or by conjugate gradients.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from azula.denoise import Denoiser
+from deepinv.physics import LinearPhysics, Physics
+from torch import Tensor
+
+from diffoc.baselines import UnsupportedTask
+
+
+@torch.no_grad()
+def diffpir(
+    prior: Denoiser,
+    physics: Physics,
+    y: Tensor,
+    x: Tensor,
+    generator: torch.Generator,
+    *,
+    noise_std: float,
+    steps: int = 100,
+    strength: float = 8.0,
+    renewal: float = 0.3,
+) -> Tensor:
+    r"""Images (B, ...) by DiffPIR; see :mod:`diffoc.baselines` for the arguments that all share.
+
+    Args:
+        noise_std: s, above 0.
+        steps: at least 1; each costs an evaluation, and no product.
+        strength: :math:`\lambda` of the prior, above 0.
+        renewal: :math:`\zeta`, the share of the noise that is drawn anew, in [0, 1].
+
+    Raises:
+        UnsupportedTask: if `physics` is not linear.
+        ValueError: if an argument is out of its range.
+    """
+    if not isinstance(physics, LinearPhysics):
+        raise UnsupportedTask("DiffPIR's proximal step is a linear system, of a linear operator")
+    if not noise_std > 0:
+        raise ValueError(f"noise_std is {noise_std}, expected above 0")
+    if steps < 1:
+        raise ValueError(f"steps is {steps}, expected at least 1")
+    if not strength > 0:
+        raise ValueError(f"strength is {strength}, expected above 0")
+    if not 0 <= renewal <= 1:
+        raise ValueError(f"renewal is {renewal}, expected in [0, 1]")
+    for t, s in pairwise(torch.linspace(1, 0, steps + 1, dtype=x.dtype, device=x.device)):
+        (alpha_t, sigma_t), (alpha_s, sigma_s) = prior.schedule(t), prior.schedule(s)
+        rho = strength * (noise_std * alpha_t / sigma_t).item() ** 2
+        x0 = physics.prox_l2(prior(x, t).mean, y, 1 / rho, max_iter=30, tol=1e-5)
+        predicted = (x - alpha_t * x0) / sigma_t
+        drawn = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
+        x = alpha_s * x0 + sigma_s * ((1 - renewal) ** 0.5 * predicted + renewal**0.5 * drawn)
+    return x
