@@ -6,10 +6,17 @@ import argparse
 import json
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from diffoc.provenance import ROOT
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from diffoc.records import Cell
+    from diffoc.runs import Compute
 
 
 def add_commands(commands: argparse._SubParsersAction) -> None:
@@ -158,9 +165,15 @@ def table(args: argparse.Namespace) -> int:
 
 
 def _execute(
-    cells: Sequence, compute, path: Path, args: argparse.Namespace, shard=None, keep=None
+    cells: Sequence[Cell],
+    compute: Compute,
+    path: Path,
+    args: argparse.Namespace,
+    shard: tuple[int, int] | None = None,
+    keep: Callable[[Cell, Tensor], None] | None = None,
 ) -> int:
     """Says what is planned, and does it; 1 if a cell failed."""
+    from diffoc.experiments import work_of
     from diffoc.runs import run_cells, unfinished
 
     left = unfinished(cells, path, shard, args.retry_failed)
@@ -175,12 +188,13 @@ def _execute(
         retry_failed=args.retry_failed,
         device=args.device,
         keep=keep,
+        work=lambda cell: work_of(cell)[0],
     )
     print(f"{path}: " + ", ".join(f"{count} {name}" for name, count in found.items()))
     return int(found["failed"] > 0)
 
 
-def _print_plan(left: Sequence, cells: int, args: argparse.Namespace, keep: bool) -> None:
+def _print_plan(left: Sequence[Cell], cells: int, args: argparse.Namespace, keep: bool) -> None:
     from diffoc.experiments import load_once, time_prior, work_of
 
     if not left:

@@ -38,6 +38,7 @@ def run_cells(
     retry_failed: bool = False,
     device: str = "cpu",
     keep: Callable[[Cell, Tensor], None] | None = None,
+    work: Callable[[Cell], float] = lambda cell: cell.nfe * len(cell.images),
     progress: bool = True,
 ) -> dict[str, int]:
     """Computes cells and appends them to a table; those that it has are skipped.
@@ -54,7 +55,8 @@ def run_cells(
         retry_failed: whether cells that failed are computed again.
         device: what the rows say of it.
         keep: called with each cell's images, here, before its rows are written.
-        progress: whether to show a bar with the time left.
+        work: evaluations of a cell as planned, from which the bar tells the time left.
+        progress: whether to show a bar.
 
     Returns:
         How many cells there are now, of those of the shard, by status.
@@ -73,11 +75,8 @@ def run_cells(
         status = {cell: known[cell][0]["status"] for cell in mine if cell in known}
         left = unfinished(cells, path, shard, retry_failed)
         calls = [(compute, cell, device, jobs > 1) for cell in left]
-        # Evaluations, so that the time left is right where methods take different ones.
-        total = sum(_work(cell) for cell in mine)
-        bar = tqdm(total=total, disable=not progress, unit="evaluation", unit_scale=True)
-        with bar:
-            bar.update(total - sum(_work(cell) for cell in left))
+        total = sum(work(cell) for cell in left)
+        with tqdm(total=total, disable=not progress, unit="evaluation", unit_scale=True) as bar:
             for cell, rows, images in _results(calls, jobs, backend):
                 if keep is not None and images is not None:
                     keep(cell, images)
@@ -85,7 +84,7 @@ def run_cells(
                 status[cell] = rows[0]["status"]
                 if rows[0]["status"] == "failed":
                     bar.write(f"failed: {records.describe(cell)}: {rows[0]['error']}")
-                bar.update(_work(cell))
+                bar.update(work(cell))
     found = list(status.values())
     return {name: found.count(name) for name in ("ok", "failed", "unsupported")}
 
@@ -111,10 +110,6 @@ def unfinished(
 def _part(cells: Sequence[Cell], shard: tuple[int, int] | None) -> list[Cell]:
     mine = list(dict.fromkeys(cells))
     return mine if shard is None else mine[shard[0] - 1 :: shard[1]]
-
-
-def _work(cell: Cell) -> int:
-    return cell.nfe * len(cell.images)
 
 
 def _results(calls: list[tuple], jobs: int, backend: str) -> Iterator[tuple]:
