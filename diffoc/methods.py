@@ -20,7 +20,19 @@ from azula.denoise import Denoiser
 from deepinv.physics import Physics
 from torch import Tensor
 
+from diffoc.baselines.admm_tv import admm_tv
+from diffoc.baselines.d_flow import d_flow
+from diffoc.baselines.daps import daps
+from diffoc.baselines.ddnm import ddnm
+from diffoc.baselines.ddrm import ddrm
+from diffoc.baselines.diffpir import diffpir
 from diffoc.baselines.dps import dps
+from diffoc.baselines.mcg import mcg
+from diffoc.baselines.mmps import mmps
+from diffoc.baselines.ndtm import ndtm
+from diffoc.baselines.pgdm import pgdm
+from diffoc.baselines.pnp_admm import pnp_admm
+from diffoc.baselines.score_sde import score_sde
 from diffoc.costs import ControlCost
 from diffoc.data import data_folder
 from diffoc.lowrank import MatrixFree
@@ -34,7 +46,7 @@ STEPS, ITERATIONS = 10, 80
 
 On the tuning faces ten steps and twice the iterations blur less than twenty steps."""
 
-TRIALS = 6
+TRIALS = 4
 """At most, of the keyword that is tuned: for every method and task alike."""
 
 
@@ -167,13 +179,21 @@ def _table_2(task: str, nfe: int) -> dict:
     return TABLE_2[task]
 
 
+def _one_a_step(task: str, nfe: int) -> dict:
+    return {"steps": nfe}
+
+
+def _no_products(settings: dict) -> tuple[int, int]:
+    return settings["steps"], 0
+
+
 METHODS: dict[str, Method] = {
     "control": Method(
         "Ours",
         control,
         # A fifth of the budget is for the first rollout and for the line search.
         lambda task, nfe: {"steps": STEPS, "iterations": max(1, 4 * nfe // (5 * STEPS))},
-        ("control_cost", (0.1, 0.3, 0.6, 1.0, 1.7, 3.0)),
+        ("control_cost", (0.1, 0.3, 1.0, 3.0)),
     ),
     "control_paper": Method(
         "Ours (paper's settings)",
@@ -184,11 +204,53 @@ METHODS: dict[str, Method] = {
             s["steps"] * (1 + s["rank"]) * s["iterations"],
         ),
     ),
-    "dps": Method(
-        "DPS",
-        dps,
-        lambda task, nfe: {"steps": nfe},
-        ("guidance", (0.1, 0.2, 0.5, 1.0, 2.0, 5.0)),
+    "dps": Method("DPS", dps, _one_a_step, ("guidance", (0.1, 0.3, 1.0, 3.0))),
+    "ddrm": Method("DDRM", ddrm, _one_a_step, ("eta", (0.3, 0.6, 0.85, 1.0)), _no_products),
+    "ddnm": Method("DDNM+", ddnm, _one_a_step, ("eta", (0.3, 0.6, 0.85, 1.0)), _no_products),
+    "mcg": Method("MCG", mcg, _one_a_step, ("guidance", (0.03, 0.1, 0.3, 1.0))),
+    "score_sde": Method(
+        "Score-SDE", score_sde, _one_a_step, ("strength", (0.1, 0.3, 0.6, 1.0)), _no_products
+    ),
+    "pnp_admm": Method(
+        "PnP-ADMM", pnp_admm, _one_a_step, ("first_std", (0.1, 0.2, 0.4, 1.0)), _no_products
+    ),
+    "admm_tv": Method(
+        "ADMM-TV",
+        admm_tv,
+        lambda task, nfe: {},
+        ("weight", (0.003, 0.01, 0.03, 0.1)),
+        lambda settings: (0, 0),
+    ),
+    "diffpir": Method(
+        "DiffPIR", diffpir, _one_a_step, ("strength", (1.0, 3.0, 8.0, 25.0)), _no_products
+    ),
+    "pgdm": Method("PiGDM", pgdm, _one_a_step, ("guidance", (0.25, 0.5, 1.0, 2.0))),
+    "mmps": Method(
+        "MMPS",
+        mmps,
+        # One iteration of GMRES, as in the paper: two products.
+        lambda task, nfe: {"steps": nfe, "iterations": 1},
+        ("eta", (0.0, 0.3, 0.6, 1.0)),
+        lambda settings: (settings["steps"], 2 * settings["steps"]),
+    ),
+    "daps": Method(
+        "DAPS",
+        daps,
+        lambda task, nfe: {"steps": max(1, nfe // 5), "ode_steps": 5},
+        ("likelihood_std", (0.01, 0.02, 0.03, 0.05)),
+        lambda settings: (settings["steps"] * settings["ode_steps"], 0),
+    ),
+    "d_flow": Method(
+        "D-Flow",
+        d_flow,
+        lambda task, nfe: {"steps": 6, "iterations": max(1, nfe // 6 - 1)},
+        ("regularization", (0.0, 1e-3, 1e-2, 1e-1)),
+    ),
+    "ndtm": Method(
+        "NDTM",
+        ndtm,
+        lambda task, nfe: {"steps": max(1, nfe // 6), "iterations": 5},
+        ("guidance", (0.3, 1.0, 3.0, 10.0)),
     ),
 }
 
