@@ -24,7 +24,29 @@ def mean_and_interval(values: Iterable[float]) -> tuple[float, float]:
     return x.mean().item(), float("nan") if half is None else float(half)
 
 
-def summarise(rows: list[Row]) -> str:
+def by_image(rows: Iterable[Row], metric: str) -> dict[str, float]:
+    """A metric of each image, averaged over its rows; rows without it are left out."""
+    values = defaultdict(list)
+    for row in rows:
+        if row["status"] == "ok" and row[metric]:
+            values[row["image"]].append(float(row[metric]))
+    return {image: sum(some) / len(some) for image, some in values.items()}
+
+
+def paired(first: Iterable[Row], second: Iterable[Row], metric: str) -> tuple[float, float]:
+    """The mean difference, first minus second, on the images of both, and its 95 % interval.
+
+    Raises:
+        ValueError: if they have no image in common.
+    """
+    one, two = by_image(first, metric), by_image(second, metric)
+    both = one.keys() & two.keys()
+    if not both:
+        raise ValueError("first and second have no image in common")
+    return mean_and_interval(one[image] - two[image] for image in sorted(both))
+
+
+def summarise(rows: list[Row], metrics: Iterable[str] = METRICS) -> str:
     """A table in Markdown for each metric: methods by tasks, mean ± 95 % interval over images.
 
     Seeds of an image are averaged first. A dash is a task that a method cannot do, an empty place
@@ -45,7 +67,7 @@ def summarise(rows: list[Row]) -> str:
     labels = list(dict.fromkeys(label for label, _ in groups))
     most = max((len({r["image"] for r in group}) for group in groups.values()), default=0)
     parts = []
-    for metric in METRICS:
+    for metric in metrics:
         if not any(row[metric] for row in rows):
             continue
         lines = [f"{metric}, {most} images", ""]
@@ -62,16 +84,13 @@ def _place(rows: list[Row], metric: str, most: int) -> str:
         return ""
     if all(row["status"] == "unsupported" for row in rows):
         return "-"
-    images = defaultdict(list)
-    for row in rows:
-        if row["status"] == "ok" and row[metric]:
-            images[row["image"]].append(float(row[metric]))
+    images = by_image(rows, metric)
     failed = sum(row["status"] == "failed" for row in rows)
     notes = [f"{failed} failed"] if failed else []
     if not images:
         return ", ".join(notes)
     if len(images) < most:
         notes.append(f"{len(images)} images")
-    mean, half = mean_and_interval(sum(values) / len(values) for values in images.values())
+    mean, half = mean_and_interval(images.values())
     text = _FORMATS.get(metric, "{:.3f} ± {:.3f}").format(mean, half)
     return text + (f" ({', '.join(notes)})" if notes else "")

@@ -2,7 +2,9 @@
 
 import csv
 
+import numpy as np
 import pytest
+import scipy.stats
 import torch
 
 from diffoc import experiments, methods
@@ -17,7 +19,7 @@ from diffoc.metrics import image_metrics
 from diffoc.pictures import write_picture
 from diffoc.pretrained import load_prior
 from diffoc.records import as_json, read
-from diffoc.summary import mean_and_interval, summarise
+from diffoc.summary import mean_and_interval, paired, summarise
 from diffoc.tasks import NOISE_STD, TASKS, measure, task
 
 
@@ -183,7 +185,17 @@ def test_intervals_are_student_s():
 
 
 def test_a_table_of_means():
-    cell = cells_of("faces64", ["gaussian_blur"], ["dps"], [1000], [0], ["a", "b"], 2, "float32")[0]
+    cell = cells_of(
+        "faces64",
+        ["gaussian_blur"],
+        ["dps"],
+        [1000],
+        [0],
+        ["a", "b"],
+        2,
+        "float32",
+        {"guidance": 1},
+    )[0]
     empty = dict.fromkeys(("ssim", "mse", "residual_over_noise", "lpips_alex", "lpips_vgg"), "")
 
     def rows(task, status, *values):
@@ -277,3 +289,25 @@ def test_no_face_is_in_both_sets():
     assert len(experiments.held_out_faces()) == 16
     assert len(experiments.tuning_faces()) == 8
     assert not set(experiments.held_out_faces()) & set(experiments.tuning_faces())
+
+
+def test_paired_differences_are_those_of_a_paired_t_test():
+    generator = np.random.default_rng(0)
+    common = generator.normal(25, 5, 9)
+    values = {"a": common + generator.normal(1, 0.3, 9), "b": common + generator.normal(0, 0.3, 9)}
+    rows = {
+        name: [{"status": "ok", "image": str(i), "psnr": repr(float(x))} for i, x in enumerate(v)]
+        for name, v in values.items()
+    }
+    mean, half = paired(rows["a"], rows["b"][::-1], "psnr")
+    expected = scipy.stats.ttest_rel(values["a"], values["b"])
+    interval = expected.confidence_interval(0.95)
+    assert mean == pytest.approx((values["a"] - values["b"]).mean())
+    assert (mean - half, mean + half) == pytest.approx((interval.low, interval.high))
+    # Failures and images of one side only do not count; two seeds of an image are one number.
+    rows["a"].append({"status": "failed", "image": "9", "psnr": ""})
+    rows["b"].append({"status": "ok", "image": "9", "psnr": "1"})
+    rows["b"].append(rows["b"][0])
+    assert paired(rows["a"], rows["b"], "psnr") == pytest.approx((mean, half))
+    with pytest.raises(ValueError, match="no image in common"):
+        paired(rows["a"], [], "psnr")

@@ -113,7 +113,7 @@ from pathlib import Path
 import test_runs
 
 def slow(cell):
-    time.sleep(0.05)
+    time.sleep(0.3)
     return test_runs.fake(cell)
 
 print("ready", flush=True)
