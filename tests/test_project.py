@@ -58,7 +58,7 @@ def test_conda_installs_what_pyproject_says() -> None:
     environment = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))
     *conda, pip = environment["dependencies"]
     assert pip == {"pip": ["-c constraints.txt", "-e .[notebooks,test]"]}
-    assert set(PROJECT["optional-dependencies"]) == {"notebooks", "test", "train"}
+    assert set(PROJECT["optional-dependencies"]) == {"metrics", "notebooks", "test", "train"}
     for listed in map(Requirement, conda):
         if listed.name == "python":
             assert listed.specifier == Requirement(f"python{PROJECT['requires-python']}").specifier
