@@ -21,7 +21,7 @@ class RemoteFile:
         name: in the cache.
         url: direct, or of Google Drive.
         bytes: its size; a rough one where `sha256` is None.
-        sha256: its checksum, where one is known.
+        sha256: its checksum, or the first digits of it, where they are known.
     """
 
     name: str
@@ -59,7 +59,32 @@ def fetch(file: RemoteFile) -> Path:
                 f"{file.url} ({file.bytes / 1e6:,.0f} MB) by hand and put it at {path}, or set "
                 "DIFFOC_CACHE to the folder that has it"
             ) from error
-    if file.sha256 is not None and (found := sha256_of(path)) != file.sha256:
+    return _checked(file, path)
+
+
+def find(file: RemoteFile, *elsewhere: Path) -> Path:
+    """The path of a file that is there already, checked; nothing is ever downloaded.
+
+    Args:
+        file: what is wanted.
+        elsewhere: folders to look into after the cache.
+
+    Raises:
+        FileNotFoundError: if it is in none of them.
+        ValueError: if its checksum is known and another.
+    """
+    folders = [cache_folder(), *elsewhere]
+    for folder in folders:
+        if (folder / file.name).is_file():
+            return _checked(file, folder / file.name)
+    raise FileNotFoundError(
+        f"{file.name} is missing: fetch {file.url} ({file.bytes / 1e6:,.0f} MB) and put it into "
+        f"{' or '.join(map(str, folders))}, or set DIFFOC_CACHE to the folder that has it"
+    )
+
+
+def _checked(file: RemoteFile, path: Path) -> Path:
+    if file.sha256 is not None and not (found := sha256_of(path)).startswith(file.sha256):
         raise ValueError(
             f"{path} is not {file.name}: its sha256 is {found[:12]}..., expected "
             f"{file.sha256[:12]}...; remove it and try again"

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from diffoc.downloads import RemoteFile, cache_folder, fetch
+from diffoc.downloads import RemoteFile, cache_folder, fetch, find
 
 CONTENT = bytes(range(256)) * 4000
 
@@ -93,6 +93,21 @@ def test_a_file_put_there_by_hand_needs_no_network(cache):
     (cache / "weights.bin").write_bytes(b"by hand")
     file = RemoteFile("weights.bin", "http://127.0.0.1:9/weights.bin", 7)
     assert fetch(file).read_bytes() == b"by hand"
+
+
+def test_find_looks_into_all_folders_and_never_downloads(server, cache, tmp_path):
+    file = remote(server, sha256=hashlib.sha256(CONTENT).hexdigest()[:8])
+    with pytest.raises(FileNotFoundError) as caught:
+        find(file, tmp_path)
+    for part in ("weights.bin", file.url, "1 MB", str(cache), str(tmp_path), "DIFFOC_CACHE"):
+        assert part in str(caught.value)
+    assert server.starts == []
+    (tmp_path / "weights.bin").write_bytes(CONTENT)
+    assert find(file, tmp_path) == tmp_path / "weights.bin"
+    cache.mkdir()
+    (cache / "weights.bin").write_bytes(CONTENT + b"!")
+    with pytest.raises(ValueError, match="sha256"):
+        find(file, tmp_path)
 
 
 def test_the_default_is_the_platform_s_cache_folder(monkeypatch):

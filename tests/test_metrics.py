@@ -4,6 +4,9 @@ import pytest
 import scipy.linalg
 import torch
 from skimage.metrics import mean_squared_error, peak_signal_noise_ratio, structural_similarity
+from torchmetrics.functional.image import (
+    peak_signal_noise_ratio as torchmetrics_psnr,
+)
 
 from diffoc.metrics import frechet_distance, image_metrics
 
@@ -78,6 +81,38 @@ def test_metrics_by_hand():
     expected = (2 * 0.5 * 0.6 + 1e-4) / (0.25 + 0.36 + 1e-4)
     assert found["ssim"].item() == pytest.approx(expected, rel=1e-4)
     assert image_metrics(truth + 5, truth)["mse"].item() == pytest.approx(1)  # clipped
+
+
+@pytest.mark.parametrize(
+    ("psnr", "mse"), [(27.45, 117.0), (31.84, 42.57), (25.33, 190.6), (25.67, 176.2)]
+)
+def test_mse255_and_psnr_are_those_of_a_row_of_the_paper_s_table_3(psnr, mse):
+    truth = torch.zeros(1, 3, 16, 16, dtype=torch.float64)
+    found = image_metrics(truth + mse**0.5 / 127.5, truth)
+    assert found["mse255"].item() == pytest.approx(mse)
+    assert found["psnr"].item() == pytest.approx(psnr, abs=0.005)
+
+
+def test_psnr_is_torchmetrics_also_on_8_bits():
+    generator = torch.Generator().manual_seed(1)
+    truth = torch.randint(256, (2, 1, 16, 16), generator=generator).double()
+    levels = (truth + 3 * torch.randn(truth.shape, generator=generator).double()).clamp(0, 255)
+    images, signed = levels / 127.5 - 1, truth / 127.5 - 1
+    for rounded, seen in ((False, levels), (True, levels.round())):
+        found = image_metrics(images, signed, rounded=rounded)
+        for i in range(2):
+            expected = torchmetrics_psnr(seen[i], truth[i], data_range=255.0)
+            assert found["psnr"][i].item() == pytest.approx(
+                expected.item(), abs=1e-5
+            )  # it uses float32
+            expected = (seen[i] - truth[i]).square().mean().item()
+            assert found["mse255"][i].item() == pytest.approx(expected)
+
+
+def test_the_truth_is_rounded_too():
+    truth = torch.zeros(1, 1, 16, 16)  # between the levels 127 and 128
+    assert image_metrics(truth + 0.002, truth, rounded=True)["mse255"].item() == 0
+    assert image_metrics(truth + 0.002, truth)["mse255"].item() > 0
 
 
 @pytest.mark.parametrize("bad", [torch.zeros(1, 1, 16, 15), torch.full((1, 1, 16, 16), torch.nan)])

@@ -58,7 +58,7 @@ def test_conda_installs_what_pyproject_says() -> None:
     environment = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))
     *conda, pip = environment["dependencies"]
     assert pip == {"pip": ["-c constraints.txt", "-e .[notebooks,test]"]}
-    extras = {"notebooks", "site", "test", "train", "cluster"}
+    extras = {"notebooks", "metrics", "site", "test", "train", "cluster"}
     assert set(PROJECT["optional-dependencies"]) == extras
     for listed in map(Requirement, conda):
         if listed.name == "python":
