@@ -36,9 +36,10 @@ class CountedPrior(Denoiser):
         half = self.precision == "bfloat16"
         with torch.autocast(x_t.device.type, torch.bfloat16) if half else nullcontext():
             mean = self.prior(x_t, t, **kwargs).mean.to(x_t.dtype)
-        if mean.requires_grad:
-            mean.register_hook(self._count_product)
+        if mean.grad_fn is not None:
+            # Of the function, not of the tensor: gradients that end at the mean are no products.
+            mean.grad_fn.register_prehook(lambda cotangents: self._count_product(len(x_t)))
         return DiracPosterior(mean)
 
-    def _count_product(self, cotangent: Tensor) -> None:
-        self.products += len(cotangent)
+    def _count_product(self, images: int) -> None:
+        self.products += images

@@ -25,6 +25,9 @@ def test_products_are_counted_once_for_every_cotangent():
     for _ in range(2):
         torch.autograd.grad(mean.sum(), x, retain_graph=True)
     assert prior.products == 6
+    # A gradient with respect to the mean does not pass through the prior.
+    torch.autograd.grad(mean.square().sum(), mean, retain_graph=True)
+    assert prior.products == 6
     with torch.no_grad():
         prior(x, torch.tensor(0.5))
     assert (prior.evaluations, prior.products) == (6, 6)
