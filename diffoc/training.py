@@ -72,7 +72,7 @@ RECIPES = {
         Autoencoder, images=50_000, batch=32, rate=2e-3, flip=True, loss=autoencoding_loss
     ),
     "faces64_severity": Recipe(
-        SeverityEncoder, images=30_000, batch=32, flip=True, loss=severity_loss
+        SeverityEncoder, images=24_000, batch=32, flip=True, loss=severity_loss
     ),
     # Latents are twice as wide as images: the noise levels move with them.
     "faces64_latent": Recipe(

@@ -87,7 +87,7 @@ def guided_step(
         if gluing:
             glued = image + physics.A_adjoint(y) - physics.A_adjoint(measured)
             loss = loss + gluing * _norms(mean - autoencoder.encode(glued))
-    (gradient,) = torch.autograd.grad(loss.sum(), z)
+        (gradient,) = torch.autograd.grad(loss.sum(), z)
     mean, z = mean.detach(), z.detach()
     noise = torch.randn(z.shape, generator=generator, dtype=z.dtype, device=generator.device).to(z)
     tau = eta * (1 - (alpha_t / alpha_s * sigma_s / sigma_t) ** 2)
