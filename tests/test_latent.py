@@ -1,7 +1,9 @@
 """Latent priors: the shipped one, and diffusers' pipelines against their own modules."""
 
 import json
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from azula.noise import VPSchedule
@@ -12,13 +14,14 @@ from diffusers import (
     UNet2DModel,
     VQModel,
 )
+from PIL import Image
 
-from diffoc import data, latent, training
+from diffoc import __main__, data, latent, training
 from diffoc.autoencoder import Autoencoder, autoencoding_loss, encoded, load_autoencoder
 from diffoc.counting import CountedPrior
 from diffoc.data import load_weights
 from diffoc.latent import LatentPrior, latent_prior
-from diffoc.networks import parameter_count
+from diffoc.networks import UNetBackbone, parameter_count
 from diffoc.pretrained import load_prior
 from diffoc.weights import write_weights
 
@@ -129,6 +132,25 @@ def test_checkpoints_of_the_latent_network_are_latent_priors(tmp_path):
     prior = load_prior(tmp_path / "run.pt")
     assert isinstance(prior, LatentPrior)
     assert prior.image_shape == (4, 16, 16)
+
+
+def test_the_commands_train_autoencoder_prior_and_severity_encoder(tmp_path, monkeypatch, capsys):
+    """A few steps each; the prior's latents are those of the autoencoder beside it."""
+    faces = np.random.default_rng(0).integers(0, 256, (24, 64, 64), dtype=np.uint8)
+    monkeypatch.setattr("diffoc.data.faces", lambda split: faces)
+    for name, score in (("autoencoder", "PSNR"), ("latent", "sigma"), ("severity", "correlation")):
+        recipe = replace(training.RECIPES[f"faces64_{name}"], images=16, batch=8)
+        if name == "latent":
+            recipe = replace(recipe, build=lambda: UNetBackbone((16, 16), (1, 1), in_channels=4))
+        monkeypatch.setitem(training.RECIPES, f"faces64_{name}", recipe)
+        command = ["train", f"faces64_{name}", "--out", str(tmp_path)]
+        assert __main__.main([*command, "--checkpoint", str(tmp_path / f"{name}.pt")]) == 0
+        assert score in capsys.readouterr().out
+        assert f"faces64_{name}.safetensors" in json.loads((tmp_path / "manifest.json").read_text())
+    z = torch.from_numpy(encoded(load_autoencoder(tmp_path), faces))
+    torch.testing.assert_close(z.std((0, 2, 3)), torch.ones(4), rtol=2e-2, atol=0)
+    with Image.open(tmp_path / "latent.png") as sheet:
+        assert sheet.size == (8 * 64 * 2, 2 * 64 * 2)  # decoded, not latents
 
 
 def test_a_pixel_prior_is_told_apart():
