@@ -8,10 +8,21 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from diffoc.commands import add_commands
 from diffoc.provenance import ROOT
+
+TRAINED = [
+    "mnist",
+    "faces64",
+    "faces64_autoencoder",
+    "faces64_latent",
+    "faces64_severity",
+    "classifier",
+    "judge",
+]
 
 
 def verify() -> int:
@@ -36,15 +47,23 @@ def verify() -> int:
 def train(args: argparse.Namespace) -> int:
     """Trains, or goes on from the checkpoint, and writes the weights of the moving average."""
     from diffoc import data, training
+    from diffoc.autoencoder import encoded, load_autoencoder, reconstruction_psnr
     from diffoc.figures import write_sheet
+    from diffoc.severity import severities
     from diffoc.weights import read_weights, write_weights
 
     name = args.name
     checkpoint = args.checkpoint or ROOT / "build" / "training" / f"{name}.pt"
     changes = {"images": args.images, "rate": args.rate}
     recipe = replace(training.RECIPES[name], **{k: v for k, v in changes.items() if v is not None})
-    if name == "faces64":
-        images, held_out, labels, truth = data.faces("train"), data.faces("test")[::2], None, None
+    labels = truth = None
+    decode = torch.nn.Identity()
+    if name.startswith("faces64"):
+        images, held_out = data.faces("train"), data.faces("test")[::2]
+        if name == "faces64_latent":
+            network = load_autoencoder(args.out)
+            images = encoded(network, np.concatenate([images, images[:, :, ::-1]]))
+            held_out, decode = encoded(network, held_out), network.decode
     else:
         (images, labels), (held_out, truth) = data.mnist("train"), data.mnist("test")
         if name == "mnist":
@@ -58,15 +77,24 @@ def train(args: argparse.Namespace) -> int:
         run = training.start(recipe, args.seed, args.device, precision, weights)
 
     def report(run: training.Run, rate: float) -> None:
-        if truth is None:
+        if truth is not None:
+            score = f"accuracy {training.accuracy(run.average, held_out, truth):.4f}"
+        elif name == "faces64_autoencoder":
+            score = f"PSNR {reconstruction_psnr(run.average, held_out):.2f}"
+        elif name == "faces64_severity":
+            found = severities(
+                run.average, training.as_states(held_out), torch.Generator().manual_seed(0)
+            )
+            correlation = torch.corrcoef(found.log())[0, 1]
+            score = f"RMSE {found[1].mean():.3f}, correlation of severities {correlation:.3f}"
+        else:
             prior = training.denoiser(run.average)
             psnr = (training.denoising_psnr(prior, held_out, s) for s in (0.1, 0.3, 1.0))
             score = "PSNR at sigma 0.1, 0.3, 1: " + " / ".join(f"{p:.2f}" for p in psnr)
-            shape = (16, 1, *held_out.shape[1:])
-            sheet = training.draw_samples(prior, shape, torch.Generator().manual_seed(0))
+            shape = (16, *training.as_states(held_out[:1]).shape[1:])
+            generator = torch.Generator().manual_seed(0)
+            sheet = training.draw_samples(prior, shape, generator, decode=decode)
             write_sheet(sheet, checkpoint.with_suffix(".png"))
-        else:
-            score = f"accuracy {training.accuracy(run.average, held_out, truth):.4f}"
         loss = sum(run.losses) / len(run.losses)
         print(
             f"{run.seen:>9,} of {recipe.images:,} images  {rate:6.0f}/s  loss {loss:.4f}  {score}",
@@ -75,6 +103,8 @@ def train(args: argparse.Namespace) -> int:
 
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
     training.train(run, images, labels, checkpoint, args.every, report=report, compile=args.compile)
+    if name == "faces64_autoencoder":
+        run.average.standardise(training.as_states(images))
     print(write_weights(run.average, name, args.out))
     return 0
 
@@ -156,7 +186,7 @@ def main(argv: list[str] | None = None) -> int:
     fit.add_argument("--out", type=Path, default=ROOT / "data", metavar="DIR")
     fit.add_argument("--seed", type=int, default=0)
     trainer = commands.add_parser("train", help="train a small network, or go on training it")
-    trainer.add_argument("name", choices=["mnist", "faces64", "classifier", "judge"])
+    trainer.add_argument("name", choices=TRAINED)
     trainer.add_argument("--checkpoint", type=Path, help="default: build/training/NAME.pt")
     trainer.add_argument("--out", type=Path, default=ROOT / "data", metavar="DIR")
     trainer.add_argument("--init", type=Path, metavar="FILE", help="weights to begin with")

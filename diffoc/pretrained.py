@@ -8,26 +8,24 @@ of the variance-preserving process at :math:`\bar\alpha = (c \alpha_t)^2`.
 
 from __future__ import annotations
 
-import json
 import pickle
 from pathlib import Path
 
-import httpx2
-import torch
 from azula.denoise import Denoiser, DiracPosterior, KarrasDenoiser
 from azula.noise import Schedule, VPSchedule
 from azula.plugins import adm
 from azula.plugins.adm._src.unet import AttentionBlock, ResBlock
 from azula.plugins.utils import load_cards
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from torch import Tensor, nn
 
 from diffoc import data, training
-from diffoc.downloads import RemoteFile, cache_folder, fetch
+from diffoc.autoencoder import load_autoencoder
+from diffoc.downloads import RemoteFile, fetch
+from diffoc.latent import LatentPrior, load_pipeline
+from diffoc.pipelines import from_hub, load_pixel_model, scales_of_images
 from diffoc.weights import read_torch_file
 
-OURS = {"mnist": (1, 28, 28), "faces64": (1, 64, 64)}
+OURS = {"mnist": (1, 28, 28), "faces64": (1, 64, 64), "faces64_latent": (4, 16, 16)}
 
 # Sizes: the imagenet256 file's is exact, as its checksum is; ffhq256's is four bytes a parameter,
 # ffhq64's a rough one.
@@ -58,19 +56,22 @@ def load_prior(
 ) -> Denoiser:
     """A pretrained prior: an azula denoiser on images in [-1, 1], in evaluation mode, float32.
 
-    Its attribute `image_shape` is the shape (C, H, W) of its images.
+    Its attribute `image_shape` is the shape (C, H, W) of its images. Latent models are loaded as a
+    :class:`diffoc.latent.LatentPrior`, whose states are latents.
 
     Args:
         name_or_path: one of
 
-            - "mnist" (1, 28, 28) and "faces64" (1, 64, 64): ours, in the repository;
+            - "mnist" (1, 28, 28), "faces64" (1, 64, 64) and "faces64_latent", of the same faces'
+              latents (4, 16, 16): ours, in the repository;
             - "ffhq256" (3, 256, 256), the weights of Chung et al. 2023 that the paper uses, and
               "imagenet256" (3, 256, 256), of Dhariwal & Nichol 2021, both ADM networks; their
               heads for the variance are cut off, and means are not clipped to [-1, 1], because
               a controller needs the derivatives;
             - "ffhq64" (3, 64, 64), of Karras et al. 2022, for which see `allow_pickle`;
             - an unconditional pixel model of `diffusers`: "owner/name" on the Hugging Face hub,
-              such as "1aurent/mnist-28", or a local folder;
+              such as "1aurent/mnist-28", or a local folder; or a latent one, such as
+              "CompVis/ldm-celebahq-256", or Stable Diffusion 1.5, to which no prompt is given;
             - a checkpoint of our trainer, a path ending in .pt.
         schedule: of the noise; by default azula's variance-preserving one with
             sigma / alpha from 0.01 to 100, about what all these networks were trained for.
@@ -96,18 +97,23 @@ def load_prior(
     elif name == "ffhq64":
         prior = _load_edm(schedule, allow_pickle)
     elif path.suffix == ".pt":
-        network, shape = _network_of_checkpoint(path)
+        network, name = _network_of_checkpoint(path)
+        shape = OURS[name]
         prior = KarrasDenoiser(network, schedule)
     elif path.is_dir():
-        prior = _load_diffusers(path, schedule)
+        prior = _load_folder(path, schedule)
     elif name.count("/") == 1 and all(name.split("/")) and not name.startswith("."):
-        prior = _load_diffusers(_from_hub(name), schedule)
+        prior = _load_folder(from_hub(name), schedule)
     else:
         raise ValueError(
             f"name_or_path is {name!r}, expected one of {sorted([*OURS, *REMOTE])}, the name "
             "owner/name of a diffusers model, a folder that holds one, or a checkpoint "
             "of `python -m diffoc train`, ending in .pt"
         )
+    if name == "faces64_latent":
+        prior = _with_autoencoder(prior)
+    elif hasattr(prior, "image_shape"):
+        shape = prior.image_shape
     if shape is None:
         config = prior.backbone.config
         size = config.sample_size
@@ -120,16 +126,27 @@ def load_prior(
 # --- ours -----------------------------------------------------------------------------------------
 
 
-def _network_of_checkpoint(path: Path) -> tuple[nn.Module, tuple[int, int, int]]:
+def _with_autoencoder(denoiser: Denoiser) -> Denoiser:
+    prior = LatentPrior(denoiser, load_autoencoder())
+    prior.decoded_shape = OURS["faces64"]
+    return prior
+
+
+def _network_of_checkpoint(path: Path) -> tuple[nn.Module, str]:
     state = training.read_checkpoint(path)
-    for name, shape in OURS.items():
+    for name in OURS:
         network = training.RECIPES[name].build()
         try:
             network.load_state_dict(state["average"])
         except RuntimeError:
             continue
-        return network, shape
+        return network, name
     raise ValueError(f"path {path} holds another network than those of {', '.join(OURS)}")
+
+
+def _load_folder(folder: Path, schedule: Schedule) -> Denoiser:
+    latent = (folder / "vae").is_dir() or (folder / "vqvae").is_dir()
+    return (load_pipeline if latent else load_pixel_model)(folder, schedule)
 
 
 # --- ADM and EDM ----------------------------------------------------------------------------------
@@ -189,7 +206,7 @@ class EDMDenoiser(Denoiser):
 
     def forward(self, x_t: Tensor, t: Tensor, **kwargs: object) -> DiracPosterior:
         """The estimate of x_0 given x_t (B, C, H, W) at time t, () or (B,)."""
-        alpha, sigma = _as_images(self.schedule, t, x_t)
+        alpha, sigma = scales_of_images(self.schedule, t, x_t)
         ratio = (sigma / alpha).flatten().expand(len(x_t))
         return DiracPosterior(self.backbone(x_t / alpha, ratio).to(x_t))
 
@@ -213,123 +230,3 @@ def _load_edm(schedule: Schedule, allow_pickle: bool) -> Denoiser:
     except Exception as error:  # a damaged pickle fails anywhere
         raise ValueError(f"{path} is damaged ({error!r}): remove it and try again") from error
     return EDMDenoiser(backbone, schedule)
-
-
-# --- diffusers ------------------------------------------------------------------------------------
-
-
-class DiffusersDenoiser(Denoiser):
-    r"""An unconditional `diffusers` network as azula denoiser.
-
-    The network expects :math:`\sqrt{\bar\alpha_i} x_0 + \sqrt{1 - \bar\alpha_i} z` and the
-    timestep i; a noise level between two timesteps gets a fractional one, by linear
-    interpolation in the logarithm of the signal-to-noise ratio.
-
-    Args:
-        backbone: a `diffusers.UNet2DModel`.
-        alphas_cumprod: :math:`\bar\alpha_i`, decreasing, shape (steps,).
-        prediction_type: "epsilon", "sample" (of x_0) or "v_prediction".
-        schedule: of the noise.
-
-    Raises:
-        ValueError: for another prediction type.
-    """
-
-    def __init__(
-        self, backbone: nn.Module, alphas_cumprod: Tensor, prediction_type: str, schedule: Schedule
-    ) -> None:
-        super().__init__()
-        if prediction_type not in ("epsilon", "sample", "v_prediction"):
-            raise ValueError(
-                f"prediction_type is {prediction_type!r}, expected 'epsilon', 'sample' or "
-                "'v_prediction'"
-            )
-        self.backbone = backbone
-        self.prediction_type = prediction_type
-        self.schedule = schedule
-        bar = alphas_cumprod.double()
-        self.register_buffer("log_snr", (bar / (1 - bar)).log(), persistent=False)
-
-    def timestep(self, log_snr: Tensor) -> Tensor:
-        """The fractional timestep of a log-SNR, between the first and the last one."""
-        increasing = self.log_snr.flip(0)
-        index = torch.searchsorted(increasing, log_snr.to(increasing)).clamp(1, len(increasing) - 1)
-        below, above = increasing[index - 1], increasing[index]
-        fraction = ((log_snr - below) / (above - below)).clamp(0, 1)
-        return len(increasing) - 1 - (index - 1 + fraction)
-
-    def forward(self, x_t: Tensor, t: Tensor, **kwargs: object) -> DiracPosterior:
-        """The estimate of x_0 given x_t (B, C, H, W) at time t, () or (B,)."""
-        alpha, sigma = _as_images(self.schedule, t, x_t)
-        scale = torch.rsqrt(alpha**2 + sigma**2)
-        signal, noise, x = scale * alpha, scale * sigma, scale * x_t
-        timestep = self.timestep(2 * torch.log(alpha / sigma).flatten().double())
-        output = self.backbone(x, timestep.to(x).expand(len(x))).sample
-        # A head for the variance would be the second half of the channels.
-        output = output[:, : x.shape[1]]
-        if self.prediction_type == "epsilon":
-            return DiracPosterior((x - noise * output) / signal)
-        if self.prediction_type == "sample":
-            return DiracPosterior(output)
-        return DiracPosterior(signal * x - noise * output)
-
-
-def _from_hub(name: str) -> Path:
-    folder = cache_folder() / "hub"
-    try:
-        return Path(
-            snapshot_download(
-                name, cache_dir=folder, allow_patterns=["*.json", "*.safetensors", "*.bin"]
-            )
-        )
-    except (HfHubHTTPError, LocalEntryNotFoundError, httpx2.TransportError) as error:
-        raise FileNotFoundError(
-            f"{name} is not in {folder} and cannot be downloaded ({error}): fetch the files of "
-            f"https://huggingface.co/{name}/tree/main (as a rule 1 to 500 MB) by hand, and pass "
-            "the folder you put them in as name_or_path"
-        ) from error
-
-
-def _load_diffusers(folder: Path, schedule: Schedule) -> Denoiser:
-    # Slow to import, and only needed here.
-    from diffusers import DDPMScheduler, UNet2DModel
-
-    for latent in ("vae", "vqvae"):
-        if (folder / latent).exists():
-            raise ValueError(f"{folder} is a latent model: only pixel models are priors here")
-    unet = folder / "unet" if (folder / "unet").is_dir() else folder
-    found = _read_json(unet / "config.json")
-    if found.get("_class_name") != "UNet2DModel":
-        raise ValueError(f"{unet} holds a {found.get('_class_name')}, expected a UNet2DModel")
-    if found.get("num_class_embeds") or found.get("class_embed_type"):
-        raise ValueError(f"{unet} holds a class-conditional network, expected an unconditional one")
-    home = folder / "scheduler" if (folder / "scheduler").is_dir() else folder
-    config = _read_json(home / "scheduler_config.json")
-    if "beta_schedule" not in config:
-        raise ValueError(
-            f"{home} has the scheduler {config.get('_class_name')}, expected one with discrete "
-            "timesteps and betas, such as DDPMScheduler or DDIMScheduler"
-        )
-    try:
-        backbone = UNet2DModel.from_pretrained(unet)
-    except OSError as error:
-        raise FileNotFoundError(f"{unet} has no weights of the network: {error}") from error
-    alphas_cumprod = DDPMScheduler.from_config(config).alphas_cumprod
-    kind = config.get("prediction_type", "epsilon")
-    return DiffusersDenoiser(backbone, alphas_cumprod, kind, schedule)
-
-
-def _read_json(path: Path) -> dict:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: expected a diffusers model or pipeline there")
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-
-
-def _as_images(schedule: Schedule, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Signal and noise scales at t, shaped to multiply images."""
-    alpha, sigma = schedule(t)
-    shape = alpha.shape + (1,) * (x.ndim - max(1, alpha.ndim))
-    return alpha.reshape(shape), sigma.reshape(shape)

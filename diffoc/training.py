@@ -24,6 +24,7 @@ from azula.noise import VESchedule
 from azula.sample import HeunSampler
 from torch import Tensor, nn
 
+from diffoc.autoencoder import Autoencoder, autoencoding_loss
 from diffoc.networks import (
     SIGMA_MAX,
     SIGMA_MIN,
@@ -31,6 +32,7 @@ from diffoc.networks import (
     ResidualClassifier,
     UNetBackbone,
 )
+from diffoc.severity import SeverityEncoder, severity_loss
 from diffoc.weights import read_torch_file
 
 
@@ -47,6 +49,7 @@ class Recipe:
         decay: of the moving average, per step.
         log_sigma: mean and standard deviation of log sigma (denoisers).
         flip: whether to mirror images at random.
+        loss: of the network, a batch and the run, for what is no denoiser and no classifier.
     """
 
     build: Callable[[], nn.Module]
@@ -57,6 +60,7 @@ class Recipe:
     decay: float = 0.999
     log_sigma: tuple[float, float] = (-1.0, 1.4)
     flip: bool = False
+    loss: Callable[[nn.Module, Tensor, Run], Tensor] | None = None
 
 
 RECIPES = {
@@ -69,6 +73,20 @@ RECIPES = {
         batch=32,
         rate=2e-3,
         flip=True,
+    ),
+    "faces64_autoencoder": Recipe(
+        Autoencoder, images=50_000, batch=32, rate=2e-3, flip=True, loss=autoencoding_loss
+    ),
+    "faces64_severity": Recipe(
+        SeverityEncoder, images=24_000, batch=32, flip=True, loss=severity_loss
+    ),
+    # Latents are twice as wide as images: the noise levels move with them.
+    "faces64_latent": Recipe(
+        lambda: UNetBackbone((96, 160), (2, 3), in_channels=4),
+        images=225_000,
+        batch=32,
+        rate=2e-3,
+        log_sigma=(-0.4, 1.4),
     ),
     "classifier": Recipe(DigitClassifier, images=900_000, batch=128, decay=0.998),
     "judge": Recipe(ResidualClassifier, images=600_000, batch=128, decay=0.998),
@@ -245,13 +263,13 @@ def step(
 
     Args:
         run: changed in place.
-        images: the training set, uint8, (N, H, W).
+        images: the training set, as :func:`as_states` takes it.
         labels: of the images, for a classifier; None for a denoiser.
         forward: the run's network, compiled; the network itself by default.
     """
     recipe, forward = run.recipe, run.network if forward is None else forward
     index = torch.randint(len(images), (recipe.batch,), generator=run.generator).numpy()
-    x = torch.from_numpy(images[index]).float().unsqueeze(1) / 127.5 - 1
+    x = as_states(images[index])
     if recipe.flip:
         mirrored = torch.rand(len(x), generator=run.generator) < 0.5
         x = torch.where(mirrored.reshape(-1, 1, 1, 1), x.flip(-1), x)
@@ -260,7 +278,7 @@ def step(
     device = run.device
     with torch.autocast(device.type, torch.bfloat16, enabled=run.precision == torch.bfloat16):
         if labels is None:
-            loss = denoising_loss(forward, x.to(device), run)
+            loss = (recipe.loss or denoising_loss)(forward, x.to(device), run)
         else:
             target = torch.from_numpy(labels[index]).long().to(device)
             logits = forward(shift(x, run.generator).to(device))
@@ -277,6 +295,12 @@ def step(
             list(run.average.parameters()), list(run.network.parameters()), 1 - decay
         )
     return loss.item()
+
+
+def as_states(images: np.ndarray) -> Tensor:
+    """Images (N, H, W), uint8, as (N, 1, H, W) in [-1, 1]; latents (N, C, H, W) as they are."""
+    x = torch.from_numpy(images)
+    return x.unsqueeze(1).float() / 127.5 - 1 if x.dtype == torch.uint8 else x
 
 
 def shift(x: Tensor, generator: torch.Generator, most: int = 2) -> Tensor:
@@ -326,12 +350,12 @@ def denoising_psnr(prior: Denoiser, images: np.ndarray, sigma: float, seed: int 
 
     Args:
         prior: a denoiser made by :func:`denoiser`.
-        images: uint8, (N, H, W).
+        images: as :func:`as_states` takes them.
         sigma: noise standard deviation.
         seed: of the noise.
     """
     generator = torch.Generator().manual_seed(seed)
-    x = torch.from_numpy(images).float().unsqueeze(1) / 127.5 - 1
+    x = as_states(images)
     noisy = x + sigma * torch.randn(x.shape, generator=generator)
     level = time_of(torch.tensor(sigma))
     device = next(prior.parameters()).device
@@ -342,7 +366,11 @@ def denoising_psnr(prior: Denoiser, images: np.ndarray, sigma: float, seed: int 
 
 @torch.no_grad()
 def draw_samples(
-    prior: Denoiser, shape: tuple[int, ...], generator: torch.Generator, steps: int = 32
+    prior: Denoiser,
+    shape: tuple[int, ...],
+    generator: torch.Generator,
+    steps: int = 32,
+    decode: Callable[[Tensor], Tensor] = lambda x: x,
 ) -> Tensor:
     """Unconditional samples in [-1, 1] by Heun's method with steps uniform in log sigma.
 
@@ -351,11 +379,12 @@ def draw_samples(
         shape: (B, C, H, W).
         generator: of the initial noise.
         steps: of the sampler; each takes two evaluations.
+        decode: makes images of samples, before they are clipped.
     """
     device = next(prior.parameters()).device
     noise = SIGMA_MAX * torch.randn(shape, generator=generator)
     sampler = HeunSampler(prior, steps=steps, silent=True)
-    parts = [sampler(part.to(device)).cpu() for part in noise.split(50)]
+    parts = [decode(sampler(part.to(device)).cpu()) for part in noise.split(50)]
     return torch.cat(parts).clamp(-1, 1)
 
 

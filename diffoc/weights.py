@@ -14,7 +14,15 @@ from diffoc.data import LICENSES, load_weights, register_file
 from diffoc.networks import DigitClassifier, ResidualClassifier
 
 # What each network was trained on.
-TRAINED_ON = {"mnist": "mnist", "classifier": "mnist", "judge": "mnist", "faces64": "faces"}
+TRAINED_ON = {
+    "mnist": "mnist",
+    "classifier": "mnist",
+    "judge": "mnist",
+    "faces64": "faces",
+    "faces64_autoencoder": "faces",
+    "faces64_latent": "faces",
+    "faces64_severity": "faces",
+}
 
 
 def write_weights(network: nn.Module, name: str, folder: Path) -> Path:

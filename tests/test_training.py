@@ -283,6 +283,8 @@ def test_sizes_are_as_promised():
     assert parameter_count(DigitClassifier()) <= 500_000
     assert parameter_count(training.RECIPES["mnist"].build()) <= 2_000_000
     assert parameter_count(training.RECIPES["faces64"].build()) <= 5_000_000
+    # At most 2 MB in half precision.
+    assert parameter_count(training.RECIPES["faces64_severity"].build()) <= 1_000_000
 
 
 def test_the_command_trains_goes_on_and_writes_weights(tmp_path, monkeypatch, capsys):

@@ -1,0 +1,151 @@
+"""Models of `diffusers`, from folders or the Hugging Face hub, as azula denoisers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import httpx2
+import torch
+from azula.denoise import Denoiser, DiracPosterior
+from azula.noise import Schedule
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from torch import Tensor, nn
+
+from diffoc.downloads import cache_folder
+
+
+class DiffusersDenoiser(Denoiser):
+    r"""An unconditional `diffusers` network as azula denoiser.
+
+    The network expects :math:`\sqrt{\bar\alpha_i} x_0 + \sqrt{1 - \bar\alpha_i} z` and the
+    timestep i; a noise level between two timesteps gets a fractional one, by linear
+    interpolation in the logarithm of the signal-to-noise ratio.
+
+    Args:
+        backbone: a `diffusers.UNet2DModel`.
+        alphas_cumprod: :math:`\bar\alpha_i`, decreasing, shape (steps,).
+        prediction_type: "epsilon", "sample" (of x_0) or "v_prediction".
+        schedule: of the noise.
+
+    Raises:
+        ValueError: for another prediction type.
+    """
+
+    def __init__(
+        self, backbone: nn.Module, alphas_cumprod: Tensor, prediction_type: str, schedule: Schedule
+    ) -> None:
+        super().__init__()
+        if prediction_type not in ("epsilon", "sample", "v_prediction"):
+            raise ValueError(
+                f"prediction_type is {prediction_type!r}, expected 'epsilon', 'sample' or "
+                "'v_prediction'"
+            )
+        self.backbone = backbone
+        self.prediction_type = prediction_type
+        self.schedule = schedule
+        bar = alphas_cumprod.double()
+        self.register_buffer("log_snr", (bar / (1 - bar)).log(), persistent=False)
+
+    def timestep(self, log_snr: Tensor) -> Tensor:
+        """The fractional timestep of a log-SNR, between the first and the last one."""
+        increasing = self.log_snr.flip(0)
+        index = torch.searchsorted(increasing, log_snr.to(increasing)).clamp(1, len(increasing) - 1)
+        below, above = increasing[index - 1], increasing[index]
+        fraction = ((log_snr - below) / (above - below)).clamp(0, 1)
+        return len(increasing) - 1 - (index - 1 + fraction)
+
+    def forward(self, x_t: Tensor, t: Tensor, **kwargs: object) -> DiracPosterior:
+        """The estimate of x_0 given x_t (B, C, H, W) at time t, () or (B,)."""
+        alpha, sigma = scales_of_images(self.schedule, t, x_t)
+        scale = torch.rsqrt(alpha**2 + sigma**2)
+        signal, noise, x = scale * alpha, scale * sigma, scale * x_t
+        timestep = self.timestep(2 * torch.log(alpha / sigma).flatten().double())
+        output = self.backbone(x, timestep.to(x).expand(len(x))).sample
+        # A head for the variance would be the second half of the channels.
+        output = output[:, : x.shape[1]]
+        if self.prediction_type == "epsilon":
+            return DiracPosterior((x - noise * output) / signal)
+        if self.prediction_type == "sample":
+            return DiracPosterior(output)
+        return DiracPosterior(signal * x - noise * output)
+
+
+def from_hub(name: str) -> Path:
+    """The folder of a model "owner/name", downloaded now or earlier; raises as `load_prior`."""
+    folder = cache_folder() / "hub"
+    try:
+        return Path(
+            snapshot_download(
+                name,
+                cache_dir=folder,
+                allow_patterns=["*.json", "*.txt", "*.safetensors", "*.bin"],
+                # Of Stable Diffusion: the same weights in other forms, and a filter of images.
+                ignore_patterns=["v1-5-*", "*.fp16.*", "*.non_ema.*", "safety_checker/*"],
+            )
+        )
+    except (HfHubHTTPError, LocalEntryNotFoundError, httpx2.TransportError) as error:
+        raise FileNotFoundError(
+            f"{name} is not in {folder} and cannot be downloaded ({error}): fetch the files of "
+            f"https://huggingface.co/{name}/tree/main (as a rule 1 to 500 MB) by hand, and pass "
+            "the folder you put them in as name_or_path"
+        ) from error
+
+
+def load_pixel_model(folder: Path, schedule: Schedule) -> DiffusersDenoiser:
+    """The unconditional `UNet2DModel` of a folder, or of the pipeline in it.
+
+    Raises as `load_prior`.
+    """
+    # Slow to import, and only needed here.
+    from diffusers import UNet2DModel
+
+    unet = folder / "unet" if (folder / "unet").is_dir() else folder
+    found = read_json(unet / "config.json")
+    if found.get("_class_name") != "UNet2DModel":
+        raise ValueError(f"{unet} holds a {found.get('_class_name')}, expected a UNet2DModel")
+    if found.get("num_class_embeds") or found.get("class_embed_type"):
+        raise ValueError(f"{unet} holds a class-conditional network, expected an unconditional one")
+    scheduler = alphas_cumprod_of(folder)
+    try:
+        backbone = UNet2DModel.from_pretrained(unet)
+    except OSError as error:
+        raise FileNotFoundError(f"{unet} has no weights of the network: {error}") from error
+    return DiffusersDenoiser(backbone, *scheduler, schedule)
+
+
+def alphas_cumprod_of(folder: Path) -> tuple[Tensor, str]:
+    """What a pipeline's scheduler says: the levels of noise (steps,), and the prediction type.
+
+    Raises:
+        FileNotFoundError, ValueError: as for :func:`load_prior`.
+    """
+    from diffusers import DDPMScheduler
+
+    home = folder / "scheduler" if (folder / "scheduler").is_dir() else folder
+    config = read_json(home / "scheduler_config.json")
+    if "beta_schedule" not in config:
+        raise ValueError(
+            f"{home} has the scheduler {config.get('_class_name')}, expected one with discrete "
+            "timesteps and betas, such as DDPMScheduler or DDIMScheduler"
+        )
+    bar = DDPMScheduler.from_config(config).alphas_cumprod
+    return bar, config.get("prediction_type", "epsilon")
+
+
+def read_json(path: Path) -> dict:
+    """The content of one of a pipeline's json files; raises as :func:`load_prior`."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: expected a diffusers model or pipeline there")
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+
+
+def scales_of_images(schedule: Schedule, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Signal and noise scales at t, shaped to multiply images."""
+    alpha, sigma = schedule(t)
+    shape = alpha.shape + (1,) * (x.ndim - max(1, alpha.ndim))
+    return alpha.reshape(shape), sigma.reshape(shape)
