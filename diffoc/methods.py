@@ -196,8 +196,8 @@ METHODS: dict[str, Method] = {
     "control": Method(
         "Ours",
         control,
-        # A fifth of the budget is for the first rollout and for the line search.
-        lambda task, nfe: {"steps": STEPS, "iterations": max(1, 4 * nfe // (5 * STEPS))},
+        # Some 15 % of the budget are for the first rollout and for the line search.
+        lambda task, nfe: {"steps": STEPS, "iterations": max(1, 17 * nfe // (20 * STEPS))},
         ("control_cost", (0.1, 0.3, 1.0, 3.0)),
     ),
     "control_paper": Method(
