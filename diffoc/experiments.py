@@ -26,10 +26,11 @@ from diffoc.counting import CountedPrior
 from diffoc.downloads import cache_folder, sha256_of
 from diffoc.methods import METHODS, settings_of
 from diffoc.metrics import image_metrics
+from diffoc.perceptual import LPIPS, SMALLEST, perceptual_metrics
 from diffoc.pictures import read_picture, write_picture
 from diffoc.pretrained import OURS, REMOTE, load_prior, untrained_adm
 from diffoc.provenance import digest, short
-from diffoc.records import Cell, Row, as_json
+from diffoc.records import METRICS, Cell, Row, as_json
 from diffoc.tasks import NOISE_STD, TASKS, measure, noise_level, task
 
 TABLES = {"table1": tuple(TASKS)[:5]}
@@ -39,8 +40,8 @@ UNTRAINED = "untrained "
 """Before a prior's name: its network with random weights, for trials."""
 
 PROTOCOL = (
-    "images clipped to [-1, 1], not rounded; PSNR and MSE on [-1, 1]; SSIM on [0, 1], Gaussian "
-    "11x11 windows within the image"
+    "images clipped to [-1, 1], not rounded; PSNR and MSE on [-1, 1], mse255 on [0, 255]; SSIM on "
+    "[0, 1], Gaussian 11x11 windows within the image; LPIPS 0.1 on [-1, 1], _01 on [0, 1]"
 )
 
 
@@ -125,8 +126,14 @@ class Computer:
 
 
 def metrics_of(x0: Tensor, truth: Tensor) -> dict[str, Tensor]:
-    """The metrics of the tables, (B,) each, of names in :data:`diffoc.records.METRICS`."""
-    return image_metrics(x0, truth)
+    """The metrics of the tables, (B,) each, of names in :data:`diffoc.records.METRICS`.
+
+    Those of LPIPS are there where its weights are, for images that its networks can take.
+    """
+    metrics = image_metrics(x0, truth)
+    if min(truth.shape[-2:]) >= SMALLEST:
+        metrics |= perceptual_metrics(x0, truth, [name for name in METRICS if name in LPIPS])[0]
+    return metrics
 
 
 def read_images(names: Sequence[str], shape: Sequence[int], folder: Path | None) -> Tensor:

@@ -55,7 +55,7 @@ LPIPS = {
 """Network, and whether it sees images in [0, 1]. The package asks for [-1, 1]; the released code of
 the paper's authors gives it [0, 1], which halves all contrasts and makes another number."""
 
-_SMALLEST = 32  # side of an image of which AlexNet leaves a pixel in its last layer
+SMALLEST = 32  # side of an image of which AlexNet leaves a pixel in its last layer
 
 
 def download() -> list[Path]:
@@ -89,8 +89,8 @@ def perceptual_metrics(
     if images.shape != truth.shape:
         raise ValueError(f"images and truth have shapes {images.shape} and {truth.shape}")
     images, truth = _as_colour(images, "images"), _as_colour(truth, "truth")
-    if min(images.shape[-2:]) < _SMALLEST:
-        raise ValueError(f"images are {tuple(images.shape)}, expected sides of {_SMALLEST} or more")
+    if min(images.shape[-2:]) < SMALLEST:
+        raise ValueError(f"images are {tuple(images.shape)}, expected sides of {SMALLEST} or more")
     values, missing = {}, {}
     for name in names:
         net, unit_range = LPIPS[name]

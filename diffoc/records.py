@@ -21,7 +21,10 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import BinaryIO
 
-METRICS = ("psnr", "ssim", "mse", "residual_over_noise", "lpips_alex", "lpips_vgg")
+METRICS = (
+    *("psnr", "ssim", "mse", "mse255", "residual_over_noise"),
+    *("lpips_alex", "lpips_vgg", "lpips_alex_01"),
+)
 COUNTS = ("evaluations", "products")
 ENVIRONMENT = ("versions", "device", "threads")
 """Where these and the precision are equal, so are the results, to the last digit."""
