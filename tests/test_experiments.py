@@ -232,7 +232,7 @@ def run_method(method, prior, name, **settings):
 
 def test_the_controller_keeps_its_budget_and_explains_the_measurement():
     settings = METHODS["control"].settings("super_resolution", 1000)
-    assert settings == {"steps": 10, "iterations": 80}
+    assert settings == {"steps": 10, "iterations": 85}
     counted, physics, y, x0, truth = run_method(
         control, load_prior("faces64"), "super_resolution", **settings
     )
