@@ -10,8 +10,7 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 def image_metrics(images: Tensor, truth: Tensor, *, rounded: bool = False) -> dict[str, Tensor]:
     """PSNR in dB, SSIM and MSE of images in [-1, 1], clipped to that range, (B,) each.
 
-    The MSE comes on two scales: `mse` on [-1, 1], four times the one on [0, 1], and `mse255` on
-    0..255, which the paper's Table 3 prints: its 117.0 beside 27.45 dB is 10 log10(255^2 / 117.0).
+    The MSE is that on [-1, 1], four times the one on [0, 1]; :func:`mse_255` has the paper's scale.
     The PSNR is the same on all. SSIM, which depends on where black is, is taken on [0, 1]: that of
     Wang et al. 2004 (doi:10.1109/TIP.2003.819861), with Gaussian windows of 11 x 11 pixels and
     standard deviation 1.5 that lie wholly within the image.
@@ -19,7 +18,7 @@ def image_metrics(images: Tensor, truth: Tensor, *, rounded: bool = False) -> di
     Args:
         images, truth: (B, C, H, W), H and W at least 11.
         rounded: whether both are first rounded to 8 bits, as if read back from PNG files. It adds
-            about 1/12 to `mse255` where the truth has 8 bits already: 0.003 dB at 27 dB.
+            about 1/12 to the MSE on 0..255 where the truth has 8 bits already: 0.003 dB at 27 dB.
 
     Raises:
         ValueError: for other shapes, or values that are not finite.
@@ -44,8 +43,15 @@ def image_metrics(images: Tensor, truth: Tensor, *, rounded: bool = False) -> di
     )
     # torchmetrics would count the windows that reach beyond the border.
     ssim = ssim[..., 5:-5, 5:-5].flatten(1).mean(dim=1)
-    psnr = 10 * torch.log10(4 / mse)
-    return {"psnr": psnr, "ssim": ssim, "mse": mse, "mse255": 127.5**2 * mse}
+    return {"psnr": 10 * torch.log10(4 / mse), "ssim": ssim, "mse": mse}
+
+
+def mse_255(mse: Tensor) -> Tensor:
+    """The MSE on 0..255, as in the paper's Table 3, from that of images in [-1, 1].
+
+    The table's 117.0 beside 27.45 dB is this one: 10 log10(255^2 / 117.0) = 27.45.
+    """
+    return 127.5**2 * mse
 
 
 def frechet_distance(first: Tensor, second: Tensor) -> float:
