@@ -40,7 +40,7 @@ UNTRAINED = "untrained "
 """Before a prior's name: its network with random weights, for trials."""
 
 PROTOCOL = (
-    "images clipped to [-1, 1], not rounded; PSNR and MSE on [-1, 1], mse255 on [0, 255]; SSIM on "
+    "images clipped to [-1, 1], not rounded; PSNR and MSE on [-1, 1]; SSIM on "
     "[0, 1], Gaussian 11x11 windows within the image; LPIPS 0.1 on [-1, 1], _01 on [0, 1]"
 )
 

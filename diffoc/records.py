@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 METRICS = (
-    *("psnr", "ssim", "mse", "mse255", "residual_over_noise"),
+    *("psnr", "ssim", "mse", "residual_over_noise"),
     *("lpips_alex", "lpips_vgg", "lpips_alex_01"),
 )
 COUNTS = ("evaluations", "products")

@@ -11,7 +11,7 @@ from scipy.stats import t as student
 from diffoc.methods import METHODS
 from diffoc.records import METRICS, Row
 
-_FORMATS = {"psnr": "{:.2f} ± {:.2f}", "mse": "{:.4f} ± {:.4f}", "mse255": "{:.1f} ± {:.1f}"}
+_FORMATS = {"psnr": "{:.2f} ± {:.2f}", "mse": "{:.4f} ± {:.4f}"}
 
 
 def mean_and_interval(values: Iterable[float]) -> tuple[float, float]:
