@@ -46,7 +46,7 @@ def verify() -> int:
 
 def train(args: argparse.Namespace) -> int:
     """Trains, or goes on from the checkpoint, and writes the weights of the moving average."""
-    from diffoc import data, training
+    from diffoc import data, evaluation, training
     from diffoc.autoencoder import encoded, load_autoencoder, reconstruction_psnr
     from diffoc.figures import write_sheet
     from diffoc.severity import severities
@@ -78,7 +78,7 @@ def train(args: argparse.Namespace) -> int:
 
     def report(run: training.Run, rate: float) -> None:
         if truth is not None:
-            score = f"accuracy {training.accuracy(run.average, held_out, truth):.4f}"
+            score = f"accuracy {evaluation.accuracy(run.average, held_out, truth):.4f}"
         elif name == "faces64_autoencoder":
             score = f"PSNR {reconstruction_psnr(run.average, held_out):.2f}"
         elif name == "faces64_severity":
@@ -89,11 +89,11 @@ def train(args: argparse.Namespace) -> int:
             score = f"RMSE {found[1].mean():.3f}, correlation of severities {correlation:.3f}"
         else:
             prior = training.denoiser(run.average)
-            psnr = (training.denoising_psnr(prior, held_out, s) for s in (0.1, 0.3, 1.0))
+            psnr = (evaluation.denoising_psnr(prior, held_out, s) for s in (0.1, 0.3, 1.0))
             score = "PSNR at sigma 0.1, 0.3, 1: " + " / ".join(f"{p:.2f}" for p in psnr)
             shape = (16, *training.as_states(held_out[:1]).shape[1:])
             generator = torch.Generator().manual_seed(0)
-            sheet = training.draw_samples(prior, shape, generator, decode=decode)
+            sheet = evaluation.draw_samples(prior, shape, generator, decode=decode)
             write_sheet(sheet, checkpoint.with_suffix(".png"))
         loss = sum(run.losses) / len(run.losses)
         print(

@@ -27,11 +27,13 @@ from diffoc.baselines.ddnm import ddnm
 from diffoc.baselines.ddrm import ddrm
 from diffoc.baselines.diffpir import diffpir
 from diffoc.baselines.dps import dps
+from diffoc.baselines.flash_diffusion import flash_diffusion
 from diffoc.baselines.mcg import mcg
 from diffoc.baselines.mmps import mmps
 from diffoc.baselines.ndtm import ndtm
 from diffoc.baselines.pgdm import pgdm
 from diffoc.baselines.pnp_admm import pnp_admm
+from diffoc.baselines.psld import psld
 from diffoc.baselines.score_sde import score_sde
 from diffoc.costs import ControlCost
 from diffoc.data import data_folder
@@ -63,6 +65,7 @@ class Method:
             nothing to tune.
         work: from keyword arguments to evaluations and products an image, for estimates; None
             where both are the budget.
+        latent: whether it needs a :class:`diffoc.latent.LatentPrior`.
 
     Raises:
         ValueError: for more values than all methods have.
@@ -73,6 +76,7 @@ class Method:
     settings: Callable[[str, int], dict]
     tuned: tuple[str, tuple[float, ...]] | None = None
     work: Callable[[dict], tuple[int, int]] | None = None
+    latent: bool = False
 
     def __post_init__(self) -> None:
         if self.tuned and not 1 <= len(self.tuned[1]) <= TRIALS:
@@ -225,6 +229,16 @@ METHODS: dict[str, Method] = {
         lambda task, nfe: {},
         ("weight", (0.003, 0.01, 0.03, 0.1)),
         lambda settings: (0, 0),
+    ),
+    "psld": Method("PSLD", psld, _one_a_step, ("guidance", (0.25, 0.5, 1.0, 2.0)), latent=True),
+    "flash_diffusion": Method(
+        "Flash-Diffusion",
+        flash_diffusion,
+        # It starts at some fifth of the time, by the severity of the picture.
+        lambda task, nfe: {"steps": 5 * nfe},
+        ("guidance", (0.1, 0.25, 0.5, 1.0)),
+        lambda settings: (settings["steps"] // 5, settings["steps"] // 5),
+        latent=True,
     ),
     "diffpir": Method(
         "DiffPIR", diffpir, _one_a_step, ("strength", (1.0, 3.0, 8.0, 25.0)), _no_products

@@ -19,9 +19,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from azula.denoise import Denoiser, KarrasDenoiser
+from azula.denoise import KarrasDenoiser
 from azula.noise import VESchedule
-from azula.sample import HeunSampler
 from torch import Tensor, nn
 
 from diffoc.autoencoder import Autoencoder, autoencoding_loss
@@ -65,7 +64,11 @@ class Recipe:
 
 RECIPES = {
     "mnist": Recipe(
-        lambda: UNetBackbone((64, 128), (1, 2), fold=2), images=700_000, batch=64, rate=2e-3
+        lambda: UNetBackbone((48, 80, 96), (1, 2, 2), fold=2),
+        images=2_700_000,
+        rate=2e-3,
+        decay=0.9995,
+        log_sigma=(-0.3, 1.2),  # around 1, where the digit is decided
     ),
     "faces64": Recipe(
         lambda: UNetBackbone((96, 160), (2, 3), fold=4),
@@ -342,56 +345,3 @@ def train(
                 report(run, (run.seen - seen) / elapsed)
             run.losses.clear()
             mark, seen = time.monotonic(), run.seen
-
-
-@torch.no_grad()
-def denoising_psnr(prior: Denoiser, images: np.ndarray, sigma: float, seed: int = 0) -> float:
-    """Mean PSNR in dB of denoised images at a noise level, on the [-1, 1] scale (peak 2).
-
-    Args:
-        prior: a denoiser made by :func:`denoiser`.
-        images: as :func:`as_states` takes them.
-        sigma: noise standard deviation.
-        seed: of the noise.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    x = as_states(images)
-    noisy = x + sigma * torch.randn(x.shape, generator=generator)
-    level = time_of(torch.tensor(sigma))
-    device = next(prior.parameters()).device
-    estimate = [prior(part.to(device), level.to(device)).mean.cpu() for part in noisy.split(64)]
-    error = (torch.cat(estimate) - x).square().flatten(1).mean(1)
-    return (10 * torch.log10(4 / error)).mean().item()
-
-
-@torch.no_grad()
-def draw_samples(
-    prior: Denoiser,
-    shape: tuple[int, ...],
-    generator: torch.Generator,
-    steps: int = 32,
-    decode: Callable[[Tensor], Tensor] = lambda x: x,
-) -> Tensor:
-    """Unconditional samples in [-1, 1] by Heun's method with steps uniform in log sigma.
-
-    Args:
-        prior: a denoiser made by :func:`denoiser`.
-        shape: (B, C, H, W).
-        generator: of the initial noise.
-        steps: of the sampler; each takes two evaluations.
-        decode: makes images of samples, before they are clipped.
-    """
-    device = next(prior.parameters()).device
-    noise = SIGMA_MAX * torch.randn(shape, generator=generator)
-    sampler = HeunSampler(prior, steps=steps, silent=True)
-    parts = [decode(sampler(part.to(device)).cpu()) for part in noise.split(50)]
-    return torch.cat(parts).clamp(-1, 1)
-
-
-@torch.no_grad()
-def accuracy(network: nn.Module, images: np.ndarray, labels: np.ndarray) -> float:
-    """The fraction of images (N, 28, 28), uint8, that a classifier names rightly."""
-    x = torch.from_numpy(images).float().unsqueeze(1) / 127.5 - 1
-    device = next(network.parameters()).device
-    guess = torch.cat([network(part.to(device)).argmax(1).cpu() for part in x.split(500)])
-    return (guess == torch.from_numpy(labels)).float().mean().item()

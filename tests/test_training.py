@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
-from diffoc import __main__, training
+from diffoc import __main__, evaluation, training
 from diffoc.networks import DigitClassifier, UNetBackbone, parameter_count
 from diffoc.training import Recipe, learning_rate, resume, save, shift, start, step, train
 from diffoc.weights import classifier, read_weights
@@ -160,7 +160,7 @@ def test_psnr_of_an_untouched_image():
         def forward(self, x, t):
             return DiracPosterior(x)
 
-    psnr = training.denoising_psnr(Same(), images(200, 16), 0.5)
+    psnr = evaluation.denoising_psnr(Same(), images(200, 16), 0.5)
     assert psnr == pytest.approx(10 * math.log10(4 / 0.25), abs=0.05)
 
 
@@ -169,7 +169,7 @@ def test_samples_of_a_gaussian_have_its_spread():
     covariance = IsotropicCovariance(torch.tensor(0.2**2))
     prior = GaussianDenoiser(torch.tensor(0.3), covariance, VESchedule(2e-3, 80.0))
     prior.register_parameter("unused", nn.Parameter(torch.zeros(())))
-    found = training.draw_samples(prior, (60, 1, 8, 8), torch.Generator().manual_seed(0), 64)
+    found = evaluation.draw_samples(prior, (60, 1, 8, 8), torch.Generator().manual_seed(0), 64)
     assert found.mean().item() == pytest.approx(0.3, abs=0.01)
     assert found.std().item() == pytest.approx(0.2, rel=0.03)
 
@@ -177,9 +177,9 @@ def test_samples_of_a_gaussian_have_its_spread():
 def test_training_lowers_the_denoising_error():
     smooth = np.full((50, 8, 8), 200, dtype=np.uint8)
     run = start(tiny(images=8000, rate=1e-2), seed=1)
-    before = training.denoising_psnr(training.denoiser(run.average), smooth, 0.5)
+    before = evaluation.denoising_psnr(training.denoiser(run.average), smooth, 0.5)
     train(run, smooth)
-    assert training.denoising_psnr(training.denoiser(run.average), smooth, 0.5) > before + 3
+    assert evaluation.denoising_psnr(training.denoiser(run.average), smooth, 0.5) > before + 3
 
 
 def test_the_classifier_learns_bright_from_dark():
@@ -188,7 +188,7 @@ def test_the_classifier_learns_bright_from_dark():
     pictures = pictures.astype(np.uint8)
     run = start(Recipe(DigitClassifier, images=640, batch=16, warmup=64), seed=0)
     train(run, pictures, labels)
-    assert training.accuracy(run.average, pictures, labels) == 1.0
+    assert evaluation.accuracy(run.average, pictures, labels) == 1.0
 
 
 def test_shift_moves_and_fills_with_black():
