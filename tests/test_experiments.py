@@ -286,7 +286,7 @@ def test_the_readme_s_table_is_that_of_the_records():
 
 
 def test_no_face_is_in_both_sets():
-    assert len(experiments.held_out_faces()) == 16
+    assert len(experiments.held_out_faces()) == 32
     assert len(experiments.tuning_faces()) == 8
     assert not set(experiments.held_out_faces()) & set(experiments.tuning_faces())
 
