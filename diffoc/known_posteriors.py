@@ -26,8 +26,6 @@ from diffoc.mixtures import GaussianMixture, MixturePosterior, mixture_from_load
 from diffoc.operators import LinearMeasurement, as_matrix, average_pool
 from diffoc.priors import GaussianMixturePrior, GaussianPosterior, GaussianPrior
 from diffoc.process import ReverseProcess, draw_noise
-from diffoc.rules import LBFGS
-from diffoc.solver import solve
 from diffoc.sweeps import ControlProblem
 
 Posterior = GaussianPosterior | MixturePosterior
@@ -149,36 +147,6 @@ def exact(
     A = as_matrix(physics.A, x.shape[1:], x.dtype)
     posterior = known.posterior(LinearMeasurement(A, y, noise_std))
     return posterior.sample(1, generator)[0]
-
-
-def control(
-    prior: Denoiser,
-    physics: Physics,
-    y: Tensor,
-    x: Tensor,
-    generator: torch.Generator,
-    *,
-    noise_std: float,
-    steps: int = 10,
-    iterations: int = 80,
-    from_noise: bool = False,
-) -> Tensor:
-    """The controller as in :mod:`diffoc.experiments`, the discrepancy principle included.
-
-    Args:
-        steps, iterations: T, and at most so many.
-        from_noise: whether it starts from `x`, or from zero, and is then one point for each y.
-    """
-    return solve(
-        ReverseProcess(prior, steps),
-        GaussianLikelihood(physics.A, y, noise_std),
-        x if from_noise else torch.zeros_like(x),
-        rank=0,
-        iterations=iterations,
-        update=LBFGS(),
-        residual=lambda x0: physics.A(x0) - y,
-        noise_level=noise_std,
-    ).x0
 
 
 def control_frozen_noise(

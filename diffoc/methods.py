@@ -94,11 +94,12 @@ def control(
     steps: int = STEPS,
     iterations: int = ITERATIONS,
     control_cost: float = 1.0,
+    from_noise: bool = False,
 ) -> Tensor:
     """Images (B, ...) by the controller, with L-BFGS and the discrepancy principle.
 
-    It starts from zero, the most probable noise: `x` is ignored but for its shape, because a random
-    start would only add the texture of a sample.
+    It starts from zero, the most probable noise, because a random start would only add the texture
+    of a sample.
 
     Args:
         noise_std: of the measurements.
@@ -106,11 +107,12 @@ def control(
         iterations: at most; fewer where the residual is the noise's. With the line search's
             trials, evaluations are T (1 + iterations) or some more, products T iterations.
         control_cost: r, not negative.
+        from_noise: whether to start from `x` all the same.
     """
     return solve(
         ReverseProcess(prior, steps),
         likelihood(physics, y, noise_std),
-        torch.zeros_like(x),
+        x if from_noise else torch.zeros_like(x),
         control_cost=control_cost,
         rank=0,
         iterations=iterations,

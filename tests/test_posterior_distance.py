@@ -11,7 +11,6 @@ from scipy.stats import wasserstein_distance
 from diffoc.baselines import UnsupportedTask
 from diffoc.baselines.dps import dps
 from diffoc.known_posteriors import (
-    control,
     control_frozen_noise,
     digit_problem,
     exact,
@@ -19,6 +18,7 @@ from diffoc.known_posteriors import (
     problem,
     small_problems,
 )
+from diffoc.methods import control
 from diffoc.posterior_distance import (
     DISTANCES,
     distance_table,
