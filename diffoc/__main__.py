@@ -176,6 +176,11 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m diffoc", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("verify", help="check the theory's identities in float64")
+    claimed = commands.add_parser(
+        "claims", help="print the ledger of the paper's claims: 1 if a number disagrees"
+    )
+    claimed.add_argument("--quick", action="store_true", help="recompute nothing")
+    claimed.add_argument("--notebooks", type=Path, metavar="DIR", help="executed ones, to compare")
     notebooks = commands.add_parser("notebooks", help="execute the notebooks")
     where = notebooks.add_mutually_exclusive_group(required=True)
     where.add_argument("--out", type=Path, metavar="DIR", help="write executed copies there")
@@ -241,6 +246,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.command == "verify":
             return verify()
+        if args.command == "claims":
+            from diffoc import ledger
+
+            return ledger.run(ledger.LEDGER, args.notebooks or ledger.NOTEBOOKS, quick=args.quick)
         if args.command == "notebooks":
             from diffoc.notebooks import find, run
 
