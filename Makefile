@@ -18,6 +18,7 @@ help: ## show this list
 
 reproduce: $(STAMP) ## execute every notebook; regenerate figures/; tell what each established
 	@$(RUN) diffoc notebooks --out build
+	@$(RUN) diffoc claims
 
 # The figures that the notebooks draw here go to build/, so that a test leaves the tree as it was.
 test: $(STAMP) ## check the style, the unit tests and every notebook
