@@ -125,7 +125,7 @@ def test_diffpir_takes_its_step():
     setting = Setting(5)
     found = setting.run(diffpir, steps=2, strength=3.0, renewal=0.0)
     x = setting.x
-    for t, s in pairwise(torch.linspace(1, 0, 3, dtype=torch.float64)):
+    for t, s in pairwise(torch.tensor([1.0, 1 - 0.5**0.5, 0.0], dtype=torch.float64)):
         (alpha_t, sigma_t), (alpha_s, sigma_s) = map(setting.prior.schedule, (t, s))
         J, b = setting.mean_map(t)
         rho = 3 * NOISE_STD**2 * alpha_t**2 / sigma_t**2
@@ -139,7 +139,7 @@ def test_diffpir_takes_its_step():
 def test_diffpir_renews_a_share_of_the_noise():
     setting = Setting(20000)
     setting.x = setting.x[:1].expand(20000, N)
-    half = setting.prior.schedule(torch.tensor(0.5, dtype=torch.float64))
+    between = setting.prior.schedule(torch.tensor(1 - 0.5**0.5, dtype=torch.float64))
 
     class Seen(CountedPrior):
         def forward(self, x_t, t, **kwargs):
@@ -148,7 +148,7 @@ def test_diffpir_renews_a_share_of_the_noise():
 
     setting.prior = Seen(setting.prior)
     setting.run(diffpir, steps=2, renewal=0.4)
-    expected = 0.4 * half[1] ** 2 * torch.eye(N)
+    expected = 0.4 * between[1] ** 2 * torch.eye(N)
     assert (setting.prior.last.T.cov() - expected).abs().max() < 0.03
 
 
