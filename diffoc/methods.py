@@ -286,7 +286,7 @@ METHODS: dict[str, Method] = {
     "daps": Method(
         "DAPS",
         daps,
-        lambda task, nfe: {"steps": max(1, nfe // 5), "ode_steps": 5},
+        _daps,
         ("likelihood_std", (0.01, 0.02, 0.03, 0.05)),
         lambda settings: (settings["steps"] * settings["ode_steps"], 0),
     ),
