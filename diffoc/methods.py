@@ -299,8 +299,13 @@ METHODS: dict[str, Method] = {
     "ndtm": Method(
         "NDTM",
         ndtm,
-        lambda task, nfe: {"steps": max(1, nfe // 6), "iterations": 5},
-        ("guidance", (0.3, 1.0, 3.0, 10.0)),
+        _ndtm,
+        # The released code's is 1 or 4. The guidance is not tuned: Adam does without its scale.
+        ("scale", (0.5, 1.0, 2.0, 4.0)),
+        lambda settings: (
+            settings["steps"] * (settings["iterations"] + 1),
+            settings["steps"] * settings["iterations"],
+        ),
     ),
 }
 

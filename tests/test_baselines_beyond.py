@@ -248,21 +248,58 @@ def test_d_flow_starts_from_a_blend_with_the_inversion():
 
 
 def test_ndtm_s_control_minimises_its_cost():
-    settings = {"guidance": 2.0, "control_cost": 0.3, "score_cost": 0.4, "scale": 0.5}
     setting = Setting(4)
-    found = setting.run(ndtm, steps=1, iterations=1000, rate=0.05, eta=0.0, **settings)
     t, s = torch.ones(()).double(), torch.zeros(()).double()
-    J, b = setting.mean_map(t)
     (alpha_t, sigma_t), (alpha_s, sigma_s) = map(setting.prior.schedule, (t, s))
+    eta, scale = 0.6, 0.5
+    c1 = eta * sigma_s / sigma_t * (sigma_t**2 - (alpha_t / alpha_s * sigma_s) ** 2).sqrt()
+    c2 = (sigma_s**2 - c1**2).sqrt()
+    # So that in v = scale u the cost is 2 |AJ v - r|^2 + 0.3 |v|^2 + 0.4 |Z v|^2.
+    settings = {
+        "control_cost": 0.3 / (scale * alpha_t / alpha_s).item() ** 2,
+        "score_cost": 0.4 / (c2 - alpha_s / alpha_t * sigma_t).item() ** 2,
+        "guidance": 2.0,
+    }
+    found = setting.run(ndtm, steps=1, iterations=1000, rate=0.05, scale=scale, eta=eta, **settings)
+    drawn = noise(4, N, seed=0)  # by the generator of `run`
+    J, b = setting.mean_map(t)
     Z = (torch.eye(N) - alpha_t * J) / sigma_t
     AJ = setting.A @ J
-    # In v = scale u: 2 |AJ v - r|^2 + 0.3 |v|^2 + 0.4 |Z v|^2.
     H = 2 * AJ.mT @ AJ + 0.3 * torch.eye(N) + 0.4 * Z.mT @ Z
     r = setting.y - (setting.x @ J.mT + b) @ setting.A.mT
     x = setting.x + torch.linalg.solve(H, 2 * (r @ AJ).mT).mT
     mean = x @ J.mT + b
-    expected = alpha_s * mean + sigma_s / sigma_t * (x - alpha_t * mean)
+    expected = alpha_s * mean + c2 / sigma_t * (x - alpha_t * mean) + c1 * drawn
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_ndtm_s_rate_falls_linearly_to_zero():
+    setting = Setting(4)
+    seen = []
+
+    class Seen(CountedPrior):
+        def forward(self, x_t, t, **kwargs):
+            seen.append(x_t.detach())
+            return super().forward(x_t, t, **kwargs)
+
+    setting.prior = Seen(setting.prior)
+    setting.run(ndtm, steps=4, iterations=1, rate=0.02, scale=3.0, eta=0.0)
+    # Adam's first step is as long as its rate.
+    for i in range(4):
+        moved = (seen[2 * i + 1] - seen[2 * i]).abs()
+        expected = torch.full_like(moved, 3 * 0.02 * (1 - i / 4))
+        torch.testing.assert_close(moved, expected, rtol=1e-3, atol=0)
+
+
+def test_ndtm_starts_from_the_pseudoinverse_with_noise():
+    setting = Setting(4)
+    found = setting.run(ndtm, steps=6, iterations=1, guidance=0.0, eta=0.0, start=0.4)
+    times = 0.4 * torch.linspace(1, 0, 7, dtype=torch.float64)
+    alpha, sigma = setting.prior.schedule(times[0])
+    first = alpha * setting.y @ torch.linalg.pinv(setting.A).mT
+    first = first + sigma * setting.x / setting.prior.schedule(torch.ones(()).double())[1]
+    expected = ReverseProcess(setting.prior, times.tolist()).rollout(first)[-1]
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
 
 
 def test_ndtm_without_guidance_is_ddim():
@@ -278,7 +315,8 @@ def test_ndtm_s_noise_is_ddim_s():
     found = setting.run(ndtm, steps=3, iterations=1, guidance=0.0, eta=0.7)
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        sampler = DDIMSampler(setting.prior, eta=0.7, steps=3, silent=True, dtype=torch.float64)
+        # Its share is of the variance, ours of the standard deviation, as in the DDIM paper.
+        sampler = DDIMSampler(setting.prior, eta=0.7**2, steps=3, silent=True, dtype=torch.float64)
         other = sampler(setting.x)
     assert (found.mean(0) - other.mean(0)).abs().max() < 0.05
     assert (found.T.cov() - other.T.cov()).abs().max() < 0.05
@@ -367,7 +405,7 @@ BAD = {
     },
     d_flow: {"steps": 0, "iterations": 0, "regularization": -1.0, "blend": 2.0},
     ndtm: {"steps": 0, "iterations": 0, "guidance": -1.0, "rate": 0.0, "scale": 0.0, "eta": 2.0}
-    | {"control_cost": -1.0, "score_cost": float("nan")},
+    | {"control_cost": -1.0, "score_cost": float("nan"), "start": 0.0},
 }
 
 
