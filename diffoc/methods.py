@@ -301,7 +301,7 @@ METHODS: dict[str, Method] = {
         ndtm,
         _ndtm,
         # The released code's is 1 or 4. The guidance is not tuned: Adam does without its scale.
-        ("scale", (0.5, 1.0, 2.0, 4.0)),
+        ("scale", (1.0, 2.0, 4.0, 8.0)),
         lambda settings: (
             settings["steps"] * (settings["iterations"] + 1),
             settings["steps"] * settings["iterations"],
