@@ -194,7 +194,7 @@ def test_daps_has_the_moments_of_its_linear_recursion():
 
 
 def polynomial_levels(first, last, steps):
-    """Those of arXiv:2206.00364, Eq. 5, with its exponent 7."""
+    """From `first` to `last`, uniform in their seventh root."""
     first, last = float(first) ** (1 / 7), last ** (1 / 7)
     return [(first + i / steps * (last - first)) ** 7 for i in range(steps + 1)]
 
