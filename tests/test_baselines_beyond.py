@@ -125,7 +125,7 @@ def test_diffpir_takes_its_step():
     setting = Setting(5)
     found = setting.run(diffpir, steps=2, strength=3.0, renewal=0.0)
     x = setting.x
-    for t, s in pairwise(torch.linspace(1, 0, 3, dtype=torch.float64)):
+    for t, s in pairwise(torch.tensor([1.0, 1 - 0.5**0.5, 0.0], dtype=torch.float64)):
         (alpha_t, sigma_t), (alpha_s, sigma_s) = map(setting.prior.schedule, (t, s))
         J, b = setting.mean_map(t)
         rho = 3 * NOISE_STD**2 * alpha_t**2 / sigma_t**2
@@ -139,7 +139,7 @@ def test_diffpir_takes_its_step():
 def test_diffpir_renews_a_share_of_the_noise():
     setting = Setting(20000)
     setting.x = setting.x[:1].expand(20000, N)
-    half = setting.prior.schedule(torch.tensor(0.5, dtype=torch.float64))
+    between = setting.prior.schedule(torch.tensor(1 - 0.5**0.5, dtype=torch.float64))
 
     class Seen(CountedPrior):
         def forward(self, x_t, t, **kwargs):
@@ -148,7 +148,7 @@ def test_diffpir_renews_a_share_of_the_noise():
 
     setting.prior = Seen(setting.prior)
     setting.run(diffpir, steps=2, renewal=0.4)
-    expected = 0.4 * half[1] ** 2 * torch.eye(N)
+    expected = 0.4 * between[1] ** 2 * torch.eye(N)
     assert (setting.prior.last.T.cov() - expected).abs().max() < 0.03
 
 
@@ -165,13 +165,20 @@ def test_daps_has_the_moments_of_its_linear_recursion():
     )
     eye = torch.eye(N).double()
     alpha, sigma = setting.prior.schedule(torch.ones(()).double())
-    mean, cov = torch.zeros(N).double(), sigma**2 * eye
-    for t, s in pairwise(torch.linspace(1, 0, steps + 1, dtype=torch.float64)):
-        F, b = setting.flow_map(t, ode_steps)
+    levels = polynomial_levels(sigma / alpha, 0.1, steps)[:-1]
+    mean, cov = torch.zeros(N).double(), levels[0] ** 2 * eye
+    for i, level in enumerate(levels):
+        F, b = eye, torch.zeros(N).double()
+        for now, then in pairwise(polynomial_levels(level, 0.01, ode_steps)):
+            # Euler's step of dx / dr = (x - E[x_0 | x]) / r, of images x with noise of level r.
+            gain = setting.prior.matrix @ torch.linalg.inv(setting.prior.matrix + now**2 * eye)
+            slope = (eye - gain) / now
+            ahead = eye + (then - now) * slope
+            F = ahead @ F
+            b = ahead @ b - (then - now) * slope @ setting.prior.mean
         mean, cov = F @ mean + b, F @ cov @ F.mT
-        alpha, sigma = setting.prior.schedule(t)
-        precision = alpha**2 / sigma**2
-        eta = step_size * (0.01 + 0.99 * t)
+        precision = 1 / level**2
+        eta = step_size * (1 - 0.99 * i / steps)
         H = setting.A.mT @ setting.A / 0.25**2 + precision * eye
         # The error from the mode is contracted by K a step; the mode is affine in the estimate.
         K = eye - eta * H
@@ -181,10 +188,15 @@ def test_daps_has_the_moments_of_its_linear_recursion():
         L = G + power @ (eye - G)
         added = 2 * eta * torch.linalg.solve(eye - K @ K, eye - power @ power)
         mean, cov = L @ mean + (eye - power) @ mode, L @ cov @ L.mT + added
-        final = mean, cov
-        alpha, sigma = setting.prior.schedule(s)
-        mean, cov = alpha * mean, alpha**2 * cov + sigma**2 * eye
-    assert_moments(found, *final)
+        if i + 1 < steps:
+            cov = cov + levels[i + 1] ** 2 * eye
+    assert_moments(found, mean, cov)
+
+
+def polynomial_levels(first, last, steps):
+    """From `first` to `last`, uniform in their seventh root."""
+    first, last = float(first) ** (1 / 7), last ** (1 / 7)
+    return [(first + i / steps * (last - first)) ** 7 for i in range(steps + 1)]
 
 
 def test_daps_with_long_langevin_comes_near_the_posterior():
@@ -236,21 +248,58 @@ def test_d_flow_starts_from_a_blend_with_the_inversion():
 
 
 def test_ndtm_s_control_minimises_its_cost():
-    settings = {"guidance": 2.0, "control_cost": 0.3, "score_cost": 0.4, "scale": 0.5}
     setting = Setting(4)
-    found = setting.run(ndtm, steps=1, iterations=1000, rate=0.05, eta=0.0, **settings)
     t, s = torch.ones(()).double(), torch.zeros(()).double()
-    J, b = setting.mean_map(t)
     (alpha_t, sigma_t), (alpha_s, sigma_s) = map(setting.prior.schedule, (t, s))
+    eta, scale = 0.6, 0.5
+    c1 = eta * sigma_s / sigma_t * (sigma_t**2 - (alpha_t / alpha_s * sigma_s) ** 2).sqrt()
+    c2 = (sigma_s**2 - c1**2).sqrt()
+    # So that in v = scale u the cost is 2 |AJ v - r|^2 + 0.3 |v|^2 + 0.4 |Z v|^2.
+    settings = {
+        "control_cost": 0.3 / (scale * alpha_t / alpha_s).item() ** 2,
+        "score_cost": 0.4 / (c2 - alpha_s / alpha_t * sigma_t).item() ** 2,
+        "guidance": 2.0,
+    }
+    found = setting.run(ndtm, steps=1, iterations=1000, rate=0.05, scale=scale, eta=eta, **settings)
+    drawn = noise(4, N, seed=0)  # by the generator of `run`
+    J, b = setting.mean_map(t)
     Z = (torch.eye(N) - alpha_t * J) / sigma_t
     AJ = setting.A @ J
-    # In v = scale u: 2 |AJ v - r|^2 + 0.3 |v|^2 + 0.4 |Z v|^2.
     H = 2 * AJ.mT @ AJ + 0.3 * torch.eye(N) + 0.4 * Z.mT @ Z
     r = setting.y - (setting.x @ J.mT + b) @ setting.A.mT
     x = setting.x + torch.linalg.solve(H, 2 * (r @ AJ).mT).mT
     mean = x @ J.mT + b
-    expected = alpha_s * mean + sigma_s / sigma_t * (x - alpha_t * mean)
+    expected = alpha_s * mean + c2 / sigma_t * (x - alpha_t * mean) + c1 * drawn
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_ndtm_s_rate_falls_linearly_to_zero():
+    setting = Setting(4)
+    seen = []
+
+    class Seen(CountedPrior):
+        def forward(self, x_t, t, **kwargs):
+            seen.append(x_t.detach())
+            return super().forward(x_t, t, **kwargs)
+
+    setting.prior = Seen(setting.prior)
+    setting.run(ndtm, steps=4, iterations=1, rate=0.02, scale=3.0, eta=0.0)
+    # Adam's first step is as long as its rate.
+    for i in range(4):
+        moved = (seen[2 * i + 1] - seen[2 * i]).abs()
+        expected = torch.full_like(moved, 3 * 0.02 * (1 - i / 4))
+        torch.testing.assert_close(moved, expected, rtol=1e-3, atol=0)
+
+
+def test_ndtm_starts_from_the_pseudoinverse_with_noise():
+    setting = Setting(4)
+    found = setting.run(ndtm, steps=6, iterations=1, guidance=0.0, eta=0.0, start=0.4)
+    times = 0.4 * torch.linspace(1, 0, 7, dtype=torch.float64)
+    alpha, sigma = setting.prior.schedule(times[0])
+    first = alpha * setting.y @ torch.linalg.pinv(setting.A).mT
+    first = first + sigma * setting.x / setting.prior.schedule(torch.ones(()).double())[1]
+    expected = ReverseProcess(setting.prior, times.tolist()).rollout(first)[-1]
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
 
 
 def test_ndtm_without_guidance_is_ddim():
@@ -266,7 +315,8 @@ def test_ndtm_s_noise_is_ddim_s():
     found = setting.run(ndtm, steps=3, iterations=1, guidance=0.0, eta=0.7)
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        sampler = DDIMSampler(setting.prior, eta=0.7, steps=3, silent=True, dtype=torch.float64)
+        # Its share is of the variance, ours of the standard deviation, as in the DDIM paper.
+        sampler = DDIMSampler(setting.prior, eta=0.7**2, steps=3, silent=True, dtype=torch.float64)
         other = sampler(setting.x)
     assert (found.mean(0) - other.mean(0)).abs().max() < 0.05
     assert (found.T.cov() - other.T.cov()).abs().max() < 0.05
@@ -351,10 +401,11 @@ BAD = {
         "ode_steps": 0,
         "langevin_steps": -1,
         "step_size": 0.0,
+        "last_level": 0.01,
     },
     d_flow: {"steps": 0, "iterations": 0, "regularization": -1.0, "blend": 2.0},
     ndtm: {"steps": 0, "iterations": 0, "guidance": -1.0, "rate": 0.0, "scale": 0.0, "eta": 2.0}
-    | {"control_cost": -1.0, "score_cost": float("nan")},
+    | {"control_cost": -1.0, "score_cost": float("nan"), "start": 0.0},
 }
 
 

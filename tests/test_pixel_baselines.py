@@ -1,6 +1,7 @@
 """The baselines on pixel priors against linear algebra on Gaussian priors, where all is affine."""
 
 import math
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -182,25 +183,25 @@ def ddnm_moments(prior, A, y, eta):
     moments, levels = start(prior), scales(prior, STEPS)
     U, S, Vh = torch.linalg.svd(A)
     for (alpha, sigma), (alpha_s, sigma_s) in pairwise(levels):
-        kept = math.sqrt(1 - eta**2) * sigma_s / sigma
-        a = alpha_s - kept * alpha
-        Lambda, Gamma, inverse = torch.eye(N).double(), torch.zeros(N).double(), torch.zeros(N, M)
-        inverse = inverse.double()
+        Lambda, Gamma, Kept = torch.eye(N).double(), torch.zeros(N).double(), torch.zeros(N)
+        Kept = Kept.double()
+        inverse = torch.zeros(N, M).double()
         for i in range(N):
-            std = eta * sigma_s
             if i >= M:
-                Gamma[i] = std**2
-            elif std >= a * NOISE / S[i]:
-                inverse[i, i] = 1 / S[i]
-                Gamma[i] = std**2 - (a * NOISE / S[i]) ** 2
+                Gamma[i], Kept[i] = (eta * sigma_s) ** 2, math.sqrt(1 - eta**2) * sigma_s
+                continue
+            inverse[i, i] = 1 / S[i]
+            if sigma_s >= alpha_s * NOISE / S[i]:
+                Gamma[i] = sigma_s**2 - (alpha_s * NOISE / S[i]) ** 2
             else:
-                inverse[i, i] = 1 / S[i]
-                Lambda[i, i] = S[i] * std / (a * NOISE)
+                Gamma[i] = (eta * sigma_s) ** 2
+                Lambda[i, i] = S[i] * sigma_s * math.sqrt(1 - eta**2) / (alpha_s * NOISE)
         correct = Vh.mT @ Lambda @ inverse @ U.mT  # V Lambda S^+ U^T
+        kept = Vh.mT @ Kept.diag() @ Vh / sigma
         gain, offset = tweedie(prior, alpha, sigma)
-        left = torch.eye(N) - correct @ A
-        F = a * left @ gain + kept * torch.eye(N)
-        moments = step(moments, F, a * (left @ offset + correct @ y[0]), Vh.mT @ Gamma.diag() @ Vh)
+        left = alpha_s * (torch.eye(N) - correct @ A) - alpha * kept
+        b = left @ offset + alpha_s * correct @ y[0]
+        moments = step(moments, left @ gain + kept, b, Vh.mT @ Gamma.diag() @ Vh)
     return moments
 
 
@@ -209,9 +210,10 @@ def ddrm_moments(prior, A, y, eta, eta_b):
     U, S, Vh = torch.linalg.svd(A)
     y_bar = U.mT @ y[0] / S
     tau = levels[:, 1] / levels[:, 0]
-    mean = torch.cat([y_bar, torch.zeros(N - M)])
+    known = S * tau[0] > NOISE
+    mean = torch.cat([torch.where(known, y_bar, 0), torch.zeros(N - M)])
     variance = torch.full((N,), tau[0] ** 2, dtype=torch.float64)
-    variance[:M] -= (NOISE / S) ** 2
+    variance[:M] -= torch.where(known, (NOISE / S) ** 2, 0)
     moments = mean, variance.diag()
     kappa = math.sqrt(1 - eta**2)
     for i, (alpha, sigma) in enumerate(levels[:-1]):
@@ -250,7 +252,21 @@ def ddrm_moments(prior, A, y, eta, eta_b):
     ],
 )
 def test_samples_have_the_moments_of_the_recursion(method, settings, moments):
+    assert_recursion(method, settings, moments, *gaussian_problem())
+
+
+@pytest.mark.parametrize(("method", "moments"), [(ddnm, ddnm_moments), (ddrm, ddrm_moments)])
+def test_even_the_weakest_measurements_count(method, moments):
     prior, A, y = gaussian_problem()
+    U, S, Vh = torch.linalg.svd(A, full_matrices=False)
+    S[-1] = 1e-3  # whose noise is above that of time 1
+    assert_recursion(method, {"eta": 0.5}, partial(moments, **EXTRA[method]), prior, U * S @ Vh, y)
+
+
+EXTRA = {ddnm: {}, ddrm: {"eta_b": 1.0}}
+
+
+def assert_recursion(method, settings, moments, prior, A, y):
     mean, covariance = moments(prior, A, y, **settings)
     counted = CountedPrior(prior)
     x = prior.schedule(torch.ones(()))[1] * normal(COUNT, N, seed=5)

@@ -1,16 +1,22 @@
 r"""Decoupled annealing posterior sampling (DAPS): Zhang et al. 2024, arXiv:2407.01521.
 
-At each of T annealing times, from :math:`x_t`: a few DDIM steps of the flow lead to an image
-:math:`\hat x_0`; Langevin dynamics samples
+States are images with noise of level :math:`r`, :math:`x_t / \alpha_t` with
+:math:`r = \sigma_t / \alpha_t`. At each of T annealing levels: a few Euler steps of the flow lead
+to an image :math:`\hat x_0`; Langevin dynamics samples
 
-.. math:: p(x_0 \mid x_t, y) \propto N(x_0; \hat x_0, r_t^2 I) \, N(y; A(x_0), \tau^2 I), \qquad
-          r_t = \sigma_t / \alpha_t ;
+.. math:: p(x_0 \mid x_t, y) \propto N(x_0; \hat x_0, r^2 I) \, N(y; A(x_0), \tau^2 I) ;
 
-and noise of the next time is added to the sample. The prior is never differentiated. Langevin's
-step falls linearly in time, to a hundredth, and is meant to be too short for its noise to fill
-the whole of :math:`r_t` where nothing is measured: as white noise there, which images do not have,
-it would be more than the network expects at the next time. Therefore :math:`\tau` is less than the
-noise of the measurements.
+and noise of the next level is added to the sample, none to the last. The prior is never
+differentiated. Levels are those of the released code,
+
+.. math:: r_i = \big(a^{1/7} + \tfrac{i}{n} (b^{1/7} - a^{1/7})\big)^7 ,
+
+for the annealing from the prior's noisiest a to b = 0.1, n = T, with 0 in place of the last; for
+the flow from the level to 0.01. Langevin's step falls linearly with the number of the level, to a
+hundredth, and is meant to be too short for its noise to fill the whole of :math:`r` where nothing
+is measured: as white noise there, which images do not have, it would be more than the network
+expects at the next level. That is also why the annealing ends at 0.1, above Langevin's noise, and
+why :math:`\tau` is less than the noise of the measurements.
 """
 
 from __future__ import annotations
@@ -21,6 +27,11 @@ import torch
 from azula.denoise import Denoiser
 from deepinv.physics import Physics
 from torch import Tensor
+
+from diffoc.baselines.noise_level import times_of_levels
+
+FLOW_END = 0.01
+"""The level at which the flow's result is taken for an image."""
 
 
 @torch.no_grad()
@@ -37,17 +48,20 @@ def daps(
     langevin_steps: int = 100,
     step_size: float = 1e-4,
     likelihood_std: float = 0.01,
+    last_level: float = 0.1,
 ) -> Tensor:
     r"""Images (B, ...) by DAPS; see :mod:`diffoc.baselines` for the arguments that all share.
 
     Args:
-        noise_std: not used, the two settings at the end have to be tuned to it.
-        steps: annealing times T, at least 1; each costs `ode_steps` evaluations, and no product.
-        ode_steps: of DDIM for each annealing time, at least 1.
-        langevin_steps: for each annealing time, not negative.
-        step_size: of Langevin at time 1, above 0; unstable from
-            :math:`2 / (\|A\|^2 / \tau^2 + 1 / r_t^2)` on.
-        likelihood_std: :math:`\tau`, above 0; 0.01 in the paper.
+        noise_std: not used, the settings at the end have to be tuned to it.
+        steps: annealing levels T, at least 1; each costs `ode_steps` evaluations, and no product.
+            200 in the released code.
+        ode_steps: of the flow for each annealing level, at least 1.
+        langevin_steps: for each annealing level, not negative.
+        step_size: of Langevin at the first level, above 0; unstable from
+            :math:`2 / (\|A\|^2 / \tau^2 + 1 / r^2)` on.
+        likelihood_std: :math:`\tau`, above 0; 0.01 in the released code.
+        last_level: b, above 0.01 and below the prior's noisiest.
 
     Raises:
         ValueError: if an argument is out of its range.
@@ -61,31 +75,43 @@ def daps(
         raise ValueError(f"step_size is {step_size}, expected above 0")
     if not likelihood_std > 0:
         raise ValueError(f"likelihood_std is {likelihood_std}, expected above 0")
+    alpha, sigma = (scale.item() for scale in prior.schedule(torch.ones((), dtype=torch.float64)))
+    if not FLOW_END < last_level < sigma / alpha:
+        raise ValueError(
+            f"last_level is {last_level}, expected between {FLOW_END} and {sigma / alpha:g}"
+        )
 
     def draw() -> Tensor:
         return torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
 
-    for t, s in pairwise(torch.linspace(1, 0, steps + 1, dtype=x.dtype, device=x.device)):
-        estimate = _flow(prior, x, t, ode_steps)
-        alpha, sigma = prior.schedule(t)
-        precision = (alpha / sigma) ** 2
-        rate = step_size * (0.01 + 0.99 * t)
+    annealing = _polynomial(torch.tensor(sigma / alpha).double(), last_level, steps)[:-1]
+    flows = _polynomial(annealing, FLOW_END, ode_steps)
+    times = times_of_levels(prior.schedule, flows)
+    scales = prior.schedule(times)[0].tolist()
+    state = x / alpha
+    for i, level in enumerate(annealing.tolist()):
+        estimate = state
+        # The flow of images with noise is a straight line, for as long as their mean is constant.
+        for t, scale, (now, then) in zip(
+            times[i].to(x), scales[i], pairwise(flows[i].tolist()), strict=False
+        ):
+            mean = prior(scale * estimate, t).mean
+            estimate = mean + then / now * (estimate - mean)
+        rate = step_size * (1 - 0.99 * i / steps)
         x0 = estimate
         for _ in range(langevin_steps):
-            descent = precision * (x0 - estimate) + _gradient(physics, y, x0) / likelihood_std**2
-            x0 = x0 - rate * descent + (2 * rate).sqrt() * draw()
-        alpha, sigma = prior.schedule(s)
-        x = alpha * x0 + sigma * draw()
+            descent = (x0 - estimate) / level**2 + _gradient(physics, y, x0) / likelihood_std**2
+            x0 = x0 - rate * descent + (2 * rate) ** 0.5 * draw()
+        if i + 1 < steps:
+            state = x0 + annealing[i + 1].item() * draw()
     return x0
 
 
-def _flow(prior: Denoiser, x: Tensor, t: Tensor, steps: int) -> Tensor:
-    """The image at the end of the flow from x at t, by DDIM with equal steps."""
-    for now, then in pairwise(torch.linspace(1, 0, steps + 1, dtype=x.dtype, device=x.device) * t):
-        (alpha_t, sigma_t), (alpha_s, sigma_s) = prior.schedule(now), prior.schedule(then)
-        mean = prior(x, now).mean
-        x = alpha_s * mean + sigma_s / sigma_t * (x - alpha_t * mean)
-    return x
+def _polynomial(first: Tensor, last: float, steps: int) -> Tensor:
+    """Levels from `first` (...) to `last`, shape (..., steps + 1), uniform in their 7th root."""
+    share = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
+    root = first[..., None] ** (1 / 7)
+    return (root + share * (last ** (1 / 7) - root)) ** 7
 
 
 def _gradient(physics: Physics, y: Tensor, x0: Tensor) -> Tensor:

@@ -2,17 +2,26 @@ r"""Denoising diffusion null-space models for noisy measurements, DDNM+: arXiv:2
 
 The estimate of the image is corrected in the range of A, as far as the noise of the measurements
 fits into that of the step, and the step's own noise is what is missing. In the basis of
-:math:`A = U S V^T`, with :math:`\kappa = \sqrt{1 - \eta^2}` and
-:math:`a = \alpha_s - \kappa \sigma_s \alpha_t / \sigma_t`,
+:math:`A = U S V^T`, with :math:`\kappa = \sqrt{1 - \eta^2}` and the predicted noise
+:math:`e = (x_t - \alpha_t m) / \sigma_t`,
 
 .. math::
-    \hat x &= m + V G \, U^T (y - A m), \qquad m = m(x_t, t), \quad
-        g_i = \min\Big(\frac{1}{s_i}, \frac{\eta \sigma_s}{a \sigma_y}\Big) \\
-    x_s &= a \hat x + \kappa \frac{\sigma_s}{\sigma_t} x_t + V \Gamma z, \qquad
-        \gamma_i^2 = \eta^2 \sigma_s^2 - a^2 g_i^2 \sigma_y^2
+    x_s = \alpha_s (m + V G \, U^T (y - A m)) + V (\Gamma z + K \, V^T e), \qquad m = m(x_t, t) ,
 
-and :math:`g_i = 0` where :math:`s_i = 0`. These are Eqs. 17-19 of the paper, for the sampler of its
-experiments: DDIM, whose noise is new to a fraction :math:`\eta`.
+where the coefficients are
+
+.. math::
+    g_i &= 0 & \gamma_i &= \eta \sigma_s & k_i &= \kappa \sigma_s
+        & \text{where } s_i = 0 \\
+    g_i &= 1 / s_i & \gamma_i^2 &= \sigma_s^2 - \alpha_s^2 \sigma_y^2 / s_i^2 & k_i &= 0
+        & \text{where } \sigma_s \geq \alpha_s \sigma_y / s_i \\
+    g_i &= \kappa \sigma_s / (\alpha_s \sigma_y) & \gamma_i &= \eta \sigma_s & k_i &= 0
+        & \text{elsewhere.}
+
+This is the released code: Eq. 17 of the paper in the basis of A, followed by what its comments
+call Eq. 51, for DDIM whose noise is new to a fraction :math:`\eta`. But for its start it is DDRM
+with :math:`\eta_b = 1`. Without noise of the measurements it is plain DDNM, with
+:math:`\gamma_i` and :math:`k_i` of the first line for all. There is no time travel, as by default.
 """
 
 from __future__ import annotations
@@ -42,7 +51,7 @@ def ddnm(
     Args:
         noise_std: :math:`\sigma_y`, not negative.
         steps: at least 1; each costs an evaluation.
-        eta: :math:`\eta`, in ]0, 1].
+        eta: :math:`\eta`, in ]0, 1]; 0.85 in the released code.
 
     Raises:
         UnsupportedTask: see :func:`diffoc.baselines.decomposition.decompose`.
@@ -64,13 +73,17 @@ def ddnm(
     for t, (alpha_t, sigma_t), (alpha_s, sigma_s) in zip(
         times.to(x), scales, scales[1:], strict=False
     ):
-        kept = kappa * sigma_s / sigma_t
-        a = alpha_s - kept * alpha_t
-        fresh = eta * sigma_s
-        gain = inverse.clamp(max=fresh / (a * noise_std)) if noise_std > 0 else inverse
-        std = (fresh**2 - (a * noise_std * gain) ** 2).clamp(min=0).sqrt()
+        gain, kept = inverse, torch.full_like(inverse, kappa * sigma_s)
+        std = torch.full_like(inverse, eta * sigma_s)
+        if noise_std > 0:
+            missing = sigma_s**2 - (alpha_s * noise_std * inverse) ** 2
+            kept = torch.where(singular > 0, 0, kept)
+            std = torch.where((singular > 0) & (missing >= 0), missing.clamp(min=0).sqrt(), std)
+            weak = kappa * sigma_s / (alpha_s * noise_std)
+            gain = torch.where(missing >= 0, inverse, weak)
         mean = prior(x, t).mean
+        predicted = svd.V_adjoint(x - alpha_t * mean) / sigma_t
         noise = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=generator.device)
-        correction = svd.V(a * gain * svd.U_adjoint(y - physics.A(mean)) + std * noise.to(x))
-        x = a * mean + kept * x + correction
+        corrected = alpha_s * gain * svd.U_adjoint(y - physics.A(mean))
+        x = alpha_s * mean + svd.V(corrected + std * noise.to(x) + kept * predicted)
     return x

@@ -14,7 +14,8 @@ next state have the means (Eqs. 7 and 8 of the paper)
     (1 - \eta_b) \bar m_i + \eta_b \bar y_i
         & \qquad (\tau_s^2 - \eta_b^2 \sigma_y^2 / s_i^2)^{1/2} && \text{elsewhere.}
 
-and the first have :math:`\bar y_i`, where its noise is below :math:`\tau_1`.
+and the first have :math:`\bar y_i`, where its noise is below :math:`\tau_1`. The defaults are those
+of the released code.
 """
 
 from __future__ import annotations
@@ -65,15 +66,15 @@ def ddrm(
     levels = (sigmas / alphas).tolist()
     kappa = (1 - eta**2) ** 0.5
 
-    # A coefficient with more noise than the first state has none that could be used.
-    singular = svd.mask.to(x).expand_as(x)
-    measured = singular * levels[0] > noise_std
+    singular, coefficients = svd.mask.to(x).expand_as(x), svd.U_adjoint(y)
+    measured = singular > 0
     y_noise = torch.where(measured, noise_std / singular, 1)
-    y_bar = torch.where(measured, svd.U_adjoint(y) / singular, 0)
+    y_bar = torch.where(measured, coefficients / singular, 0)
 
     x_bar = svd.V_adjoint(x) / alphas[0].item()
     first = y_bar + (1 - (y_noise / levels[0]) ** 2).clamp(min=0).sqrt() * x_bar
-    x_bar = torch.where(measured, first, x_bar)
+    # A coefficient with more noise than the first state has none that it could start with.
+    x_bar = torch.where(singular * levels[0] > noise_std, first, x_bar)
     for t, alpha, tau_t, tau_s in zip(
         times.to(x), alphas.tolist(), levels, levels[1:], strict=False
     ):
@@ -81,7 +82,9 @@ def ddrm(
         noise = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=generator.device)
         noise = noise.to(x)
         unseen = m_bar + kappa * tau_s / tau_t * (x_bar - m_bar) + eta * tau_s * noise
-        noisy = m_bar + kappa * tau_s / y_noise * (y_bar - m_bar) + eta * tau_s * noise
+        # Without dividing by singular values, which may be next to nothing.
+        excess = (coefficients - singular * m_bar) / max(noise_std, 1e-12)
+        noisy = m_bar + kappa * tau_s * excess + eta * tau_s * noise
         std = (tau_s**2 - (eta_b * y_noise) ** 2).clamp(min=0).sqrt()
         seen = m_bar + eta_b * (y_bar - m_bar) + std * noise
         x_bar = torch.where(measured, torch.where(y_noise > tau_s, noisy, seen), unseen)

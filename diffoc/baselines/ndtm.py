@@ -3,12 +3,27 @@ r"""Non-linear diffusion trajectory matching (NDTM): Pandey et al. 2025, arXiv:2
 At every time t a control u of the step's input minimises, by N steps of Adam from u = 0,
 
 .. math::
-    w \, \|A(m(x_t + \gamma u, t)) - y\|^2 + \kappa \, \|\gamma u\|^2
-      + \tau \, \|z(x_t + \gamma u, t) - z(x_t, t)\|^2, \qquad
+    w \, \|A(m(x_t + \gamma u, t)) - y\|^2 + \kappa_t \gamma^2 \, \|\gamma u\|^2
+      + \tau_t \, \|z(x_t + \gamma u, t) - z(x_t, t)\|^2, \qquad
     z(x, t) = (x - \alpha_t m(x, t)) / \sigma_t ,
 
-the cost at the end as Tweedie's estimate has it, and the two parts of a bound on how far the
-step's mean is moved. Then a step of DDIM is taken from :math:`x_t + \gamma u`.
+the cost at the end as Tweedie's estimate has it, and two parts that bound how far the step's mean
+is moved. Then a step of DDIM is taken from :math:`x_t + \gamma u`,
+
+.. math::
+    x_s = \alpha_s m + c_2 z + c_1 \varepsilon, \qquad
+    c_1 = \eta \frac{\sigma_s}{\sigma_t} \Big(\sigma_t^2
+        - \frac{\alpha_t^2}{\alpha_s^2} \sigma_s^2\Big)^{1/2}, \qquad c_2^2 = \sigma_s^2 - c_1^2 .
+
+The weights are the released code's, for DDIM, times factors that are 1 or 0 there:
+
+.. math::
+    \kappa_t \propto \alpha_t^2 / \alpha_s^2, \qquad
+    \tau_t \propto \big(c_2 - \alpha_s \sigma_t / \alpha_t\big)^2 .
+
+Adam's rate falls linearly over the times to zero. The released code starts from noise added to
+:math:`A^\dagger y`, at 0.4 to 0.6 of the time; `start` is that, for linear operators. It clips
+means to [-1, 1], which ours does not, for priors of any range.
 """
 
 from __future__ import annotations
@@ -17,7 +32,7 @@ from itertools import pairwise
 
 import torch
 from azula.denoise import Denoiser
-from deepinv.physics import Physics
+from deepinv.physics import LinearPhysics, Physics
 from torch import Tensor
 
 
@@ -31,24 +46,29 @@ def ndtm(
     noise_std: float,
     steps: int = 50,
     iterations: int = 5,
-    guidance: float = 1.0,
-    control_cost: float = 1e-4,
-    score_cost: float = 1e-4,
+    guidance: float = 50.0,
+    control_cost: float = 1.0,
+    score_cost: float = 1.0,
     scale: float = 1.0,
-    rate: float = 0.05,
-    eta: float = 0.5,
+    rate: float = 0.01,
+    eta: float = 0.7,
+    start: float = 1.0,
 ) -> Tensor:
     r"""Images (B, ...) by NDTM; see :mod:`diffoc.baselines` for the arguments that all share.
+
+    The defaults are those of the released code for super-resolution of faces, but for `start`.
 
     Args:
         noise_std: not used, the weights have to be tuned to it.
         steps: T, at least 1; each costs N + 1 evaluations and N products.
         iterations: N, at least 1.
         guidance: w, not negative.
-        control_cost, score_cost: :math:`\kappa` and :math:`\tau`, not negative.
+        control_cost, score_cost: the factors of :math:`\kappa_t` and :math:`\tau_t`, not negative.
         scale: :math:`\gamma`, above 0.
-        rate: Adam's, above 0.
+        rate: Adam's at time 1, above 0.
         eta: the noise of DDIM in [0, 1].
+        start: the first time in ]0, 1]; below 1 from :math:`A^\dagger y` with noise added, if the
+            operator is linear, else from time 1 all the same.
 
     Raises:
         ValueError: if an argument is out of its range.
@@ -65,10 +85,13 @@ def ndtm(
     if not 0 <= eta <= 1:
         raise ValueError(f"eta is {eta}, expected in [0, 1]")
 
-    def control(x: Tensor, t: Tensor) -> Tensor:
+    if not 0 < start <= 1:
+        raise ValueError(f"start is {start}, expected in ]0, 1]")
+
+    def control(x: Tensor, t: Tensor, lr: float, weights: tuple[float, float]) -> Tensor:
         alpha, sigma = prior.schedule(t)
         u = torch.zeros_like(x, requires_grad=True)
-        optimizer = torch.optim.Adam([u], lr=rate)
+        optimizer = torch.optim.Adam([u], lr=lr)
         with torch.enable_grad():
             for i in range(iterations):
                 controlled = x + scale * u
@@ -77,22 +100,33 @@ def ndtm(
                 if i == 0:
                     uncontrolled = z.detach()
                 cost = guidance * (physics.A(mean) - y).square().sum()
-                cost = cost + control_cost * (scale * u).square().sum()
-                cost = cost + score_cost * (z - uncontrolled).square().sum()
+                cost = cost + weights[0] * scale**2 * (scale * u).square().sum()
+                cost = cost + weights[1] * (z - uncontrolled).square().sum()
                 (u.grad,) = torch.autograd.grad(cost, u)
                 optimizer.step()
         return u.detach()
 
+    if not isinstance(physics, LinearPhysics):
+        start = 1.0
+    times = start * torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+    scales = torch.stack(prior.schedule(times), dim=1).tolist()
     with torch.no_grad():
-        for t, s in pairwise(torch.linspace(1, 0, steps + 1, dtype=x.dtype, device=x.device)):
-            x = x + scale * control(x, t)
-            (alpha_t, sigma_t), (alpha_s, sigma_s) = prior.schedule(t), prior.schedule(s)
-            mean = prior(x, t).mean
-            renewed = eta * (1 - (alpha_t * sigma_s / (alpha_s * sigma_t)) ** 2)
-            drawn = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
-            x = (
-                alpha_s * mean
-                + sigma_s * (1 - renewed).sqrt() / sigma_t * (x - alpha_t * mean)
-                + sigma_s * renewed.sqrt() * drawn
+        if start < 1:
+            (alpha, sigma), noise = (
+                scales[0],
+                x / prior.schedule(torch.ones_like(times[0]))[1].item(),
             )
+            x = alpha * physics.A_dagger(y) + sigma * noise
+        for i, ((alpha_t, sigma_t), (alpha_s, sigma_s)) in enumerate(pairwise(scales)):
+            t = times[i].to(x)
+            new = eta**2 * (1 - (alpha_t * sigma_s / (alpha_s * sigma_t)) ** 2)
+            kept = sigma_s * (1 - new) ** 0.5
+            weights = (
+                control_cost * (alpha_t / alpha_s) ** 2,
+                score_cost * (kept - alpha_s * sigma_t / alpha_t) ** 2,
+            )
+            x = x + scale * control(x, t, rate * (1 - i / steps), weights)
+            mean = prior(x, t).mean
+            drawn = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
+            x = alpha_s * mean + kept / sigma_t * (x - alpha_t * mean) + sigma_s * new**0.5 * drawn
     return x

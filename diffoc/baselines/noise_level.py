@@ -6,35 +6,42 @@ r"""A prior as the denoiser that plug-and-play methods expect, of an image with 
 
 from __future__ import annotations
 
-import math
-
 import torch
 from azula.denoise import Denoiser
 from azula.noise import Schedule
 from torch import Tensor, nn
 
 
-def time_of_level(schedule: Schedule, sigma: float) -> Tensor:
-    r"""The time t in [0, 1] at which :math:`\sigma_t / \alpha_t` is `sigma`, a float64 scalar.
+def times_of_levels(schedule: Schedule, sigmas: Tensor) -> Tensor:
+    r"""The times t in [0, 1] at which :math:`\sigma_t / \alpha_t` are `sigmas`, in float64.
 
     Args:
         schedule: any whose ratio of noise to signal grows with the time.
-        sigma: not negative; the time is 0 below the schedule's least level.
+        sigmas: not negative, any shape; the time is 0 below the schedule's least level.
 
     Raises:
-        ValueError: if it is negative, not finite, or above the level at time 1.
+        ValueError: if one is negative, not finite, or above the level at time 1.
     """
-    if not (math.isfinite(sigma) and sigma >= 0):
-        raise ValueError(f"sigma is {sigma}, expected finite and at least 0")
-    low, high = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    sigmas = sigmas.double()
+    if not (sigmas.isfinite() & (sigmas >= 0)).all():
+        raise ValueError(f"sigma is {sigmas.tolist()}, expected finite and at least 0")
+    low, high = torch.zeros_like(sigmas), torch.ones_like(sigmas)
     alpha, noise = schedule(high)
-    if sigma * alpha > noise * (1 + 1e-6):
-        raise ValueError(f"sigma is {sigma}, the schedule ends at {(noise / alpha).item():g}")
+    if (sigmas * alpha > noise * (1 + 1e-6)).any():
+        raise ValueError(
+            f"sigma is {sigmas.max().item():g}, the schedule ends at {(noise / alpha).max():g}"
+        )
     for _ in range(60):  # to float64's precision
         middle = (low + high) / 2
         alpha, noise = schedule(middle)
-        low, high = (low, middle) if noise > sigma * alpha else (middle, high)
+        above = noise > sigmas * alpha
+        low, high = torch.where(above, low, middle), torch.where(above, middle, high)
     return low
+
+
+def time_of_level(schedule: Schedule, sigma: float) -> Tensor:
+    """As :func:`times_of_levels`, of a number: a float64 scalar."""
+    return times_of_levels(schedule, torch.tensor(float(sigma), dtype=torch.float64))
 
 
 class NoiseLevelDenoiser(nn.Module):
