@@ -199,6 +199,12 @@ def test_notebook_holds_no_absolute_path(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
+def test_notebook_begins_with_its_number_and_title(path: Path) -> None:
+    first = nbformat.read(path, as_version=4).cells[0].source.splitlines()[0]
+    assert re.fullmatch(rf"# {path.name[:2]} · [A-Za-z].*\w", first)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
 def test_notebook_is_small(path: Path) -> None:
     assert path.stat().st_size < 3 * 2**20
 
