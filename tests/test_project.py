@@ -205,6 +205,18 @@ def test_notebook_begins_with_its_number_and_title(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
+def test_pictures_are_described(path: Path) -> None:
+    """In the metadata where MyST-NB looks for it, so that the site's pages have the text."""
+    described = [
+        cell.metadata.get("mystnb", {}).get("image", {}).get("alt", "")
+        for cell in code_cells(nbformat.read(path, as_version=4))
+        if any("image/png" in output.get("data", {}) for output in cell.outputs)
+    ]
+    assert all(len(text) > 80 for text in described)
+    assert len(set(described)) == len(described)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
 def test_notebook_is_small(path: Path) -> None:
     assert path.stat().st_size < 3 * 2**20
 
