@@ -58,7 +58,7 @@ def test_conda_installs_what_pyproject_says() -> None:
     environment = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))
     *conda, pip = environment["dependencies"]
     assert pip == {"pip": ["-c constraints.txt", "-e .[notebooks,test]"]}
-    extras = {"notebooks", "metrics", "site", "test", "train", "cluster"}
+    extras = {"notebooks", "metrics", "app", "site", "test", "train", "cluster"}
     assert set(PROJECT["optional-dependencies"]) == extras
     for listed in map(Requirement, conda):
         if listed.name == "python":
@@ -114,6 +114,7 @@ def test_make_alone_lists_every_target(checkout: Path) -> None:
         "reproduce",
         "test",
         "lab",
+        "app",
         "site",
         "notebooks",
         "figures",
