@@ -5,9 +5,10 @@ PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.diffoc-installed
 SITE := $(VENV)/.diffoc-site-installed
+APP := $(VENV)/.diffoc-app-installed
 RUN := $(VENV)/bin/python -m
 
-.PHONY: help reproduce test lab site notebooks figures clean
+.PHONY: help reproduce test lab app site notebooks figures clean
 
 help: ## show this list
 	@awk -F ': .*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -29,6 +30,9 @@ test: $(STAMP) ## check the style, the unit tests and every notebook
 
 lab: $(STAMP) ## open the notebooks in JupyterLab
 	@$(RUN) jupyterlab notebooks
+
+app: $(APP) ## try the controller in a browser: buttons and sliders, no code
+	@$(RUN) voila docs/app.ipynb
 
 site: $(SITE) ## build the site from the notebooks as committed, into build/site
 	@$(RUN) sphinx -E -W --keep-going -q -c docs . build/site
@@ -75,8 +79,10 @@ $(STAMP): pyproject.toml constraints.txt
 
 endif
 
-$(SITE): $(STAMP)
-	$(RUN) pip install --disable-pip-version-check -c constraints.txt -e '.[site]'
+$(SITE): extra := site
+$(APP): extra := app
+$(SITE) $(APP): $(STAMP)
+	$(RUN) pip install --disable-pip-version-check -c constraints.txt -e '.[$(extra)]'
 	@touch $@
 
 .DEFAULT:

@@ -14,7 +14,6 @@ from importlib.metadata import version as version_of
 from importlib.util import find_spec
 from pathlib import Path
 
-from docutils import nodes
 from sphinx.application import Sphinx
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -79,19 +78,6 @@ def _record(path: Path) -> str:
     return f"\n## {path.stem}\n\n[{path.name}]({link}), {len(rows)} rows; the first:\n\n{table}\n"
 
 
-def describe_images(app: Sphinx, doctree: nodes.document) -> None:
-    """Gives every picture without alternative text the title of its section.
-
-    A cell's own text, in its metadata under `mystnb: {image: {alt: ...}}`, takes precedence.
-    """
-    for image in doctree.findall(nodes.image):
-        if not image.get("alt", "").strip():
-            section = image.parent
-            while not isinstance(section, nodes.section):
-                section = section.parent
-            image["alt"] = f"Figure: {section.next_node(nodes.title).astext()}"
-
-
 def add_index(app: Sphinx, exception: Exception | None) -> None:
     """The README is the first page, by the name that a server looks for, too."""
     if exception is None:
@@ -100,5 +86,4 @@ def add_index(app: Sphinx, exception: Exception | None) -> None:
 
 def setup(app: Sphinx) -> None:
     app.connect("source-read", complete)
-    app.connect("doctree-read", describe_images)
     app.connect("build-finished", add_index)

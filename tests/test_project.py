@@ -58,7 +58,7 @@ def test_conda_installs_what_pyproject_says() -> None:
     environment = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))
     *conda, pip = environment["dependencies"]
     assert pip == {"pip": ["-c constraints.txt", "-e .[notebooks,test]"]}
-    extras = {"notebooks", "metrics", "site", "test", "train", "cluster"}
+    extras = {"notebooks", "metrics", "app", "site", "test", "train", "cluster"}
     assert set(PROJECT["optional-dependencies"]) == extras
     for listed in map(Requirement, conda):
         if listed.name == "python":
@@ -114,6 +114,7 @@ def test_make_alone_lists_every_target(checkout: Path) -> None:
         "reproduce",
         "test",
         "lab",
+        "app",
         "site",
         "notebooks",
         "figures",
@@ -196,6 +197,24 @@ def test_notebook_holds_no_absolute_path(path: Path) -> None:
     absolute = re.compile(r"""(?:^|[\s"'(=])((?:/[\w.-]+){2,}|[A-Z]:\\\w+)""", re.MULTILINE)
     for text in texts(nbformat.read(path, as_version=4)):
         assert not absolute.search(text)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
+def test_notebook_begins_with_its_number_and_title(path: Path) -> None:
+    first = nbformat.read(path, as_version=4).cells[0].source.splitlines()[0]
+    assert re.fullmatch(rf"# {path.name[:2]} · [A-Za-z].*\w", first)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
+def test_pictures_are_described(path: Path) -> None:
+    """In the metadata where MyST-NB looks for it, so that the site's pages have the text."""
+    described = [
+        cell.metadata.get("mystnb", {}).get("image", {}).get("alt", "")
+        for cell in code_cells(nbformat.read(path, as_version=4))
+        if any("image/png" in output.get("data", {}) for output in cell.outputs)
+    ]
+    assert all(len(text) > 80 for text in described)
+    assert len(set(described)) == len(described)
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)

@@ -1,4 +1,4 @@
-"""The quickstart's panel in a real JupyterLab, with a browser's hands."""
+"""The panel in a real JupyterLab and as an app of Voila, with a browser's hands."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Page
+    from playwright.sync_api import Browser, Page
 
 api = pytest.importorskip("playwright.sync_api", reason="pip install -e '.[site]'")
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -30,11 +31,9 @@ PATIENCE = 300_000  # milliseconds: the machine may be busy
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of a JupyterLab that shows a copy of the quickstart, in a home of its own."""
-    home = tmp_path_factory.mktemp("home")
-    shutil.copy(ROOT / "notebooks/00_quickstart.ipynb", home)
+@contextmanager
+def _serving(home: Path, module: str, *options: str) -> Iterator[str]:
+    """The address of a Jupyter server in a home of its own, the installed packages its only."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -47,17 +46,16 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         "PYTHONPATH": str(ROOT),
         "DIFFOC_FIGURES": str(home / "figures"),
     }
-    options = [f"--port={port}", "--no-browser", "--IdentityProvider.token=token", "--allow-root"]
     with (home / "log").open("w") as log:
         server = subprocess.Popen(
-            [sys.executable, "-m", "jupyterlab", *options, f"--ServerApp.root_dir={home}"],
+            [sys.executable, "-m", module, f"--port={port}", "--no-browser", *options],
             env=environment,
             stdout=log,
             stderr=subprocess.STDOUT,
         )
     try:
         _wait_for(f"http://127.0.0.1:{port}/api", server)
-        yield f"http://127.0.0.1:{port}/lab/tree/00_quickstart.ipynb?token=token&reset"
+        yield f"http://127.0.0.1:{port}"
     finally:
         server.terminate()
         server.wait(30)
@@ -69,19 +67,36 @@ def _wait_for(address: str, server: subprocess.Popen) -> None:
         try:
             urllib.request.urlopen(address).close()
             return
+        except urllib.error.HTTPError:
+            return  # it answers: Voila has no such page
         except (urllib.error.URLError, ConnectionError):
             time.sleep(1)
     pytest.fail(f"no answer from {address}")
 
 
 @pytest.fixture(scope="module")
-def page(lab: str) -> Iterator[Page]:
-    """The notebook, run from top to bottom, its panel in view."""
+def browser() -> Iterator[Browser]:
     with api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 1400, "height": 1000})
-        page.set_default_timeout(PATIENCE)
-        page.goto(lab)
+        yield browser
+        browser.close()
+
+
+def _tab(browser: Browser, address: str) -> Page:
+    page = browser.new_page(viewport={"width": 1400, "height": 1000})
+    page.set_default_timeout(PATIENCE)
+    page.goto(address)
+    return page
+
+
+@pytest.fixture(scope="module")
+def page(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
+    """A copy of the quickstart, run from top to bottom in JupyterLab, its panel in view."""
+    home = tmp_path_factory.mktemp("home")
+    shutil.copy(ROOT / "notebooks/00_quickstart.ipynb", home)
+    options = ["--IdentityProvider.token=token", "--allow-root", f"--ServerApp.root_dir={home}"]
+    with _serving(home, "jupyterlab", *options) as address:
+        page = _tab(browser, f"{address}/lab/tree/00_quickstart.ipynb?token=token&reset")
         page.locator(".jp-NotebookPanel .jp-Cell").first.wait_for()
         page.get_by_text("Python 3 (ipykernel) | Idle").wait_for()
         page.get_by_role("menuitem", name="Run", exact=True).click()
@@ -90,7 +105,7 @@ def page(lab: str) -> Iterator[Page]:
         # Messages of the panel are heard when the cells below it are done.
         page.get_by_text("Python 3 (ipykernel) | Idle").wait_for()
         yield page
-        browser.close()
+        page.close()
 
 
 def _status(page: Page, pattern: str) -> str:
@@ -144,3 +159,21 @@ def test_no_cell_failed(page: Page) -> None:
     outputs = page.locator(".jp-OutputArea-output").all_inner_texts()
     assert any(text.startswith("Established: ") for text in outputs)
     assert not [text for text in outputs if "Traceback" in text]
+
+
+def test_the_app_comes_up_and_reconstructs(
+    browser: Browser, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    pytest.importorskip("voila", reason="pip install -e '.[app]'")
+    home = tmp_path_factory.mktemp("home")
+    with _serving(home, "voila", str(ROOT / "docs/app.ipynb")) as address:
+        page = _tab(browser, address)
+        page.get_by_role("button", name="Reconstruct").wait_for()
+        _choose(page, "image", "digit 3")
+        _set(page, "iterations", "2")
+        page.get_by_role("button", name="Reconstruct").click()
+        _status(page, r"iteration 2: cost .* dB, done")
+        assert page.locator("img.widget-image").evaluate("image => image.naturalWidth") > 600
+        assert not re.search("Traceback|error", page.locator("body").inner_text())
+        assert "Traceback" not in (home / "log").read_text()
+        page.close()
