@@ -1,10 +1,6 @@
-r"""The methods of the tables by name: ours, the paper's settings of it, and the baselines.
+"""The methods of the tables by name, with their settings: the controller's and the baselines'.
 
-The controller minimises over the controls of the reverse process
-
-.. math:: \frac{\|A(x_0) - y\|^2}{2 s^2} + \frac12 \sum_i r_i \|u_i\|^2 .
-
-All methods have the signature that :mod:`diffoc.baselines` describes.
+All have the signature that :mod:`diffoc.baselines` describes.
 """
 
 from __future__ import annotations
@@ -15,9 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from azula.denoise import Denoiser
-from deepinv.physics import Physics
 from torch import Tensor
 
 from diffoc.baselines.admm_tv import admm_tv
@@ -35,18 +28,8 @@ from diffoc.baselines.pgdm import pgdm
 from diffoc.baselines.pnp_admm import pnp_admm
 from diffoc.baselines.psld import psld
 from diffoc.baselines.score_sde import score_sde
-from diffoc.costs import ControlCost
+from diffoc.controllers import STEPS, control, control_paper, control_planned
 from diffoc.data import data_folder
-from diffoc.lowrank import MatrixFree
-from diffoc.process import ReverseProcess
-from diffoc.rules import LBFGS, Adam
-from diffoc.solver import snr_weights, solve
-from diffoc.tasks import likelihood, noise_level
-
-STEPS, ITERATIONS = 10, 80
-"""Of the controller, for 1000 evaluations: its line search may try nineteen times more.
-
-On the tuning faces ten steps and twice the iterations blur less than twenty steps."""
 
 TRIALS = 4
 """At most, of the keyword that is tuned: for every method and task alike."""
@@ -81,89 +64,6 @@ class Method:
     def __post_init__(self) -> None:
         if self.tuned and not 1 <= len(self.tuned[1]) <= TRIALS:
             raise ValueError(f"tuned has {len(self.tuned[1])} values, expected 1 to {TRIALS}")
-
-
-def control(
-    prior: Denoiser,
-    physics: Physics,
-    y: Tensor,
-    x: Tensor,
-    generator: torch.Generator,
-    *,
-    noise_std: float,
-    steps: int = STEPS,
-    iterations: int = ITERATIONS,
-    control_cost: float = 1.0,
-    from_noise: bool = False,
-) -> Tensor:
-    """Images (B, ...) by the controller, with L-BFGS and the discrepancy principle.
-
-    It starts from zero, the most probable noise, because a random start would only add the texture
-    of a sample.
-
-    Args:
-        noise_std: of the measurements.
-        steps: T, at least 1.
-        iterations: at most; fewer where the residual is the noise's. With the line search's
-            trials, evaluations are T (1 + iterations) or some more, products T iterations.
-        control_cost: r, not negative.
-        from_noise: whether to start from `x` all the same.
-    """
-    return solve(
-        ReverseProcess(prior, steps),
-        likelihood(physics, y, noise_std),
-        x if from_noise else torch.zeros_like(x),
-        control_cost=control_cost,
-        rank=0,
-        iterations=iterations,
-        update=LBFGS(),
-        residual=lambda x0: physics.A(x0) - y,
-        noise_level=noise_level(physics, y, noise_std),
-    ).x0
-
-
-def control_paper(
-    prior: Denoiser,
-    physics: Physics,
-    y: Tensor,
-    x: Tensor,
-    generator: torch.Generator,
-    *,
-    noise_std: float,
-    steps: int,
-    iterations: int,
-    rank: int,
-    rate: float,
-    weight_scale: float,
-    regularization: float,
-) -> Tensor:
-    """Images (B, ...) by the controller as the paper describes it, Section 6 and Appendix D.
-
-    Adam in input mode along the deterministic process from a random state, with the likelihood as
-    terminal cost. Activations are recomputed: those of 50 steps at 256 x 256 fit no GPU.
-
-    Args:
-        noise_std: of the measurements.
-        steps, iterations: T and their number: evaluations are T (1 + 2 iterations), products
-            T (1 + rank) iterations.
-        rank: k of the terminal Hessian.
-        rate: of Adam.
-        weight_scale: of the control cost, see :func:`diffoc.solver.snr_weights`.
-        regularization: Tikhonov's constant a.
-    """
-    process = ReverseProcess(prior, steps)
-    weights = snr_weights(prior.schedule, process.times, weight_scale)
-    return solve(
-        process,
-        likelihood(physics, y, noise_std),
-        x,
-        control_cost=ControlCost(weights),
-        rank=rank,
-        iterations=iterations,
-        update=Adam(rate),
-        regularization=regularization,
-        derivatives=MatrixFree(keep_activations=False, hessian="gauss_newton"),
-    ).x0
 
 
 # Steps, iterations and rank by Table 2, Adam's rate and the control cost as in the released code.
@@ -225,6 +125,13 @@ def _no_products(settings: dict) -> tuple[int, int]:
 METHODS: dict[str, Method] = {
     "control": Method(
         "Ours",
+        control_planned,
+        lambda task, nfe: {"budget": nfe},
+        ("steps", (5, 10, 20, 30)),
+        lambda settings: (settings["budget"],) * 2,
+    ),
+    "control_cold": Method(
+        "Ours, from zero",
         control,
         # Some 15 % of the budget are for the first rollout and for the line search.
         lambda task, nfe: {"steps": STEPS, "iterations": max(1, 17 * nfe // (20 * STEPS))},

@@ -178,14 +178,17 @@ class ReverseProcess:
         """
         if u is not None and self.mode == "input":
             x = x + u
-        a, b, c = self.coefficients[i]
         t = self.times[i].to(dtype=x.dtype, device=x.device)
-        y = a * x + b * self.denoiser(x, t).mean
-        if self.noise is not None:
-            y = y + c * self.noise[i].to(y.dtype)
+        y = self.affine(i, x, self.denoiser(x, t).mean)
         if u is not None and self.mode == "output":
             y = y + u
         return y
+
+    def affine(self, i: int, x: Tensor, mean: Tensor) -> Tensor:
+        """One step without control, where the posterior mean at `x` is known, of its shape."""
+        a, b, c = self.coefficients[i]
+        y = a * x + b * mean
+        return y if self.noise is None else y + c * self.noise[i].to(y.dtype)
 
     def rollout(self, x: Tensor, controls: Tensor | None = None, start: int = 0) -> Tensor:
         r"""The trajectory from step `start` to the image.

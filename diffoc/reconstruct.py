@@ -14,8 +14,8 @@ from deepinv.physics import Inpainting, Physics
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from diffoc.controllers import ITERATIONS, STEPS
 from diffoc.lowrank import MatrixFree
-from diffoc.methods import ITERATIONS, STEPS
 from diffoc.metrics import image_metrics
 from diffoc.pictures import picture_size, read_picture, read_transparency, write_picture
 from diffoc.process import ReverseProcess

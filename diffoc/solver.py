@@ -57,6 +57,7 @@ def solve(
     process: ReverseProcess,
     cost: Callable[[Tensor], Tensor],
     x: Tensor,
+    controls: Tensor | None = None,
     *,
     control_cost: ControlCost | float = 1.0,
     rank: int = 1,
@@ -81,6 +82,8 @@ def solve(
             :class:`diffoc.costs.GaussianLikelihood`.
         x: initial states at time 1, (B, C, H, W), as :meth:`ReverseProcess.initial_state` draws
             them; their dtype and device are those of the computation.
+        controls: the first guess, (T, B, C, H, W), such as :func:`diffoc.greedy.greedy_controls`;
+            zeros by default.
         control_cost: weights of :math:`\frac12 r_i \|u_i\|^2`; see also :func:`snr_weights`.
         rank: k of the terminal Hessian, at least 0, which is the first order.
         iterations: at least 0.
@@ -140,6 +143,7 @@ def solve(
         found = ilqr(
             ControlProblem(dynamics, control_cost, cost, process.horizon),
             x,
+            controls,
             derivatives=replace(derivatives, counts=counts),
             hessian_rank=rank,
             regularization=regularization,

@@ -10,6 +10,7 @@ from scipy.stats import wasserstein_distance
 
 from diffoc.baselines import UnsupportedTask
 from diffoc.baselines.dps import dps
+from diffoc.controllers import control
 from diffoc.known_posteriors import (
     control_frozen_noise,
     digit_problem,
@@ -18,7 +19,6 @@ from diffoc.known_posteriors import (
     problem,
     small_problems,
 )
-from diffoc.methods import control
 from diffoc.posterior_distance import (
     DISTANCES,
     distance_table,

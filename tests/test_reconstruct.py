@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from diffoc import __main__, data
-from diffoc.methods import STEPS
+from diffoc.controllers import STEPS
 from diffoc.metrics import image_metrics
 from diffoc.pictures import read_picture
 from diffoc.process import ReverseProcess

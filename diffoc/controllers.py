@@ -1,0 +1,160 @@
+r"""The controller as the tables run it: ours, and the paper's settings of it.
+
+It minimises over the controls of the reverse process
+
+.. math:: \frac{\|A(x_0) - y\|^2}{2 s^2} + \frac12 \sum_i r_i \|u_i\|^2 .
+
+The functions have the signature that :mod:`diffoc.baselines` describes.
+"""
+
+from __future__ import annotations
+
+import torch
+from azula.denoise import Denoiser
+from deepinv.physics import LinearPhysics, Physics
+from torch import Tensor
+
+from diffoc.costs import ControlCost
+from diffoc.greedy import greedy_controls
+from diffoc.lowrank import MatrixFree
+from diffoc.process import ReverseProcess
+from diffoc.rules import LBFGS, Adam
+from diffoc.solver import snr_weights, solve
+from diffoc.tasks import likelihood, noise_level
+
+STEPS, ITERATIONS = 10, 80
+"""Of the controller, for 1000 evaluations: its line search may try nineteen times more.
+
+On the tuning faces ten steps and twice the iterations blur less than twenty steps."""
+
+
+def control(
+    prior: Denoiser,
+    physics: Physics,
+    y: Tensor,
+    x: Tensor,
+    generator: torch.Generator,
+    *,
+    noise_std: float,
+    steps: int = STEPS,
+    iterations: int = ITERATIONS,
+    control_cost: float = 1.0,
+    from_noise: bool = False,
+    greedy: bool = False,
+) -> Tensor:
+    """Images (B, ...) by the controller, with L-BFGS and the discrepancy principle.
+
+    It starts from zero, the most probable noise, because a random start would only add the texture
+    of a sample.
+
+    Args:
+        noise_std: of the measurements.
+        steps: T, at least 1.
+        iterations: at most; fewer where the residual is the noise's. With the line search's
+            trials, evaluations are T (1 + iterations) or some more, products T iterations.
+        control_cost: r, not negative.
+        from_noise: whether to start from `x` all the same.
+        greedy: whether the first guess of the controls is the greedy one, T evaluations more; of
+            a linear task, of others it is zero.
+    """
+    process = ReverseProcess(prior, steps)
+    start = x if from_noise else torch.zeros_like(x)
+    guess = None
+    if greedy and isinstance(physics, LinearPhysics):
+        guess = greedy_controls(process, physics, y, start, noise_std)
+    return solve(
+        process,
+        likelihood(physics, y, noise_std),
+        start,
+        guess,
+        control_cost=control_cost,
+        rank=0,
+        iterations=iterations,
+        # A first step of the usual length would undo a good guess.
+        update=LBFGS(first=1e-3 if guess is None else 1e-4),
+        residual=lambda x0: physics.A(x0) - y,
+        noise_level=noise_level(physics, y, noise_std),
+    ).x0
+
+
+def control_planned(
+    prior: Denoiser,
+    physics: Physics,
+    y: Tensor,
+    x: Tensor,
+    generator: torch.Generator,
+    *,
+    noise_std: float,
+    steps: int,
+    budget: int,
+) -> Tensor:
+    """Images (B, ...) by :func:`control` from the greedy guess, with as many steps as are tuned.
+
+    Args:
+        noise_std: of the measurements.
+        steps: T, at least 1.
+        budget: of evaluations, of which 15 % are for the line search; at least 4 T.
+
+    Raises:
+        ValueError: for a smaller budget.
+    """
+    if budget < 4 * steps:
+        raise ValueError(f"budget is {budget}, expected at least 4 times the {steps} steps")
+    # The guess and the first rollout are two of them.
+    iterations = max(1, int(0.85 * (budget / steps - 2)))
+    return control(
+        prior,
+        physics,
+        y,
+        x,
+        generator,
+        noise_std=noise_std,
+        steps=steps,
+        iterations=iterations,
+        control_cost=0.3,
+        greedy=True,
+    )
+
+
+def control_paper(
+    prior: Denoiser,
+    physics: Physics,
+    y: Tensor,
+    x: Tensor,
+    generator: torch.Generator,
+    *,
+    noise_std: float,
+    steps: int,
+    iterations: int,
+    rank: int,
+    rate: float,
+    weight_scale: float,
+    regularization: float,
+) -> Tensor:
+    """Images (B, ...) by the controller as the paper describes it, Section 6 and Appendix D.
+
+    Adam in input mode along the deterministic process from a random state, with the likelihood as
+    terminal cost. Activations are recomputed: those of 50 steps at 256 x 256 fit no GPU.
+
+    Args:
+        noise_std: of the measurements.
+        steps, iterations: T and their number: evaluations are T (1 + 2 iterations), products
+            T (1 + rank) iterations.
+        rank: k of the terminal Hessian.
+        rate: of Adam.
+        weight_scale: of the control cost, see :func:`diffoc.solver.snr_weights`.
+        regularization: Tikhonov's constant a.
+    """
+    process = ReverseProcess(prior, steps)
+    weights = snr_weights(prior.schedule, process.times, weight_scale)
+    return solve(
+        process,
+        likelihood(physics, y, noise_std),
+        x,
+        control_cost=ControlCost(weights),
+        rank=rank,
+        iterations=iterations,
+        update=Adam(rate),
+        regularization=regularization,
+        derivatives=MatrixFree(keep_activations=False, hessian="gauss_newton"),
+    ).x0

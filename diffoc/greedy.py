@@ -1,0 +1,97 @@
+r"""Greedy controls: each looks one step ahead, and is a first guess for the plan of all of them.
+
+By Theorem 4.3 guidance with the likelihood of Tweedie's estimate is a controller that looks one
+step ahead. For a linear operator with Gaussian noise that step has a closed form: where the prior
+expects the image :math:`m(x_t, t)`, to some :math:`\rho_t`, the measurements move it by
+
+.. math:: \delta_t = \arg\min_d \frac{\|A (m + d) - y\|^2}{2 s^2} + \frac{\|d\|^2}{2 \rho_t^2},
+          \qquad \rho_t^2 = \Big(\frac{\alpha_t^2}{\sigma_t^2} + \frac{1}{v}\Big)^{-1}
+
+(:math:`\rho_t^2` is the posterior variance of a pixel whose prior has variance v), and a step that
+is affine in m moves the next state by :math:`b_t \delta_t`, which in input mode is the next
+control. The prior is evaluated once a step, and never differentiated.
+"""
+
+from __future__ import annotations
+
+import torch
+from deepinv.physics import LinearPhysics
+from torch import Tensor
+
+from diffoc.process import ReverseProcess
+
+PIXEL_VARIANCE = 0.25
+"""v: half the range of an image in [-1, 1] as a standard deviation."""
+
+
+@torch.no_grad()
+def greedy_controls(
+    process: ReverseProcess, physics: LinearPhysics, y: Tensor, x: Tensor, noise_std: float
+) -> Tensor:
+    """The controls (T, B, ...) of a process in input mode; T evaluations, and no product.
+
+    The last correction would act on the image itself, which no control of this mode does.
+
+    Args:
+        process: in input mode, with a prior of images.
+        physics: linear, `A` and `A_adjoint`.
+        y: measurements, (B, ...).
+        x: initial states, (B, ...).
+        noise_std: s, above 0.
+
+    Raises:
+        ValueError: if `noise_std` is not above 0, or the process is in output mode.
+    """
+    if not noise_std > 0:
+        raise ValueError(f"noise_std is {noise_std}, expected above 0")
+    if process.mode != "input":
+        raise ValueError(f"process is in {process.mode} mode, expected input")
+    controls, u = [], torch.zeros_like(x)
+    for i in range(process.horizon):
+        controls.append(u)
+        x = x + u
+        t = process.times[i].to(x)
+        alpha, sigma = process.denoiser.schedule(t)
+        mean = process.denoiser(x, t).mean.to(x.dtype)
+        variance = 1 / ((alpha / sigma) ** 2 + 1 / PIXEL_VARIANCE)
+        _, b, _ = process.coefficients[i]
+        u = b * correction(physics, y, mean, (variance / noise_std**2).item())
+        x = process.affine(i, x, mean)
+    return torch.stack(controls)
+
+
+def correction(
+    physics: LinearPhysics, y: Tensor, x: Tensor, ratio: float, trials: int = 50, tol: float = 1e-3
+) -> Tensor:
+    r"""The d that minimises :math:`r \|A (x + d) - y\|^2 + \|d\|^2`, by conjugate gradients.
+
+    Unlike in deepinv's, no image of a batch decides when another is done.
+
+    Args:
+        physics: linear, `A` and `A_adjoint`.
+        y: measurements, (B, ...).
+        x: images, (B, ...).
+        ratio: r, not negative.
+        trials: iterations, at most.
+        tol: of the normal equations' residual, relative to its start.
+    """
+    # In measurement space, (I + r A A^T) w = y - A x and d = r A^T w: never larger than the image.
+    residual = y - physics.A(x)
+    w, direction = torch.zeros_like(residual), residual
+    square = start = _dot(residual, residual)
+    for _ in range(trials):
+        active = square > tol**2 * start
+        if not active.any():
+            break
+        image = direction + ratio * physics.A(physics.A_adjoint(direction))
+        step = torch.where(active, square / _dot(direction, image).where(active, 1), 0)
+        w = w + step * direction
+        residual = residual - step * image
+        new = _dot(residual, residual)
+        direction = residual + torch.where(active, new / square.where(active, 1), 0) * direction
+        square = torch.where(active, new, square)
+    return ratio * physics.A_adjoint(w)
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    return (a * b).flatten(1).sum(dim=1).reshape(-1, *[1] * (a.ndim - 1))
