@@ -27,6 +27,9 @@ STEPS, ITERATIONS = 10, 80
 
 On the tuning faces ten steps and twice the iterations blur less than twenty steps."""
 
+FIRST_FROM_GUESS = 1e-4
+"""L-BFGS's first change from a greedy guess: one of the usual length would undo the guess."""
+
 
 def control(
     prior: Denoiser,
@@ -70,8 +73,7 @@ def control(
         control_cost=control_cost,
         rank=0,
         iterations=iterations,
-        # A first step of the usual length would undo a good guess.
-        update=LBFGS(first=1e-3 if guess is None else 1e-4),
+        update=LBFGS() if guess is None else LBFGS(first=FIRST_FROM_GUESS),
         residual=lambda x0: physics.A(x0) - y,
         noise_level=noise_level(physics, y, noise_std),
     ).x0

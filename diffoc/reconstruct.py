@@ -10,11 +10,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from azula.denoise import Denoiser
-from deepinv.physics import Inpainting, Physics
+from deepinv.physics import Inpainting, LinearPhysics, Physics
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from diffoc.controllers import ITERATIONS, STEPS
+from diffoc.controllers import FIRST_FROM_GUESS, ITERATIONS, STEPS
+from diffoc.counting import CountedPrior
+from diffoc.greedy import greedy_controls
 from diffoc.lowrank import MatrixFree
 from diffoc.metrics import image_metrics
 from diffoc.pictures import picture_size, read_picture, read_transparency, write_picture
@@ -140,7 +142,7 @@ def _read_measurement(path: Path, shape: torch.Size, settings: Settings) -> Tens
 def reconstruct(
     case: Case, prior: Denoiser, settings: Settings, device: str = "cpu", progress: bool = True
 ) -> tuple[Result, dict]:
-    """Runs the controller, and measures what came out.
+    """Runs the controller, of linear tasks from the greedy guess, and measures what came out.
 
     Args:
         case: the problem.
@@ -158,15 +160,23 @@ def reconstruct(
     start = torch.zeros(1, *prior.image_shape, device=device)
     level = noise_level(physics, y, settings.noise_std)
     began = time.perf_counter()
+    counted = CountedPrior(prior)
+    guess = None
+    if isinstance(physics, LinearPhysics):
+        guess = greedy_controls(
+            ReverseProcess(counted, settings.steps), physics, y, start, settings.noise_std
+        )
+    lbfgs = LBFGS() if guess is None else LBFGS(first=FIRST_FROM_GUESS)
     result = solve(
         process,
         likelihood(physics, y, settings.noise_std),
         start,
+        guess,
         control_cost=settings.control_cost,
         rank=settings.rank,
         derivatives=MatrixFree(hessian="gauss_newton"),
         iterations=settings.iterations,
-        update=LBFGS() if settings.update == "lbfgs" else Adam(settings.rate, anneal=True),
+        update=lbfgs if settings.update == "lbfgs" else Adam(settings.rate, anneal=True),
         residual=lambda x0: physics.A(x0) - y,
         noise_level=level,
         progress=progress,
@@ -179,7 +189,7 @@ def reconstruct(
         "metrics": None,
         "residual_over_noise": round(residual / level, 4),
         "cost": round(result.cost.item(), 4),
-        "evaluations": result.evaluations,
+        "evaluations": counted.evaluations + result.evaluations,
         "vector_jacobian_products": result.products,
         "seconds": round(seconds, 2),
     }

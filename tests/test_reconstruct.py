@@ -9,11 +9,13 @@ from PIL import Image
 
 from diffoc import __main__, data
 from diffoc.controllers import STEPS
+from diffoc.greedy import greedy_controls
 from diffoc.metrics import image_metrics
 from diffoc.pictures import read_picture
+from diffoc.pretrained import load_prior
 from diffoc.process import ReverseProcess
 from diffoc.reconstruct import FROM_PICTURES, Settings, from_measurement, from_picture
-from diffoc.tasks import TASKS, measured
+from diffoc.tasks import NOISE_STD, TASKS, measured, task
 
 SHAPE = (1, 28, 28)
 
@@ -102,13 +104,19 @@ def test_unfit_measurements_are_refused(picture, tmp_path, capsys):
         command("--task", "super_resolution")
 
 
-def test_the_controller_starts_from_the_most_probable_noise(picture, tmp_path):
-    """Without iterations the reconstruction is the process's image of zeros."""
-    arguments = ["--prior", "mnist", "--iterations", "0", "--out", str(tmp_path), "--task"]
-    assert __main__.main(["solve", str(picture), *arguments, "gaussian_blur"]) == 0
-    from diffoc.pretrained import load_prior
+@pytest.mark.parametrize("name", ["nonlinear_blur", "gaussian_blur"])
+def test_the_controller_starts_from_the_most_probable_noise(name, picture, tmp_path):
+    """Without iterations the image is that of zeros, of linear tasks under the greedy guess."""
+    arguments = ["--prior", "mnist", "--iterations", "0", "--out", str(tmp_path), "--task", name]
+    assert __main__.main(["solve", str(picture), *arguments]) == 0
 
-    process = ReverseProcess(load_prior("mnist"), STEPS)
-    expected = process.rollout(torch.zeros(1, *SHAPE))[-1].clamp(-1, 1)
+    process, start = ReverseProcess(load_prior("mnist"), STEPS), torch.zeros(1, *SHAPE)
+    guess = None
+    if name == "gaussian_blur":
+        y = torch.from_numpy(np.load(tmp_path / "measurement.npz")["y"])
+        physics = task(name, SHAPE, torch.Generator().manual_seed(0))
+        guess = greedy_controls(process, physics, y, start, NOISE_STD)
+        assert guess.abs().amax() > 0.1
+    expected = process.rollout(start, guess)[-1].detach().clamp(-1, 1)
     image, _ = read_picture(tmp_path / "reconstruction.png", SHAPE)
     torch.testing.assert_close(image, expected, rtol=0, atol=1 / 127)
