@@ -103,6 +103,13 @@ def test_flat_states_are_decomposed(m, n):
     torch.testing.assert_close(svd.A_adjoint(torch.eye(m).double()), matrix, rtol=0, atol=1e-12)
 
 
+def test_single_precision_keeps_small_singular_values():
+    # What rounding would make of a motion blur's smallest is not what it does to images.
+    physics = task("motion_blur", (1, 32, 32), seeded())
+    x = torch.randn(2, 1, 32, 32, generator=seeded())
+    torch.testing.assert_close(decompose(physics, x).A(x), physics.A(x), rtol=0, atol=1e-4)
+
+
 def test_what_cannot_be_decomposed_is_refused():
     x = normal(1, 3, 8, 8)
     mixing = LinearPhysics(A=lambda x: x.flip(1), A_adjoint=lambda y: y.flip(1))

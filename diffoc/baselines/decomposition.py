@@ -135,7 +135,9 @@ def _kronecker(L: Tensor, R: Tensor) -> DecomposablePhysics:
 
 
 def _dense(matrix: Tensor, channel: torch.Size, measured: torch.Size) -> DecomposablePhysics:
-    U, s, V = _full_svd(matrix)
+    # What is lost to rounding in single precision is too much for matrices of this size.
+    U, s, V = _full_svd(matrix.double())
+    U, s, V = (part.to(matrix.dtype) for part in (U, _without_rounding(s), V))
 
     def apply(factor: Tensor, x: Tensor, before: torch.Size, after: torch.Size) -> Tensor:
         batch = x.shape[: x.ndim - len(before)]
@@ -146,6 +148,6 @@ def _dense(matrix: Tensor, channel: torch.Size, measured: torch.Size) -> Decompo
         U_adjoint=lambda y: apply(U.mT, y, measured, channel),
         V=lambda c: apply(V, c, channel, channel),
         V_adjoint=lambda x: apply(V.mT, x, channel, channel),
-        mask=_without_rounding(s).reshape(1, *([1] * (len(channel) > 1)), *channel),
+        mask=s.reshape(1, *([1] * (len(channel) > 1)), *channel),
         device=matrix.device,
     )
