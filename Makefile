@@ -41,8 +41,8 @@ site: $(SITE) ## build the site from the notebooks as committed, into build/site
 notebooks: $(STAMP) ## for maintainers: execute the notebooks in place, outputs included
 	@$(RUN) diffoc notebooks --in-place
 
-figures: $(STAMP) ## regenerate figures/, by executing the notebooks
-	@$(RUN) diffoc notebooks --out build > /dev/null
+figures: $(STAMP) ## draw the figures for print from the records, into figures/print
+	@$(RUN) diffoc figures
 
 clean: ## remove what the other targets made, except .venv
 	rm -rf build diffoc.egg-info .pytest_cache .ruff_cache .hypothesis

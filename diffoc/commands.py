@@ -1,4 +1,4 @@
-"""The subcommands that make and read tables: run, tune, check and table."""
+"""The subcommands that make, read and draw tables: run, tune, check, table and figures."""
 
 from __future__ import annotations
 
@@ -51,7 +51,10 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     check_.add_argument("--device", default="cpu", help="cpu or cuda")
     table_ = commands.add_parser("table", help="print the means of records")
     table_.add_argument("records", type=Path, metavar="CSV")
-    for parser, function in ((run_, run), (tune_, tune), (check_, check), (table_, table)):
+    figures_ = commands.add_parser("figures", help="draw the figures for print, of what was run")
+    figures_.add_argument("--out", type=Path, metavar="DIR", help="by default figures/print")
+    functions = {run_: run, tune_: tune, check_: check, table_: table, figures_: figures}
+    for parser, function in functions.items():
         parser.set_defaults(function=function)
 
 
@@ -161,6 +164,15 @@ def table(args: argparse.Namespace) -> int:
     from diffoc.summary import summarise
 
     print(summarise([row for rows in read(args.records).values() for row in rows]))
+    return 0
+
+
+def figures(args: argparse.Namespace) -> int:
+    """Draws every figure whose data exist, and prints the files."""
+    from diffoc.figures.paper import write_all
+
+    for path in write_all(args.out):
+        print(path)
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from collections.abc import Iterable
 
@@ -33,6 +34,67 @@ def by_image(rows: Iterable[Row], metric: str) -> dict[str, float]:
     return {image: sum(some) / len(some) for image, some in values.items()}
 
 
+def by_method(rows: Iterable[Row], metric: str) -> dict[str, dict[str, tuple[float, float]]]:
+    """Method's label to task to mean and half-width of the interval, of what has a result.
+
+    A label names the budget if the rows have several of its method.
+    """
+    groups, budgets = defaultdict(list), defaultdict(set)
+    for row in rows:
+        groups[row["method"], row["nfe"], row["task"]].append(row)
+        budgets[row["method"]].add(row["nfe"])
+    found: dict[str, dict[str, tuple[float, float]]] = defaultdict(dict)
+    for (method, nfe, task), group in groups.items():
+        if images := by_image(group, metric):
+            label = _label(method) + f" (NFE {nfe})" * (len(budgets[method]) > 1)
+            found[label][task] = mean_and_interval(images.values())
+    return dict(found)
+
+
+Curve = list[tuple[float, float, float]]
+"""Of (abscissa, mean, half-width of the interval), in ascending order."""
+
+
+def by_budget(rows: Iterable[Row], metric: str) -> dict[str, dict[str, Curve]]:
+    """Task to method's label to its curve over the budget of evaluations."""
+    keyed = ((row["task"], _label(row["method"]), float(row["nfe"]), row) for row in rows)
+    return _curves(keyed, metric)
+
+
+def by_setting(rows: Iterable[Row], metric: str) -> dict[str, dict[str, Curve]]:
+    """Method's label and tuned keyword to task to its curve over that keyword's values.
+
+    Rows of methods that have nothing to tune are left out.
+    """
+    keyed = []
+    for row in rows:
+        method = METHODS.get(row["method"])
+        if method and method.tuned:
+            keyword = method.tuned[0]
+            value = float(json.loads(row["settings"])[keyword])
+            keyed.append((f"{method.label}: {keyword}", row["task"], value, row))
+    return _curves(keyed, metric)
+
+
+def _curves(
+    keyed: Iterable[tuple[str, str, float, Row]], metric: str
+) -> dict[str, dict[str, Curve]]:
+    groups: dict[tuple[str, str], dict[float, list[Row]]] = defaultdict(lambda: defaultdict(list))
+    for panel, line, abscissa, row in keyed:
+        groups[panel, line][abscissa].append(row)
+    found: dict[str, dict[str, Curve]] = defaultdict(dict)
+    for (panel, line), places in groups.items():
+        images = [(x, by_image(places[x], metric)) for x in sorted(places)]
+        curve = [(x, *mean_and_interval(some.values())) for x, some in images if some]
+        if curve:
+            found[panel][line] = curve
+    return dict(found)
+
+
+def _label(method: str) -> str:
+    return METHODS[method].label if method in METHODS else method
+
+
 def paired(first: Iterable[Row], second: Iterable[Row], metric: str) -> tuple[float, float]:
     """The mean difference, first minus second, on the images of both, and its 95 % interval.
 
@@ -59,8 +121,7 @@ def summarise(rows: list[Row], metrics: Iterable[str] = METRICS) -> str:
     several = {key[1:] for key, settings in tried.items() if len(settings) > 1}
     groups: dict[tuple[str, str], list[Row]] = defaultdict(list)
     for row in rows:
-        known = METHODS.get(row["method"])
-        label = f"{known.label if known else row['method']} (NFE {row['nfe']})"
+        label = f"{_label(row['method'])} (NFE {row['nfe']})"
         if (row["method"], row["nfe"]) in several:
             label += f" {row['settings']}"
         groups[label, row["task"]].append(row)

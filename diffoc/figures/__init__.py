@@ -1,14 +1,22 @@
-"""Figures: one style for all, and where they are kept."""
+"""Figures: one style for all, and where they are kept.
+
+The notebooks save theirs with :func:`save`. Those for print are drawn by
+:mod:`diffoc.figures.plots` and written with their sources by :func:`save_for_print`;
+`python -m diffoc figures` makes them all.
+"""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
+
+from diffoc.provenance import ROOT, commit
 
 # Okabe & Ito's palette, distinguishable with every colour vision deficiency.
 COLORS = {
@@ -20,6 +28,35 @@ COLORS = {
     "sky": "#56B4E9",
     "black": "#000000",
 }
+
+WIDTH = 5.5
+"""Inches of a column of text in the paper's format (NeurIPS)."""
+
+PRINT = {
+    # Opaque white, so that a dark page does not swallow the axes.
+    "figure.facecolor": "white",
+    "savefig.facecolor": "white",
+    "font.size": 8,
+    "axes.titlesize": 8,
+    "axes.labelsize": 8,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "legend.fontsize": 7,
+    "legend.frameon": False,
+    "axes.prop_cycle": mpl.cycler(
+        color=list(COLORS.values()), marker=["o", "s", "^", "D", "v", "P", "X"]
+    ),
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.6,
+    "lines.linewidth": 1.0,
+    "lines.markersize": 3.5,
+    "image.cmap": "gray",
+    "image.interpolation": "nearest",
+    "figure.constrained_layout.use": True,
+    "pdf.fonttype": 42,  # letters stay letters: type 3 is refused by some publishers
+}
+"""Sizes that need no scaling; lines differ by marker, too, for who prints in grey."""
 
 
 def use_style() -> None:
@@ -55,12 +92,42 @@ def save(figure: Figure, name: str) -> Path:
         figure: what to write.
         name: the file's name without its ending.
     """
-    default = Path(__file__).resolve().parent.parent / "figures"
-    folder = Path(os.environ.get("DIFFOC_FIGURES", default))
+    folder = _folder()
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.png"
     figure.savefig(path, dpi=150, metadata={"Software": None})
     return path
+
+
+def save_for_print(
+    figure: Figure, name: str, sources: Sequence[str], folder: Path | None = None
+) -> tuple[Path, Path]:
+    """Writes a figure as PDF and PNG, and in both files' metadata where it comes from.
+
+    Args:
+        figure: what to write, at its own size.
+        name: the files' name without its ending; also their title.
+        sources: names of the records, or of what was computed instead.
+        folder: to write to, made if missing; by default `print` where :func:`save` writes.
+
+    Returns:
+        The two paths.
+    """
+    folder = folder or _folder() / "print"
+    folder.mkdir(parents=True, exist_ok=True)
+    origin = f"commit {commit() or 'unknown'}; from {', '.join(sources)}"
+    pdf, png = folder / f"{name}.pdf", folder / f"{name}.png"
+    with mpl.rc_context(PRINT):
+        # Without a date, equal figures are equal files.
+        figure.savefig(pdf, metadata={"Title": name, "Subject": origin, "CreationDate": None})
+        figure.savefig(
+            png, dpi=300, metadata={"Title": name, "Description": origin, "Software": None}
+        )
+    return pdf, png
+
+
+def _folder() -> Path:
+    return Path(os.environ.get("DIFFOC_FIGURES", ROOT / "figures"))
 
 
 def sheet(images: Tensor, columns: int) -> Tensor:

@@ -1,0 +1,258 @@
+"""The figures for print, each from its records or from a computation of seconds."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from azula.noise import VPSchedule
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from diffoc.costs import ControlCost, GaussianLikelihood
+from diffoc.data import portrait
+from diffoc.figures import plots, save_for_print
+from diffoc.ilqr import ilqr
+from diffoc.linear_gaussian import linear_gaussian, relative_error
+from diffoc.metrics import image_metrics
+from diffoc.mixtures import mixture_from_loadings
+from diffoc.operators import LinearMeasurement
+from diffoc.pretrained import load_prior
+from diffoc.priors import GaussianMixturePrior, GaussianPrior
+from diffoc.process import ReverseProcess
+from diffoc.provenance import ROOT
+from diffoc.records import Row, read
+from diffoc.rules import LBFGS
+from diffoc.solver import solve
+from diffoc.summary import by_budget, by_method, by_setting
+from diffoc.sweeps import ControlProblem
+from diffoc.tasks import likelihood, measure, task
+
+Made = tuple[str, Figure, tuple[str, ...]]
+"""A figure's name, the figure, and the records or computations that it shows."""
+
+ITERATIONS = 25  # of the reconstructions, which take most of the time
+
+METRICS = {"psnr": "PSNR (dB)", "ssim": "SSIM", "lpips_alex": "LPIPS (AlexNet)"}
+
+
+def write_all(folder: Path | None = None, records: Path = ROOT / "data" / "records") -> list[Path]:
+    """Draws and writes every figure whose data exist; returns the files in the order of writing.
+
+    Args:
+        folder: see :func:`diffoc.figures.save_for_print`.
+        records: where the tables' CSV files lie.
+    """
+    paths = []
+    for name, figure, sources in [*from_records(records), *from_paper(), *computed()]:
+        paths += save_for_print(figure, name, sources, folder)
+    return paths
+
+
+def from_records(folder: Path) -> Iterator[Made]:
+    """Methods by tasks, quality over the budget, and tuning, of what has been run.
+
+    Args:
+        folder: with `faces64_dps.csv`, `table1_*.csv` and `tuning_*.csv`; each may be missing.
+    """
+    old = folder / "faces64_dps.csv"
+    if old.exists():
+        rows = _rows_before_budgets(old)
+        yield (
+            "faces64_dps",
+            plots.metric_by_method(by_method(rows, "psnr"), "PSNR (dB)"),
+            (old.name,),
+        )
+    for path in _tables(folder, "table1"):
+        rows = [row for some in read(path).values() for row in some]
+        for metric, label in METRICS.items():
+            if values := by_method(rows, metric):
+                figure = plots.metric_by_method(values, label)
+                yield f"{path.stem}_{metric}", figure, (path.name,)
+            if any(
+                len(c) > 1 for lines in by_budget(rows, metric).values() for c in lines.values()
+            ):
+                figure = plots.quality_curves(by_budget(rows, metric), "evaluations", label)
+                yield f"{path.stem}_{metric}_budget", figure, (path.name,)
+    for path in _tables(folder, "tuning"):
+        rows = [row for some in read(path).values() for row in some]
+        figure = plots.quality_curves(by_setting(rows, "psnr"), "value of the keyword", "PSNR (dB)")
+        yield path.stem, figure, (path.name,)
+
+
+def _tables(folder: Path, name: str) -> list[Path]:
+    """Paths of tables, which need not exist themselves if their shards do."""
+    names = {
+        path.name.split(".shard-")[0].removesuffix(".csv") for path in folder.glob(f"{name}_*")
+    }
+    return [folder / f"{name}.csv" for name in sorted(names)]
+
+
+def _rows_before_budgets(path: Path) -> list[Row]:
+    """Rows of the first comparison, which had neither status nor budget."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return [{**row, "status": "ok", "nfe": ""} for row in csv.DictReader(file)]
+
+
+def from_paper() -> Iterator[Made]:
+    """The paper's own numbers: Table 3's PSNR, and Table 4."""
+    path = ROOT / "data" / "paper_tables.json"
+    tables = json.loads(path.read_text(encoding="utf-8"))
+    nothing = float("nan")
+    psnr = {
+        row["label"]: {
+            name: (cell["psnr"], nothing)
+            for name, cell in row.items()
+            if isinstance(cell, dict) and cell["psnr"] is not None
+        }
+        for row in tables["table3"]
+    }
+    figure = plots.metric_by_method(psnr, "PSNR (dB), as the paper has it")
+    yield "paper_table3", figure, (path.name,)
+    ranks = {
+        label: {
+            name: [
+                (float(row["label"].removeprefix("k = ")), row[name][metric], nothing)
+                for row in tables["table4"]
+            ]
+            for name in ("super_resolution", "random_inpainting")
+        }
+        for metric, label in {"lpips": "LPIPS", "psnr": "PSNR (dB)", "ssim": "SSIM"}.items()
+    }
+    figure = plots.quality_curves(ranks, "rank $k$", "as the paper has it", logarithmic=False)
+    yield "paper_table4", figure, (path.name,)
+
+
+def computed() -> Iterator[Made]:
+    """Figures 1 to 4 on the priors of the repository, and what the theorems miss."""
+    yield "steering", _steering(), ("mixture of three Gaussians, T 20, control cost 30",)
+    yield "predicted_x0", _predicted_x0(), ("prior faces64, T 20",)
+    for name, figure in _reconstructions():
+        yield name, figure, (f"prior faces64, L-BFGS, {ITERATIONS} iterations, noise 0.05, seed 0",)
+    yield "theorem_errors", _theorem_errors(), ("linear-Gaussian setting, n 8, T 50",)
+    yield "scores", _scores(), ("prior N(0, 1), y 0.7, x 0.3, noise 0.1",)
+
+
+def _steering() -> Figure:
+    mixture = mixture_from_loadings(
+        torch.tensor([0.40, 0.35, 0.25], dtype=torch.float64).log(),
+        torch.tensor([[-1.3, 0.8], [1.3, 1.0], [0.1, -1.2]], dtype=torch.float64),
+        torch.tensor([[[0.5], [0.35]], [[0.3], [-0.5]], [[0.6], [-0.1]]], dtype=torch.float64),
+        torch.full((3,), 0.06, dtype=torch.float64),
+    )
+    prior = GaussianMixturePrior(mixture, VPSchedule(alpha_min=1e-3, sigma_min=0.0))
+    y, noise_std = torch.ones(1, 1, dtype=torch.float64), 0.2
+    cost = GaussianLikelihood(lambda x: x[:, :1], y, noise_std)
+    paths = {}
+    for mode in ("input", "output"):
+        process = ReverseProcess(prior, 20, "ddim", mode)
+        start = torch.randn(6, 2, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+        problem = ControlProblem(process.step, ControlCost(30.0), cost, 20)
+        result = ilqr(problem, start, max_iterations=25, gradient_tolerance=1e-5)
+        paths[f"{mode} perturbation"] = result.states
+    side = torch.linspace(-3, 3, 120, dtype=torch.float64)
+    plane = torch.cartesian_prod(side, side)
+    density = prior.log_prob(plane, torch.tensor(0.0, dtype=torch.float64)).exp()
+    free = process.rollout(start)
+    return plots.steering(side, density.reshape(120, 120).T, free, paths, y.item(), noise_std)
+
+
+@torch.no_grad()
+def _predicted_x0() -> Figure:
+    prior, truth = load_prior("faces64"), portrait("astronaut")
+    process = ReverseProcess(prior, 20, "ddim")
+    noise = torch.randn(truth.shape, generator=torch.Generator().manual_seed(3))
+    starts = [1, 4, 7, 10, 13, 16]
+    states, tweedie, rollout = [], [], []
+    for i in starts:
+        t = process.times[i].float()
+        alpha, sigma = prior.schedule(t)
+        states.append(alpha * truth + sigma * noise)
+        tweedie.append(prior(states[-1], t).mean)
+        rollout.append(process.rollout(states[-1], start=i)[-1])
+    times = process.times[starts].tolist()
+    return plots.predicted_x0(times, *map(torch.cat, (states, tweedie, rollout)), truth[0])
+
+
+def _reconstructions() -> Iterator[tuple[str, Figure]]:
+    prior, truth = load_prior("faces64"), portrait("astronaut")
+    names = ["super_resolution", "random_inpainting", "gaussian_blur"]
+    measurements, costs = [], []
+    for name in names:
+        generator = torch.Generator().manual_seed(0)
+        physics = task(name, prior.image_shape, generator)
+        measurements.append(measure(physics, truth, generator))
+        costs.append(likelihood(physics, measurements[-1]))
+
+    def reconstruct(steps: int, count: int) -> Tensor:
+        """Images (count, 1, 64, 64) of the first tasks, in one batch."""
+        return solve(
+            ReverseProcess(prior, steps),
+            lambda x: torch.cat([costs[b](x[b : b + 1]) for b in range(count)]),
+            truth.new_zeros(count, *truth.shape[1:]),
+            rank=0,
+            iterations=ITERATIONS,
+            update=LBFGS(),
+        ).x0
+
+    def quality(image: Tensor) -> str:
+        return f"{image_metrics(image[None], truth)['psnr'].item():.1f} dB"
+
+    images = reconstruct(10, len(names))
+    columns = {
+        name.replace("_", " "): [truth[0], y[0], image]
+        for name, y, image in zip(names, measurements, images, strict=True)
+    }
+    captions = {title: ["", "", quality(found[-1])] for title, found in columns.items()}
+    rows = ["truth", "measurement", "reconstruction"]
+    yield "reconstructions", plots.reconstructions(columns, rows, captions)
+
+    by_steps = {2: reconstruct(2, 1), 5: reconstruct(5, 1), 10: images[:1]}
+    found = {f"$T = {steps}$": image for steps, image in by_steps.items()}
+    captions = {title: [quality(image[0])] for title, image in found.items()}
+    columns = {"truth": truth, "measurement": measurements[0], **found}
+    yield "steps", plots.reconstructions(columns, ["super resolution"], captions)
+
+
+def _theorem_errors() -> Figure:
+    setting, steps = linear_gaussian(), 50
+    x = torch.randn(1, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    constants = [10.0**exponent for exponent in range(0, 19, 3)]
+    errors = {}
+    for mode, theorem in {"output": "Theorem 4.1", "input": "Theorem 4.3"}.items():
+        process = ReverseProcess(setting.prior, steps, "euler", mode)
+        problem = ControlProblem(process.step, ControlCost(0.0), setting.likelihood, steps)
+        path = process.rollout(x)
+        # An output control acts after the step, an input control before it.
+        places = range(1, steps + 1) if mode == "output" else range(steps)
+        gradients = torch.stack([setting.gradient(process, i, path[i]) for i in places])
+        for rank, terms in {None: "second-order terms kept", 0: "dropped"}.items():
+            errors[f"{theorem}, {terms}"] = [
+                relative_error(a * _gains(problem, x, a, rank), gradients) for a in constants
+            ]
+    return plots.theorem_errors(constants, errors, 1e-12)
+
+
+def _gains(problem: ControlProblem, x: Tensor, a: float, rank: int | None) -> Tensor:
+    """Feedforward gains (T, B, n) of one sweep from zero controls."""
+    options = {"regularization": a, "hessian_rank": rank, "line_search": None}
+    return torch.stack([gain.k for gain in ilqr(problem, x, max_iterations=1, **options).gains])
+
+
+def _scores() -> Figure:
+    one, y, noise_std, x = torch.ones(1, 1, dtype=torch.float64), 0.7, 0.1, 0.3
+    prior = GaussianPrior(torch.zeros(1, dtype=torch.float64), one, VPSchedule(sigma_min=0.0))
+    measured = LinearMeasurement(one, y * one, noise_std)
+    times = torch.linspace(0.005, 1, 100, dtype=torch.float64)
+    exact = [prior.conditional_score(x * one, t, measured).item() for t in times]
+    alpha, _ = prior.schedule(times)
+    # In one dimension and for this prior Tweedie's estimate is alpha x, and the flow's is x.
+    sizes = {
+        "exact": exact,
+        "Tweedie (DPS)": (alpha * (y - alpha * x) / noise_std**2).tolist(),
+        "rollout (Theorem 4.1)": [(y - x) / noise_std**2] * len(times),
+    }
+    return plots.sizes_over_time(times.tolist(), sizes)

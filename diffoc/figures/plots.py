@@ -1,0 +1,285 @@
+r"""One function for each figure for print: data in, figure out.
+
+Widths are those of the paper's text, colours those of :data:`diffoc.figures.COLORS`. Nothing is
+computed, read or written here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from diffoc.figures import COLORS, PRINT, WIDTH
+from diffoc.summary import Curve
+
+MARKERS = "os^DvPX"
+
+
+@mpl.rc_context(PRINT)
+def steering(
+    side: Tensor,
+    density: Tensor,
+    free: Tensor,
+    controlled: Mapping[str, Tensor],
+    measured: float,
+    noise_std: float,
+) -> Figure:
+    """Paths in the plane with and without control, as the paper's Figure 1 sketches them.
+
+    Args:
+        side: coordinates of the density's grid, (G,), ascending.
+        density: of the prior, (G, G), rows along the second coordinate; not negative.
+        free: states without control, (T + 1, B, 2), noise first.
+        controlled: a panel's title to states of that shape.
+        measured: the first coordinate as it was measured.
+        noise_std: of the measurement, half of the band's width.
+
+    Raises:
+        ValueError: if states are not of the shape (T + 1, B, 2).
+    """
+    for name, states in {"free": free, **controlled}.items():
+        if states.ndim != 3 or states.shape[-1] != 2:
+            raise ValueError(f"{name} has shape {tuple(states.shape)}, expected (T + 1, B, 2)")
+    figure = Figure(figsize=(WIDTH, 0.05 + WIDTH / len(controlled)))
+    axes = figure.subplots(1, len(controlled), sharey=True, squeeze=False)[0]
+    levels = density.max().item() * (0.03 + 0.97 * np.linspace(0, 1, 10))
+    for ax, (title, states) in zip(axes, controlled.items(), strict=True):
+        ax.contourf(side, side, density, levels=levels, cmap="Greys", alpha=0.5)
+        band = {"color": COLORS["orange"], "alpha": 0.3, "lw": 0}
+        ax.axvspan(measured - noise_std, measured + noise_std, label="measurement", **band)
+        plain = {"marker": "", "lw": 0.9}
+        for b in range(free.shape[1]):
+            ax.plot(*free[:, b].T, ls=":", color=COLORS["black"], **plain)
+            ax.plot(*states[:, b].T, color=COLORS["vermilion"], **plain)
+        ax.plot(*free[0].T, "o", color="white", mec="black", mew=0.6)
+        ax.plot(*free[-1].T, "o", color=COLORS["black"])
+        ax.plot(*states[-1].T, "o", color=COLORS["vermilion"])
+        ax.plot([], [], "o", color="white", mec="black", mew=0.6, label="noise $x_T$")
+        ax.plot([], [], ":o", color=COLORS["black"], label="without control")
+        ax.plot([], [], "-o", color=COLORS["vermilion"], label="with control")
+        ax.set(title=title, xlabel="first coordinate, measured", aspect="equal")
+    axes[0].set_ylabel("second coordinate")
+    axes[0].legend(loc="lower left")
+    return figure
+
+
+@mpl.rc_context(PRINT)
+def predicted_x0(
+    times: Sequence[float], states: Tensor, tweedie: Tensor, rollout: Tensor, truth: Tensor
+) -> Figure:
+    """The image that a state stands for, by Tweedie's formula and by rollout: Figure 2.
+
+    Args:
+        times: of the K states, from 1, noise, to 0.
+        states: x_t, (K, C, H, W); shown by what lies in [-1, 1].
+        tweedie, rollout: predictions of x_0 from them, (K, C, H, W) in [-1, 1].
+        truth: (C, H, W) in [-1, 1].
+
+    Raises:
+        ValueError: if the numbers of images differ.
+    """
+    rows = {"$x_t$": states, "Tweedie": tweedie, "rollout": rollout}
+    for name, images in rows.items():
+        if len(images) != len(times):
+            raise ValueError(f"{name} has {len(images)} images, expected {len(times)}")
+    figure, axes = _grid(len(rows), len(times) + 1, tuple(truth.shape[-2:]))
+    for line, (name, images) in zip(axes, rows.items(), strict=True):
+        for ax, image in zip(line, [*images, truth], strict=True):
+            _show(ax, image)
+        line[0].set_ylabel(name)
+    for ax, t in zip(axes[0], times, strict=False):
+        ax.set_title(f"$t = {t:.2f}$")
+    axes[0, -1].set_title("truth")
+    return figure
+
+
+@mpl.rc_context(PRINT)
+def reconstructions(
+    columns: Mapping[str, Sequence[Tensor]],
+    rows: Sequence[str],
+    captions: Mapping[str, Sequence[str]] | None = None,
+) -> Figure:
+    """Truth, measurement and reconstructions side by side: Figures 3 and 4.
+
+    Args:
+        columns: a column's title to its images from top to bottom, (C, H, W) each, of one size
+            or several; clipped to [-1, 1].
+        rows: what the rows are called.
+        captions: a column's title to what stands under its images, one each; may be empty.
+
+    Raises:
+        ValueError: if a column has not one image for each row.
+    """
+    for name, images in columns.items():
+        if len(images) != len(rows):
+            raise ValueError(f"columns: {name} has {len(images)} images, expected {len(rows)}")
+    shape = tuple(next(iter(columns.values()))[0].shape[-2:])
+    figure, axes = _grid(len(rows), len(columns), shape, bool(captions))
+    for column, (name, images) in zip(axes.T, columns.items(), strict=True):
+        column[0].set_title(name)
+        for b, (ax, image) in enumerate(zip(column, images, strict=True)):
+            _show(ax, image)
+            if captions and name in captions and captions[name][b]:
+                ax.set_xlabel(captions[name][b], labelpad=2)
+    for ax, name in zip(axes[:, 0], rows, strict=True):
+        ax.set_ylabel(name)
+    return figure
+
+
+@mpl.rc_context(PRINT)
+def metric_by_method(
+    values: Mapping[str, Mapping[str, tuple[float, float]]], xlabel: str
+) -> Figure:
+    """A metric with its interval, methods by tasks, as a picture of Tables 1 and 3.
+
+    Args:
+        values: method to task to mean and half-width of its interval; nan for no interval. What
+            is missing has no dot.
+        xlabel: the metric and its unit.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    tasks = list(dict.fromkeys(task for found in values.values() for task in found))
+    if not tasks:
+        raise ValueError("values is empty, expected a mean for at least one method and task")
+    figure = Figure(figsize=(WIDTH, 0.7 + 0.17 * len(values)))
+    axes = figure.subplots(1, len(tasks), sharey=True, squeeze=False)[0]
+    for ax, task in zip(axes, tasks, strict=True):
+        for place, found in enumerate(values.values()):
+            if task in found:
+                mean, half = found[task]
+                ax.errorbar(mean, place, xerr=half, fmt="o", color=COLORS["blue"])
+        ax.set_title(task.replace("_", "\n"))
+        ax.grid(axis="y", lw=0.3, color="0.8")
+        ax.margins(x=0.15)
+        ax.locator_params(axis="x", nbins=3)
+    axes[0].set_yticks(range(len(values)), values)
+    axes[0].set_ylim(len(values) - 0.5, -0.5)
+    figure.supxlabel(xlabel, fontsize=PRINT["axes.labelsize"])
+    return figure
+
+
+@mpl.rc_context(PRINT)
+def quality_curves(
+    panels: Mapping[str, Mapping[str, Curve]],
+    xlabel: str,
+    ylabel: str,
+    logarithmic: bool = True,
+    columns: int = 3,
+) -> Figure:
+    """Means of a metric over a budget or a setting, with intervals: Figure 3 and Tables 4 to 6.
+
+    Args:
+        panels: a panel's title to its lines' labels to their curves, see
+            :func:`diffoc.summary.by_budget` and :func:`diffoc.summary.by_setting`. A half-width
+            of nan is none.
+        xlabel, ylabel: with units.
+        logarithmic: whether the abscissa is, or the places are equally far apart.
+        columns: of panels, at most.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    if not panels:
+        raise ValueError("panels is empty, expected at least one")
+    lines = list(dict.fromkeys(name for found in panels.values() for name in found))
+    columns = min(columns, len(panels))
+    height = -(-len(panels) // columns)
+    figure = Figure(figsize=(WIDTH, 0.5 + 1.5 * height))
+    axes = figure.subplots(height, columns, squeeze=False).flatten()
+    for ax, (title, found) in zip(axes, panels.items(), strict=False):
+        places = sorted({x for curve in found.values() for x, _, _ in curve})
+        for name, curve in found.items():
+            number = lines.index(name)
+            ax.errorbar(
+                [x if logarithmic else places.index(x) for x, _, _ in curve],
+                [mean for _, mean, _ in curve],
+                [half for _, _, half in curve],
+                color=list(COLORS.values())[number % len(COLORS)],
+                marker=MARKERS[number % len(MARKERS)],
+                elinewidth=0.5,
+                label=name.replace("_", " "),
+            )
+        if logarithmic:
+            ax.set_xscale("log")
+            ax.set_xticks(places, [f"{x:g}" for x in places], minor=False)
+            ax.minorticks_off()
+        else:
+            ax.set_xticks(range(len(places)), [f"{x:g}" for x in places])
+        ax.set_title(title.replace("_", " "))
+    for ax in axes[len(panels) :]:
+        ax.remove()
+    figure.supxlabel(xlabel, fontsize=PRINT["axes.labelsize"])
+    figure.supylabel(ylabel, fontsize=PRINT["axes.labelsize"])
+    handles = {}
+    for ax in axes[: len(panels)]:
+        handles |= dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
+    figure.legend(handles.values(), handles, loc="outside upper center", ncols=min(3, len(lines)))
+    return figure
+
+
+@mpl.rc_context(PRINT)
+def theorem_errors(
+    constants: Sequence[float], errors: Mapping[str, Sequence[float]], bound: float
+) -> Figure:
+    """What the theorems miss, over Tikhonov's constant, beside the slope -1 of a limit.
+
+    Args:
+        constants: positive, ascending.
+        errors: a line's label to its relative errors, positive, one for each constant.
+        bound: of rounding, drawn as a level.
+    """
+    figure = Figure(figsize=(WIDTH, 2.2))
+    ax = figure.subplots()
+    for name, values in errors.items():
+        ax.loglog(constants, values, label=name)
+    middle = len(constants) // 2
+    scale = next(iter(errors.values()))[middle] * constants[middle]
+    guide = [scale / a for a in constants]
+    ax.loglog(constants, guide, ":", color="0.4", marker="", label="slope −1")
+    ax.axhline(bound, color="0.4", lw=0.7, ls="--", label=f"{bound:g}")
+    ax.set(xlabel="Tikhonov's constant $a$", ylabel="relative error", ylim=(1e-17, 10))
+    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+@mpl.rc_context(PRINT)
+def sizes_over_time(times: Sequence[float], sizes: Mapping[str, Sequence[float]]) -> Figure:
+    """Lengths of scores from noise to image, on a logarithmic axis.
+
+    Args:
+        times: in [0, 1], any order.
+        sizes: a line's label to its positive values.
+    """
+    figure = Figure(figsize=(WIDTH, 2.0))
+    ax = figure.subplots()
+    styles = ("-", "--", "-.", ":")
+    for number, (name, values) in enumerate(sizes.items()):
+        ax.semilogy(times, values, ls=styles[number % 4], marker="", label=name)
+    ax.set(xlim=(1, 0), xlabel="time $t$, from noise to image", ylabel="length")
+    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+def _grid(
+    rows: int, columns: int, shape: tuple[int, int], captions: bool = False
+) -> tuple[Figure, np.ndarray]:
+    side = (WIDTH - 0.2) / columns
+    height = rows * side * shape[0] / shape[1]
+    figure = Figure(figsize=(WIDTH, height + 0.25 + 0.2 * captions))
+    figure.get_layout_engine().set(w_pad=0.01, h_pad=0.01, wspace=0.02, hspace=0.02)
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def _show(ax: Axes, image: Tensor) -> None:
+    """An image (C, H, W) of one channel or three, by what lies in [-1, 1]."""
+    pixels = ((image.detach().cpu().float() + 1) / 2).clamp(0, 1).movedim(0, -1)
+    ax.imshow(pixels.squeeze(-1), vmin=0, vmax=1)
+    ax.set(xticks=[], yticks=[])
+    ax.spines[:].set_visible(False)
