@@ -19,6 +19,7 @@ from deepinv.physics import LinearPhysics
 from torch import Tensor
 
 from diffoc.process import ReverseProcess
+from diffoc.proximal import correction
 
 PIXEL_VARIANCE = 0.25
 """v: half the range of an image in [-1, 1] as a standard deviation."""
@@ -58,40 +59,3 @@ def greedy_controls(
         u = b * correction(physics, y, mean, (variance / noise_std**2).item())
         x = process.affine(i, x, mean)
     return torch.stack(controls)
-
-
-def correction(
-    physics: LinearPhysics, y: Tensor, x: Tensor, ratio: float, trials: int = 50, tol: float = 1e-3
-) -> Tensor:
-    r"""The d that minimises :math:`r \|A (x + d) - y\|^2 + \|d\|^2`, by conjugate gradients.
-
-    Unlike in deepinv's, no image of a batch decides when another is done.
-
-    Args:
-        physics: linear, `A` and `A_adjoint`.
-        y: measurements, (B, ...).
-        x: images, (B, ...).
-        ratio: r, not negative.
-        trials: iterations, at most.
-        tol: of the normal equations' residual, relative to its start.
-    """
-    # In measurement space, (I + r A A^T) w = y - A x and d = r A^T w: never larger than the image.
-    residual = y - physics.A(x)
-    w, direction = torch.zeros_like(residual), residual
-    square = start = _dot(residual, residual)
-    for _ in range(trials):
-        active = square > tol**2 * start
-        if not active.any():
-            break
-        image = direction + ratio * physics.A(physics.A_adjoint(direction))
-        step = torch.where(active, square / _dot(direction, image).where(active, 1), 0)
-        w = w + step * direction
-        residual = residual - step * image
-        new = _dot(residual, residual)
-        direction = residual + torch.where(active, new / square.where(active, 1), 0) * direction
-        square = torch.where(active, new, square)
-    return ratio * physics.A_adjoint(w)
-
-
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    return (a * b).flatten(1).sum(dim=1).reshape(-1, *[1] * (a.ndim - 1))

@@ -7,11 +7,12 @@ from deepinv.physics import LinearPhysics
 
 from diffoc.controllers import control, control_planned
 from diffoc.counting import CountedPrior
-from diffoc.greedy import PIXEL_VARIANCE, correction, greedy_controls
+from diffoc.greedy import PIXEL_VARIANCE, greedy_controls
 from diffoc.metrics import image_metrics
 from diffoc.pretrained import load_prior
 from diffoc.priors import GaussianPrior
 from diffoc.process import ReverseProcess, draw_noise
+from diffoc.proximal import correction
 from diffoc.tasks import measure, task
 
 TASKS = ("super_resolution", "random_inpainting", "box_inpainting", "gaussian_blur", "motion_blur")

@@ -16,7 +16,7 @@ The released code measures s on images in [0, 1], but :math:`\sigma_t` on images
 same noise as all others and fits priors of any range: measurements as the mean of the first state,
 of which the noise leaves a hundredth, and means that are clipped to [-1, 1].
 
-The minimum is deepinv's, in closed form or by conjugate gradients.
+The minimum is found by conjugate gradients.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from deepinv.physics import LinearPhysics, Physics
 from torch import Tensor
 
 from diffoc.baselines import UnsupportedTask
+from diffoc.proximal import correction
 
 
 @torch.no_grad()
@@ -72,7 +73,8 @@ def diffpir(
     for t, s in pairwise(times):
         (alpha_t, sigma_t), (alpha_s, sigma_s) = prior.schedule(t), prior.schedule(s)
         rho = strength * (noise_std * alpha_t / sigma_t).item() ** 2
-        x0 = physics.prox_l2(prior(x, t).mean, y, 1 / rho, max_iter=30, tol=1e-5)
+        mean = prior(x, t).mean
+        x0 = mean + correction(physics, y, mean, 1 / rho, 100, 1e-5)
         predicted = (x - alpha_t * x0) / sigma_t
         drawn = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
         x = alpha_s * x0 + sigma_s * ((1 - renewal) ** 0.5 * predicted + renewal**0.5 * drawn)

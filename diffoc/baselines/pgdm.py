@@ -23,6 +23,7 @@ from deepinv.physics import LinearPhysics, Physics
 from torch import Tensor
 
 from diffoc.baselines import UnsupportedTask, global_generator
+from diffoc.proximal import correction
 
 
 def pgdm(
@@ -91,6 +92,7 @@ class _NoisySampler(PGDMSampler):
             dtype=like.dtype,
         )
         self.physics, self.noise_std, self.guidance = physics, noise_std, guidance
+        self.like = like
 
     def step(self, x_t: Tensor, t: Tensor, s: Tensor, **kwargs: object) -> Tensor:
         alpha, sigma = self.denoiser.schedule(t)
@@ -98,7 +100,7 @@ class _NoisySampler(PGDMSampler):
         return super().step(x_t, t, s, **kwargs)
 
     def inverse(self, y: Tensor) -> Tensor:
-        # deepinv's proximal of zero: (A^T A + 1 / gamma)^-1 A^T y, the same by the push-through
-        # identity.
-        gamma = self.variance / self.noise_std**2
-        return self.guidance * self.physics.prox_l2(None, y, gamma, max_iter=30, tol=1e-5)
+        # (A^T A + 1 / r)^-1 A^T y, the same by the push-through identity.
+        ratio = self.variance / self.noise_std**2
+        zero = torch.zeros_like(self.like)
+        return self.guidance * correction(self.physics, y, zero, ratio, 100, 1e-5)
