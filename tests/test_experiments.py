@@ -19,7 +19,7 @@ from diffoc.metrics import image_metrics
 from diffoc.pictures import write_picture
 from diffoc.pretrained import load_prior
 from diffoc.records import METRICS, as_json, read
-from diffoc.summary import mean_and_interval, paired, summarise
+from diffoc.summary import by_method, mean_and_interval, paired, summarise
 from diffoc.tasks import NOISE_STD, TASKS, measure, task
 
 
@@ -286,6 +286,24 @@ def test_the_readme_s_table_is_that_of_the_records():
     assert {r["prior"] for r in rows} == {
         "faces64 " + manifest_entry("faces64.safetensors")["sha256"][:12]
     }
+
+
+def test_the_readme_s_second_table_is_that_of_the_records():
+    root = data_folder().parent
+    found = by_method(
+        [
+            row
+            for rows in read(root / "data" / "records" / "table1_faces64.csv").values()
+            for row in rows
+            if row["nfe"] == "300"
+        ],
+        "psnr",
+    )
+    text = (root / "README.md").read_text()
+    for label in ("Ours", "Ours, from zero", "DDNM+", "DPS", "Flash-Diffusion", "Score-SDE", "MCG"):
+        values = [found[label].get(name) for name in experiments.TABLES["table1"]]
+        cells = [f"{value[0]:.2f}" if value else "-" for value in values]
+        assert " | ".join([f"| {label}", *cells]) + " |" in text
 
 
 def test_no_face_is_in_both_sets():
