@@ -164,7 +164,7 @@ def test_records_become_means_and_curves() -> None:
     some = [
         *rows("dps", "super_resolution", 300, {"a": 20.0, "b": 22.0}, guidance=1.0),
         *rows("dps", "super_resolution", 100, {"a": 18.0, "b": 18.0}, guidance=1.0),
-        *rows("control", "super_resolution", 300, {"a": 25.0}, control_cost=0.3),
+        *rows("control", "super_resolution", 300, {"a": 25.0}, steps=10),
         *rows("admm", "super_resolution", 300, {"a": 19.0}),
     ]
     some[-1]["status"] = "failed"
@@ -177,7 +177,7 @@ def test_records_become_means_and_curves() -> None:
     assert [place[:2] for place in curves["DPS"]] == [(100.0, 18.0), (300.0, 21.0)]
     tuned = by_setting(some[:2] + some[4:5], "psnr")
     assert tuned["DPS: guidance"]["super_resolution"][0][:2] == (1.0, 21.0)
-    assert tuned["Ours: control_cost"]["super_resolution"][0][:2] == (0.3, 25.0)
+    assert tuned["Ours: steps"]["super_resolution"][0][:2] == (10.0, 25.0)
 
 
 def test_a_table_is_drawn_with_its_budgets_and_shards(tmp_path: Path) -> None:
