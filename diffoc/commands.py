@@ -18,13 +18,20 @@ if TYPE_CHECKING:
     from diffoc.records import Cell
     from diffoc.runs import Compute
 
+NFE = 300
+"""The usual budget of evaluations."""
+
 
 def add_commands(commands: argparse._SubParsersAction) -> None:
     """Adds them to a command line."""
     run_ = commands.add_parser("run", help="compute the records of a table, or what is missing")
-    run_.add_argument("table", choices=["table1"], help="with Table 3's metrics")
+    run_.add_argument(
+        "table",
+        choices=["table1", "few_steps", "rank", "robustness"],
+        help="with Table 3's metrics; the others are grids of diffoc.ablations",
+    )
     _add_grid(run_)
-    run_.add_argument("--methods", nargs="+", help="by default all but control_paper")
+    run_.add_argument("--methods", nargs="+", help="by default the table's")
     run_.add_argument("--seeds", type=int, nargs="+", default=[0])
     run_.add_argument("--images", type=Path, metavar="DIR", help="of PNG files, by name")
     run_.add_argument("--last", type=int, default=1000, metavar="N", help="images only, at most")
@@ -61,7 +68,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
 def _add_grid(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prior", default="faces64")
     parser.add_argument("--tasks", nargs="+", help="of diffoc.tasks; the table's by default")
-    parser.add_argument("--nfe", type=int, nargs="+", default=[300], help="budgets of evaluations")
+    parser.add_argument("--nfe", type=int, nargs="+", help="budgets of evaluations; by default 300")
     parser.add_argument("--jobs", type=int, default=1, help="workers of one thread each")
     parser.add_argument("--backend", choices=["loky", "ray"], default="loky")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
@@ -73,28 +80,53 @@ def _add_grid(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Computes what a table does not have yet, once it has said how long that takes."""
     from diffoc import experiments
-    from diffoc.methods import METHODS
 
     if args.last < 1:
         raise ValueError(f"last is {args.last}, expected at least 1")
-    prior = experiments.UNTRAINED * args.random_weights + args.prior
-    images = experiments.picture_names(args.images) if args.images else experiments.held_out_faces()
-    cells = experiments.cells_of(
-        prior,
-        args.tasks or experiments.TABLES[args.table],
-        args.methods or [name for name in METHODS if name != "control_paper"],
-        args.nfe,
-        args.seeds,
-        images[-args.last :],
-        args.batch or (1 if "256" in args.prior else 8),
-        args.precision,
-        dict(args.set),
-    )
+    if args.images:
+        images = experiments.picture_names(args.images)
+    elif args.table == "table1":
+        images = experiments.held_out_faces()
+    else:
+        images = experiments.few_faces()
+    prior, cells = _cells(args, images[-args.last :])
     folder = ROOT / "build" if args.random_weights else ROOT / "data" / "records"
     path = args.out or folder / f"{args.table}_{prior.replace(' ', '_').replace('/', '_')}.csv"
     compute = experiments.Computer(args.images and args.images.resolve(), args.device)
     return _execute(
         cells, compute, path, args, args.shard, args.keep and experiments.keep_in(args.keep)
+    )
+
+
+def _cells(args: argparse.Namespace, images: Sequence[str]) -> tuple[str, list[Cell]]:
+    """The name of the prior, and the grid."""
+    from diffoc import experiments
+    from diffoc.ablations import TASKS, ablation_cells
+    from diffoc.inaccurate import UNTRAINED
+    from diffoc.methods import METHODS, NOT_IN_TABLE_1
+
+    prior = UNTRAINED * args.random_weights + args.prior
+    batch = args.batch or (1 if "256" in args.prior else 8)
+    if args.table == "table1":
+        methods = args.methods or [name for name in METHODS if name not in NOT_IN_TABLE_1]
+        tasks = args.tasks or experiments.TABLES["table1"]
+        budgets, changes = args.nfe or [NFE], dict(args.set)
+        return prior, experiments.cells_of(
+            prior, tasks, methods, budgets, args.seeds, images, batch, args.precision, changes
+        )
+    for name in ("nfe", "set"):
+        if getattr(args, name):
+            raise ValueError(f"{name} is given, but the grid of {args.table} has its own")
+    return prior, ablation_cells(
+        args.table,
+        args.prior,
+        images,
+        batch,
+        args.precision,
+        tasks=args.tasks or TASKS,
+        methods=args.methods,
+        seeds=args.seeds,
+        trained=not args.random_weights,
     )
 
 
@@ -115,7 +147,7 @@ def tune(args: argparse.Namespace) -> int:
             args.prior,
             args.tasks or experiments.TABLES["table1"],
             [method],
-            args.nfe,
+            args.nfe or [NFE],
             [0],
             names,
             len(names),

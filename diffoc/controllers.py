@@ -18,8 +18,9 @@ from diffoc.costs import ControlCost
 from diffoc.greedy import greedy_controls
 from diffoc.lowrank import MatrixFree
 from diffoc.process import ReverseProcess
+from diffoc.projected import Projected
 from diffoc.rules import LBFGS, Adam
-from diffoc.solver import snr_weights, solve
+from diffoc.solver import guidance_regularization, snr_weights, solve
 from diffoc.tasks import likelihood, noise_level
 
 STEPS, ITERATIONS = 10, 80
@@ -131,12 +132,16 @@ def control_paper(
     rank: int,
     rate: float,
     weight_scale: float,
-    regularization: float,
+    regularization: float | str,
+    projected: bool = False,
 ) -> Tensor:
     """Images (B, ...) by the controller as the paper describes it, Section 6 and Appendix D.
 
     Adam in input mode along the deterministic process from a random state, with the likelihood as
     terminal cost. Activations are recomputed: those of 50 steps at 256 x 256 fit no GPU.
+
+    With rank 0 the gains are :math:`-Q_u / (r_i + a)`, and Adam, which divides every number by its
+    own size, undoes the factor: a constant a changes nothing then.
 
     Args:
         noise_std: of the measurements.
@@ -145,9 +150,24 @@ def control_paper(
         rank: k of the terminal Hessian.
         rate: of Adam.
         weight_scale: of the control cost, see :func:`diffoc.solver.snr_weights`.
-        regularization: Tikhonov's constant a.
+        regularization: Tikhonov's constant a, or "lemma_4_2" for that of
+            :func:`diffoc.solver.guidance_regularization`.
+        projected: whether Jacobians too are of that rank, by the projections of Appendix D.1 as
+            the paper writes them, see :mod:`diffoc.projected`. Its Jacobian-vector products, T rank
+            iterations of them, count as one evaluation for each step and iteration.
+
+    Raises:
+        ValueError: for another word than "lemma_4_2".
+        diffoc.riccati.SingularControlHessianError: if `regularization` is too small.
     """
     process = ReverseProcess(prior, steps)
+    constant: float | Tensor
+    if regularization == "lemma_4_2":
+        constant = guidance_regularization(prior.schedule, process.times)
+    elif isinstance(regularization, str):
+        raise ValueError(f"regularization is {regularization!r}, expected a number or 'lemma_4_2'")
+    else:
+        constant = regularization
     weights = snr_weights(prior.schedule, process.times, weight_scale)
     return solve(
         process,
@@ -157,6 +177,8 @@ def control_paper(
         rank=rank,
         iterations=iterations,
         update=Adam(rate),
-        regularization=regularization,
-        derivatives=MatrixFree(keep_activations=False, hessian="gauss_newton"),
+        regularization=constant,
+        derivatives=Projected(rank, hessian="gauss_newton")
+        if projected
+        else MatrixFree(keep_activations=False, hessian="gauss_newton"),
     ).x0

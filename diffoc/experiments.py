@@ -24,11 +24,12 @@ from torch import Tensor
 from diffoc import data
 from diffoc.counting import CountedPrior
 from diffoc.downloads import cache_folder, sha256_of
+from diffoc.inaccurate import accurate_name, is_inaccurate, load_inaccurate
 from diffoc.methods import METHODS, settings_of
 from diffoc.metrics import image_metrics
 from diffoc.perceptual import LPIPS, SMALLEST, perceptual_metrics
 from diffoc.pictures import read_picture, write_picture
-from diffoc.pretrained import OURS, REMOTE, load_prior, untrained_adm
+from diffoc.pretrained import OURS, REMOTE, load_prior
 from diffoc.provenance import digest, short
 from diffoc.records import METRICS, Cell, Row, as_json
 from diffoc.tasks import NOISE_STD, TASKS, measure, noise_level, task
@@ -39,9 +40,6 @@ TABLES = {"table1": tuple(TASKS)[:5]}
 LATENT = {"faces64": "faces64_latent"}
 """The priors that methods in a latent space use in place of others."""
 
-UNTRAINED = "untrained "
-"""Before a prior's name: its network with random weights, for trials."""
-
 PROTOCOL = (
     "images clipped to [-1, 1], not rounded; PSNR and MSE on [-1, 1]; SSIM on "
     "[0, 1], Gaussian 11x11 windows within the image; LPIPS 0.1 on [-1, 1], _01 on [0, 1]"
@@ -51,6 +49,11 @@ PROTOCOL = (
 def held_out_faces() -> list[str]:
     """Names of the 32 faces of the tables: every 16th of the test set."""
     return [str(i) for i in range(0, 512, 16)]
+
+
+def few_faces() -> list[str]:
+    """Eight of :func:`held_out_faces`, every fourth, for what takes many runs."""
+    return held_out_faces()[::4]
 
 
 def tuning_faces() -> list[str]:
@@ -177,15 +180,10 @@ def load_once(name: str, device: str) -> tuple[Denoiser, str]:
     """A prior on a device, and the first digits of the SHA-256 of its weights.
 
     Args:
-        name: as for :func:`diffoc.load_prior`; after "untrained ", of :func:`untrained_adm`.
+        name: as for :func:`diffoc.load_prior`, or one of those of :mod:`diffoc.inaccurate`.
         device: where to put it.
     """
-    if name.startswith(UNTRAINED):
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            prior = untrained_adm(name.removeprefix(UNTRAINED))
-    else:
-        prior = load_prior(name)
+    prior = load_inaccurate(name) if is_inaccurate(name) else load_prior(name)
     if name in OURS:
         found = short(data.manifest_entry(f"{name}.safetensors")["sha256"])
     elif name in REMOTE:
@@ -225,7 +223,7 @@ def cells_of(
     cells = []
     for name, method, nfe in product(tasks, methods, budgets):
         # A trial with random weights has nothing that could be tuned for it.
-        known = prior.removeprefix(UNTRAINED)
+        known = accurate_name(prior)
         settings = as_json(settings_of(known, method, name, nfe, overrides or {}))
         used = LATENT.get(prior, prior) if METHODS[method].latent else prior
         for seed, start in product(seeds, range(0, len(images), batch)):

@@ -18,6 +18,7 @@ from diffoc.baselines.d_flow import d_flow
 from diffoc.baselines.daps import daps
 from diffoc.baselines.ddnm import ddnm
 from diffoc.baselines.ddrm import ddrm
+from diffoc.baselines.deep_image_prior import deep_image_prior
 from diffoc.baselines.diffpir import diffpir
 from diffoc.baselines.dps import dps
 from diffoc.baselines.flash_diffusion import flash_diffusion
@@ -214,7 +215,13 @@ METHODS: dict[str, Method] = {
             settings["steps"] * settings["iterations"],
         ),
     ),
+    "deep_image_prior": Method(
+        "Deep image prior", deep_image_prior, lambda task, nfe: {}, work=lambda settings: (0, 0)
+    ),
 }
+
+NOT_IN_TABLE_1 = ("control_paper", "deep_image_prior")
+"""Methods that are too long for it, or of another table."""
 
 
 def read_tuned(path: Path | None = None) -> dict:

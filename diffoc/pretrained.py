@@ -51,6 +51,22 @@ _SHAPES = OURS | {"ffhq256": (3, 256, 256), "imagenet256": (3, 256, 256), "ffhq6
 _ADM_CARDS = {"ffhq256": "ffhq_256x256", "imagenet256": "imagenet_256x256"}
 
 
+def default_schedule() -> Schedule:
+    """azula's variance-preserving one with sigma / alpha from 0.01 to 100."""
+    return VPSchedule(alpha_min=1e-2, sigma_min=1e-2)
+
+
+def shape_of(name: str) -> tuple[int, ...]:
+    """The shape (C, H, W) of the states of a prior that we know by name.
+
+    Raises:
+        ValueError: for another name.
+    """
+    if name not in _SHAPES:
+        raise ValueError(f"name is {name!r}, expected one of {', '.join(sorted(_SHAPES))}")
+    return _SHAPES[name]
+
+
 def load_prior(
     name_or_path: str | Path, schedule: Schedule | None = None, *, allow_pickle: bool = False
 ) -> Denoiser:
@@ -84,7 +100,7 @@ def load_prior(
             "ffhq64" without `allow_pickle`.
     """
     if schedule is None:
-        schedule = VPSchedule(alpha_min=1e-2, sigma_min=1e-2)
+        schedule = default_schedule()
     name, path = str(name_or_path), Path(name_or_path)
     shape = _SHAPES.get(name)
     if name in OURS:
@@ -152,17 +168,26 @@ def _load_folder(folder: Path, schedule: Schedule) -> Denoiser:
 # --- ADM and EDM ----------------------------------------------------------------------------------
 
 
-def untrained_adm(name: str) -> Denoiser:
-    """The network of "ffhq256" or "imagenet256" at full size, with random weights: to be measured.
+def untrained_adm(name: str, channels: int | None = None) -> Denoiser:
+    """The network of "ffhq256" or "imagenet256" as initialised: its last convolution is zero.
 
     Its schedule is azula's own for these networks; under `torch.device("meta")` it takes no memory.
 
+    Args:
+        name: of the two.
+        channels: of the first level, a multiple of 32; those of the others are in proportion. By
+            default as many as the weights have.
+
     Raises:
-        ValueError: for another name.
+        ValueError: for another name or number.
     """
     if name not in _ADM_CARDS:
         raise ValueError(f"name is {name!r}, expected one of {sorted(_ADM_CARDS)}")
-    config = load_cards(adm)[_ADM_CARDS[name]].config
+    config = dict(load_cards(adm)[_ADM_CARDS[name]].config)
+    if channels is not None:
+        if channels < 32 or channels % 32:  # ADM's norms have 32 groups
+            raise ValueError(f"channels is {channels}, expected a multiple of 32")
+        config["num_channels"] = channels
     prior = adm.make_model(**config, clip_mean=False, learn_var=False)
     for block in prior.backbone.modules():
         if isinstance(block, ResBlock | AttentionBlock):

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from diffoc.costs import ControlCost
 from diffoc.ilqr import ILQRResult, ilqr
 from diffoc.lowrank import Counts, MatrixFree
-from diffoc.process import ReverseProcess
+from diffoc.process import ReverseProcess, drift_and_diffusion
 from diffoc.projected import Projected
 from diffoc.rules import LBFGS, Adam, LineSearch, Tikhonov
 from diffoc.sweeps import ControlProblem
@@ -63,7 +63,7 @@ def solve(
     rank: int = 1,
     iterations: int = 50,
     update: Adam | LBFGS | LineSearch = Adam(),
-    regularization: Tikhonov | float = 0.0,
+    regularization: Tikhonov | float | Tensor = 0.0,
     feedback: bool = True,
     residual: Callable[[Tensor], Tensor] | None = None,
     noise_level: float | None = None,
@@ -88,7 +88,7 @@ def solve(
         rank: k of the terminal Hessian, at least 0, which is the first order.
         iterations: at least 0.
         update: Adam (Eq. 80), L-BFGS, or a backtracking line search.
-        regularization: Tikhonov's constant, or a schedule.
+        regularization: Tikhonov's constant, or one for each step, (T,), or a schedule.
         feedback: whether to use the gains K.
         residual, noise_level: where the mean of the squared `residual` of the images (B, ...)
             falls below `noise_level` squared, a problem is stopped (the discrepancy principle).
@@ -203,3 +203,16 @@ def snr_weights(schedule: Schedule, times: Tensor, scale: float = 1e-6) -> Tenso
     alpha, sigma = schedule(times[:-1])
     steps = len(times) - 1
     return scale * alpha / sigma * steps**2
+
+
+def guidance_regularization(schedule: Schedule, times: Tensor) -> Tensor:
+    r"""Tikhonov's constants that make the first-order gains those of guidance, Lemma 4.2, (T,).
+
+    .. math:: a_i = \frac{2}{g(t_i)^2 \, dt_i}
+
+    Args:
+        schedule: of the prior.
+        times: of the process, (T + 1,).
+    """
+    _, g2 = drift_and_diffusion(schedule, times[:-1])
+    return 2 / (g2 * -times.diff())

@@ -115,15 +115,18 @@ def summarise(rows: list[Row], metrics: Iterable[str] = METRICS) -> str:
     one that was not run. Failures, and fewer images than elsewhere, are counted in brackets.
     """
     tasks = list(dict.fromkeys(row["task"] for row in rows))
-    tried = defaultdict(set)
-    for row in rows:
-        tried[row["task"], row["method"], row["nfe"]].add(row["settings"])
-    several = {key[1:] for key, settings in tried.items() if len(settings) > 1}
+    several = {}
+    for column in ("prior", "settings"):
+        tried = defaultdict(set)
+        for row in rows:
+            tried[row["task"], row["method"], row["nfe"]].add(row[column])
+        several[column] = {key[1:] for key, values in tried.items() if len(values) > 1}
     groups: dict[tuple[str, str], list[Row]] = defaultdict(list)
     for row in rows:
         label = f"{_label(row['method'])} (NFE {row['nfe']})"
-        if (row["method"], row["nfe"]) in several:
-            label += f" {row['settings']}"
+        for column, keys in several.items():
+            if (row["method"], row["nfe"]) in keys:
+                label += f" {row[column]}"
         groups[label, row["task"]].append(row)
     labels = list(dict.fromkeys(label for label, _ in groups))
     most = max((len({r["image"] for r in group}) for group in groups.values()), default=0)

@@ -216,6 +216,8 @@ def test_a_table_of_means():
     two = rows("one", "ok", "20", "22")
     other = [row | {"settings": as_json({"guidance": 9})} for row in rows("one", "ok", "1", "1")]
     assert '{"guidance": 9} | 1.00' in summarise(two + other)
+    wrong = [row | {"prior": "untrained faces64"} for row in rows("one", "ok", "1", "1")]
+    assert "| DPS (NFE 1000) untrained faces64 | 1.00" in summarise(two + wrong)
 
 
 def run_method(method, prior, name, **settings):
