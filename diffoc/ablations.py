@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 
+from diffoc.controllers import iterations_within
 from diffoc.inaccurate import IDENTITY, RANDOM, UNTRAINED
 from diffoc.methods import TABLE_2, settings_of
 from diffoc.records import Cell, as_json
@@ -66,7 +67,7 @@ def rank(prior: str, tasks: Sequence[str]) -> Iterator[Choice]:
         changes: list[dict] = [{"regularization": a} for a in REGULARIZATIONS]
         changes += [{"regularization": 0, "weight_scale": 0.0}]
         changes += [{"regularization": a, "rank": 0} for a in (0, 1)]
-        pairs = [(k, projected) for k, projected in product(RANKS, (False, True))]
+        pairs = product(RANKS, (False, True))
         changes += [{"rank": k, "projected": p} for k, p in pairs if k or not p]
         for change in changes:
             settings = usual | change
@@ -161,7 +162,6 @@ def _controllers(prior: str, task: str, nfe: int, steps: int) -> Iterator[Choice
     """The controller from the greedy guess and from zero, with a budget and T."""
     planned = _tuned("control", task) | {"budget": nfe, "steps": steps}
     yield prior, task, "control", nfe, planned
-    # Some 15 % of the budget are for the first rollout and for the line search.
-    iterations = max(1, 17 * nfe // (20 * steps))
-    cold = _tuned("control_cold", task) | {"steps": steps, "iterations": iterations}
+    changed = {"steps": steps, "iterations": iterations_within(nfe, steps)}
+    cold = _tuned("control_cold", task) | changed
     yield prior, task, "control_cold", nfe, cold

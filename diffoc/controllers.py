@@ -32,6 +32,14 @@ FIRST_FROM_GUESS = 1e-4
 """L-BFGS's first change from a greedy guess: one of the usual length would undo the guess."""
 
 
+def iterations_within(budget: int, steps: int) -> int:
+    """The iterations of T steps that a budget of evaluations allows, at least 1.
+
+    Some 15 % of it are left for the first rollout and for the line search, which may take more.
+    """
+    return max(1, 17 * budget // (20 * steps))
+
+
 def control(
     prior: Denoiser,
     physics: Physics,
@@ -96,15 +104,13 @@ def control_planned(
     Args:
         noise_std: of the measurements.
         steps: T, at least 1.
-        budget: of evaluations, of which 15 % are for the line search; at least 4 T.
+        budget: of evaluations, at least 4 T.
 
     Raises:
         ValueError: for a smaller budget.
     """
     if budget < 4 * steps:
         raise ValueError(f"budget is {budget}, expected at least 4 times the {steps} steps")
-    # The guess and the first rollout are two of them.
-    iterations = max(1, int(0.85 * (budget / steps - 2)))
     return control(
         prior,
         physics,
@@ -113,7 +119,8 @@ def control_planned(
         generator,
         noise_std=noise_std,
         steps=steps,
-        iterations=iterations,
+        # The guess and the first rollout take T evaluations each.
+        iterations=iterations_within(budget - 2 * steps, steps),
         control_cost=0.3,
         greedy=True,
     )

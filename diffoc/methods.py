@@ -29,7 +29,13 @@ from diffoc.baselines.pgdm import pgdm
 from diffoc.baselines.pnp_admm import pnp_admm
 from diffoc.baselines.psld import psld
 from diffoc.baselines.score_sde import score_sde
-from diffoc.controllers import STEPS, control, control_paper, control_planned
+from diffoc.controllers import (
+    STEPS,
+    control,
+    control_paper,
+    control_planned,
+    iterations_within,
+)
 from diffoc.data import data_folder
 
 TRIALS = 4
@@ -134,8 +140,7 @@ METHODS: dict[str, Method] = {
     "control_cold": Method(
         "Ours, from zero",
         control,
-        # Some 15 % of the budget are for the first rollout and for the line search.
-        lambda task, nfe: {"steps": STEPS, "iterations": max(1, 17 * nfe // (20 * STEPS))},
+        lambda task, nfe: {"steps": STEPS, "iterations": iterations_within(nfe, STEPS)},
         ("control_cost", (0.1, 0.3, 1.0, 3.0)),
     ),
     "control_paper": Method(

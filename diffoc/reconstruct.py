@@ -15,7 +15,6 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from diffoc.controllers import FIRST_FROM_GUESS, ITERATIONS, STEPS
-from diffoc.counting import CountedPrior
 from diffoc.greedy import greedy_controls
 from diffoc.lowrank import MatrixFree
 from diffoc.metrics import image_metrics
@@ -160,12 +159,10 @@ def reconstruct(
     start = torch.zeros(1, *prior.image_shape, device=device)
     level = noise_level(physics, y, settings.noise_std)
     began = time.perf_counter()
-    counted = CountedPrior(prior)
-    guess = None
+    guess, evaluations = None, 0
     if isinstance(physics, LinearPhysics):
-        guess = greedy_controls(
-            ReverseProcess(counted, settings.steps), physics, y, start, settings.noise_std
-        )
+        guess = greedy_controls(process, physics, y, start, settings.noise_std)
+        evaluations = settings.steps
     lbfgs = LBFGS() if guess is None else LBFGS(first=FIRST_FROM_GUESS)
     result = solve(
         process,
@@ -189,7 +186,7 @@ def reconstruct(
         "metrics": None,
         "residual_over_noise": round(residual / level, 4),
         "cost": round(result.cost.item(), 4),
-        "evaluations": counted.evaluations + result.evaluations,
+        "evaluations": evaluations + result.evaluations,
         "vector_jacobian_products": result.products,
         "seconds": round(seconds, 2),
     }
