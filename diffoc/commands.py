@@ -72,9 +72,18 @@ def _add_grid(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--jobs", type=int, default=1, help="workers of one thread each")
     parser.add_argument("--backend", choices=["loky", "ray"], default="loky")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--precision", choices=["bfloat16", "float32"], default="bfloat16")
+    parser.add_argument(
+        "--precision",
+        choices=["bfloat16", "float32"],
+        help="by default bfloat16 on a GPU; a CPU may take fifty times as long with it",
+    )
     parser.add_argument("--out", type=Path, metavar="CSV")
     parser.add_argument("--retry-failed", action="store_true")
+
+
+def _precision(args: argparse.Namespace) -> str:
+    """A processor without bfloat16 emulates it, so that is the choice of GPUs alone."""
+    return args.precision or ("bfloat16" if args.device.startswith("cuda") else "float32")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -112,7 +121,7 @@ def _cells(args: argparse.Namespace, images: Sequence[str]) -> tuple[str, list[C
         tasks = args.tasks or experiments.TABLES["table1"]
         budgets, changes = args.nfe or [NFE], dict(args.set)
         return prior, experiments.cells_of(
-            prior, tasks, methods, budgets, args.seeds, images, batch, args.precision, changes
+            prior, tasks, methods, budgets, args.seeds, images, batch, _precision(args), changes
         )
     for name in ("nfe", "set"):
         if getattr(args, name):
@@ -122,7 +131,7 @@ def _cells(args: argparse.Namespace, images: Sequence[str]) -> tuple[str, list[C
         args.prior,
         images,
         batch,
-        args.precision,
+        _precision(args),
         tasks=args.tasks or TASKS,
         methods=args.methods,
         seeds=args.seeds,
@@ -151,7 +160,7 @@ def tune(args: argparse.Namespace) -> int:
             [0],
             names,
             len(names),
-            args.precision,
+            _precision(args),
             {keyword: values[0]},
         ):
             trials[cell] = experiments.tuning_cells(cell)
@@ -247,7 +256,7 @@ def _print_plan(left: Sequence[Cell], cells: int, args: argparse.Namespace, keep
     images = sum(len(cell.images) for cell in left)
     hours, evaluations = 0.0, 0
     for batch, _ in Counter(len(cell.images) for cell in left).items():
-        one, product = time_prior(left[0].prior, batch, args.precision, args.device)
+        one, product = time_prior(left[0].prior, batch, _precision(args), args.device)
         works = [work_of(cell) for cell in left if len(cell.images) == batch]
         evaluations += sum(work[0] for work in works)
         hours += sum(work[0] * one + work[1] * product for work in works) / 3600
