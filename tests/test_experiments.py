@@ -227,7 +227,7 @@ def run_method(method, prior, name, **settings):
     physics = task(name, shape, generator)
     y = measure(physics, truth, generator)
     x = torch.randn(1, *shape, generator=generator)
-    counted = CountedPrior(prior, "bfloat16" if shape[-1] == 64 else None)
+    counted = CountedPrior(prior)
     x0 = method(counted, physics, y, x, generator, noise_std=NOISE_STD, **settings)
     return counted, physics, y, x0, truth
 
