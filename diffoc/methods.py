@@ -134,7 +134,7 @@ METHODS: dict[str, Method] = {
         "Ours",
         control_planned,
         lambda task, nfe: {"budget": nfe},
-        ("steps", (10, 20, 40, 75)),
+        ("steps", (5, 10, 20, 30)),
         lambda settings: (settings["budget"],) * 2,
     ),
     "control_cold": Method(
