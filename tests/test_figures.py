@@ -196,7 +196,7 @@ def test_a_table_is_drawn_with_its_budgets_and_shards(tmp_path: Path) -> None:
 
 def test_todays_records_and_the_papers_tables_are_drawn() -> None:
     names = {name for name, _, _ in paper.from_records(ROOT / "data" / "records")}
-    assert {"faces64_dps", "tuning_faces64"} <= names
+    assert {"table1_faces64_psnr", "tuning_faces64"} <= names
     table = json.loads((ROOT / "data/paper_tables.json").read_text(encoding="utf-8"))["table3"]
     figures = {name: figure for name, figure, _ in paper.from_paper()}
     labels = [text.get_text() for text in figures["paper_table3"].axes[0].get_yticklabels()]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +23,7 @@ from diffoc.pretrained import load_prior
 from diffoc.priors import GaussianMixturePrior, GaussianPrior
 from diffoc.process import ReverseProcess
 from diffoc.provenance import ROOT
-from diffoc.records import Row, read
+from diffoc.records import read
 from diffoc.rules import LBFGS
 from diffoc.solver import solve
 from diffoc.summary import by_budget, by_method, by_setting
@@ -56,16 +55,8 @@ def from_records(folder: Path) -> Iterator[Made]:
     """Methods by tasks, quality over the budget, and tuning, of what has been run.
 
     Args:
-        folder: with `faces64_dps.csv`, `table1_*.csv` and `tuning_*.csv`; each may be missing.
+        folder: with `table1_*.csv` and `tuning_*.csv`; each may be missing.
     """
-    old = folder / "faces64_dps.csv"
-    if old.exists():
-        rows = _rows_before_budgets(old)
-        yield (
-            "faces64_dps",
-            plots.metric_by_method(by_method(rows, "psnr"), "PSNR (dB)"),
-            (old.name,),
-        )
     for path in _tables(folder, "table1"):
         rows = [row for some in read(path).values() for row in some]
         for metric, label in METRICS.items():
@@ -89,12 +80,6 @@ def _tables(folder: Path, name: str) -> list[Path]:
         path.name.split(".shard-")[0].removesuffix(".csv") for path in folder.glob(f"{name}_*")
     }
     return [folder / f"{name}.csv" for name in sorted(names)]
-
-
-def _rows_before_budgets(path: Path) -> list[Row]:
-    """Rows of the first comparison, which had neither status nor budget."""
-    with path.open(newline="", encoding="utf-8") as file:
-        return [{**row, "status": "ok", "nfe": ""} for row in csv.DictReader(file)]
 
 
 def from_paper() -> Iterator[Made]:
