@@ -1,4 +1,4 @@
-"""The subcommands that make, read and draw tables: run, tune, check, table and figures."""
+"""The subcommands that make, read and draw tables: run, tune, check, table, figures, digits."""
 
 from __future__ import annotations
 
@@ -60,7 +60,11 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     table_.add_argument("records", type=Path, metavar="CSV")
     figures_ = commands.add_parser("figures", help="draw the figures for print, of what was run")
     figures_.add_argument("--out", type=Path, metavar="DIR", help="by default figures/print")
+    digits_ = commands.add_parser("digits", help="make digits from labels, and their records")
+    digits_.add_argument("--samples", type=int, default=100, help="of each label and way")
+    digits_.add_argument("--out", type=Path, metavar="CSV")
     functions = {run_: run, tune_: tune, check_: check, table_: table, figures_: figures}
+    functions[digits_] = digits
     for parser, function in functions.items():
         parser.set_defaults(function=function)
 
@@ -245,6 +249,17 @@ def _execute(
     )
     print(f"{path}: " + ", ".join(f"{count} {name}" for name, count in found.items()))
     return int(found["failed"] > 0)
+
+
+def digits(args: argparse.Namespace) -> int:
+    """Figure 5's experiment; the images go to build/digits."""
+    from diffoc import class_guidance
+
+    if args.samples < 2:
+        raise ValueError(f"samples is {args.samples}, expected at least 2")
+    path = args.out or ROOT / "data" / "records" / "digits_mnist.csv"
+    class_guidance.record(path, ROOT / "build" / "digits", args.samples)
+    return 0
 
 
 def _print_plan(left: Sequence[Cell], cells: int, args: argparse.Namespace, keep: bool) -> None:
