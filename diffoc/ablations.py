@@ -74,25 +74,28 @@ def rank(prior: str, tasks: Sequence[str]) -> Iterator[Choice]:
             yield prior, name, "control_paper", 10 * usual["iterations"], settings
 
 
-def robustness(prior: str, tasks: Sequence[str], trained: bool = True) -> Iterator[Choice]:
+def robustness(
+    prior: str, tasks: Sequence[str], trained: bool = True, nfe: int = TUNED[1]
+) -> Iterator[Choice]:
     """Figure 6: DPS and ours with priors that are wrong, and what needs no prior.
 
     Args:
         prior: that they are made of.
         tasks: of the grid.
         trained: whether there are weights; without, only priors of random ones.
+        nfe: the budget, for which nothing is tuned but with 300 evaluations.
     """
     if trained:
         wrong = [prior, *(f"{prior}+noise{level:g}" for level in NOISE_LEVELS), UNTRAINED + prior]
     else:
         wrong = [UNTRAINED + prior, RANDOM + prior]
-    nfe = TUNED[1]
     for name in tasks:
+        steps = min(_tuned("control", name)["steps"], nfe // 4)
         for used in wrong:
-            yield used, name, "dps", nfe, _tuned("dps", name)
-            yield from _controllers(used, name, nfe, _tuned("control", name)["steps"])
+            yield used, name, "dps", nfe, _tuned("dps", name) | {"steps": nfe}
+            yield from _controllers(used, name, nfe, steps)
         none = IDENTITY + prior
-        yield from _controllers(none, name, nfe, _tuned("control", name)["steps"])
+        yield from _controllers(none, name, nfe, steps)
         yield none, name, "deep_image_prior", nfe, {}
 
 
@@ -115,6 +118,7 @@ def ablation_cells(
     methods: Sequence[str] | None = None,
     seeds: Sequence[int] = (0,),
     trained: bool = True,
+    nfe: int | None = None,
 ) -> list[Cell]:
     """The cells of one of :data:`ABLATIONS`, each once.
 
@@ -128,6 +132,7 @@ def ablation_cells(
         methods: those to keep, by default all.
         seeds: of the measurements.
         trained: whether the prior has weights; only `robustness` can do without.
+        nfe: a budget for `robustness`, where 300 evaluations take too long; the others have theirs.
 
     Raises:
         ValueError: if an argument is out of its range.
@@ -138,7 +143,10 @@ def ablation_cells(
         raise ValueError(f"batch is {batch}, expected at least 1")
     if not trained and table != "robustness":
         raise ValueError(f"table is {table!r}, which needs trained weights")
-    options = {} if trained else {"trained": False}
+    if nfe is not None and (table != "robustness" or nfe < 4):
+        raise ValueError(f"nfe is {nfe}: only robustness takes a budget, of at least 4")
+    options: dict = {} if trained else {"trained": False}
+    options |= {} if nfe is None else {"nfe": nfe}
     choices = list(ABLATIONS[table](prior, tasks, **options))
     known = {choice[2] for choice in choices}
     if methods is not None and not set(methods) <= known:

@@ -127,9 +127,10 @@ def _cells(args: argparse.Namespace, images: Sequence[str]) -> tuple[str, list[C
         return prior, experiments.cells_of(
             prior, tasks, methods, budgets, args.seeds, images, batch, _precision(args), changes
         )
-    for name in ("nfe", "set"):
-        if getattr(args, name):
-            raise ValueError(f"{name} is given, but the grid of {args.table} has its own")
+    if args.set:
+        raise ValueError(f"set is given, but the grid of {args.table} has its own")
+    if args.nfe and (args.table != "robustness" or len(args.nfe) > 1):
+        raise ValueError(f"nfe is {args.nfe}: of the grids only robustness takes one, a single one")
     return prior, ablation_cells(
         args.table,
         args.prior,
@@ -140,6 +141,7 @@ def _cells(args: argparse.Namespace, images: Sequence[str]) -> tuple[str, list[C
         methods=args.methods,
         seeds=args.seeds,
         trained=not args.random_weights,
+        nfe=args.nfe[0] if args.nfe else None,
     )
 
 

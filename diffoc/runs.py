@@ -170,7 +170,12 @@ class Checked:
 
 
 def check(
-    path: Path, compute: Compute, rows: int = 5, seed: int = 0, device: str = "cpu"
+    path: Path,
+    compute: Compute,
+    rows: int = 5,
+    seed: int = 0,
+    device: str = "cpu",
+    only: Callable[[Cell], bool] = lambda cell: True,
 ) -> Checked:
     """Computes the cells of random rows again, and compares them with their records.
 
@@ -183,6 +188,7 @@ def check(
         rows: to choose; all rows of their cells are compared.
         seed: of the choice.
         device: that computes.
+        only: which cells to choose from, such as those that are soon computed.
 
     Raises:
         ValueError: if the table has no row that can be checked, or an argument is out of range.
@@ -190,7 +196,8 @@ def check(
     """
     if rows < 1:
         raise ValueError(f"rows is {rows}, expected at least 1")
-    cells = {c: r for c, r in records.read(path).items() if r[0]["status"] == "ok"}
+    found = records.read(path).items()
+    cells = {cell: some for cell, some in found if some[0]["status"] == "ok" and only(cell)}
     owners = [cell for cell in cells for _ in cell.images]
     if not owners:
         raise ValueError(f"path {path} has no row that could be checked")

@@ -15,6 +15,22 @@ from diffoc.records import METRICS, Row
 _FORMATS = {"psnr": "{:.2f} ± {:.2f}", "mse": "{:.4f} ± {:.4f}"}
 
 
+def select(rows: Iterable[Row], **wanted: object) -> list[Row]:
+    """Rows whose columns have these values, or the keywords of whose settings have them.
+
+    Where a settings' keyword has a column's name, the column counts.
+    """
+    found = []
+    for row in rows:
+        settings = json.loads(row["settings"])
+        if all(
+            row[key] == str(value) if key in row else key in settings and settings[key] == value
+            for key, value in wanted.items()
+        ):
+            found.append(row)
+    return found
+
+
 def mean_and_interval(values: Iterable[float]) -> tuple[float, float]:
     """The mean, and half the width of its 95 % confidence interval; not a number for one value.
 
@@ -58,7 +74,7 @@ Curve = list[tuple[float, float, float]]
 def by_budget(rows: Iterable[Row], metric: str) -> dict[str, dict[str, Curve]]:
     """Task to method's label to its curve over the budget of evaluations."""
     keyed = ((row["task"], _label(row["method"]), float(row["nfe"]), row) for row in rows)
-    return _curves(keyed, metric)
+    return curves(keyed, metric)
 
 
 def by_setting(rows: Iterable[Row], metric: str) -> dict[str, dict[str, Curve]]:
@@ -73,12 +89,13 @@ def by_setting(rows: Iterable[Row], metric: str) -> dict[str, dict[str, Curve]]:
             keyword = method.tuned[0]
             value = float(json.loads(row["settings"])[keyword])
             keyed.append((f"{method.label}: {keyword}", row["task"], value, row))
-    return _curves(keyed, metric)
+    return curves(keyed, metric)
 
 
-def _curves(
+def curves(
     keyed: Iterable[tuple[str, str, float, Row]], metric: str
 ) -> dict[str, dict[str, Curve]]:
+    """Panel to line to its curve, of rows with their panel, line and abscissa."""
     groups: dict[tuple[str, str], dict[float, list[Row]]] = defaultdict(lambda: defaultdict(list))
     for panel, line, abscissa, row in keyed:
         groups[panel, line][abscissa].append(row)

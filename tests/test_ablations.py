@@ -83,6 +83,15 @@ def test_rank_and_robustness_vary_what_they_say():
         *("faces64", "faces64+noise0.05", "faces64+noise0.1", "faces64+noise0.2"),
         *("untrained faces64", "identity faces64"),
     }
+    usual, few = cells("robustness"), cells("robustness", nfe=60)
+    assert {cell.nfe for cell in usual} == {300}
+    assert {cell.nfe for cell in few} == {60}
+    assert cells("robustness", nfe=300) == usual
+    for cell in few:
+        if cell.method == "dps":
+            assert cell.keywords["steps"] == 60
+        elif cell.method == "control_cold":
+            assert cell.keywords["steps"] * (1 + cell.keywords["iterations"]) <= 60
     bare = {cell.prior for cell in cells("robustness", trained=False)}
     assert bare == {"untrained faces64", "random faces64", "identity faces64"}
 
@@ -94,6 +103,8 @@ def test_rank_and_robustness_vary_what_they_say():
         ("rank", {"methods": ["dps"]}, "methods is"),
         ("rank", {"trained": False}, "needs trained weights"),
         ("rank", {"tasks": ["cloud"]}, "'cloud'"),
+        ("rank", {"nfe": 60}, "nfe is 60"),
+        ("robustness", {"nfe": 3}, "nfe is 3"),
     ],
 )
 def test_what_is_no_grid_is_refused(table, options, message):
@@ -168,7 +179,7 @@ def test_a_grid_by_command_is_resumed_and_checked(folder, tmp_path, monkeypatch,
     assert path.read_bytes() == before
     assert main(["check", str(path), "--images", str(folder), "--rows", "4"]) == 0
     assert main([*command, "--nfe", "7"]) == 2
-    assert "nfe is given" in capsys.readouterr().err
+    assert "nfe is [7]" in capsys.readouterr().err
 
 
 def test_without_weights_a_grid_takes_random_ones(folder, tmp_path, monkeypatch):

@@ -73,6 +73,13 @@ def quality_by_rank() -> Figure:
     return plots.quality_curves(panels, "rank", "ours", logarithmic=False)
 
 
+def quality_by_prior() -> Figure:
+    ours = [(0.0, 25.0, 0.5), (1.0, 24.0, 0.5), (2.0, 22.0, 0.7)]
+    panels = {"blur": {"Ours": ours, "DPS": [(0.0, 24.0, 0.4), (2.0, 9.0, 1.0)]}}
+    names = ["trained", "noise 0.1", "untrained"]
+    return plots.quality_curves(panels, "prior", "PSNR (dB)", ticks=names)
+
+
 def theorem_errors() -> Figure:
     errors = {"kept": [1.0, 1e-2, 1e-5, 1e-8], "dropped": [1e-15, 2e-15, 1e-15, 2e-15]}
     return plots.theorem_errors([1e3, 1e6, 1e9, 1e12], errors, 1e-12)
@@ -85,7 +92,7 @@ def sizes_over_time() -> Figure:
 
 FIGURES = [
     *(steering, predicted_x0, reconstructions, metric_by_method),
-    *(quality_curves, quality_by_rank, theorem_errors, sizes_over_time),
+    *(quality_curves, quality_by_rank, quality_by_prior, theorem_errors, sizes_over_time),
 ]
 
 

@@ -224,6 +224,8 @@ def test_check_agrees_with_the_truth_and_finds_the_smallest_change(tmp_path):
     assert len(found.differences) == 6
     assert all("ssim is" in line and "in the record" in line for line in found.differences)
     assert len(check(path, changed, rows=1).differences) == 1
+    one = check(path, changed, rows=rows, only=lambda cell: cell == CELLS[2])
+    assert (one.rows, len(one.differences)) == (len(CELLS[2].images), 1)
 
 
 def test_check_tolerates_rounding_only_on_another_machine(tmp_path, monkeypatch):
@@ -258,3 +260,6 @@ def test_check_needs_something_to_check(tmp_path):
         check(path, fake)
     with pytest.raises(ValueError, match="rows is 0"):
         check(path, fake, rows=0)
+    run(path, cells=CELLS[:1])
+    with pytest.raises(ValueError, match="no row that could be checked"):
+        check(path, fake, only=lambda cell: False)

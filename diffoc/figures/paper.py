@@ -14,6 +14,7 @@ from torch import Tensor
 from diffoc.costs import ControlCost, GaussianLikelihood
 from diffoc.data import portrait
 from diffoc.figures import plots, save_for_print
+from diffoc.figures.ablations import from_ablations
 from diffoc.ilqr import ilqr
 from diffoc.linear_gaussian import linear_gaussian, relative_error
 from diffoc.metrics import image_metrics
@@ -46,7 +47,8 @@ def write_all(folder: Path | None = None, records: Path = ROOT / "data" / "recor
         records: where the tables' CSV files lie.
     """
     paths = []
-    for name, figure, sources in [*from_records(records), *from_paper(), *computed()]:
+    made = [*from_records(records), *from_ablations(records), *from_paper(), *computed()]
+    for name, figure, sources in made:
         paths += save_for_print(figure, name, sources, folder)
     return paths
 

@@ -172,6 +172,7 @@ def quality_curves(
     ylabel: str,
     logarithmic: bool = True,
     columns: int = 3,
+    ticks: Sequence[str] | None = None,
 ) -> Figure:
     """Means of a metric over a budget or a setting, with intervals: Figure 3 and Tables 4 to 6.
 
@@ -182,6 +183,7 @@ def quality_curves(
         xlabel, ylabel: with units.
         logarithmic: whether the abscissa is, or the places are equally far apart.
         columns: of panels, at most.
+        ticks: names of the places 0, 1, ..., which the abscissas are then.
 
     Raises:
         ValueError: if there are none.
@@ -195,10 +197,11 @@ def quality_curves(
     axes = figure.subplots(height, columns, squeeze=False).flatten()
     for ax, (title, found) in zip(axes, panels.items(), strict=False):
         places = sorted({x for curve in found.values() for x, _, _ in curve})
+        as_given = logarithmic or ticks is not None
         for name, curve in found.items():
             number = lines.index(name)
             ax.errorbar(
-                [x if logarithmic else places.index(x) for x, _, _ in curve],
+                [x if as_given else places.index(x) for x, _, _ in curve],
                 [mean for _, mean, _ in curve],
                 [half for _, _, half in curve],
                 color=list(COLORS.values())[number % len(COLORS)],
@@ -206,7 +209,9 @@ def quality_curves(
                 elinewidth=0.5,
                 label=name.replace("_", " "),
             )
-        if logarithmic:
+        if ticks is not None:
+            ax.set_xticks(range(len(ticks)), ticks, rotation=45, ha="right", rotation_mode="anchor")
+        elif logarithmic:
             ax.set_xscale("log")
             ax.set_xticks(places, [f"{x:g}" for x in places], minor=False)
             ax.minorticks_off()

@@ -1,0 +1,49 @@
+"""The figures for print of the grids of :mod:`diffoc.ablations`, from their records."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from diffoc import ablation_summary as summary
+from diffoc.figures import plots
+from diffoc.records import Row, read
+
+PSNR = "PSNR (dB)"
+
+
+def from_ablations(folder: Path) -> Iterator[tuple[str, Figure, tuple[str, ...]]]:
+    """Figures 3 and 6 and Tables 4 to 6, of what has been run; a name, a figure, its records.
+
+    Args:
+        folder: with `few_steps_*.csv`, `rank_*.csv` and `robustness_*.csv`; each may be missing.
+    """
+    for path in sorted(folder.glob("few_steps_*.csv")):
+        rows = _rows(path)
+        for name, panels, xlabel in (
+            ("budget", summary.equal_budgets(rows, "psnr"), "evaluations"),
+            ("horizon", summary.equal_horizons(rows, "psnr"), "steps $T$"),
+        ):
+            if panels:
+                yield f"{path.stem}_{name}", plots.quality_curves(panels, xlabel, PSNR), (path.name,)
+    for path in sorted(folder.glob("rank_*.csv")):
+        rows = _rows(path)
+        if panels := summary.by_rank(rows, "psnr"):
+            figure = plots.quality_curves(panels, "rank $k$", PSNR, logarithmic=False)
+            yield path.stem, figure, (path.name,)
+        if panels := summary.by_constant(rows, "psnr"):
+            xlabel = "Tikhonov's constant $a$"
+            figure = plots.quality_curves(panels, xlabel, PSNR, ticks=summary.CONSTANTS)
+            yield f"{path.stem}_constant", figure, (path.name,)
+    for path in sorted(folder.glob("robustness_*.csv")):
+        rows = _rows(path)
+        known = {summary.prior_label(row["prior"]) for row in rows}
+        priors = [name for name in summary.PRIORS if name in known]
+        if panels := summary.by_prior(rows, "psnr", priors):
+            yield path.stem, plots.quality_curves(panels, "prior", PSNR, ticks=priors), (path.name,)
+
+
+def _rows(path: Path) -> list[Row]:
+    return [row for rows in read(path).values() for row in rows]
