@@ -18,6 +18,7 @@ from __future__ import annotations
 import csv
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -198,8 +199,8 @@ def measures(digits: Tensor, label: int, real: Tensor) -> dict[str, float]:
     }
 
 
-def record(path: Path, folder: Path, images: int = 100) -> None:
-    """Makes digits of all labels in all ways, and appends a row for each to a table.
+def record(path: Path, folder: Path, images: int = 100, labels: Sequence[int] = range(10)) -> None:
+    """Makes digits of labels in all ways, and appends a row for each to a table.
 
     Rows that the table has are not made again. Needs MNIST's test digits.
 
@@ -207,6 +208,7 @@ def record(path: Path, folder: Path, images: int = 100) -> None:
         path: of the table, CSV.
         folder: where the digits go, `WAY_LABEL.safetensors`.
         images: of each way and label, at least 2.
+        labels: to make digits of.
 
     Raises:
         FileNotFoundError: without MNIST and without a network to download it from.
@@ -216,7 +218,7 @@ def record(path: Path, folder: Path, images: int = 100) -> None:
     torch.set_flush_denormal(True)
     known = read(path) if path.exists() else []
     done = {(row["way"], row["label"]) for row in known}
-    for label in range(10):
+    for label in labels:
         real = torch.from_numpy(digits[classes == label]).float().unsqueeze(1) / 127.5 - 1
         for name, way in WAYS.items():
             if (name, str(label)) in done:
