@@ -193,7 +193,7 @@ def quality_curves(
     lines = list(dict.fromkeys(name for found in panels.values() for name in found))
     columns = min(columns, len(panels))
     height = -(-len(panels) // columns)
-    figure = Figure(figsize=(WIDTH, 0.5 + 1.5 * height))
+    figure = Figure(figsize=(WIDTH, 0.5 + (1.5 if ticks is None else 1.9) * height))
     axes = figure.subplots(height, columns, squeeze=False).flatten()
     for ax, (title, found) in zip(axes, panels.items(), strict=False):
         places = sorted({x for curve in found.values() for x, _, _ in curve})
