@@ -153,10 +153,11 @@ def tune(args: argparse.Namespace) -> int:
 
     trials = {}
     for method in args.methods:
-        if method not in METHODS or not METHODS[method].tuned:
+        tunable = METHODS[method].tuned if method in METHODS else None
+        if tunable is None:
             possible = [name for name in METHODS if METHODS[name].tuned]
             raise ValueError(f"METHOD is {method!r}, expected one of {', '.join(possible)}")
-        keyword, values = METHODS[method].tuned
+        keyword, values = tunable
         names = experiments.tuning_faces()
         for cell in experiments.cells_of(
             args.prior,
@@ -169,13 +170,12 @@ def tune(args: argparse.Namespace) -> int:
             _precision(args),
             {keyword: values[0]},
         ):
-            trials[cell] = experiments.tuning_cells(cell)
+            trials[cell] = keyword, experiments.tuning_cells(cell)
     path = args.out or ROOT / "data" / "records" / f"tuning_{args.prior}.csv"
-    cells = [cell for some in trials.values() for cell in some.values()]
+    cells = [cell for _, some in trials.values() for cell in some.values()]
     status = _execute(cells, experiments.Computer(None, args.device), path, args)
     records, tuned = read(path), read_tuned()
-    for cell, some in trials.items():
-        keyword = METHODS[cell.method].tuned[0]
+    for cell, (keyword, some) in trials.items():
         best = experiments.best_value({value: records[one] for value, one in some.items()})
         if best is None and any(records[one][0]["status"] == "failed" for one in some.values()):
             print(f"{cell.method}, {cell.task}, nfe {cell.nfe}: every value failed")

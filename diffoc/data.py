@@ -257,8 +257,8 @@ def portrait(name: str, size: int = 64) -> Tensor:
     if name == "astronaut":
         picture = skimage.data.astronaut()
     else:
-        with matplotlib.cbook.get_sample_data("grace_hopper.jpg") as file:
-            picture = skimage.io.imread(file)
+        file = matplotlib.cbook.get_sample_data("grace_hopper.jpg", asfileobj=False)
+        picture = skimage.io.imread(file)
     left, top, side = _CROPS[name]
     grey = rgb2gray(picture[top : top + side, left : left + side])
     scaled = resize(grey, (size, size), anti_aliasing=True).clip(0, 1)

@@ -8,6 +8,7 @@ the posterior mean :math:`m(z_t, t)`; beside it are the encoder E and the decode
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from azula.denoise import Denoiser, DiracPosterior
@@ -16,6 +17,11 @@ from torch import Tensor, nn
 
 from diffoc.counting import CountedPrior
 from diffoc.pipelines import DiffusersDenoiser, alphas_cumprod_of, read_json
+
+if TYPE_CHECKING:
+    from diffusers import ModelMixin
+
+    from diffoc.autoencoder import Autoencoder
 
 
 class LatentPrior(Denoiser):
@@ -30,7 +36,7 @@ class LatentPrior(Denoiser):
         decoded_shape: of an image, (C, H, W). Both are set by `load_prior`.
     """
 
-    def __init__(self, denoiser: Denoiser, autoencoder: nn.Module) -> None:
+    def __init__(self, denoiser: Denoiser, autoencoder: Autoencoder | DiffusersAutoencoder) -> None:
         super().__init__()
         self.denoiser = denoiser
         self.autoencoder = autoencoder
@@ -71,7 +77,7 @@ class DiffusersAutoencoder(nn.Module):
     through that.
     """
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: ModelMixin) -> None:
         super().__init__()
         self.network = network
         # A shift is what later models than Stable Diffusion 1.5 have; None where they have none.
@@ -97,7 +103,9 @@ class EmptyPrompt(nn.Module):
         embedding: of the empty prompt, (1, tokens, features).
     """
 
-    def __init__(self, network: nn.Module, embedding: Tensor) -> None:
+    embedding: Tensor
+
+    def __init__(self, network: ModelMixin, embedding: Tensor) -> None:
         super().__init__()
         self.network = network
         self.config = network.config
@@ -146,7 +154,7 @@ def load_pipeline(folder: Path, schedule: Schedule) -> LatentPrior:
     return prior
 
 
-def _load(folder: Path, kinds: dict[str, type]) -> nn.Module:
+def _load(folder: Path, kinds: dict[str, type[ModelMixin]]) -> ModelMixin:
     found = read_json(folder / "config.json").get("_class_name")
     if found not in kinds:
         raise ValueError(f"{folder} holds a {found}, expected one of {', '.join(kinds)}")

@@ -75,7 +75,7 @@ class Method:
 
 # Steps, iterations and rank by Table 2, Adam's rate and the control cost as in the released code.
 # By Table 5 any regularization does but none: ours is well above the rounding of 1 / s^2 = 400.
-_USUAL = {"steps": 50, "iterations": 100, "rank": 1}
+_USUAL: dict[str, float] = {"steps": 50, "iterations": 100, "rank": 1}
 _USUAL |= {"rate": 5e-3, "weight_scale": 1e-6, "regularization": 1e-3}
 TABLE_2 = {
     "super_resolution": _USUAL | {"iterations": 50},
@@ -259,14 +259,15 @@ def settings_of(
     if method not in METHODS:
         raise ValueError(f"method is {method!r}, expected one of {', '.join(METHODS)}")
     found = METHODS[method].settings(task, nfe)
-    if METHODS[method].tuned and METHODS[method].tuned[0] not in overrides:
+    tunable = METHODS[method].tuned
+    if tunable and tunable[0] not in overrides:
         tuned = read_tuned() if tuned is None else tuned
         best = tuned.get(prior, {}).get(method, {}).get(task, {}).get(str(nfe))
         if best is None:
             raise ValueError(
                 f"method {method} is not tuned for {task} with {prior} and nfe {nfe}: run `python "
                 f"-m diffoc tune {method} --prior {prior} --tasks {task} --nfe {nfe}`, or give "
-                f"--set {METHODS[method].tuned[0]}=VALUE"
+                f"--set {tunable[0]}=VALUE"
             )
         found = found | best
     return found | overrides

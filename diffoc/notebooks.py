@@ -106,7 +106,8 @@ def execute(
         if in_place and error is None:
             strip_volatile(notebook)
             nbformat.write(notebook, path)
-        rows.append(Execution(path.name, seconds, established(notebook), error and error.summary))
+        summary = error.summary if error else None
+        rows.append(Execution(path.name, seconds, established(notebook), summary))
     return rows
 
 

@@ -86,8 +86,8 @@ def write_picture(image: Tensor, path: Path, mask: Tensor | None = None) -> None
     pixels = ((image.float() + 1) * 127.5).round().clamp(0, 255).byte().cpu()
     if mask is not None:
         pixels = torch.cat([pixels, (255 * mask).byte().cpu()])
-    pixels = pixels.movedim(0, -1).numpy()
-    Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(path)
+    values = pixels.movedim(0, -1).numpy()
+    Image.fromarray(values[..., 0] if values.shape[-1] == 1 else values).save(path)
 
 
 def _open(path: Path) -> Image.Image:

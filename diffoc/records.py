@@ -71,9 +71,9 @@ class Cell:
     @classmethod
     def of(cls, rows: list[Row]) -> Cell:
         """The cell that rows belong to."""
-        values = {field.name: rows[0][field.name] for field in fields(cls)[:-1]}
-        numbers = {"nfe": int(values["nfe"]), "seed": int(values["seed"])}
-        return cls(**values | numbers, images=tuple(row["image"] for row in rows))
+        first, images = rows[0], tuple(row["image"] for row in rows)
+        text = {key: first[key] for key in ("prior", "precision", "task", "method", "settings")}
+        return cls(**text, nfe=int(first["nfe"]), seed=int(first["seed"]), images=images)
 
 
 _CELL = tuple(field.name for field in fields(Cell)[:-1])

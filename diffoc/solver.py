@@ -127,9 +127,6 @@ def solve(
         with torch.autocast(x.device.type, torch.bfloat16) if half else nullcontext():
             return process.step(i, x, u).to(x.dtype)
 
-    def stop(x0: Tensor) -> Tensor:
-        return residual(x0).flatten(1).square().mean(dim=1) < noise_level**2
-
     counts = Counts()
     bar = tqdm(total=iterations, disable=not progress, leave=False, unit="iteration")
 
@@ -151,16 +148,22 @@ def solve(
             feedback=feedback,
             max_iterations=iterations,
             gradient_tolerance=0.0,
-            stop=stop if residual else None,
+            stop=_small(residual, noise_level) if residual and noise_level else None,
             callback=report,
         )
     return _as_result(found, counts, keep_states)
 
 
+def _small(residual: Callable[[Tensor], Tensor], noise_level: float) -> Callable[[Tensor], Tensor]:
+    """Says of images (B, ...) which have a residual as small as the noise, (B,)."""
+    return lambda x0: residual(x0).flatten(1).square().mean(dim=1) < noise_level**2
+
+
 @contextmanager
 def _tensor_float() -> Iterator[None]:
     """Lets a GPU take matrix products and convolutions of float32 in TF32, for a while."""
-    places = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
+    conv = torch.backends.cudnn.conv  # type: ignore[attr-defined]  # made when torch is imported
+    places = (torch.backends.cuda.matmul, conv)
     before = [place.fp32_precision for place in places]
     try:
         for place in places:

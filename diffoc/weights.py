@@ -81,7 +81,10 @@ def read_torch_file(path: Path) -> dict[str, Tensor | dict]:
     return dict(state)
 
 
-_CLASSIFIERS = {"mnist": ("classifier", DigitClassifier), "judge": ("judge", ResidualClassifier)}
+_CLASSIFIERS: dict[str, tuple[str, type[DigitClassifier | ResidualClassifier]]] = {
+    "mnist": ("classifier", DigitClassifier),
+    "judge": ("judge", ResidualClassifier),
+}
 
 
 def classifier(

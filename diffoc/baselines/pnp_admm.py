@@ -70,8 +70,8 @@ def pnp_admm(
     ):
         if not value > 0:
             raise ValueError(f"{name} is {value}, expected above 0")
-    ends = torch.tensor([first_std, last_std], dtype=torch.float64).log()
-    levels = torch.linspace(*ends.tolist(), steps, dtype=torch.float64).exp()
+    first, last = torch.tensor([first_std, last_std], dtype=torch.float64).log().tolist()
+    levels = torch.linspace(first, last, steps, dtype=torch.float64).exp()
     solver = ADMM(
         data_fidelity=ImageByImage(),
         prior=PnP(NoiseLevelDenoiser(prior)),

@@ -10,9 +10,12 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
+from matplotlib.rcsetup import cycler
+from matplotlib.typing import RcKeyType
 from PIL import Image
 from torch import Tensor
 
@@ -32,7 +35,7 @@ COLORS = {
 WIDTH = 5.5
 """Inches of a column of text in the paper's format (NeurIPS)."""
 
-PRINT = {
+PRINT: dict[RcKeyType, Any] = {
     # Opaque white, so that a dark page does not swallow the axes.
     "figure.facecolor": "white",
     "savefig.facecolor": "white",
@@ -43,7 +46,7 @@ PRINT = {
     "ytick.labelsize": 7,
     "legend.fontsize": 7,
     "legend.frameon": False,
-    "axes.prop_cycle": mpl.cycler(
+    "axes.prop_cycle": cycler(
         color=list(COLORS.values()), marker=["o", "s", "^", "D", "v", "P", "X"]
     ),
     "axes.spines.top": False,
@@ -63,7 +66,7 @@ def use_style() -> None:
     """Sets matplotlib's defaults to the project's style, for the running process."""
     mpl.rcParams.update(
         {
-            "axes.prop_cycle": mpl.cycler(color=list(COLORS.values())),
+            "axes.prop_cycle": cycler(color=list(COLORS.values())),
             "axes.spines.top": False,
             "axes.spines.right": False,
             "axes.titlesize": 10,
