@@ -269,7 +269,7 @@ def main(argv: list[str] | None = None) -> int:
 
         fit_mixture_prior(args.name, args.out, args.seed)
         return 0
-    except (ValueError, FileNotFoundError, ImportError) as error:
+    except (ValueError, OSError, ImportError) as error:
         print(f"diffoc: {error}", file=sys.stderr)
         return 2
 

@@ -16,7 +16,13 @@ from azula.noise import Schedule
 from torch import Tensor, nn
 
 from diffoc.counting import CountedPrior
-from diffoc.pipelines import DiffusersDenoiser, alphas_cumprod_of, read_json
+from diffoc.pipelines import (
+    DiffusersDenoiser,
+    alphas_cumprod_of,
+    load_network,
+    read_json,
+    sides_of,
+)
 
 if TYPE_CHECKING:
     from diffusers import ModelMixin
@@ -145,8 +151,7 @@ def load_pipeline(folder: Path, schedule: Schedule) -> LatentPrior:
         backbone = EmptyPrompt(backbone, _embed_nothing(folder))
     denoiser = DiffusersDenoiser(backbone, *alphas_cumprod_of(folder), schedule)
     prior = LatentPrior(denoiser, autoencoder)
-    side = backbone.config.sample_size
-    height, width = (side, side) if isinstance(side, int) else side
+    height, width = sides_of(backbone)
     config = autoencoder.network.config
     factor = 2 ** (len(config.block_out_channels) - 1)
     prior.image_shape = (backbone.config.in_channels, height, width)
@@ -158,10 +163,7 @@ def _load(folder: Path, kinds: dict[str, type[ModelMixin]]) -> ModelMixin:
     found = read_json(folder / "config.json").get("_class_name")
     if found not in kinds:
         raise ValueError(f"{folder} holds a {found}, expected one of {', '.join(kinds)}")
-    try:
-        return kinds[found].from_pretrained(folder)
-    except OSError as error:
-        raise FileNotFoundError(f"{folder} has no weights of the network: {error}") from error
+    return load_network(folder, kinds[found])
 
 
 @torch.no_grad()

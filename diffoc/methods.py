@@ -6,7 +6,6 @@ All have the signature that :mod:`diffoc.baselines` describes.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +36,7 @@ from diffoc.controllers import (
     iterations_within,
 )
 from diffoc.data import data_folder
+from diffoc.files import replacing
 
 TRIALS = 4
 """At most, of the keyword that is tuned: for every method and task alike."""
@@ -238,9 +238,8 @@ def read_tuned(path: Path | None = None) -> dict:
 def write_tuned(tuned: dict, path: Path | None = None) -> None:
     """Replaces what :func:`read_tuned` reads."""
     path = path or data_folder() / "tuned.json"
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(tuned, indent=2, sort_keys=True) + "\n")
-    os.replace(part, path)
+    with replacing(path) as part:
+        part.write_text(json.dumps(tuned, indent=2, sort_keys=True) + "\n")
 
 
 def settings_of(

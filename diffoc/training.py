@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 import math
-import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -25,6 +24,7 @@ from azula.noise import VESchedule
 from torch import Tensor, nn
 
 from diffoc.autoencoder import Autoencoder, autoencoding_loss
+from diffoc.files import replacing
 from diffoc.networks import (
     SIGMA_MAX,
     SIGMA_MIN,
@@ -178,9 +178,8 @@ def save(run: Run, path: Path) -> None:
         "generator": run.generator.get_state(),
         "seen": run.seen,
     }
-    part = path.with_name(path.name + ".part")
-    torch.save(state, part)
-    os.replace(part, path)
+    with replacing(path) as part:
+        torch.save(state, part)
 
 
 def read_checkpoint(path: Path) -> dict:

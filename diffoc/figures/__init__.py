@@ -19,6 +19,7 @@ from matplotlib.typing import RcKeyType
 from PIL import Image
 from torch import Tensor
 
+from diffoc.files import replacing
 from diffoc.provenance import ROOT, commit
 
 # Okabe & Ito's palette, distinguishable with every colour vision deficiency.
@@ -98,7 +99,8 @@ def save(figure: Figure, name: str) -> Path:
     folder = _folder()
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.png"
-    figure.savefig(path, dpi=150, metadata={"Software": None})
+    with replacing(path) as part:
+        figure.savefig(part, dpi=150, metadata={"Software": None})
     return path
 
 
@@ -120,12 +122,14 @@ def save_for_print(
     folder.mkdir(parents=True, exist_ok=True)
     origin = f"commit {commit() or 'unknown'}; from {', '.join(sources)}"
     pdf, png = folder / f"{name}.pdf", folder / f"{name}.png"
+    of_pdf = {"Title": name, "Subject": origin, "CreationDate": None}
+    of_png = {"Title": name, "Description": origin, "Software": None}
     with mpl.rc_context(PRINT):
         # Without a date, equal figures are equal files.
-        figure.savefig(pdf, metadata={"Title": name, "Subject": origin, "CreationDate": None})
-        figure.savefig(
-            png, dpi=300, metadata={"Title": name, "Description": origin, "Software": None}
-        )
+        with replacing(pdf) as part:
+            figure.savefig(part, metadata=of_pdf)
+        with replacing(png) as part:
+            figure.savefig(part, dpi=300, metadata=of_png)
     return pdf, png
 
 
