@@ -16,6 +16,7 @@ Any other cost is guided by the gradient of its value at Tweedie's estimate, for
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -47,8 +48,8 @@ def greedy_controls(
     Raises:
         ValueError: if `noise_std` is not above 0, or the process is in output mode.
     """
-    if not noise_std > 0:
-        raise ValueError(f"noise_std is {noise_std}, expected above 0")
+    if not 0 < noise_std < math.inf:
+        raise ValueError(f"noise_std is {noise_std}, expected finite and above 0")
     if process.mode != "input":
         raise ValueError(f"process is in {process.mode} mode, expected input")
     controls, u = [], torch.zeros_like(x)

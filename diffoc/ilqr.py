@@ -155,8 +155,13 @@ def ilqr(
     nominal = roll_out(problem, x, controls, derivatives)
     running, terminal = problem.parts(nominal.x, nominal.u)
     cost = running + terminal
+    if cost.shape != (batch,):
+        raise ValueError(f"the terminal cost has shape {tuple(cost.shape)}, expected ({batch},)")
     if not cost.isfinite().all():
-        raise ValueError("controls lead to a trajectory whose cost is not finite: lower them")
+        raise ValueError(
+            "controls lead to a trajectory whose cost is not finite: lower them, or see whether "
+            "the terminal cost is finite at all"
+        )
     # The cost is a sum of squares of states, computed with relative errors of some eps.
     rounding = 16 * torch.finfo(x.dtype).eps
     history = History()
@@ -301,9 +306,15 @@ def _check(
     max_iterations: int,
     gradient_tolerance: float,
 ) -> None:
-    if x.ndim < 2 or not x.is_floating_point() or not x.isfinite().all():
-        raise ValueError("x must be finite, floating point and of shape (B, ...)")
+    if x.ndim < 2 or x.dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"x is {x.dtype} of shape {tuple(x.shape)}, expected float32 or float64, (B, ...)"
+        )
+    if x.is_meta or not x.isfinite().all():
+        raise ValueError("x must have values, and they must be finite")
     T, batch = problem.horizon, len(x)
+    if T < 1:
+        raise ValueError(f"horizon is {T}, expected at least 1")
     if controls.ndim < 3 or controls.shape[:2] != (T, batch):
         raise ValueError(
             f"controls has shape {tuple(controls.shape)}, expected ({T}, {batch}, ...)"
@@ -320,8 +331,8 @@ def _check(
         )
     if not isinstance(regularization, Tikhonov):
         constant = torch.as_tensor(regularization)
-        if constant.numel() not in (1, T) or not (constant >= 0).all():
-            raise ValueError(f"regularization must be 1 or {T} numbers, and not negative")
+        if constant.numel() not in (1, T) or not (constant.isfinite() & (constant >= 0)).all():
+            raise ValueError(f"regularization must be 1 or {T} numbers, finite and not negative")
     if max_iterations < 0:
         raise ValueError(f"max_iterations is {max_iterations}, expected at least 0")
     if not gradient_tolerance >= 0:

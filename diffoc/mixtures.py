@@ -48,6 +48,8 @@ class GaussianMixture:
         Every formula below treats the two apart: a component that is thin off its basis would
         lose all digits of its coordinates in a difference of large numbers.
         """
+        if x.ndim != 2 or x.shape[-1] != self.means.shape[-1]:
+            raise ValueError(f"x has shape {tuple(x.shape)}, expected (B, {self.means.shape[-1]})")
         d = x.unsqueeze(1) - alpha * self.means
         coordinates = torch.einsum("knr,bkn->bkr", self.basis, d)
         return coordinates, d - self._lift(coordinates)

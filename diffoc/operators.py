@@ -6,6 +6,7 @@ where the controller is to use it. The exact oracles of the priors need linear o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -98,5 +99,8 @@ class LinearMeasurement:
             raise ValueError(f"matrix has shape {tuple(self.matrix.shape)}, expected (m, n)")
         if self.y.ndim != 2 or self.y.shape[1] != len(self.matrix):
             raise ValueError(f"y has shape {tuple(self.y.shape)}, expected (B, {len(self.matrix)})")
-        if not self.noise_std > 0:
-            raise ValueError(f"noise_std is {self.noise_std}, expected above 0")
+        for name in ("matrix", "y"):
+            if not getattr(self, name).isfinite().all():
+                raise ValueError(f"{name} must be finite")
+        if not 0 < self.noise_std < math.inf:
+            raise ValueError(f"noise_std is {self.noise_std}, expected finite and above 0")

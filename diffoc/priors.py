@@ -77,6 +77,12 @@ class GaussianPrior(Denoiser):
         vars(self.covariance).update(moved)
         return self
 
+    def _centred(self, x_t: Tensor, alpha: Tensor) -> Tensor:
+        """x_t - alpha mu; broadcast shapes would be taken for states."""
+        if x_t.shape[-1:] != self.mean.shape:
+            raise ValueError(f"x_t has shape {tuple(x_t.shape)}, expected (B, {len(self.mean)})")
+        return x_t - alpha * self.mean
+
     def _marginal(self, t: Tensor) -> tuple[Tensor, Tensor, Covariance]:
         """alpha, sigma and the covariance of x_t."""
         alpha, sigma = self.schedule(torch.as_tensor(t, dtype=self.mean.dtype))
@@ -86,20 +92,20 @@ class GaussianPrior(Denoiser):
     def forward(self, x_t: Tensor, t: Tensor, **kwargs: object) -> DiracPosterior:
         """The posterior mean of x_0 given x_t (B, n) at time t, a scalar."""
         alpha, _, cov_t = self._marginal(t)
-        whitened = cov_t.inv(x_t - alpha * self.mean)
+        whitened = cov_t.inv(self._centred(x_t, alpha))
         return DiracPosterior(self.mean + alpha * self.covariance(whitened))
 
     def log_prob(self, x_t: Tensor, t: Tensor) -> Tensor:
         """log p(x_t), (B,), for x_t (B, n) at time t, a scalar."""
         alpha, _, cov_t = self._marginal(t)
-        d = x_t - alpha * self.mean
+        d = self._centred(x_t, alpha)
         constant = d.shape[-1] * math.log(2 * math.pi) + cov_t.logdet()
         return -((d * cov_t.inv(d)).sum(-1) + constant) / 2
 
     def score(self, x_t: Tensor, t: Tensor) -> Tensor:
         """grad log p(x_t), (B, n), for x_t (B, n) at time t, a scalar."""
         alpha, _, cov_t = self._marginal(t)
-        return -cov_t.inv(x_t - alpha * self.mean)
+        return -cov_t.inv(self._centred(x_t, alpha))
 
     def conditional_score(self, x_t: Tensor, t: Tensor, measurement: LinearMeasurement) -> Tensor:
         r"""The exact :math:`\nabla_{x_t} \log p(y \mid x_t)` of Eq. 7, (B, n).
@@ -152,7 +158,7 @@ class GaussianPrior(Denoiser):
         """
         L, Q, (alpha_t, sigma_t), (alpha_s, sigma_s) = self._eigen(t, s)
         scale = ((alpha_s**2 * L + sigma_s**2) / (alpha_t**2 * L + sigma_t**2)).sqrt()
-        return alpha_s * self.mean + ((x - alpha_t * self.mean) @ Q * scale) @ Q.mT
+        return alpha_s * self.mean + (self._centred(x, alpha_t) @ Q * scale) @ Q.mT
 
     def reverse_kernel(self, t: float, s: float) -> tuple[Tensor, Tensor, Tensor]:
         r"""The exact transition :math:`x_s \mid x_t \sim N(F x_t + b, C)` of the reverse SDE.

@@ -136,6 +136,8 @@ class ReverseProcess:
             )
         if noise is not None and len(noise) != len(times) - 1:
             raise ValueError(f"noise has {len(noise)} steps, expected {len(times) - 1}")
+        if noise is not None and not noise.isfinite().all():
+            raise ValueError("noise must be finite")
 
         self.denoiser = denoiser
         self.times = times
@@ -207,22 +209,28 @@ class ReverseProcess:
         steps = self.horizon - start
         if not 0 <= start <= self.horizon:
             raise ValueError(f"start is {start}, expected 0 to {self.horizon}")
-        if not x.is_floating_point() or not x.isfinite().all():
+        if not x.is_floating_point() or x.is_meta or not x.isfinite().all():
             raise ValueError("x must be floating point and finite")
         if controls is not None and controls.shape != (steps, *x.shape):
             raise ValueError(
                 f"controls has shape {tuple(controls.shape)}, expected {(steps, *x.shape)}"
             )
-        if self.noise is not None and self.noise.shape[1:] != x.shape:
-            raise ValueError(
-                f"x has shape {tuple(x.shape)}, but the frozen noise is for "
-                f"{tuple(self.noise.shape[1:])}"
-            )
+        self.check_noise(x)
         states = [x]
         for i in range(start, self.horizon):
             u = None if controls is None else controls[i - start]
             states.append(self.step(i, states[-1], u))
         return torch.stack(states)
+
+    def check_noise(self, x: Tensor) -> None:
+        """Raises a ValueError unless the frozen noise, if there is any, is for states like `x`."""
+        if self.noise is None:
+            return
+        if self.noise.shape[1:] != x.shape or self.noise.device != x.device:
+            raise ValueError(
+                f"x has shape {tuple(x.shape)} on {x.device}, but the frozen noise is for "
+                f"{tuple(self.noise.shape[1:])} on {self.noise.device}"
+            )
 
 
 def draw_noise(steps: int, shape: Sequence[int], generator: torch.Generator) -> Tensor:

@@ -6,6 +6,7 @@ the denoiser, B one vector-Jacobian product, k the rank of the terminal Hessian.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -118,8 +119,18 @@ def solve(
         raise ValueError("keep_activations is False, but derivatives is given: it decides")
     if (residual is None) != (noise_level is None):
         raise ValueError("residual and noise_level belong together: give both, or neither")
-    if noise_level is not None and not noise_level > 0:
-        raise ValueError(f"noise_level is {noise_level}, expected above 0")
+    if noise_level is not None and not 0 < noise_level < math.inf:
+        raise ValueError(f"noise_level is {noise_level}, expected finite and above 0")
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x is {type(x).__name__}, expected a tensor (B, C, H, W)")
+    process.check_noise(x)
+    if controls is not None and controls.shape != (process.horizon, *x.shape):
+        raise ValueError(
+            f"controls has shape {tuple(controls.shape)}, expected {(process.horizon, *x.shape)}"
+        )
+    weights = torch.as_tensor(control_cost.weights)
+    if weights.ndim and len(weights) != process.horizon:
+        raise ValueError(f"control_cost has {len(weights)} weights, expected {process.horizon}")
 
     def dynamics(i: int, x: Tensor, u: Tensor) -> Tensor:
         # Not every device that can run the rest has autocast.

@@ -8,6 +8,7 @@ controller, and linear ones have `physics.A_adjoint`; deepinv's samplers take th
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -238,8 +239,13 @@ def measure(
         physics: made by a function of this module.
         x: images, (B, C, H, W) in [-1, 1].
         generator: of the noise, on the CPU.
-        noise_std: of the noise.
+        noise_std: of the noise, not negative.
+
+    Raises:
+        ValueError: if it is.
     """
+    if not 0 <= noise_std < math.inf:
+        raise ValueError(f"noise_std is {noise_std}, expected finite and at least 0")
     y = physics.A(x)
     noise = torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y)
     return y + noise_std * noise * measured(physics, y)
