@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from diffoc.checks import check_tensor
 from diffoc.operators import Operator
 
 
@@ -32,7 +33,7 @@ class GaussianLikelihood:
     noise_std: float
 
     def __post_init__(self) -> None:
-        _check_measurements(self.y)
+        check_tensor("y", self.y)
         if not 0 < self.noise_std < math.inf:
             raise ValueError(f"noise_std is {self.noise_std}, expected finite and above 0")
 
@@ -61,7 +62,7 @@ class ResidualNorm:
     y: Tensor
 
     def __post_init__(self) -> None:
-        _check_measurements(self.y)
+        check_tensor("y", self.y)
 
     def __call__(self, x: Tensor) -> Tensor:
         squared = _residual(self.operator(x), self.y).flatten(1).square().sum(dim=1)
@@ -88,7 +89,7 @@ class ClassLikelihood:
                 f"labels are {self.labels.dtype} of shape {tuple(self.labels.shape)}, expected "
                 "int64 of shape (B,)"
             )
-        if not len(self.labels) or (self.labels < 0).any():
+        if self.labels.is_meta or not len(self.labels) or (self.labels < 0).any():
             raise ValueError("labels must be at least one, and not negative")
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -116,9 +117,10 @@ class ControlCost:
     weights: float | Tensor
 
     def __post_init__(self) -> None:
-        weights = torch.as_tensor(self.weights)
-        if weights.ndim > 1 or not (weights.isfinite() & (weights >= 0)).all():
-            raise ValueError("weights must be a number or of shape (T,), finite and not negative")
+        weights = torch.as_tensor(self.weights, dtype=torch.float64)
+        check_tensor("weights", weights)
+        if weights.ndim > 1 or not (weights >= 0).all():
+            raise ValueError("weights must be a number or of shape (T,), and not negative")
 
     def weight(self, i: int) -> float:
         """r of step i."""
@@ -133,14 +135,9 @@ class ControlCost:
         return 0.5 * self.weight(i) * u.flatten(1).square().sum(dim=1)
 
 
-def _check_measurements(y: Tensor) -> None:
-    if y.ndim < 1 or not y.is_floating_point() or not y.isfinite().all():
-        raise ValueError(f"y must be finite and floating point, (B, ...), not {tuple(y.shape)}")
-
-
 def _residual(predicted: Tensor, y: Tensor) -> Tensor:
     """What A(x_0) is off by; broadcast shapes would compare each number with many."""
-    shared = predicted.shape[:1] == y.shape[:1] or len(y) == 1
+    shared = y.ndim > 0 and len(y) in (1, len(predicted))
     if not shared or predicted.shape[1:] != y.shape[1:] or predicted.device != y.device:
         raise ValueError(
             f"y has shape {tuple(y.shape)} on {y.device}, but the operator gives "

@@ -78,7 +78,7 @@ def checked_bytes(file: str, folder: Path | None = None) -> bytes:
     for path in (folder / file, folder / MANIFEST):
         if not path.is_file():
             raise FileNotFoundError(
-                f"{path} is missing: it is part of the repository, get it back with "
+                f"file {path} is missing: it is part of the repository, get it back with "
                 f"`git checkout -- data/{path.name}`"
             )
     entry = manifest_entry(file, folder)

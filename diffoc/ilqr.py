@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffoc.checks import check_alike, check_tensor
 from diffoc.riccati import VALUE_UPDATES, Dense, SingularControlHessianError
 from diffoc.rules import LBFGS, Adam, AdamState, LBFGSState, LineSearch, Tikhonov
 from diffoc.search import acceptance, choose, search_step, select
@@ -306,12 +307,9 @@ def _check(
     max_iterations: int,
     gradient_tolerance: float,
 ) -> None:
-    if x.ndim < 2 or x.dtype not in (torch.float32, torch.float64):
-        raise ValueError(
-            f"x is {x.dtype} of shape {tuple(x.shape)}, expected float32 or float64, (B, ...)"
-        )
-    if x.is_meta or not x.isfinite().all():
-        raise ValueError("x must have values, and they must be finite")
+    check_tensor("x", x)
+    if x.ndim < 2:
+        raise ValueError(f"x has shape {tuple(x.shape)}, expected (B, ...)")
     T, batch = problem.horizon, len(x)
     if T < 1:
         raise ValueError(f"horizon is {T}, expected at least 1")
@@ -319,20 +317,17 @@ def _check(
         raise ValueError(
             f"controls has shape {tuple(controls.shape)}, expected ({T}, {batch}, ...)"
         )
-    if controls.dtype != x.dtype or controls.device != x.device:
-        raise ValueError(
-            f"controls is {controls.dtype} on {controls.device}, x {x.dtype} on {x.device}"
-        )
-    if not controls.isfinite().all():
-        raise ValueError("controls must be finite")
+    check_alike(x=x, controls=controls)
+    check_tensor("controls", controls)
     if value_update not in VALUE_UPDATES:
         raise ValueError(
             f"value_update is {value_update!r}, expected one of {', '.join(VALUE_UPDATES)}"
         )
     if not isinstance(regularization, Tikhonov):
-        constant = torch.as_tensor(regularization)
-        if constant.numel() not in (1, T) or not (constant.isfinite() & (constant >= 0)).all():
-            raise ValueError(f"regularization must be 1 or {T} numbers, finite and not negative")
+        constant = torch.as_tensor(regularization, dtype=torch.float64)
+        check_tensor("regularization", constant)
+        if constant.numel() not in (1, T) or not (constant >= 0).all():
+            raise ValueError(f"regularization must be 1 or {T} numbers, and not negative")
     if max_iterations < 0:
         raise ValueError(f"max_iterations is {max_iterations}, expected at least 0")
     if not gradient_tolerance >= 0:

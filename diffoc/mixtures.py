@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from diffoc.checks import check_alike, check_tensor
 from diffoc.operators import LinearMeasurement
 
 
@@ -48,8 +49,6 @@ class GaussianMixture:
         Every formula below treats the two apart: a component that is thin off its basis would
         lose all digits of its coordinates in a difference of large numbers.
         """
-        if x.ndim != 2 or x.shape[-1] != self.means.shape[-1]:
-            raise ValueError(f"x has shape {tuple(x.shape)}, expected (B, {self.means.shape[-1]})")
         d = x.unsqueeze(1) - alpha * self.means
         coordinates = torch.einsum("knr,bkn->bkr", self.basis, d)
         return coordinates, d - self._lift(coordinates)
@@ -243,6 +242,15 @@ def mixture_from_loadings(
     Raises:
         ValueError: if the shapes disagree or a noise variance is not positive.
     """
+    given = {
+        "loadings": loadings,
+        "means": means,
+        "log_weights": log_weights,
+        "noise_variance": noise_variance,
+    }
+    for name, tensor in given.items():
+        check_tensor(name, tensor)
+    check_alike(**given)
     if loadings.ndim != 3:
         raise ValueError(f"loadings has shape {tuple(loadings.shape)}, expected (K, n, r)")
     K, n, r = loadings.shape

@@ -11,7 +11,7 @@ import torch
 from azula.denoise import Denoiser, DiracPosterior
 from azula.noise import Schedule
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import Tensor, nn
 
 from diffoc.downloads import cache_folder
@@ -89,6 +89,10 @@ def from_hub(name: str) -> Path:
                 ignore_patterns=["v1-5-*", "*.fp16.*", "*.non_ema.*", "safety_checker/*"],
             )
         )
+    except HFValidationError as error:
+        raise ValueError(
+            f"name_or_path is {name!r}, which is no name on the hub: {error}"
+        ) from error
     except (HfHubHTTPError, LocalEntryNotFoundError, httpx2.TransportError) as error:
         raise FileNotFoundError(
             f"{name} is not in {folder} and cannot be downloaded ({error}): fetch the files of "

@@ -27,6 +27,7 @@ from azula.linalg.covariance import Covariance, FullCovariance, IsotropicCovaria
 from azula.noise import Schedule
 from torch import Tensor
 
+from diffoc.checks import check_alike, check_tensor
 from diffoc.mixtures import GaussianMixture, MixturePosterior, log_normal, with_noise
 from diffoc.operators import LinearMeasurement
 
@@ -46,9 +47,12 @@ class GaussianPrior(Denoiser):
 
     def __init__(self, mean: Tensor, covariance: Tensor | Covariance, schedule: Schedule) -> None:
         super().__init__()
+        check_tensor("mean", mean)
         if mean.ndim != 1:
             raise ValueError(f"mean has shape {tuple(mean.shape)}, expected (n,)")
         if isinstance(covariance, Tensor):
+            check_tensor("covariance", covariance)
+            check_alike(mean=mean, covariance=covariance)
             n = len(mean)
             if covariance.shape != (n, n):
                 raise ValueError(
@@ -128,6 +132,8 @@ class GaussianPrior(Denoiser):
     def posterior(self, measurement: LinearMeasurement) -> GaussianPosterior:
         """The exact posterior of x_0 given measurements, and their evidence."""
         A = measurement.matrix
+        if A.shape[1] != len(self.mean):
+            raise ValueError(f"matrix has {A.shape[1]} columns, expected {len(self.mean)}")
         gain = self.covariance(A)
         S = with_noise(gain @ A.mT, measurement.noise_std)
         residual = measurement.y - self.mean @ A.mT
@@ -238,21 +244,26 @@ class GaussianMixturePrior(Denoiser):
         """The prior of x_0, flat."""
         return GaussianMixture(self.log_weights, self.means, self.basis, self.variances, self.floor)
 
+    def _flat(self, x_t: Tensor) -> Tensor:
+        if x_t.shape[1:].numel() != self.shape.numel():
+            raise ValueError(f"x_t has shape {tuple(x_t.shape)}, expected {('B', *self.shape)}")
+        return x_t.flatten(1)
+
     def _scales(self, t: Tensor) -> tuple[Tensor, Tensor]:
         return self.schedule(torch.as_tensor(t, dtype=self.means.dtype, device=self.means.device))
 
     def forward(self, x_t: Tensor, t: Tensor, **kwargs: object) -> DiracPosterior:
         """The posterior mean of x_0 given x_t (B, ...) at time t, a scalar."""
-        mean = self.mixture.posterior_mean(x_t.flatten(1), *self._scales(t))
+        mean = self.mixture.posterior_mean(self._flat(x_t), *self._scales(t))
         return DiracPosterior(mean.reshape(x_t.shape))
 
     def log_prob(self, x_t: Tensor, t: Tensor) -> Tensor:
         """log p(x_t), (B,), for x_t (B, ...) at time t, a scalar."""
-        return self.mixture.log_prob(x_t.flatten(1), *self._scales(t))
+        return self.mixture.log_prob(self._flat(x_t), *self._scales(t))
 
     def score(self, x_t: Tensor, t: Tensor) -> Tensor:
         """grad log p(x_t), shape of x_t (B, ...), at time t, a scalar."""
-        return self.mixture.score(x_t.flatten(1), *self._scales(t)).reshape(x_t.shape)
+        return self.mixture.score(self._flat(x_t), *self._scales(t)).reshape(x_t.shape)
 
     def conditional_score(self, x_t: Tensor, t: Tensor, measurement: LinearMeasurement) -> Tensor:
         r"""The exact :math:`\nabla_{x_t} \log p(y \mid x_t)` of Eq. 7, shape of x_t (B, ...).
@@ -266,7 +277,7 @@ class GaussianMixturePrior(Denoiser):
         """
         x = x_t.detach().requires_grad_()
         with torch.enable_grad():
-            posterior = self.mixture.given_noisy(x.flatten(1), *self._scales(t))
+            posterior = self.mixture.given_noisy(self._flat(x), *self._scales(t))
             log_evidence = posterior.given(measurement).log_evidence
             return torch.autograd.grad(log_evidence.sum(), x)[0]
 

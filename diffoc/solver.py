@@ -16,6 +16,7 @@ from azula.noise import Schedule
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from diffoc.checks import check_tensor
 from diffoc.costs import ControlCost
 from diffoc.ilqr import ILQRResult, ilqr
 from diffoc.lowrank import Counts, MatrixFree
@@ -121,8 +122,7 @@ def solve(
         raise ValueError("residual and noise_level belong together: give both, or neither")
     if noise_level is not None and not 0 < noise_level < math.inf:
         raise ValueError(f"noise_level is {noise_level}, expected finite and above 0")
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x is {type(x).__name__}, expected a tensor (B, C, H, W)")
+    check_tensor("x", x)
     process.check_noise(x)
     if controls is not None and controls.shape != (process.horizon, *x.shape):
         raise ValueError(

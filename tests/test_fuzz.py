@@ -1,0 +1,379 @@
+"""Every door, with one argument wrong: an error that names the argument, or a finite answer.
+
+A door is a public function or class that a user calls with values of their own. It is called here
+with good arguments, one of which hypothesis spoils: tensors get numbers that are none, other
+shapes, types and devices, numbers leave their ranges, names become others.
+"""
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+from azula.noise import VPSchedule
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import diffoc
+from diffoc.costs import ClassLikelihood, ControlCost, GaussianLikelihood, ResidualNorm
+from diffoc.data import checked_bytes, faces, load_weights, mnist, portrait
+from diffoc.experiments import cells_of
+from diffoc.greedy import greedy_controls
+from diffoc.ilqr import ilqr
+from diffoc.kernels import motion_kernel
+from diffoc.metrics import frechet_distance, image_metrics, moments
+from diffoc.mixtures import mixture_from_loadings
+from diffoc.operators import LinearMeasurement, as_matrix, average_pool, random_mask
+from diffoc.priors import GaussianMixturePrior, GaussianPrior
+from diffoc.process import ReverseProcess, draw_noise
+from diffoc.records import shard_path
+from diffoc.rules import LBFGS, Adam, LineSearch, Tikhonov
+from diffoc.sweeps import ControlProblem
+from diffoc.tasks import (
+    box_inpainting,
+    gaussian_blur,
+    likelihood,
+    measure,
+    motion_blur,
+    noise_level,
+    nonlinear_blur,
+    phase_retrieval,
+    random_inpainting,
+    super_resolution,
+    task,
+)
+
+SHAPE = (1, 4, 4)
+
+
+def normal(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def generator():
+    return torch.Generator().manual_seed(0)
+
+
+MIXTURE = mixture_from_loadings(
+    torch.zeros(2).double(), normal(2, 16), normal(2, 16, 2, seed=1), torch.ones(2).double()
+)
+PRIOR = GaussianMixturePrior(MIXTURE, VPSchedule(), SHAPE)
+FLAT = GaussianPrior(normal(3), torch.eye(3).double(), VPSchedule())
+X = normal(2, *SHAPE)
+POOL = average_pool(2)
+LIKELIHOOD = GaussianLikelihood(POOL, normal(2, 1, 2, 2), 0.3)
+PROCESS = ReverseProcess(PRIOR, 2)
+HALVED = super_resolution(2)
+PROBLEM = ControlProblem(PROCESS.step, ControlCost(1.0), LIKELIHOOD, 2)
+
+
+def solve(x, controls, control_cost, rank, iterations, regularization, noise_level):
+    return diffoc.solve(
+        PROCESS,
+        LIKELIHOOD,
+        x,
+        controls,
+        control_cost=control_cost,
+        rank=rank,
+        iterations=iterations,
+        regularization=regularization,
+        residual=lambda x0: POOL(x0) - LIKELIHOOD.y,
+        noise_level=noise_level,
+    )
+
+
+def ancestral(x, noise):
+    return diffoc.solve(
+        ReverseProcess(PRIOR, 2, "ddpm", noise=noise), LIKELIHOOD, x, rank=0, iterations=1
+    ).x0
+
+
+@dataclass(frozen=True)
+class Door:
+    """A function, good arguments, other words for them in messages, and what it is a door of."""
+
+    function: Callable
+    arguments: dict
+    aliases: dict = field(default_factory=dict)
+    of: object = None
+
+
+DOORS = [
+    Door(
+        solve,
+        {
+            "x": X,
+            "controls": 0.1 * normal(2, 2, *SHAPE, seed=3),
+            "control_cost": 1.0,
+            "rank": 1,
+            "iterations": 1,
+            "regularization": 0.1,
+            "noise_level": 1e-3,
+        },
+        {"control_cost": "weights", "rank": "hessian_rank", "iterations": "max_iterations"},
+        diffoc.solve,
+    ),
+    Door(ancestral, {"x": X, "noise": draw_noise(2, X.shape, generator())}, {}, ReverseProcess),
+    Door(
+        lambda x, regularization, max_iterations: ilqr(
+            PROBLEM, x, regularization=regularization, max_iterations=max_iterations
+        ),
+        {"x": X, "regularization": torch.ones(2), "max_iterations": 1},
+        {"x": "x_t|y"},
+        ilqr,
+    ),
+    Door(
+        lambda name_or_path: diffoc.load_prior(name_or_path),
+        {"name_or_path": "mnist"},
+        {"name_or_path": "pipeline"},
+    ),
+    Door(lambda name: diffoc.classifier(name), {"name": "judge"}, of=diffoc.classifier),
+    Door(
+        lambda steps, method, mode: ReverseProcess(PRIOR, steps, method, mode).rollout(X),
+        {"steps": 2, "method": "ddim", "mode": "input"},
+    ),
+    Door(
+        lambda steps: ReverseProcess(PRIOR, steps).rollout(X),
+        {"steps": torch.tensor([1.0, 0.5, 0.0])},
+    ),
+    Door(PROCESS.rollout, {"x": X, "controls": normal(2, *X.shape), "start": 0}),
+    Door(
+        lambda y, noise_std: GaussianLikelihood(POOL, y, noise_std)(X),
+        {"y": LIKELIHOOD.y, "noise_std": 0.1},
+        of=GaussianLikelihood,
+    ),
+    Door(lambda y: ResidualNorm(POOL, y)(X), {"y": LIKELIHOOD.y}, of=ResidualNorm),
+    Door(
+        lambda labels: ClassLikelihood(lambda x: x.flatten(1), labels)(X),
+        {"labels": torch.tensor([3, 5])},
+        of=ClassLikelihood,
+    ),
+    Door(lambda weights: ControlCost(weights)(1, X, X), {"weights": 0.5}, of=ControlCost),
+    Door(lambda weights: ControlCost(weights)(1, X, X), {"weights": torch.ones(2)}),
+    Door(lambda factor: average_pool(factor)(X), {"factor": 2}, {"factor": "x"}, average_pool),
+    Door(
+        lambda shape, dropped: random_mask(shape, dropped, generator()),
+        {"shape": (4, 4), "dropped": 0.5},
+        of=random_mask,
+    ),
+    Door(
+        lambda shape: as_matrix(POOL, shape, torch.float64),
+        {"shape": SHAPE},
+        {"shape": "x"},
+        as_matrix,
+    ),
+    Door(
+        lambda matrix, y, noise_std: FLAT.posterior(LinearMeasurement(matrix, y, noise_std)).mean,
+        {"matrix": normal(2, 3), "y": normal(2, 2), "noise_std": 0.1},
+        of=LinearMeasurement,
+    ),
+    Door(
+        lambda mean, covariance: GaussianPrior(mean, covariance, VPSchedule())(normal(2, 3), 0.5),
+        {"mean": normal(3), "covariance": torch.eye(3).double()},
+        of=GaussianPrior,
+    ),
+    Door(
+        lambda shape: GaussianMixturePrior(MIXTURE, VPSchedule(), shape),
+        {"shape": SHAPE},
+        of=GaussianMixturePrior,
+    ),
+    Door(
+        lambda **given: mixture_from_loadings(**given).means,
+        {
+            "log_weights": normal(2),
+            "means": normal(2, 5),
+            "loadings": normal(2, 5, 2),
+            "noise_variance": torch.ones(2).double(),
+        },
+        of=mixture_from_loadings,
+    ),
+    Door(super_resolution, {"factor": 2}),
+    Door(
+        lambda shape, dropped: random_inpainting(shape, generator(), dropped),
+        {"shape": SHAPE, "dropped": 0.5},
+        of=random_inpainting,
+    ),
+    Door(
+        lambda shape, box, margin: box_inpainting(shape, generator(), box, margin),
+        {"shape": SHAPE, "box": 2, "margin": 1},
+        of=box_inpainting,
+    ),
+    Door(gaussian_blur, {"side": 16}),
+    Door(
+        lambda side, intensity: motion_blur(side, generator(), intensity),
+        {"side": 16, "intensity": 0.5},
+        of=motion_blur,
+    ),
+    Door(
+        lambda side, intensity: nonlinear_blur(side, generator(), intensity),
+        {"side": 16, "intensity": 0.5},
+        of=nonlinear_blur,
+    ),
+    Door(phase_retrieval, {"shape": SHAPE, "oversampling": 2.0}),
+    Door(
+        lambda name, shape: task(name, shape, generator()),
+        {"name": "phase_retrieval", "shape": SHAPE},
+        {"name": "task"},
+        task,
+    ),
+    Door(
+        lambda x, noise_std: measure(HALVED, x, generator(), noise_std),
+        {"x": X.float(), "noise_std": 0.1},
+        of=measure,
+    ),
+    Door(
+        lambda y, noise_std: likelihood(HALVED, y, noise_std)(X.float()),
+        {"y": LIKELIHOOD.y.float(), "noise_std": 0.1},
+        of=likelihood,
+    ),
+    Door(
+        lambda y, noise_std: noise_level(HALVED, y, noise_std),
+        {"y": X, "noise_std": 0.1},
+        of=noise_level,
+    ),
+    Door(
+        lambda side, intensity: motion_kernel(side, intensity, generator()),
+        {"side": 9, "intensity": 0.5},
+        of=motion_kernel,
+    ),
+    Door(image_metrics, {"images": torch.zeros(2, 1, 12, 12), "truth": torch.ones(2, 1, 12, 12)}),
+    Door(frechet_distance, {"first": normal(5, 2), "second": normal(4, 2, seed=1)}),
+    Door(moments, {"features": normal(5, 2)}),
+    Door(
+        lambda y, x, noise_std: greedy_controls(PROCESS, HALVED, y, x, noise_std),
+        {"y": LIKELIHOOD.y.float(), "x": X.float(), "noise_std": 0.1},
+        of=greedy_controls,
+    ),
+    Door(Tikhonov, {"initial": 1.0, "minimum": 1e-8, "maximum": 1e12, "factor": 2.0}),
+    Door(LineSearch, {"sufficient": 1e-4, "contraction": 0.5, "trials": 3}),
+    Door(Adam, {"rate": 0.1, "epsilon": 1e-8}),
+    Door(LBFGS, {"memory": 3, "first": 1e-3}),
+    Door(portrait, {"name": "astronaut", "size": 8}),
+    Door(lambda split: mnist(split, Path("nowhere")), {"split": "test"}, of=mnist),
+    Door(
+        lambda split, size: faces(split, size, Path("no")), {"split": "test", "size": 8}, of=faces
+    ),
+    Door(checked_bytes, {"file": "digits.npz"}),
+    Door(load_weights, {"name": "digit_features"}, {"name": "file"}),
+    Door(
+        lambda i, n: shard_path(Path("a.csv"), (i, n)),
+        {"i": 1, "n": 2},
+        {"i": "shard", "n": "shard"},
+        shard_path,
+    ),
+    Door(
+        lambda task, method, budget, batch: cells_of(
+            "faces64", [task], [method], [budget], [0], ["1"], batch, "float32", {"guidance": 1.0}
+        ),
+        {"task": "gaussian_blur", "method": "dps", "budget": 10, "batch": 1},
+        {"task": "tasks", "budget": "budgets"},
+        cells_of,
+    ),
+]
+
+
+def spoilt_tensors(draw, good):
+    """A tensor that is wrong in one way, and whether no answer can be right."""
+    kind = draw(
+        st.sampled_from(["number", "integers", "half", "fewer", "more", "longer", "empty", "meta"])
+    )
+    if kind == "number" and good.is_floating_point():
+        bad = good.clone()
+        place = draw(st.integers(0, good.numel() - 1))
+        bad.view(-1)[place] = draw(st.sampled_from([math.nan, math.inf, -math.inf]))
+        return bad, True
+    if kind == "integers":
+        return good.round().int(), False
+    if kind == "half":
+        return good.half(), False
+    if kind == "fewer":
+        return good[0], False
+    if kind == "more":
+        return good[..., None], False
+    if kind == "longer":
+        axis = draw(st.integers(0, good.ndim - 1))
+        return torch.cat([good, good], dim=axis), False
+    if kind == "empty":
+        return good[:0], False
+    return (good.to("meta"), True) if kind == "meta" else (-good - 1, False)
+
+
+def spoilt(draw, good):
+    """A value like a good one, but wrong, and whether no answer can be right."""
+    if isinstance(good, torch.Tensor):
+        return spoilt_tensors(draw, good)
+    if isinstance(good, float):
+        none = st.sampled_from([math.nan, math.inf, -math.inf])
+        return draw(st.one_of(none, st.floats(max_value=-1e-3, min_value=-1e9))), True
+    if isinstance(good, int):
+        return draw(st.one_of(st.just(0), st.integers(-(10**6), -1))), False
+    if isinstance(good, str):
+        text = st.text(alphabet="abz./-_ \n\0é", max_size=12)
+        return draw(text.filter(lambda name: name != good)), True
+    if draw(st.booleans()):
+        return good[1:], False
+    place = draw(st.integers(0, len(good) - 1))
+    wrong = draw(st.integers(-3, 0))
+    return tuple(wrong if i == place else side for i, side in enumerate(good)), False
+
+
+def tensors(answer):
+    """The floating-point tensors in an answer."""
+    if isinstance(answer, torch.Tensor):
+        return [answer] if answer.is_floating_point() else []
+    if isinstance(answer, dict):
+        return [t for value in answer.values() for t in tensors(value)]
+    if hasattr(answer, "x0"):
+        return [answer.x0, answer.controls, answer.cost]
+    return [torch.tensor(answer)] if isinstance(answer, float) else []
+
+
+def call(door, name, value, hopeless):
+    """Calls a door with a wrong argument, and judges what happens.
+
+    Of two shapes that do not agree the error may name either.
+    """
+    words = {door.aliases.get(word, word) for word in (*([name] if hopeless else door.arguments),)}
+    words |= {name}
+    try:
+        answer = door.function(**door.arguments | {name: value})
+    except (ValueError, TypeError, FileNotFoundError) as error:
+        said = str(error)
+        assert any(re.search(rf"\b({word})\b", said) for word in words), f"{name} is not in: {said}"
+        return
+    assert not hopeless, f"{name} = {value!r} was taken"
+    assert all(tensor.isfinite().all() for tensor in tensors(answer)), f"{name} = {value!r}"
+
+
+def names(doors):
+    found = [getattr(door.of or door.function, "__name__", "") for door in doors]
+    return [f"{name}-{i}" for i, name in enumerate(found)]
+
+
+@pytest.mark.parametrize("door", DOORS, ids=names(DOORS))
+@settings(
+    max_examples=20,
+    derandomize=True,
+    database=None,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+@given(data=st.data())
+def test_a_wrong_argument_is_named(door, data, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    name = data.draw(st.sampled_from(sorted(door.arguments)))
+    value, hopeless = spoilt(data.draw, door.arguments[name])
+    call(door, name, value, hopeless)
+
+
+@pytest.mark.parametrize("door", DOORS, ids=names(DOORS))
+def test_the_good_arguments_are_good(door, monkeypatch):
+    if door.of in (mnist, faces):  # which are asked for where they are not
+        with pytest.raises(FileNotFoundError, match="DIFFOC_DATA"):
+            door.function(**door.arguments)
+    else:
+        answer = door.function(**door.arguments)
+        assert all(tensor.isfinite().all() for tensor in tensors(answer))
