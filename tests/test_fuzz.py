@@ -5,17 +5,24 @@ with good arguments, one of which hypothesis spoils: tensors get numbers that ar
 shapes, types and devices, numbers leave their ranges, names become others.
 """
 
+import importlib
+import inspect
 import math
+import pkgutil
 import re
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from io import BytesIO
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
 from azula.noise import VPSchedule
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 import diffoc
 from diffoc.costs import ClassLikelihood, ControlCost, GaussianLikelihood, ResidualNorm
@@ -24,9 +31,11 @@ from diffoc.experiments import cells_of
 from diffoc.greedy import greedy_controls
 from diffoc.ilqr import ilqr
 from diffoc.kernels import motion_kernel
+from diffoc.methods import METHODS
 from diffoc.metrics import frechet_distance, image_metrics, moments
 from diffoc.mixtures import mixture_from_loadings
 from diffoc.operators import LinearMeasurement, as_matrix, average_pool, random_mask
+from diffoc.pictures import picture_size, read_picture, read_transparency
 from diffoc.priors import GaussianMixturePrior, GaussianPrior
 from diffoc.process import ReverseProcess, draw_noise
 from diffoc.records import shard_path
@@ -377,3 +386,254 @@ def test_the_good_arguments_are_good(door, monkeypatch):
     else:
         answer = door.function(**door.arguments)
         assert all(tensor.isfinite().all() for tensor in tensors(answer))
+
+
+# Methods, which have one signature
+
+SMALL = mixture_from_loadings(
+    torch.zeros(2), normal(2, 64).float(), normal(2, 64, 2, seed=1).float(), torch.ones(2)
+)
+IMAGES = GaussianMixturePrior(SMALL, VPSchedule(alpha_min=1e-2, sigma_min=1e-2), (1, 8, 8))
+DROPPING = random_inpainting((1, 8, 8), generator(), 0.5)
+NOISY = normal(1, 1, 8, 8).float()
+MEASURED = measure(DROPPING, NOISY, generator(), 0.1)
+
+
+def settings_by_name(name):
+    """A method's settings for few evaluations."""
+    method = METHODS[name]
+    found = method.settings("random_inpainting", 1000 if name == "control_paper" else 12)
+    return found | ({method.tuned[0]: method.tuned[1][-1]} if method.tuned else {})
+
+
+def run_method(name, **changes):
+    given = {"prior": IMAGES, "physics": DROPPING, "y": MEASURED, "x": NOISY, "noise_std": 0.1}
+    given |= settings_by_name(name) | changes
+    positional = [given.pop(key) for key in ("prior", "physics", "y", "x")]
+    return METHODS[name].run(*positional, generator(), **given)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_methods_refuse_what_is_no_measurement(name):
+    for argument, wrong in (
+        ("y", MEASURED * math.nan),
+        ("y", MEASURED.to("meta")),
+        ("y", MEASURED.int()),
+        ("x", NOISY / 0),
+        ("x", NOISY[:0]),
+        ("noise_std", -0.1),
+        ("noise_std", math.nan),
+        ("noise_std", math.inf),
+    ):
+        with pytest.raises(ValueError, match=rf"^{argument} "):
+            run_method(name, **{argument: wrong})
+    if METHODS[name].latent:  # which look at the prior before the shape of x
+        return
+    for argument, wrong in (
+        ("y", MEASURED[..., :4]),
+        ("y", torch.cat([MEASURED] * 2)),
+        ("x", NOISY[..., :4]),
+    ):
+        with pytest.raises(ValueError, match=rf"^{argument} has shape"):
+            run_method(name, **{argument: wrong})
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_methods_refuse_settings_out_of_their_range(name):
+    """Counts of nothing, and numbers that are none; what is allowed to be zero is."""
+    for key, value in settings_by_name(name).items():
+        if METHODS[name].latent or isinstance(value, bool):
+            continue
+        for wrong in (math.nan,) if isinstance(value, float) else (-1,):
+            with pytest.raises(ValueError, match=rf"{SAID.get(key, key)}"):
+                run_method(name, **{key: wrong})
+
+
+SAID = {"control_cost": "weights|control_cost", "weight_scale": "weights", "rank": "hessian_rank"}
+SAID |= {"iterations": "iterations"}
+
+# Images that are not images
+
+
+def pictures():
+    """The bytes of a picture in several formats."""
+    pixels = (normal(9, 9, 3) * 99).byte().numpy()
+    for kind in ("PNG", "JPEG", "TIFF", "GIF", "BMP", "WEBP"):
+        content = BytesIO()
+        Image.fromarray(pixels).save(content, kind)
+        yield content.getvalue()
+
+
+PICTURES = list(pictures())
+
+
+@settings(max_examples=150, derandomize=True, database=None, deadline=None)
+@given(
+    content=st.one_of(
+        st.binary(max_size=64),
+        st.builds(lambda p, size: p[:size], st.sampled_from(PICTURES), st.integers(0, 400)),
+        st.builds(
+            lambda p, place, new: p[:place] + new + p[place + len(new) :],
+            st.sampled_from(PICTURES),
+            st.integers(0, 120),
+            st.binary(min_size=1, max_size=4),
+        ),
+    ),
+    read=st.sampled_from(
+        [lambda path: read_picture(path, (1, 8, 8))[0], picture_size, read_transparency]
+    ),
+)
+def test_whatever_is_no_picture_is_refused(content, read):
+    with TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's, of metadata and sizes
+        path = Path(folder) / "a.png"
+        path.write_bytes(content)
+        try:
+            answer = read(path)
+        except ValueError as error:
+            assert str(path) in str(error)  # noqa: PT017  both may happen
+            return
+    if isinstance(answer, torch.Tensor):
+        assert answer.isfinite().all()
+        assert answer.abs().max() <= 1
+
+
+# Nothing is forgotten
+
+MODULES = {
+    "diffoc.baselines": "the methods, above",
+    "diffoc.costs": "",
+    "diffoc.data": "",
+    "diffoc.experiments": "",
+    "diffoc.greedy": "",
+    "diffoc.ilqr": "",
+    "diffoc.kernels": "",
+    "diffoc.metrics": "",
+    "diffoc.operators": "",
+    "diffoc.pictures": "",
+    "diffoc.pretrained": "",
+    "diffoc.priors": "",
+    "diffoc.process": "",
+    "diffoc.rules": "",
+    "diffoc.solver": "",
+    "diffoc.tasks": "",
+}
+"""Modules whose public names are doors."""
+
+INSIDE = {
+    "__main__": "the command line, whose errors test_rough_handling and others see",
+    "ablations": "grids of the command line",
+    "autoencoder": "a network and its training, on the shipped data",
+    "benchmark": "measures; test_benchmark has its doors",
+    "checks": "what doors ask",
+    "claims": "recomputes fixed numbers",
+    "commands": "the command line",
+    "controllers": "methods, above",
+    "counting": "wraps a prior; looks at its one setting",
+    "curvature": "behind ilqr",
+    "downloads": "files of a fixed list; test_downloads",
+    "evaluation": "of our networks",
+    "figures": "drawn from records; test_figures has their doors",
+    "files": "writes what it is told to; test_rough_handling",
+    "fitting": "test_fitting has its doors",
+    "identities": "fixed settings",
+    "inaccurate": "test_inaccurate has its doors",
+    "known_posteriors": "fixed problems",
+    "latent": "test_latent and test_rough_handling have its doors",
+    "ledger": "test_ledger has its doors",
+    "linear_gaussian": "a fixed setting",
+    "lowrank": "behind ilqr",
+    "memory": "measures",
+    "methods": "test_experiments has its doors",
+    "mixtures": "the algebra behind the priors, but for mixture_from_loadings, above",
+    "networks": "a network's forward pass",
+    "notebooks": "test_project has its doors",
+    "panel": "widgets, whose sliders have ranges",
+    "paper_tables": "fixed numbers",
+    "perceptual": "needs networks of others; test_perceptual has its doors",
+    "pipelines": "behind load_prior",
+    "posterior_distance": "test_posterior_distance has its doors",
+    "projected": "behind ilqr",
+    "provenance": "says where we are",
+    "proximal": "behind greedy_controls and the methods",
+    "randomized": "behind ilqr",
+    "recipes": "fits the shipped mixtures",
+    "reconstruct": "the command line; test_reconstruct and test_rough_handling",
+    "records": "test_records has its doors",
+    "riccati": "behind ilqr",
+    "runs": "test_runs has its doors",
+    "search": "behind ilqr",
+    "severity": "of our networks",
+    "summary": "of records",
+    "sweeps": "behind ilqr",
+    "training": "test_training has its doors",
+    "weights": "files of a fixed list, but for classifier, above",
+}
+"""Modules that no user's values reach, or whose doors have tests of their own; why."""
+
+OTHERS = {
+    "DivergenceError": "an error",
+    "History": "a result",
+    "ILQRResult": "a result",
+    "Result": "a result",
+    "GaussianPosterior": "a result",
+    "UnsupportedTask": "an error",
+    "method": "decorates the methods, above",
+    "global_generator": "behind the methods",
+    "Computer": "computes cells, which cells_of makes",
+    "best_value": "of records",
+    "few_faces": "fixed names",
+    "held_out_faces": "fixed names",
+    "tuning_faces": "fixed names",
+    "keep_in": "test_rough_handling",
+    "load_once": "load_prior",
+    "metrics_of": "image_metrics",
+    "picture_names": "test_experiments",
+    "read_images": "test_experiments",
+    "time_prior": "measures",
+    "tuning_cells": "of a cell",
+    "work_of": "of a cell",
+    "data_folder": "has no argument",
+    "digits": "has no argument",
+    "manifest_entry": "checked_bytes",
+    "register_file": "test_data",
+    "frechet_between": "frechet_distance",
+    "mse_255": "a factor",
+    "EDMDenoiser": "a network's forward pass",
+    "default_schedule": "has no argument",
+    "shape_of": "test_inaccurate",
+    "untrained_adm": "test_benchmark",
+    "drift_and_diffusion": "behind the process",
+    "draw_noise": "torch.randn",
+    "AdamState": "behind ilqr",
+    "LBFGSState": "behind ilqr",
+    "snr_weights": "of a process's times, which it has checked",
+    "guidance_regularization": "of a process's times, which it has checked",
+    "learned_blur": "test_tasks",
+    "measured": "of a measurement",
+    "read_picture": "above",
+    "picture_size": "above",
+    "read_transparency": "above",
+    "write_picture": "of a result",
+}
+"""Public names of those modules that are no doors, or have tests elsewhere; why."""
+
+
+def test_every_public_name_is_a_door_or_said_not_to_be():
+    modules = {
+        name.removeprefix("diffoc.")
+        for _, name, _ in pkgutil.walk_packages(diffoc.__path__, "diffoc.")
+        if not name.startswith(("diffoc.baselines.", "diffoc.figures."))
+    }
+    listed = {name.removeprefix("diffoc.") for name in MODULES}
+    assert modules == listed | set(INSIDE), "list the new module here"
+    assert not listed & set(INSIDE)
+    doors = {door.of or door.function for door in DOORS} | {diffoc.load_prior}
+    known = {getattr(door, "__name__", "") for door in doors} | set(OTHERS)
+    for name in MODULES:
+        for key, value in vars(importlib.import_module(name)).items():
+            public = inspect.isfunction(value) or inspect.isclass(value)
+            if public and not key.startswith("_") and value.__module__ == name:
+                assert key in known, f"{name}.{key} is no door here"
+    for key in diffoc.__all__:
+        assert key in known
