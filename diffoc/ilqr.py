@@ -181,8 +181,10 @@ def ilqr(
         # Who was stopped is good enough where it is, though perhaps not cheapest.
         better &= torch.tensor([reason != "stopped" for reason in status], device=x.device)
         if adam and better.any():
-            controls = torch.stack(choose(better, best[0], nominal.u))
-            states, found = problem.rollout(x, controls), torch.where(better, best[1], cost)
+            chosen = choose(better, best[0], nominal.u)
+            found = torch.where(better, best[1], cost)
+            states = problem.rollout(x, chosen)
+            controls = torch.stack(chosen)  # not before: both are as large as the trajectory
         else:
             states, controls, found = nominal.states, nominal.controls, cost
         return ILQRResult(states, controls, found, gains, status, history)
