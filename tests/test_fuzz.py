@@ -521,6 +521,8 @@ MODULES = {
 """Modules whose public names are doors."""
 
 INSIDE = {
+    "ablation_summary": "of records",
+    "class_guidance": "of our networks; its doors are those of the costs and of solve",
     "__main__": "the command line, whose errors test_rough_handling and others see",
     "ablations": "grids of the command line",
     "autoencoder": "a network and its training, on the shipped data",
@@ -606,6 +608,7 @@ OTHERS = {
     "drift_and_diffusion": "behind the process",
     "draw_noise": "torch.randn",
     "AdamState": "behind ilqr",
+    "guidance_controls": "test_greedy",
     "LBFGSState": "behind ilqr",
     "snr_weights": "of a process's times, which it has checked",
     "guidance_regularization": "of a process's times, which it has checked",
