@@ -148,8 +148,10 @@ WAYS = {
 
 Strengths are those of 1, 2 and 4 for which the judge agreed most often on 50 to 80 other images."""
 
-COLUMNS = ("way", "label", "images", "steps", "strength", "evaluations", "products")
-COLUMNS += ("guided", "judged", "sure", "diversity", "frechet", "seconds", *ENVIRONMENT, "commit")
+COLUMNS = (
+    *("way", "label", "images", "steps", "strength", "evaluations", "products"),
+    *("guided", "judged", "sure", "diversity", "frechet", "seconds", *ENVIRONMENT, "commit"),
+)
 
 
 def make(way: Way, prior: Denoiser, label: int, images: int, first: int = 0) -> Tensor:

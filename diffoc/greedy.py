@@ -16,12 +16,14 @@ Any other cost is guided by the gradient of its value at Tweedie's estimate, for
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
 from deepinv.physics import LinearPhysics
 from torch import Tensor
 
+from diffoc.checks import check_images, check_tensor
 from diffoc.process import ReverseProcess
 from diffoc.proximal import correction
 
@@ -45,12 +47,17 @@ def greedy_controls(
         noise_std: s, above 0.
 
     Raises:
-        ValueError: if `noise_std` is not above 0, or the process is in output mode.
+        ValueError: if `noise_std` is not above 0, `y` or `x` is of another shape or not finite, or
+            the process is in output mode.
     """
-    if not noise_std > 0:
-        raise ValueError(f"noise_std is {noise_std}, expected above 0")
+    if not 0 < noise_std < math.inf:
+        raise ValueError(f"noise_std is {noise_std}, expected finite and above 0")
     if process.mode != "input":
         raise ValueError(f"process is in {process.mode} mode, expected input")
+    check_images("x", x)
+    check_tensor("y", y)
+    if y.shape != (expected := physics.A(x).shape):
+        raise ValueError(f"y has shape {tuple(y.shape)}, expected {tuple(expected)}")
     controls, u = [], torch.zeros_like(x)
     for i in range(process.horizon):
         controls.append(u)
