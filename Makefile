@@ -22,9 +22,10 @@ reproduce: $(STAMP) ## execute every notebook; regenerate figures/; tell what ea
 	@$(RUN) diffoc claims
 
 # The figures that the notebooks draw here go to build/, so that a test leaves the tree as it was.
-test: $(STAMP) ## check the style, the unit tests and every notebook
+test: $(STAMP) ## check the style, the types, the unit tests and every notebook
 	@$(RUN) ruff check
 	@$(RUN) ruff format --check
+	@$(RUN) mypy
 	@DIFFOC_FIGURES="$(CURDIR)/build/figures" OMP_NUM_THREADS=1 $(RUN) pytest \
 		--quiet --numprocesses 2 --dist loadfile --nbval-lax --nbval-current-env tests notebooks
 
@@ -45,7 +46,7 @@ figures: $(STAMP) ## draw the figures for print from the records, into figures/p
 	@$(RUN) diffoc figures
 
 clean: ## remove what the other targets made, except .venv
-	rm -rf build diffoc.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf build diffoc.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find diffoc tests notebooks \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune \
 		-exec rm -rf {} +
 

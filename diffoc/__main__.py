@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -47,9 +48,9 @@ def verify() -> int:
 def train(args: argparse.Namespace) -> int:
     """Trains, or goes on from the checkpoint, and writes the weights of the moving average."""
     from diffoc import data, evaluation, training
-    from diffoc.autoencoder import encoded, load_autoencoder, reconstruction_psnr
+    from diffoc.autoencoder import Autoencoder, encoded, load_autoencoder, reconstruction_psnr
     from diffoc.figures import write_sheet
-    from diffoc.severity import severities
+    from diffoc.severity import SeverityEncoder, severities
     from diffoc.weights import read_weights, write_weights
 
     name = args.name
@@ -57,7 +58,7 @@ def train(args: argparse.Namespace) -> int:
     changes = {"images": args.images, "rate": args.rate}
     recipe = replace(training.RECIPES[name], **{k: v for k, v in changes.items() if v is not None})
     labels = truth = None
-    decode = torch.nn.Identity()
+    decode: Callable[[torch.Tensor], torch.Tensor] = torch.nn.Identity()
     if name.startswith("faces64"):
         images, held_out = data.faces("train"), data.faces("test")[::2]
         if name == "faces64_latent":
@@ -79,9 +80,9 @@ def train(args: argparse.Namespace) -> int:
     def report(run: training.Run, rate: float) -> None:
         if truth is not None:
             score = f"accuracy {evaluation.accuracy(run.average, held_out, truth):.4f}"
-        elif name == "faces64_autoencoder":
+        elif isinstance(run.average, Autoencoder):
             score = f"PSNR {reconstruction_psnr(run.average, held_out):.2f}"
-        elif name == "faces64_severity":
+        elif isinstance(run.average, SeverityEncoder):
             found = severities(
                 run.average, training.as_states(held_out), torch.Generator().manual_seed(0)
             )
@@ -103,7 +104,7 @@ def train(args: argparse.Namespace) -> int:
 
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
     training.train(run, images, labels, checkpoint, args.every, report=report, compile=args.compile)
-    if name == "faces64_autoencoder":
+    if isinstance(run.average, Autoencoder):
         run.average.standardise(training.as_states(images))
     print(write_weights(run.average, name, args.out))
     return 0
@@ -268,7 +269,7 @@ def main(argv: list[str] | None = None) -> int:
 
         fit_mixture_prior(args.name, args.out, args.seed)
         return 0
-    except (ValueError, FileNotFoundError, ImportError) as error:
+    except (ValueError, OSError, ImportError) as error:
         print(f"diffoc: {error}", file=sys.stderr)
         return 2
 

@@ -62,8 +62,9 @@ def rank(prior: str, tasks: Sequence[str]) -> Iterator[Choice]:
     first order has nothing to project, and Adam makes its constant irrelevant, see
     :func:`diffoc.controllers.control_paper`.
     """
+    steps, iterations = 10, 20
     for name in tasks:
-        usual = TABLE_2[name] | {"steps": 10, "iterations": 20, "projected": False}
+        usual = TABLE_2[name] | {"steps": steps, "iterations": iterations, "projected": False}
         changes: list[dict] = [{"regularization": a} for a in REGULARIZATIONS]
         changes += [{"regularization": 0, "weight_scale": 0.0}]
         changes += [{"regularization": a, "rank": 0} for a in (0, 1)]
@@ -71,7 +72,7 @@ def rank(prior: str, tasks: Sequence[str]) -> Iterator[Choice]:
         changes += [{"rank": k, "projected": p} for k, p in pairs if k or not p]
         for change in changes:
             settings = usual | change
-            yield prior, name, "control_paper", 10 * usual["iterations"], settings
+            yield prior, name, "control_paper", steps * iterations, settings
 
 
 def robustness(

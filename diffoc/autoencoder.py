@@ -39,6 +39,9 @@ class Autoencoder(nn.Module):
         fold: side of the squares of pixels that become channels.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, width: int = 64, channels: int = 4, fold: int = 4) -> None:
         super().__init__()
         from diffusers import AutoencoderKL  # slow to import

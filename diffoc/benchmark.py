@@ -13,6 +13,7 @@ import platform
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from azula.denoise import Denoiser
@@ -110,8 +111,10 @@ def measure(
     process = ReverseProcess(prior, steps)
     operator = average_pool(2)
     likelihood = GaussianLikelihood(operator, torch.zeros_like(operator(x)), 0.05)
-    options = {"rank": rank, "keep_activations": keep_activations}
-    bare, controlled, resumed = [], [], []
+    options: dict[str, Any] = {"rank": rank, "keep_activations": keep_activations}
+    bare: list[float] = []
+    controlled: list[float] = []
+    resumed: list[float] = []
 
     def between(iteration: int, costs: Tensor, x0: Tensor) -> None:
         now = _clock(x.device)
@@ -245,7 +248,7 @@ def run(
         network = untrained_adm("ffhq256")
     table = project(*flop(network, (1, *network.image_shape)), ranks, teraflops)
     on_cuda = torch.device(device).type == "cuda"
-    found = {
+    found: dict[str, Any] = {
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name(device) if on_cuda else platform.machine(),
         "threads": torch.get_num_threads(),
@@ -278,10 +281,10 @@ def run(
         ]
     print("\nPROJECTED from the FLOP of ffhq256, not measured: Table 1 on a device that sustains")
     print(f"{teraflops:g} TFLOP/s, which is an assumption")
-    for row in table:
+    for line in table:
         print(
-            f"NFE {row.nfe}, rank {row.rank}, activations {_kept(row)}: {row.seconds:.1f} s an "
-            f"image, {row.gpu_hours:.0f} GPU-hours for {TABLE_1_IMAGES} images"
+            f"NFE {line.nfe}, rank {line.rank}, activations {_kept(line)}: {line.seconds:.1f} s an "
+            f"image, {line.gpu_hours:.0f} GPU-hours for {TABLE_1_IMAGES} images"
         )
     return found
 

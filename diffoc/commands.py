@@ -1,4 +1,4 @@
-"""The subcommands that make, read and draw tables: run, tune, check, table and figures."""
+"""The subcommands that make, read and draw tables: run, tune, check, table, figures, digits."""
 
 from __future__ import annotations
 
@@ -60,7 +60,11 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     table_.add_argument("records", type=Path, metavar="CSV")
     figures_ = commands.add_parser("figures", help="draw the figures for print, of what was run")
     figures_.add_argument("--out", type=Path, metavar="DIR", help="by default figures/print")
+    digits_ = commands.add_parser("digits", help="make digits from labels, and their records")
+    digits_.add_argument("--samples", type=int, default=100, help="of each label and way")
+    digits_.add_argument("--out", type=Path, metavar="CSV")
     functions = {run_: run, tune_: tune, check_: check, table_: table, figures_: figures}
+    functions[digits_] = digits
     for parser, function in functions.items():
         parser.set_defaults(function=function)
 
@@ -100,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
         images = experiments.few_faces()
     prior, cells = _cells(args, images[-args.last :])
     folder = ROOT / "build" if args.random_weights else ROOT / "data" / "records"
-    path = args.out or folder / f"{args.table}_{prior.replace(' ', '_').replace('/', '_')}.csv"
+    path = args.out or folder / f"{args.table}_{_as_file_name(prior)}.csv"
     compute = experiments.Computer(args.images and args.images.resolve(), args.device)
     return _execute(
         cells, compute, path, args, args.shard, args.keep and experiments.keep_in(args.keep)
@@ -149,10 +153,11 @@ def tune(args: argparse.Namespace) -> int:
 
     trials = {}
     for method in args.methods:
-        if method not in METHODS or not METHODS[method].tuned:
+        tunable = METHODS[method].tuned if method in METHODS else None
+        if tunable is None:
             possible = [name for name in METHODS if METHODS[name].tuned]
             raise ValueError(f"METHOD is {method!r}, expected one of {', '.join(possible)}")
-        keyword, values = METHODS[method].tuned
+        keyword, values = tunable
         names = experiments.tuning_faces()
         for cell in experiments.cells_of(
             args.prior,
@@ -165,13 +170,12 @@ def tune(args: argparse.Namespace) -> int:
             _precision(args),
             {keyword: values[0]},
         ):
-            trials[cell] = experiments.tuning_cells(cell)
-    path = args.out or ROOT / "data" / "records" / f"tuning_{args.prior}.csv"
-    cells = [cell for some in trials.values() for cell in some.values()]
+            trials[cell] = keyword, experiments.tuning_cells(cell)
+    path = args.out or ROOT / "data" / "records" / f"tuning_{_as_file_name(args.prior)}.csv"
+    cells = [cell for _, some in trials.values() for cell in some.values()]
     status = _execute(cells, experiments.Computer(None, args.device), path, args)
     records, tuned = read(path), read_tuned()
-    for cell, some in trials.items():
-        keyword = METHODS[cell.method].tuned[0]
+    for cell, (keyword, some) in trials.items():
         best = experiments.best_value({value: records[one] for value, one in some.items()})
         if best is None and any(records[one][0]["status"] == "failed" for one in some.values()):
             print(f"{cell.method}, {cell.task}, nfe {cell.nfe}: every value failed")
@@ -249,6 +253,17 @@ def _execute(
     return int(found["failed"] > 0)
 
 
+def digits(args: argparse.Namespace) -> int:
+    """Figure 5's experiment; the images go to build/digits."""
+    from diffoc import class_guidance
+
+    if args.samples < 2:
+        raise ValueError(f"samples is {args.samples}, expected at least 2")
+    path = args.out or ROOT / "data" / "records" / "digits_mnist.csv"
+    class_guidance.record(path, ROOT / "build" / "digits", args.samples)
+    return 0
+
+
 def _print_plan(left: Sequence[Cell], cells: int, args: argparse.Namespace, keep: bool) -> None:
     from diffoc.experiments import load_once, time_prior, work_of
 
@@ -271,6 +286,11 @@ def _print_plan(left: Sequence[Cell], cells: int, args: argparse.Namespace, keep
     if keep:
         size = math.prod(load_once(left[0].prior, args.device)[0].image_shape) * images / 1e6
         print(f"reconstructions: at most {size:,.1f} MB")
+
+
+def _as_file_name(prior: str) -> str:
+    """A prior's name or path as part of a file's name, which stays in its folder."""
+    return prior.replace(" ", "_").replace("/", "_")
 
 
 def _shard(text: str) -> tuple[int, int]:

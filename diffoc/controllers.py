@@ -14,6 +14,7 @@ from azula.denoise import Denoiser
 from deepinv.physics import LinearPhysics, Physics
 from torch import Tensor
 
+from diffoc.baselines import method
 from diffoc.costs import ControlCost
 from diffoc.greedy import greedy_controls
 from diffoc.lowrank import MatrixFree
@@ -40,6 +41,7 @@ def iterations_within(budget: int, steps: int) -> int:
     return max(1, 17 * budget // (20 * steps))
 
 
+@method
 def control(
     prior: Denoiser,
     physics: Physics,
@@ -88,6 +90,7 @@ def control(
     ).x0
 
 
+@method
 def control_planned(
     prior: Denoiser,
     physics: Physics,
@@ -109,6 +112,8 @@ def control_planned(
     Raises:
         ValueError: for a smaller budget.
     """
+    if steps < 1:
+        raise ValueError(f"steps is {steps}, expected at least 1")
     if budget < 4 * steps:
         raise ValueError(f"budget is {budget}, expected at least 4 times the {steps} steps")
     return control(
@@ -126,6 +131,7 @@ def control_planned(
     )
 
 
+@method
 def control_paper(
     prior: Denoiser,
     physics: Physics,

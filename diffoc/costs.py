@@ -7,12 +7,14 @@ another.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from diffoc.checks import check_tensor
 from diffoc.operators import Operator
 
 
@@ -31,12 +33,13 @@ class GaussianLikelihood:
     noise_std: float
 
     def __post_init__(self) -> None:
-        if not self.noise_std > 0:
-            raise ValueError(f"noise_std is {self.noise_std}, expected above 0")
+        check_tensor("y", self.y)
+        if not 0 < self.noise_std < math.inf:
+            raise ValueError(f"noise_std is {self.noise_std}, expected finite and above 0")
 
     def whitened_residual(self, x: Tensor) -> Tensor:
         """The residual in units of the noise, (A(x_0) - y) / s; half of its square is the cost."""
-        return (self.operator(x) - self.y) / self.noise_std
+        return _residual(self.operator(x), self.y) / self.noise_std
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.whitened_residual(x).flatten(1).square().sum(dim=1) / 2
@@ -58,8 +61,11 @@ class ResidualNorm:
     operator: Operator
     y: Tensor
 
+    def __post_init__(self) -> None:
+        check_tensor("y", self.y)
+
     def __call__(self, x: Tensor) -> Tensor:
-        squared = (self.operator(x) - self.y).flatten(1).square().sum(dim=1)
+        squared = _residual(self.operator(x), self.y).flatten(1).square().sum(dim=1)
         zero = squared == 0
         # The root's derivative at zero is infinite, and infinity times zero not a number.
         return torch.where(zero, 0, torch.where(zero, 1, squared).sqrt())
@@ -83,8 +89,8 @@ class ClassLikelihood:
                 f"labels are {self.labels.dtype} of shape {tuple(self.labels.shape)}, expected "
                 "int64 of shape (B,)"
             )
-        if (self.labels < 0).any():
-            raise ValueError("labels must not be negative")
+        if self.labels.is_meta or not len(self.labels) or (self.labels < 0).any():
+            raise ValueError("labels must be at least one, and not negative")
 
     def __call__(self, x: Tensor) -> Tensor:
         logits = self.classifier(x)
@@ -93,6 +99,8 @@ class ClassLikelihood:
                 f"labels go up to {self.labels.max()}, but the classifier has {logits.shape[1]} "
                 "classes"
             )
+        if len(self.labels) not in (1, len(x)):
+            raise ValueError(f"labels are {len(self.labels)}, expected 1 or {len(x)}")
         labels = self.labels.expand(len(x))
         return torch.nn.functional.cross_entropy(logits, labels, reduction="none")
 
@@ -109,7 +117,8 @@ class ControlCost:
     weights: float | Tensor
 
     def __post_init__(self) -> None:
-        weights = torch.as_tensor(self.weights)
+        weights = torch.as_tensor(self.weights, dtype=torch.float64)
+        check_tensor("weights", weights)
         if weights.ndim > 1 or not (weights >= 0).all():
             raise ValueError("weights must be a number or of shape (T,), and not negative")
 
@@ -124,3 +133,14 @@ class ControlCost:
 
     def __call__(self, i: int, x: Tensor, u: Tensor) -> Tensor:
         return 0.5 * self.weight(i) * u.flatten(1).square().sum(dim=1)
+
+
+def _residual(predicted: Tensor, y: Tensor) -> Tensor:
+    """What A(x_0) is off by; broadcast shapes would compare each number with many."""
+    shared = y.ndim > 0 and len(y) in (1, len(predicted))
+    if not shared or predicted.shape[1:] != y.shape[1:] or predicted.device != y.device:
+        raise ValueError(
+            f"y has shape {tuple(y.shape)} on {y.device}, but the operator gives "
+            f"{tuple(predicted.shape)} on {predicted.device}"
+        )
+    return predicted - y

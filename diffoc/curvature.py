@@ -57,13 +57,14 @@ def terminal_products(
 
 
 def _gauss_newton(cost: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Product]:
-    if not callable(getattr(cost, "whitened_residual", None)):
+    residual = getattr(cost, "whitened_residual", None)
+    if not callable(residual):
         raise ValueError(
             f"hessian is 'gauss_newton', but the terminal cost, {type(cost).__name__}, has no "
             "method whitened_residual: expected a GaussianLikelihood or its like"
         )
     with torch.enable_grad():
-        z = cost.whitened_residual(x)
+        z = residual(x)
         # J^T w is linear in w, so that its derivative in w, whatever w, is J.
         w = torch.zeros_like(z, requires_grad=True)
         (transposed,) = torch.autograd.grad(z, x, w, create_graph=True)

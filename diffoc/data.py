@@ -19,7 +19,6 @@ import hashlib
 import io
 import json
 import os
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +27,7 @@ from safetensors.torch import load
 from torch import Tensor
 
 from diffoc.downloads import cache_folder
+from diffoc.files import replacing
 
 MANIFEST = "manifest.json"
 # Of the data sets, and so of the weights that are fitted to them.
@@ -78,7 +78,7 @@ def checked_bytes(file: str, folder: Path | None = None) -> bytes:
     for path in (folder / file, folder / MANIFEST):
         if not path.is_file():
             raise FileNotFoundError(
-                f"{path} is missing: it is part of the repository, get it back with "
+                f"file {path} is missing: it is part of the repository, get it back with "
                 f"`git checkout -- data/{path.name}`"
             )
     entry = manifest_entry(file, folder)
@@ -128,7 +128,8 @@ def register_file(file: str, license: str, source: str, folder: Path | None = No
         "license": license,
         "source": source,
     }
-    manifest.write_text(json.dumps(dict(sorted(entries.items())), indent=2) + "\n")
+    with replacing(manifest) as part:
+        part.write_text(json.dumps(dict(sorted(entries.items())), indent=2) + "\n")
     return entries[file]
 
 
@@ -221,7 +222,7 @@ def faces(split: str, size: int = 64, root: Path | str | None = None) -> np.ndar
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             images = archive[split]
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except Exception as error:  # a damaged file makes the reader fail anywhere
         raise ValueError(f"{path} is damaged or has no array {split!r}: {error}") from error
     if images.dtype != np.uint8 or images.ndim != 3 or images.shape[1:] != (64, 64):
         raise ValueError(
@@ -257,8 +258,8 @@ def portrait(name: str, size: int = 64) -> Tensor:
     if name == "astronaut":
         picture = skimage.data.astronaut()
     else:
-        with matplotlib.cbook.get_sample_data("grace_hopper.jpg") as file:
-            picture = skimage.io.imread(file)
+        file = matplotlib.cbook.get_sample_data("grace_hopper.jpg", asfileobj=False)
+        picture = skimage.io.imread(file)
     left, top, side = _CROPS[name]
     grey = rgb2gray(picture[top : top + side, left : left + side])
     scaled = resize(grey, (size, size), anti_aliasing=True).clip(0, 1)
@@ -311,9 +312,8 @@ def _download_faces() -> Path:
     pixels = np.rint(images).clip(0, 255).astype(np.uint8)
     persons = np.unique(lfw.target)
     tested = np.isin(lfw.target, persons[:: max(2, len(persons) // 240)])
-    part = path.with_name("faces64.part.npz")
-    np.savez_compressed(part, train=pixels[~tested], test=pixels[tested])
-    os.replace(part, path)
+    with replacing(path) as part:
+        np.savez_compressed(part, train=pixels[~tested], test=pixels[tested])
     return path
 
 

@@ -46,6 +46,7 @@ def fetch(file: RemoteFile) -> Path:
 
     Raises:
         FileNotFoundError: if it is not there and cannot be downloaded.
+        OSError: if it cannot be written.
         ValueError: if its checksum is known and another.
     """
     path = cache_folder() / file.name
@@ -58,6 +59,11 @@ def fetch(file: RemoteFile) -> Path:
                 f"{file.name} is not in {path.parent} and cannot be downloaded ({error}): fetch "
                 f"{file.url} ({file.bytes / 1e6:,.0f} MB) by hand and put it at {path}, or set "
                 "DIFFOC_CACHE to the folder that has it"
+            ) from error
+        except OSError as error:
+            raise OSError(
+                f"{path} could not be written ({error}): free some disk space, or set DIFFOC_CACHE "
+                "to another folder, and try again; here it goes on where it stopped"
             ) from error
     return _checked(file, path)
 

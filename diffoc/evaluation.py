@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from diffoc.data import load_weights
 from diffoc.metrics import frechet_between, frechet_distance, moments
-from diffoc.networks import SIGMA_MAX, SIGMA_MIN, DigitClassifier
+from diffoc.networks import SIGMA_MAX, SIGMA_MIN, DigitClassifier, ResidualClassifier
 from diffoc.pretrained import load_prior
 from diffoc.training import as_states, time_of
 
@@ -37,7 +37,7 @@ def denoising_report(prior: Denoiser, held_out: np.ndarray) -> dict[str, float]:
 
 @torch.no_grad()
 def digits_report(
-    samples: Tensor, classifier: DigitClassifier, real: Tensor
+    samples: Tensor, classifier: DigitClassifier | ResidualClassifier, real: Tensor
 ) -> dict[str, float | list[float]]:
     """What a classifier says of samples of digits.
 

@@ -233,8 +233,8 @@ def cells_of(
 
 
 def tuning_cells(cell: Cell) -> dict[float, Cell]:
-    """A cell with every value of its method's tuned keyword."""
-    keyword, values = METHODS[cell.method].tuned
+    """A cell with every value of its method's tuned keyword, if it has one."""
+    keyword, values = METHODS[cell.method].tuned or ("", ())
     return {
         value: replace(cell, settings=as_json(cell.keywords | {keyword: value})) for value in values
     }

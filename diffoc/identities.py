@@ -278,7 +278,7 @@ def standard_normal_scores() -> Iterator[Identity]:
     rows = (
         (
             "conditional score: alpha (y - alpha x) / (1 - alpha^2 + s^2)",
-            prior.conditional_score(x, time, measurement),
+            prior.conditional_score(x, torch.tensor(time), measurement),
             alpha * (y - alpha * x) / (1 - alpha**2 + s**2),
         ),
         (

@@ -17,18 +17,18 @@ by the paper's projections (:class:`diffoc.projected.Projected`), the controller
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from diffoc.lowrank import LowRankGains, MatrixFree
-from diffoc.projected import Projected
-from diffoc.riccati import VALUE_UPDATES, Dense, Gains, SingularControlHessianError
+from diffoc.checks import check_alike, check_tensor
+from diffoc.riccati import VALUE_UPDATES, Dense, SingularControlHessianError
 from diffoc.rules import LBFGS, Adam, AdamState, LBFGSState, LineSearch, Tikhonov
 from diffoc.search import acceptance, choose, search_step, select
-from diffoc.sweeps import ControlProblem, backward_sweep, roll_out
+from diffoc.sweeps import ControlProblem, Derivatives, StepGains, backward_sweep, roll_out
 
 
 class DivergenceError(RuntimeError):
@@ -83,7 +83,7 @@ class ILQRResult:
     states: Tensor
     controls: Tensor
     cost: Tensor
-    gains: list[Gains] | list[LowRankGains]
+    gains: list[StepGains]
     status: list[str]
     history: History
 
@@ -94,7 +94,7 @@ def ilqr(
     x: Tensor,
     controls: Tensor | None = None,
     *,
-    derivatives: Dense | MatrixFree | Projected = Dense(),
+    derivatives: Derivatives = Dense(),
     regularization: Tikhonov | float | Tensor | None = None,
     value_update: str = "full",
     hessian_rank: int | None = None,
@@ -114,7 +114,8 @@ def ilqr(
         problem: the system and its costs.
         x: initial states, (B, ...), float32 or float64.
         controls: the initial guess, (T, B, ...); zeros of the states' shape by default.
-        derivatives: dense matrices, or products only for large states, or projections.
+        derivatives: dense matrices, or products only for large states
+            (:class:`diffoc.lowrank.MatrixFree`), or projections.
         regularization: a :class:`Tikhonov` schedule (the default), or a fixed constant: a
             number, or one per step, (T,).
         value_update: "full", or "paper" for Eqs. 48 and 49.
@@ -144,9 +145,9 @@ def ilqr(
     schedule = Tikhonov() if regularization is None else regularization
     _check(problem, x, controls, schedule, value_update, max_iterations, gradient_tolerance)
     batch, T = len(x), problem.horizon
-    adaptive = isinstance(schedule, Tikhonov)
-    if adaptive:
-        a, delta = x.new_full((batch,), schedule.initial), x.new_ones(batch)
+    tikhonov = schedule if isinstance(schedule, Tikhonov) else None
+    if tikhonov:
+        a, delta = x.new_full((batch,), tikhonov.initial), x.new_ones(batch)
     else:
         fixed = torch.as_tensor(schedule, dtype=x.dtype, device=x.device).reshape(-1, 1)
         a_steps = fixed.expand(T, batch)
@@ -155,32 +156,43 @@ def ilqr(
     nominal = roll_out(problem, x, controls, derivatives)
     running, terminal = problem.parts(nominal.x, nominal.u)
     cost = running + terminal
+    if cost.shape != (batch,):
+        raise ValueError(f"the terminal cost has shape {tuple(cost.shape)}, expected ({batch},)")
     if not cost.isfinite().all():
-        raise ValueError("controls lead to a trajectory whose cost is not finite: lower them")
+        raise ValueError(
+            "controls lead to a trajectory whose cost is not finite: lower them, or see whether "
+            "the terminal cost is finite at all"
+        )
     # The cost is a sum of squares of states, computed with relative errors of some eps.
     rounding = 16 * torch.finfo(x.dtype).eps
-    history, gains = History(), []
+    history = History()
+    gains: list[StepGains] = []
     status = ["iterations"] * batch
     active = torch.ones(batch, dtype=torch.bool, device=x.device)
     adam = AdamState(line_search, max_iterations) if isinstance(line_search, Adam) else None
     lbfgs = LBFGSState(line_search) if isinstance(line_search, LBFGS) else None
+    rule = line_search.search if isinstance(line_search, LBFGS) else line_search
+    backtracking = rule if isinstance(rule, LineSearch) else None
     best = nominal.u, cost  # Adam's costs go up and down
-    expansions = None
+    expansions: list[Any] = []
 
     def result() -> ILQRResult:
-        states, controls, found = nominal.x, nominal.u, cost
         better = ~(cost <= best[1])  # also where the cost is not a number
         # Who was stopped is good enough where it is, though perhaps not cheapest.
         better &= torch.tensor([reason != "stopped" for reason in status], device=x.device)
         if adam and better.any():
-            controls, found = choose(better, best[0], controls), torch.where(better, best[1], cost)
-            states = problem.rollout(x, controls)
-        return ILQRResult(_stacked(states), _stacked(controls), found, gains, status, history)
+            chosen = choose(better, best[0], nominal.u)
+            found = torch.where(better, best[1], cost)
+            states = problem.rollout(x, chosen)
+            controls = torch.stack(chosen)  # not before: both are as large as the trajectory
+        else:
+            states, controls, found = nominal.states, nominal.controls, cost
+        return ILQRResult(states, controls, found, gains, status, history)
 
     for iteration in range(max_iterations + 1):
         if stop:
             active = _retire(active, stop(nominal.x[-1]), status, "stopped")
-        if expansions is None and active.any() and iteration < max_iterations:
+        if not expansions and active.any() and iteration < max_iterations:
             if not gradient_tolerance:
                 gains = []  # nothing can end before the next ones, and they take memory
             value = derivatives.terminal(problem, nominal.x[-1], hessian_rank)
@@ -188,25 +200,25 @@ def ilqr(
             gradients = derivatives.gradients(expansions, value)
             gradient = torch.stack([g.abs().amax(-1) for g in gradients]).amax(dim=0)
             if not lbfgs:
-                gradients = None  # they take memory
-        if expansions is not None and gradient_tolerance:
+                gradients = []  # they take memory
+        if expansions and gradient_tolerance:
             active = _retire(active, gradient <= gradient_tolerance, status, "gradient")
         if not active.any() or iteration == max_iterations:
             break
 
         while True:
-            if adaptive:
+            if tikhonov:
                 a_steps = a.expand(T, batch)
             gains, _ = backward_sweep(expansions, value, a_steps, value_update)
             definite = torch.stack([g.definite for g in gains])
             failed = active & ~definite.all(dim=0)
             if not failed.any():
                 break
-            if not adaptive or (a[failed] >= schedule.maximum).any():
+            if not tikhonov or (a[failed] >= tikhonov.maximum).any():
                 raise _singular(definite, failed, a_steps)
-            a, delta = select(failed, schedule.grow(a, delta), (a, delta))
-        if not adaptive and not lbfgs:
-            expansions = None  # only another constant or direction would need them again
+            a, delta = select(failed, tikhonov.grow(a, delta), (a, delta))
+        if not tikhonov and not lbfgs:
+            expansions = []  # only another constant or direction would need them again
 
         slope = torch.stack([g.slope for g in gains]).sum(dim=0)
         curvature = torch.stack([g.curvature for g in gains]).sum(dim=0)
@@ -232,8 +244,6 @@ def ilqr(
         if adam:
             changes = adam.precondition([g.k for g in gains])
             gains = [replace(g, k=k) for g, k in zip(gains, changes, strict=True)]
-        backtracking = line_search.search if lbfgs else line_search
-        backtracking = backtracking if isinstance(backtracking, LineSearch) else None
         accept = acceptance(backtracking, slope, curvature, cost, negligible)
         nominal, (cost, terminal), step = search_step(
             (problem, gains, derivatives, feedback),
@@ -249,22 +259,22 @@ def ilqr(
             if not moved[active].all():
                 raise DivergenceError(
                     f"the cost is not finite in iteration {iteration}: lower Adam's rate, "
-                    f"{line_search.rate:g}, or raise regularization; the best iterate is in the "
+                    f"{adam.rule.rate:g}, or raise regularization; the best iterate is in the "
                     "error's `result`",
                     result(),
                 )
             better = cost < best[1]
             best = choose(better, nominal.u, best[0]), torch.where(better, cost, best[1])
         if moved.any():
-            expansions = None
+            expansions = []
         if backtracking:
             active = _retire(active, negligible, status, "cost")
-        if adaptive:
-            stuck = ~moved & (a >= schedule.maximum)
+        if tikhonov:
+            stuck = ~moved & (a >= tikhonov.maximum)
             if lbfgs:
                 lbfgs.forget(active & ~moved)
-            grown = select(active, schedule.grow(a, delta), (a, delta))
-            a, delta = select(moved, schedule.shrink(a, delta), grown)
+            grown = select(active, tikhonov.grow(a, delta), (a, delta))
+            a, delta = select(moved, tikhonov.shrink(a, delta), grown)
         else:
             stuck = lbfgs.forget(active & ~moved) if lbfgs else ~moved
         active = _retire(active, stuck, status, "stalled")
@@ -272,10 +282,6 @@ def ilqr(
             callback(iteration, cost, nominal.x[-1])
 
     return result()
-
-
-def _stacked(steps: Sequence[Tensor]) -> Tensor:
-    return steps if isinstance(steps, Tensor) else torch.stack(steps)
 
 
 def _retire(active: Tensor, done: Tensor, status: list[str], reason: str) -> Tensor:
@@ -303,25 +309,25 @@ def _check(
     max_iterations: int,
     gradient_tolerance: float,
 ) -> None:
-    if x.ndim < 2 or not x.is_floating_point() or not x.isfinite().all():
-        raise ValueError("x must be finite, floating point and of shape (B, ...)")
+    check_tensor("x", x)
+    if x.ndim < 2:
+        raise ValueError(f"x has shape {tuple(x.shape)}, expected (B, ...)")
     T, batch = problem.horizon, len(x)
+    if T < 1:
+        raise ValueError(f"horizon is {T}, expected at least 1")
     if controls.ndim < 3 or controls.shape[:2] != (T, batch):
         raise ValueError(
             f"controls has shape {tuple(controls.shape)}, expected ({T}, {batch}, ...)"
         )
-    if controls.dtype != x.dtype or controls.device != x.device:
-        raise ValueError(
-            f"controls is {controls.dtype} on {controls.device}, x {x.dtype} on {x.device}"
-        )
-    if not controls.isfinite().all():
-        raise ValueError("controls must be finite")
+    check_alike(x=x, controls=controls)
+    check_tensor("controls", controls)
     if value_update not in VALUE_UPDATES:
         raise ValueError(
             f"value_update is {value_update!r}, expected one of {', '.join(VALUE_UPDATES)}"
         )
     if not isinstance(regularization, Tikhonov):
-        constant = torch.as_tensor(regularization)
+        constant = torch.as_tensor(regularization, dtype=torch.float64)
+        check_tensor("regularization", constant)
         if constant.numel() not in (1, T) or not (constant >= 0).all():
             raise ValueError(f"regularization must be 1 or {T} numbers, and not negative")
     if max_iterations < 0:

@@ -53,7 +53,8 @@ def _random_steps(diagonal: float, intensity: float, generator: torch.Generator)
         return torch.rand((), generator=generator, dtype=torch.float64).item()
 
     longest = 0.75 * diagonal * (uniform() + intensity**2 * uniform())
-    lengths, total = [], 0.0
+    lengths: list[float] = []
+    total = 0.0
     while not lengths or total < longest:
         # Beta(1, 30), by the inverse of its distribution function.
         length = (1 - uniform() ** (1 / 30)) * (1.1 - intensity) * diagonal

@@ -8,6 +8,7 @@ the posterior mean :math:`m(z_t, t)`; beside it are the encoder E and the decode
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from azula.denoise import Denoiser, DiracPosterior
@@ -15,7 +16,18 @@ from azula.noise import Schedule
 from torch import Tensor, nn
 
 from diffoc.counting import CountedPrior
-from diffoc.pipelines import DiffusersDenoiser, alphas_cumprod_of, read_json
+from diffoc.pipelines import (
+    DiffusersDenoiser,
+    alphas_cumprod_of,
+    load_network,
+    read_json,
+    sides_of,
+)
+
+if TYPE_CHECKING:
+    from diffusers import ModelMixin
+
+    from diffoc.autoencoder import Autoencoder
 
 
 class LatentPrior(Denoiser):
@@ -30,7 +42,7 @@ class LatentPrior(Denoiser):
         decoded_shape: of an image, (C, H, W). Both are set by `load_prior`.
     """
 
-    def __init__(self, denoiser: Denoiser, autoencoder: nn.Module) -> None:
+    def __init__(self, denoiser: Denoiser, autoencoder: Autoencoder | DiffusersAutoencoder) -> None:
         super().__init__()
         self.denoiser = denoiser
         self.autoencoder = autoencoder
@@ -71,7 +83,7 @@ class DiffusersAutoencoder(nn.Module):
     through that.
     """
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: ModelMixin) -> None:
         super().__init__()
         self.network = network
         # A shift is what later models than Stable Diffusion 1.5 have; None where they have none.
@@ -97,7 +109,9 @@ class EmptyPrompt(nn.Module):
         embedding: of the empty prompt, (1, tokens, features).
     """
 
-    def __init__(self, network: nn.Module, embedding: Tensor) -> None:
+    embedding: Tensor
+
+    def __init__(self, network: ModelMixin, embedding: Tensor) -> None:
         super().__init__()
         self.network = network
         self.config = network.config
@@ -137,8 +151,7 @@ def load_pipeline(folder: Path, schedule: Schedule) -> LatentPrior:
         backbone = EmptyPrompt(backbone, _embed_nothing(folder))
     denoiser = DiffusersDenoiser(backbone, *alphas_cumprod_of(folder), schedule)
     prior = LatentPrior(denoiser, autoencoder)
-    side = backbone.config.sample_size
-    height, width = (side, side) if isinstance(side, int) else side
+    height, width = sides_of(backbone)
     config = autoencoder.network.config
     factor = 2 ** (len(config.block_out_channels) - 1)
     prior.image_shape = (backbone.config.in_channels, height, width)
@@ -146,14 +159,11 @@ def load_pipeline(folder: Path, schedule: Schedule) -> LatentPrior:
     return prior
 
 
-def _load(folder: Path, kinds: dict[str, type]) -> nn.Module:
+def _load(folder: Path, kinds: dict[str, type[ModelMixin]]) -> ModelMixin:
     found = read_json(folder / "config.json").get("_class_name")
     if found not in kinds:
         raise ValueError(f"{folder} holds a {found}, expected one of {', '.join(kinds)}")
-    try:
-        return kinds[found].from_pretrained(folder)
-    except OSError as error:
-        raise FileNotFoundError(f"{folder} has no weights of the network: {error}") from error
+    return load_network(folder, kinds[found])
 
 
 @torch.no_grad()

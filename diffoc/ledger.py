@@ -22,7 +22,7 @@ import re
 import textwrap
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -99,10 +99,11 @@ class Number:
 
     def disagreement(self, found: float) -> str | None:
         """How the number disagrees with what was found; None if it does not."""
-        if self.value is None:
-            agrees = found <= self.at_most  # a NaN does not
-        else:
+        # A NaN agrees with nothing.
+        if self.value is not None and self.within is not None:
             agrees = abs(found - self.value) <= self.within
+        else:
+            agrees = self.at_most is not None and found <= self.at_most
         return None if agrees else f"the ledger has {self}, {self.source} gives {found:.6g}"
 
 
@@ -247,7 +248,7 @@ def _claim(entry: object) -> Claim:
         raise ValueError("what was not run has planned, and no numbers")
     if claim.verdict != NOT_RUN and (claim.planned or not claim.numbers):
         raise ValueError("a claim with a verdict has numbers, and no planned")
-    return _build(Claim, entry | {"numbers": tuple(map(_number, claim.numbers))})
+    return replace(claim, numbers=tuple(map(_number, claim.numbers)))
 
 
 def _number(entry: object) -> Number:

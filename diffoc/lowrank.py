@@ -250,7 +250,7 @@ class MatrixFree:
         Raises:
             ValueError: if `rank` is missing, or not between 0 and n.
         """
-        batch, n = check_rank(x, rank)
+        rank, batch, n = check_rank(x, rank), len(x), x[0].numel()
         Vx, product = terminal_products(problem.terminal_cost, x, self.hessian)
         if rank == 0:
             return LowRankValue(Vx, x.new_zeros(batch, n, 0), x.new_zeros(batch, 0, 0))
@@ -282,12 +282,12 @@ def control_weight(problem: System, i: int) -> float:
     return problem.running_cost.weight(i)
 
 
-def check_rank(x: Tensor, rank: int | None) -> tuple[int, int]:
-    """B and n of states (B, ...); a ValueError if the Hessian cannot have that rank."""
+def check_rank(x: Tensor, rank: int | None) -> int:
+    """The rank; a ValueError if the Hessian at states (B, ...) cannot have it."""
     n = x[0].numel()
     if rank is None or not 0 <= rank <= n:
         raise ValueError(f"hessian_rank is {rank}, expected 0 to {n}")
-    return len(x), n
+    return rank
 
 
 def random_directions(x: Tensor, count: int, seed: int) -> Tensor:

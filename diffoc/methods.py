@@ -6,7 +6,6 @@ All have the signature that :mod:`diffoc.baselines` describes.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +36,7 @@ from diffoc.controllers import (
     iterations_within,
 )
 from diffoc.data import data_folder
+from diffoc.files import replacing
 
 TRIALS = 4
 """At most, of the keyword that is tuned: for every method and task alike."""
@@ -75,7 +75,7 @@ class Method:
 
 # Steps, iterations and rank by Table 2, Adam's rate and the control cost as in the released code.
 # By Table 5 any regularization does but none: ours is well above the rounding of 1 / s^2 = 400.
-_USUAL = {"steps": 50, "iterations": 100, "rank": 1}
+_USUAL: dict[str, float] = {"steps": 50, "iterations": 100, "rank": 1}
 _USUAL |= {"rate": 5e-3, "weight_scale": 1e-6, "regularization": 1e-3}
 TABLE_2 = {
     "super_resolution": _USUAL | {"iterations": 50},
@@ -238,9 +238,8 @@ def read_tuned(path: Path | None = None) -> dict:
 def write_tuned(tuned: dict, path: Path | None = None) -> None:
     """Replaces what :func:`read_tuned` reads."""
     path = path or data_folder() / "tuned.json"
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(tuned, indent=2, sort_keys=True) + "\n")
-    os.replace(part, path)
+    with replacing(path) as part:
+        part.write_text(json.dumps(tuned, indent=2, sort_keys=True) + "\n")
 
 
 def settings_of(
@@ -259,14 +258,15 @@ def settings_of(
     if method not in METHODS:
         raise ValueError(f"method is {method!r}, expected one of {', '.join(METHODS)}")
     found = METHODS[method].settings(task, nfe)
-    if METHODS[method].tuned and METHODS[method].tuned[0] not in overrides:
+    tunable = METHODS[method].tuned
+    if tunable and tunable[0] not in overrides:
         tuned = read_tuned() if tuned is None else tuned
         best = tuned.get(prior, {}).get(method, {}).get(task, {}).get(str(nfe))
         if best is None:
             raise ValueError(
                 f"method {method} is not tuned for {task} with {prior} and nfe {nfe}: run `python "
                 f"-m diffoc tune {method} --prior {prior} --tasks {task} --nfe {nfe}`, or give "
-                f"--set {METHODS[method].tuned[0]}=VALUE"
+                f"--set {tunable[0]}=VALUE"
             )
         found = found | best
     return found | overrides

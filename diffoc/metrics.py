@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure
 
+from diffoc.checks import check_images, check_tensor
+
 
 def image_metrics(images: Tensor, truth: Tensor, *, rounded: bool = False) -> dict[str, Tensor]:
     """PSNR in dB, SSIM and MSE of images in [-1, 1], clipped to that range, (B,) each.
@@ -28,8 +30,8 @@ def image_metrics(images: Tensor, truth: Tensor, *, rounded: bool = False) -> di
             f"images and truth have shapes {tuple(images.shape)} and {tuple(truth.shape)}, "
             "expected the same (B, C, H, W), H and W at least 11"
         )
-    if not (images.isfinite().all() and truth.isfinite().all()):
-        raise ValueError("images and truth must be finite")
+    check_images("images", images)
+    check_images("truth", truth)
     images, truth = images.clamp(-1, 1), truth.clamp(-1, 1)
     if rounded:
         images, truth = ((127.5 * (x + 1)).round() / 127.5 - 1 for x in (images, truth))
@@ -75,8 +77,7 @@ def moments(features: Tensor, name: str = "features") -> tuple[Tensor, Tensor]:
     """Mean (d,) and covariance (d, d) of features (N, d), float64; errors call them `name`."""
     if features.ndim != 2 or len(features) < 2:
         raise ValueError(f"{name} has shape {tuple(features.shape)}, expected (N >= 2, d)")
-    if not features.isfinite().all():
-        raise ValueError(f"{name} has values that are not finite")
+    check_tensor(name, features)
     features = features.double().cpu()
     return features.mean(0), torch.cov(features.mT).reshape(2 * features.shape[1:])
 

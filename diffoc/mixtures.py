@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from diffoc.checks import check_alike, check_tensor
 from diffoc.operators import LinearMeasurement
 
 
@@ -241,6 +242,15 @@ def mixture_from_loadings(
     Raises:
         ValueError: if the shapes disagree or a noise variance is not positive.
     """
+    given = {
+        "loadings": loadings,
+        "means": means,
+        "log_weights": log_weights,
+        "noise_variance": noise_variance,
+    }
+    for name, tensor in given.items():
+        check_tensor(name, tensor)
+    check_alike(**given)
     if loadings.ndim != 3:
         raise ValueError(f"loadings has shape {tuple(loadings.shape)}, expected (K, n, r)")
     K, n, r = loadings.shape

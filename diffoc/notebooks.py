@@ -24,6 +24,8 @@ from nbclient.exceptions import CellControlSignal, CellExecutionError, DeadKerne
 from nbformat import NotebookNode
 from traitlets import default
 
+from diffoc.files import replacing
+
 WIDGET = "application/vnd.jupyter.widget-view+json"
 PROGRESS_BAR = re.compile(r"\d%\|.*\[\d+:\d\d<")  # as tqdm draws it, on stderr or as a widget
 
@@ -102,12 +104,18 @@ def execute(
             print(error.traceback, file=sys.stderr)
         if out is not None:
             out.mkdir(parents=True, exist_ok=True)
-            nbformat.write(notebook, out / path.name)
+            _write(notebook, out / path.name)
         if in_place and error is None:
             strip_volatile(notebook)
-            nbformat.write(notebook, path)
-        rows.append(Execution(path.name, seconds, established(notebook), error and error.summary))
+            _write(notebook, path)
+        summary = error.summary if error else None
+        rows.append(Execution(path.name, seconds, established(notebook), summary))
     return rows
+
+
+def _write(notebook: NotebookNode, path: Path) -> None:
+    with replacing(path) as part:
+        nbformat.write(notebook, part)
 
 
 def run(paths: Iterable[Path], out: Path | None = None, in_place: bool = False) -> int:

@@ -6,11 +6,14 @@ where the controller is to use it. The exact oracles of the priors need linear o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from diffoc.checks import check_alike, check_shape, check_tensor
 
 Operator = Callable[[Tensor], Tensor]
 
@@ -42,10 +45,12 @@ def random_mask(shape: Sequence[int], dropped: float, generator: torch.Generator
         generator: the source of randomness.
 
     Raises:
-        ValueError: if `dropped` is out of its range, or the operator gets an image of another size.
+        ValueError: if `dropped` or `shape` is out of its range, or the operator gets an image of
+            another size.
     """
     if not 0 <= dropped < 1:
         raise ValueError(f"dropped is {dropped}, expected 0 <= dropped < 1")
+    check_shape(shape, "HW")
     height, width = shape
     pixels = height * width
     order = torch.randperm(pixels, generator=generator)
@@ -72,6 +77,7 @@ def as_matrix(operator: Operator, shape: Sequence[int], dtype: torch.dtype) -> T
     Raises:
         ValueError: if the operator is seen not to be linear, on zero and on a ramp.
     """
+    check_shape(shape, "n" * len(shape))
     ramp = torch.linspace(-1, 1, torch.Size(shape).numel(), dtype=dtype).reshape(1, *shape)
     if operator(0 * ramp).any() or not torch.allclose(operator(2 * ramp), 2 * operator(ramp)):
         raise ValueError("operator is not linear: it does not scale with its input")
@@ -98,5 +104,8 @@ class LinearMeasurement:
             raise ValueError(f"matrix has shape {tuple(self.matrix.shape)}, expected (m, n)")
         if self.y.ndim != 2 or self.y.shape[1] != len(self.matrix):
             raise ValueError(f"y has shape {tuple(self.y.shape)}, expected (B, {len(self.matrix)})")
-        if not self.noise_std > 0:
-            raise ValueError(f"noise_std is {self.noise_std}, expected above 0")
+        check_tensor("matrix", self.matrix)
+        check_tensor("y", self.y)
+        check_alike(matrix=self.matrix, y=self.y)
+        if not 0 < self.noise_std < math.inf:
+            raise ValueError(f"noise_std is {self.noise_std}, expected finite and above 0")

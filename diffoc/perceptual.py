@@ -15,11 +15,12 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from diffoc.downloads import RemoteFile, fetch, find
+from diffoc.files import replacing
 from diffoc.metrics import frechet_distance
 from diffoc.weights import read_torch_file
 
@@ -176,7 +177,8 @@ def features(network: Callable[[Tensor], Tensor], images: Tensor, batch: int = 3
 
 def write_features(path: Path, network: str, values: Tensor) -> None:
     """Keeps features (N, d) of one shard of a set of images, with their network's name."""
-    save_file({"features": values.contiguous()}, path, {"network": network})
+    with replacing(path) as part:
+        save_file({"features": values.contiguous()}, part, {"network": network})
 
 
 def read_features(paths: Sequence[Path], network: str) -> Tensor:
@@ -184,16 +186,20 @@ def read_features(paths: Sequence[Path], network: str) -> Tensor:
 
     Raises:
         FileNotFoundError: if a shard is missing.
-        ValueError: if there is none, or one has features of another network.
+        ValueError: if there is none, or one is damaged or has features of another network.
     """
     if not paths:
         raise ValueError("paths is empty, expected the files of the shards")
     shards = []
     for path in paths:
-        with safe_open(path, "pt") as file:
-            if (other := file.metadata()["network"]) != network:
-                raise ValueError(f"{path} has features of {other!r}, expected {network!r}")
-            shards.append(file.get_tensor("features"))
+        try:
+            with safe_open(path, "pt") as file:
+                other, values = file.metadata()["network"], file.get_tensor("features")
+        except (SafetensorError, KeyError, TypeError) as error:  # no metadata are None
+            raise ValueError(f"{path} is damaged or no file of features: {error}") from error
+        if other != network:
+            raise ValueError(f"{path} has features of {other!r}, expected {network!r}")
+        shards.append(values)
     return torch.cat(shards)
 
 

@@ -10,6 +10,8 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from diffoc.files import replacing
+
 
 def read_picture(path: Path, shape: Sequence[int]) -> tuple[Tensor, list[str]]:
     """A picture as image in [-1, 1], and what had to be done to it.
@@ -29,13 +31,15 @@ def read_picture(path: Path, shape: Sequence[int]) -> tuple[Tensor, list[str]]:
         ValueError: if it is no picture or a damaged one, or C is another number.
     """
     channels, height, width = shape
-    if channels not in (1, 3):
-        raise ValueError(f"shape has {channels} channels, expected 1 or 3")
+    if channels not in (1, 3) or min(height, width) < 1:
+        raise ValueError(f"shape is {tuple(shape)}, expected 1 or 3 channels and at least a pixel")
     picture, notes = _open(path), []
     grey = len(picture.getbands()) < 3 and picture.mode != "P"
     if picture.mode.startswith(("I", "F")):
         # Pillow would cut 16 bits off at 255.
         values = np.asarray(picture, dtype=np.float32)
+        if not np.isfinite(values).all():
+            raise ValueError(f"{path} has pixels that are not finite")
         bright = 65535 if picture.mode.startswith("I") else max(1.0, values.max())
         picture = Image.fromarray((values * (255 / bright)).clip(0, 255).astype(np.uint8))
     picture = picture.convert("L" if channels == 1 else "RGB")
@@ -86,8 +90,9 @@ def write_picture(image: Tensor, path: Path, mask: Tensor | None = None) -> None
     pixels = ((image.float() + 1) * 127.5).round().clamp(0, 255).byte().cpu()
     if mask is not None:
         pixels = torch.cat([pixels, (255 * mask).byte().cpu()])
-    pixels = pixels.movedim(0, -1).numpy()
-    Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(path)
+    values = pixels.movedim(0, -1).numpy()
+    with replacing(path) as part:
+        Image.fromarray(values[..., 0] if values.shape[-1] == 1 else values).save(part)
 
 
 def _open(path: Path) -> Image.Image:
@@ -98,6 +103,8 @@ def _open(path: Path) -> Image.Image:
             return ImageOps.exif_transpose(picture)
     except UnidentifiedImageError as error:
         raise ValueError(f"{path} is no picture that Pillow knows: save it as PNG") from error
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{path} is too large a picture, make it smaller: {error}") from error
     except (OSError, SyntaxError) as error:
         raise ValueError(f"{path} is a damaged picture: {error}") from error
 

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import httpx2
 import torch
 from azula.denoise import Denoiser, DiracPosterior
 from azula.noise import Schedule
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import Tensor, nn
 
 from diffoc.downloads import cache_folder
+
+if TYPE_CHECKING:
+    from diffusers import ModelMixin
 
 
 class DiffusersDenoiser(Denoiser):
@@ -85,6 +89,10 @@ def from_hub(name: str) -> Path:
                 ignore_patterns=["v1-5-*", "*.fp16.*", "*.non_ema.*", "safety_checker/*"],
             )
         )
+    except HFValidationError as error:
+        raise ValueError(
+            f"name_or_path is {name!r}, which is no name on the hub: {error}"
+        ) from error
     except (HfHubHTTPError, LocalEntryNotFoundError, httpx2.TransportError) as error:
         raise FileNotFoundError(
             f"{name} is not in {folder} and cannot be downloaded ({error}): fetch the files of "
@@ -98,8 +106,7 @@ def load_pixel_model(folder: Path, schedule: Schedule) -> DiffusersDenoiser:
 
     Raises as `load_prior`.
     """
-    # Slow to import, and only needed here.
-    from diffusers import UNet2DModel
+    from diffusers import UNet2DModel  # slow to import
 
     unet = folder / "unet" if (folder / "unet").is_dir() else folder
     found = read_json(unet / "config.json")
@@ -108,11 +115,38 @@ def load_pixel_model(folder: Path, schedule: Schedule) -> DiffusersDenoiser:
     if found.get("num_class_embeds") or found.get("class_embed_type"):
         raise ValueError(f"{unet} holds a class-conditional network, expected an unconditional one")
     scheduler = alphas_cumprod_of(folder)
+    return DiffusersDenoiser(load_network(unet, UNet2DModel), *scheduler, schedule)
+
+
+def load_network(folder: Path, kind: type[ModelMixin]) -> ModelMixin:
+    """A network of `diffusers` from its folder; no code in it is run.
+
+    Raises:
+        FileNotFoundError: if the weights are missing.
+        ValueError: if they are damaged, or settings or weights are those of another network.
+    """
     try:
-        backbone = UNet2DModel.from_pretrained(unet)
-    except OSError as error:
-        raise FileNotFoundError(f"{unet} has no weights of the network: {error}") from error
-    return DiffusersDenoiser(backbone, *scheduler, schedule)
+        network, found = kind.from_pretrained(folder, output_loading_info=True)
+    except Exception as error:  # settings of any kind make it fail anywhere
+        if not any(folder.glob("diffusion_pytorch_model*")):
+            raise FileNotFoundError(f"{folder} has no weights of the network: {error}") from error
+        raise ValueError(f"{folder} holds no {kind.__name__}, or is damaged: {error}") from error
+    if found["missing_keys"]:  # diffusers would leave them at random
+        raise ValueError(f"{folder} is damaged: {found['missing_keys'][0]} is not in the weights")
+    return network
+
+
+def sides_of(network: ModelMixin) -> tuple[int, int]:
+    """Height and width of what a network of `diffusers` was made for.
+
+    Raises:
+        ValueError: if its settings do not say.
+    """
+    size = network.config.sample_size
+    sides = (size, size) if isinstance(size, int) else tuple(size or ())
+    if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
+        raise ValueError(f"sample_size is {size!r} in config.json, expected one or two numbers")
+    return sides
 
 
 def alphas_cumprod_of(folder: Path) -> tuple[Tensor, str]:
@@ -130,7 +164,12 @@ def alphas_cumprod_of(folder: Path) -> tuple[Tensor, str]:
             f"{home} has the scheduler {config.get('_class_name')}, expected one with discrete "
             "timesteps and betas, such as DDPMScheduler or DDIMScheduler"
         )
-    bar = DDPMScheduler.from_config(config).alphas_cumprod
+    try:
+        bar = DDPMScheduler.from_config(config).alphas_cumprod
+    except Exception as error:  # settings of any kind make it fail anywhere
+        raise ValueError(f"{home} has settings that make no scheduler: {error}") from error
+    if len(bar) < 2 or not (bar.diff() < 0).all() or not (bar[0] < 1 and bar[-1] > 0):
+        raise ValueError(f"{home} has betas whose noise does not grow step by step")
     return bar, config.get("prediction_type", "epsilon")
 
 
@@ -139,9 +178,12 @@ def read_json(path: Path) -> dict:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: expected a diffusers model or pipeline there")
     try:
-        return json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is damaged: expected settings by name")
+    return content
 
 
 def scales_of_images(schedule: Schedule, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:

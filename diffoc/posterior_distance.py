@@ -141,7 +141,7 @@ def distance_table(
         _, sigma = problem.prior.schedule(torch.ones((), dtype=like.dtype))
         noise = torch.randn(samples, n, generator=generator, dtype=torch.float64)
         x = sigma * noise.to(like)
-        seed = torch.randint(2**62, (), generator=generator).item()
+        seed = int(torch.randint(2**62, (), generator=generator))
         rows.append(
             _row(problem, "exact", {}, 0, 0, 0.0)
             | {name: sum(floor[name] for floor in floors) / _FLOORS for name in DISTANCES}

@@ -22,7 +22,7 @@ from diffoc import data, training
 from diffoc.autoencoder import load_autoencoder
 from diffoc.downloads import RemoteFile, fetch
 from diffoc.latent import LatentPrior, load_pipeline
-from diffoc.pipelines import from_hub, load_pixel_model, scales_of_images
+from diffoc.pipelines import from_hub, load_pixel_model, scales_of_images, sides_of
 from diffoc.weights import read_torch_file
 
 OURS = {"mnist": (1, 28, 28), "faces64": (1, 64, 64), "faces64_latent": (4, 16, 16)}
@@ -131,10 +131,7 @@ def load_prior(
     elif hasattr(prior, "image_shape"):
         shape = prior.image_shape
     if shape is None:
-        config = prior.backbone.config
-        size = config.sample_size
-        sides = (size, size) if isinstance(size, int) else tuple(size)
-        shape = (config.in_channels, *sides)
+        shape = (prior.backbone.config.in_channels, *sides_of(prior.backbone))
     prior.image_shape = shape
     return prior.eval().requires_grad_(False)
 

@@ -27,6 +27,7 @@ from azula.linalg.covariance import Covariance, FullCovariance, IsotropicCovaria
 from azula.noise import Schedule
 from torch import Tensor
 
+from diffoc.checks import check_alike, check_tensor
 from diffoc.mixtures import GaussianMixture, MixturePosterior, log_normal, with_noise
 from diffoc.operators import LinearMeasurement
 
@@ -46,9 +47,12 @@ class GaussianPrior(Denoiser):
 
     def __init__(self, mean: Tensor, covariance: Tensor | Covariance, schedule: Schedule) -> None:
         super().__init__()
+        check_tensor("mean", mean)
         if mean.ndim != 1:
             raise ValueError(f"mean has shape {tuple(mean.shape)}, expected (n,)")
         if isinstance(covariance, Tensor):
+            check_tensor("covariance", covariance)
+            check_alike(mean=mean, covariance=covariance)
             n = len(mean)
             if covariance.shape != (n, n):
                 raise ValueError(
@@ -77,6 +81,12 @@ class GaussianPrior(Denoiser):
         vars(self.covariance).update(moved)
         return self
 
+    def _centred(self, x_t: Tensor, alpha: Tensor) -> Tensor:
+        """x_t - alpha mu; broadcast shapes would be taken for states."""
+        if x_t.shape[-1:] != self.mean.shape:
+            raise ValueError(f"x_t has shape {tuple(x_t.shape)}, expected (B, {len(self.mean)})")
+        return x_t - alpha * self.mean
+
     def _marginal(self, t: Tensor) -> tuple[Tensor, Tensor, Covariance]:
         """alpha, sigma and the covariance of x_t."""
         alpha, sigma = self.schedule(torch.as_tensor(t, dtype=self.mean.dtype))
@@ -86,20 +96,20 @@ class GaussianPrior(Denoiser):
     def forward(self, x_t: Tensor, t: Tensor, **kwargs: object) -> DiracPosterior:
         """The posterior mean of x_0 given x_t (B, n) at time t, a scalar."""
         alpha, _, cov_t = self._marginal(t)
-        whitened = cov_t.inv(x_t - alpha * self.mean)
+        whitened = cov_t.inv(self._centred(x_t, alpha))
         return DiracPosterior(self.mean + alpha * self.covariance(whitened))
 
     def log_prob(self, x_t: Tensor, t: Tensor) -> Tensor:
         """log p(x_t), (B,), for x_t (B, n) at time t, a scalar."""
         alpha, _, cov_t = self._marginal(t)
-        d = x_t - alpha * self.mean
+        d = self._centred(x_t, alpha)
         constant = d.shape[-1] * math.log(2 * math.pi) + cov_t.logdet()
         return -((d * cov_t.inv(d)).sum(-1) + constant) / 2
 
     def score(self, x_t: Tensor, t: Tensor) -> Tensor:
         """grad log p(x_t), (B, n), for x_t (B, n) at time t, a scalar."""
         alpha, _, cov_t = self._marginal(t)
-        return -cov_t.inv(x_t - alpha * self.mean)
+        return -cov_t.inv(self._centred(x_t, alpha))
 
     def conditional_score(self, x_t: Tensor, t: Tensor, measurement: LinearMeasurement) -> Tensor:
         r"""The exact :math:`\nabla_{x_t} \log p(y \mid x_t)` of Eq. 7, (B, n).
@@ -122,6 +132,8 @@ class GaussianPrior(Denoiser):
     def posterior(self, measurement: LinearMeasurement) -> GaussianPosterior:
         """The exact posterior of x_0 given measurements, and their evidence."""
         A = measurement.matrix
+        if A.shape[1] != len(self.mean):
+            raise ValueError(f"matrix has {A.shape[1]} columns, expected {len(self.mean)}")
         gain = self.covariance(A)
         S = with_noise(gain @ A.mT, measurement.noise_std)
         residual = measurement.y - self.mean @ A.mT
@@ -152,7 +164,7 @@ class GaussianPrior(Denoiser):
         """
         L, Q, (alpha_t, sigma_t), (alpha_s, sigma_s) = self._eigen(t, s)
         scale = ((alpha_s**2 * L + sigma_s**2) / (alpha_t**2 * L + sigma_t**2)).sqrt()
-        return alpha_s * self.mean + ((x - alpha_t * self.mean) @ Q * scale) @ Q.mT
+        return alpha_s * self.mean + (self._centred(x, alpha_t) @ Q * scale) @ Q.mT
 
     def reverse_kernel(self, t: float, s: float) -> tuple[Tensor, Tensor, Tensor]:
         r"""The exact transition :math:`x_s \mid x_t \sim N(F x_t + b, C)` of the reverse SDE.
@@ -232,21 +244,26 @@ class GaussianMixturePrior(Denoiser):
         """The prior of x_0, flat."""
         return GaussianMixture(self.log_weights, self.means, self.basis, self.variances, self.floor)
 
+    def _flat(self, x_t: Tensor) -> Tensor:
+        if x_t.shape[1:].numel() != self.shape.numel():
+            raise ValueError(f"x_t has shape {tuple(x_t.shape)}, expected {('B', *self.shape)}")
+        return x_t.flatten(1)
+
     def _scales(self, t: Tensor) -> tuple[Tensor, Tensor]:
         return self.schedule(torch.as_tensor(t, dtype=self.means.dtype, device=self.means.device))
 
     def forward(self, x_t: Tensor, t: Tensor, **kwargs: object) -> DiracPosterior:
         """The posterior mean of x_0 given x_t (B, ...) at time t, a scalar."""
-        mean = self.mixture.posterior_mean(x_t.flatten(1), *self._scales(t))
+        mean = self.mixture.posterior_mean(self._flat(x_t), *self._scales(t))
         return DiracPosterior(mean.reshape(x_t.shape))
 
     def log_prob(self, x_t: Tensor, t: Tensor) -> Tensor:
         """log p(x_t), (B,), for x_t (B, ...) at time t, a scalar."""
-        return self.mixture.log_prob(x_t.flatten(1), *self._scales(t))
+        return self.mixture.log_prob(self._flat(x_t), *self._scales(t))
 
     def score(self, x_t: Tensor, t: Tensor) -> Tensor:
         """grad log p(x_t), shape of x_t (B, ...), at time t, a scalar."""
-        return self.mixture.score(x_t.flatten(1), *self._scales(t)).reshape(x_t.shape)
+        return self.mixture.score(self._flat(x_t), *self._scales(t)).reshape(x_t.shape)
 
     def conditional_score(self, x_t: Tensor, t: Tensor, measurement: LinearMeasurement) -> Tensor:
         r"""The exact :math:`\nabla_{x_t} \log p(y \mid x_t)` of Eq. 7, shape of x_t (B, ...).
@@ -260,7 +277,7 @@ class GaussianMixturePrior(Denoiser):
         """
         x = x_t.detach().requires_grad_()
         with torch.enable_grad():
-            posterior = self.mixture.given_noisy(x.flatten(1), *self._scales(t))
+            posterior = self.mixture.given_noisy(self._flat(x), *self._scales(t))
             log_evidence = posterior.given(measurement).log_evidence
             return torch.autograd.grad(log_evidence.sum(), x)[0]
 

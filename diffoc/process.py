@@ -26,6 +26,8 @@ from azula.denoise import Denoiser
 from azula.noise import Schedule
 from torch import Tensor
 
+from diffoc.checks import check_tensor
+
 MODES = ("input", "output")
 
 
@@ -123,7 +125,9 @@ class ReverseProcess:
                 raise ValueError(f"steps is {steps}, expected at least 1")
             times = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
         else:
-            times = torch.as_tensor(steps, dtype=torch.float64).cpu()
+            times = torch.as_tensor(steps, dtype=torch.float64)
+            check_tensor("steps", times)
+            times = times.cpu()
             if times.ndim != 1 or len(times) < 2 or not (times.diff() < 0).all():
                 raise ValueError("steps is a list of times, which must decrease and be at least 2")
             if times[0] > 1 or times[-1] < 0:
@@ -136,6 +140,8 @@ class ReverseProcess:
             )
         if noise is not None and len(noise) != len(times) - 1:
             raise ValueError(f"noise has {len(noise)} steps, expected {len(times) - 1}")
+        if noise is not None:
+            check_tensor("noise", noise)
 
         self.denoiser = denoiser
         self.times = times
@@ -207,22 +213,29 @@ class ReverseProcess:
         steps = self.horizon - start
         if not 0 <= start <= self.horizon:
             raise ValueError(f"start is {start}, expected 0 to {self.horizon}")
-        if not x.is_floating_point() or not x.isfinite().all():
-            raise ValueError("x must be floating point and finite")
+        check_tensor("x", x)
         if controls is not None and controls.shape != (steps, *x.shape):
             raise ValueError(
                 f"controls has shape {tuple(controls.shape)}, expected {(steps, *x.shape)}"
             )
-        if self.noise is not None and self.noise.shape[1:] != x.shape:
-            raise ValueError(
-                f"x has shape {tuple(x.shape)}, but the frozen noise is for "
-                f"{tuple(self.noise.shape[1:])}"
-            )
+        if controls is not None and steps:
+            check_tensor("controls", controls)
+        self.check_noise(x)
         states = [x]
         for i in range(start, self.horizon):
             u = None if controls is None else controls[i - start]
             states.append(self.step(i, states[-1], u))
         return torch.stack(states)
+
+    def check_noise(self, x: Tensor) -> None:
+        """Raises a ValueError unless the frozen noise, if there is any, is for states like `x`."""
+        if self.noise is None:
+            return
+        if self.noise.shape[1:] != x.shape or self.noise.device != x.device:
+            raise ValueError(
+                f"x has shape {tuple(x.shape)} on {x.device}, but the frozen noise is for "
+                f"{tuple(self.noise.shape[1:])} on {self.noise.device}"
+            )
 
 
 def draw_noise(steps: int, shape: Sequence[int], generator: torch.Generator) -> Tensor:

@@ -169,7 +169,7 @@ class Projected:
         Raises:
             ValueError: if `rank` is missing, or not between 0 and n.
         """
-        check_rank(x, rank)
+        rank = check_rank(x, rank)
         Vx, product = terminal_products(problem.terminal_cost, x, self.hessian)
         P = self._basis(product, x, rank)
         if rank == 0:

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from diffoc.controllers import FIRST_FROM_GUESS, ITERATIONS, STEPS
+from diffoc.files import replacing
 from diffoc.greedy import greedy_controls
 from diffoc.lowrank import MatrixFree
 from diffoc.metrics import image_metrics
@@ -124,16 +125,17 @@ def _read_measurement(path: Path, shape: torch.Size, settings: Settings) -> Tens
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: expected a measurement there")
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             y, name, seed = archive["y"], str(archive["task"]), int(archive["seed"])
-    except (OSError, ValueError, KeyError, EOFError) as error:
+            finite = np.isfinite(y).all()
+    except Exception as error:  # a damaged file makes the reader fail anywhere
         raise ValueError(f"measurement {path} is damaged or another file: {error}") from error
     if (name, seed) != (settings.task, settings.seed):
         raise ValueError(
             f"measurement {path} is of the task {name!r} with seed {seed}, not "
             f"{settings.task!r} with seed {settings.seed}: name the same"
         )
-    if y.shape != shape or not np.isfinite(y).all():
+    if y.shape != shape or not finite or not np.isrealobj(y):
         raise ValueError(f"measurement {path} has shape {y.shape}, expected finite {tuple(shape)}")
     return torch.from_numpy(y).float()
 
@@ -207,14 +209,15 @@ def write(folder: Path, case: Case, image: Tensor, report: dict) -> list[Path]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     settings = report["settings"]
-    np.savez(
-        folder / "measurement.npz", y=case.y.numpy(), task=settings["task"], seed=settings["seed"]
-    )
+    with replacing(folder / "measurement.npz") as part:
+        np.savez(part, y=case.y.numpy(), task=settings["task"], seed=settings["seed"])
     mask = measured(case.physics, case.y)[0, :1] if isinstance(case.physics, Inpainting) else None
     write_picture(picture_of(case.y, settings["task"])[0], folder / "measurement.png", mask)
     write_picture(image[0], folder / "reconstruction.png")
-    _comparison(case, image, report).savefig(folder / "comparison.png", dpi=100)
-    (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    with replacing(folder / "comparison.png") as part:
+        _comparison(case, image, report).savefig(part, dpi=100)
+    with replacing(folder / "report.json") as part:
+        part.write_text(json.dumps(report, indent=2) + "\n")
     names = ("measurement.npz", "measurement.png", "reconstruction.png", "comparison.png")
     return [folder / name for name in (*names, "report.json")]
 

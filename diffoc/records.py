@@ -11,15 +11,14 @@ from __future__ import annotations
 
 import csv
 import fcntl
-import io
 import json
 import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
+from io import FileIO, StringIO
 from pathlib import Path
-from typing import BinaryIO
 
 METRICS = (
     *("psnr", "ssim", "mse", "residual_over_noise"),
@@ -71,9 +70,9 @@ class Cell:
     @classmethod
     def of(cls, rows: list[Row]) -> Cell:
         """The cell that rows belong to."""
-        values = {field.name: rows[0][field.name] for field in fields(cls)[:-1]}
-        numbers = {"nfe": int(values["nfe"]), "seed": int(values["seed"])}
-        return cls(**values | numbers, images=tuple(row["image"] for row in rows))
+        first, images = rows[0], tuple(row["image"] for row in rows)
+        text = {key: first[key] for key in ("prior", "precision", "task", "method", "settings")}
+        return cls(**text, nfe=int(first["nfe"]), seed=int(first["seed"]), images=images)
 
 
 _CELL = tuple(field.name for field in fields(Cell)[:-1])
@@ -145,12 +144,16 @@ def describe(cell: Cell) -> str:
 class Writer:
     """Appends cells to a file; see :func:`writing`."""
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, file: FileIO) -> None:
         self._file = file
 
     def append(self, rows: list[Row]) -> None:
-        """Writes all rows of a cell, and waits until the disk has them."""
-        text = io.StringIO()
+        """Writes all rows of a cell, and waits until the disk has them.
+
+        Raises:
+            OSError: if the disk does not take them; the file is then as it was.
+        """
+        text = StringIO()
         writer = csv.DictWriter(text, COLUMNS, restval="", lineterminator="\n")
         if self._file.tell() == 0:
             writer.writeheader()
@@ -160,9 +163,18 @@ class Writer:
             if any("\n" in value or "\r" in value for value in row.values()):
                 raise ValueError(f"rows have a line break in one of {list(row.values())}")
             writer.writerow(row)
-        self._file.write(text.getvalue().encode())
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        size, content = self._file.tell(), memoryview(text.getvalue().encode())
+        try:
+            while content:  # nothing is buffered, so that a part may be written
+                content = content[self._file.write(content) :]
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            self._file.truncate(size)
+            self._file.seek(size)
+            raise OSError(
+                f"{self._file.name} could not be written ({error}): its cells so far are complete; "
+                "free some disk space and run the same again"
+            ) from error
 
 
 @contextmanager
@@ -173,7 +185,7 @@ def writing(path: Path) -> Iterator[Writer]:
         ValueError: if it is no table of this version, or another process writes it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab") as file:
+    with path.open("ab", buffering=0) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

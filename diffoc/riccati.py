@@ -16,7 +16,7 @@ batch everywhere, no problem of which depends on another.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -29,9 +29,17 @@ VALUE_UPDATES = ("full", "paper")
 class System(Protocol):
     """What is differentiated: the callables of :class:`diffoc.ilqr.ControlProblem`."""
 
-    dynamics: Callable[[int, Tensor, Tensor], Tensor]
-    running_cost: Callable[[int, Tensor, Tensor], Tensor]
-    terminal_cost: Callable[[Tensor], Tensor]
+    @property
+    def dynamics(self) -> Callable[[int, Tensor, Tensor], Tensor]:
+        """See there, as for the others."""
+
+    @property
+    def running_cost(self) -> Callable[[int, Tensor, Tensor], Tensor]:
+        """The cost of a step."""
+
+    @property
+    def terminal_cost(self) -> Callable[[Tensor], Tensor]:
+        """The cost of final states."""
 
 
 class SingularControlHessianError(torch.linalg.LinAlgError):
@@ -275,6 +283,7 @@ def _gradient_and_hessian(
     cost: Tensor, inputs: tuple[Tensor, ...]
 ) -> tuple[list[Tensor], list[list[Tensor]]]:
     """Gradients (B, n_j) and Hessian blocks [i][j] (B, n_i, n_j) of a batched cost (B,)."""
+    grads: Sequence[Tensor]
     if cost.requires_grad:
         grads = torch.autograd.grad(cost.sum(), inputs, create_graph=True, materialize_grads=True)
     else:

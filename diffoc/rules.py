@@ -23,13 +23,15 @@ class Tikhonov:
     factor: float = 2.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.initial <= self.maximum or not 0 < self.minimum <= self.maximum:
+        bounds = 0 <= self.initial <= self.maximum and 0 < self.minimum <= self.maximum
+        if not bounds or not self.maximum < math.inf:
             raise ValueError(
                 f"initial, minimum and maximum are {self.initial}, {self.minimum} and "
-                f"{self.maximum}: expected 0 <= initial <= maximum and 0 < minimum <= maximum"
+                f"{self.maximum}: expected 0 <= initial <= maximum and 0 < minimum <= maximum, "
+                "all finite"
             )
-        if not self.factor > 1:
-            raise ValueError(f"factor is {self.factor}, expected above 1")
+        if not 1 < self.factor < math.inf:
+            raise ValueError(f"factor is {self.factor}, expected finite and above 1")
 
     def shrink(self, a: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
         """The next constant and its factor, after a success; (B,) each."""
@@ -91,12 +93,12 @@ class Adam:
     anneal: bool = False
 
     def __post_init__(self) -> None:
-        if not self.rate > 0:
-            raise ValueError(f"rate is {self.rate}, expected above 0")
+        if not 0 < self.rate < math.inf:
+            raise ValueError(f"rate is {self.rate}, expected finite and above 0")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas are {self.betas}, expected in [0, 1[")
-        if not self.epsilon > 0:
-            raise ValueError(f"epsilon is {self.epsilon}, expected above 0")
+        if not 0 < self.epsilon < math.inf:
+            raise ValueError(f"epsilon is {self.epsilon}, expected finite and above 0")
 
 
 class AdamState:
@@ -157,8 +159,8 @@ class LBFGS:
     def __post_init__(self) -> None:
         if self.memory < 1:
             raise ValueError(f"memory is {self.memory}, expected at least 1")
-        if not self.first > 0:
-            raise ValueError(f"first is {self.first}, expected above 0")
+        if not 0 < self.first < math.inf:
+            raise ValueError(f"first is {self.first}, expected finite and above 0")
 
 
 class LBFGSState:

@@ -7,11 +7,15 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from diffoc.lowrank import LowRankGains, MatrixFree
-from diffoc.projected import Projected
-from diffoc.riccati import Dense, Gains
 from diffoc.rules import LineSearch
-from diffoc.sweeps import ControlProblem, Trajectory, forward_sweep, roll_out
+from diffoc.sweeps import (
+    ControlProblem,
+    Derivatives,
+    StepGains,
+    Trajectory,
+    forward_sweep,
+    roll_out,
+)
 
 
 def acceptance(
@@ -35,9 +39,7 @@ def acceptance(
 
 
 def search_step(
-    sweep: tuple[
-        ControlProblem, list[Gains] | list[LowRankGains], Dense | MatrixFree | Projected, bool
-    ],
+    sweep: tuple[ControlProblem, Sequence[StepGains], Derivatives, bool],
     nominal: Trajectory,
     costs: tuple[Tensor, Tensor],
     active: Tensor,
@@ -58,7 +60,7 @@ def search_step(
         if not waiting.any():
             break
         size = torch.where(waiting, trial, step)
-        new = None  # lets go of the last trial's activations
+        new = nominal  # lets go of the last trial's activations
         new = forward_sweep(problem, nominal, gains, size, derivatives, feedback)
         running, terminal = problem.parts(new.x, new.u)
         new_cost = running + terminal
@@ -70,12 +72,12 @@ def search_step(
     if (refused := (size > 0) & ~moved).any():
         # Their last trial is in the new trajectory: roll out once more, without them.
         controls = choose(refused, nominal.u, new.u)
-        new = None
+        new = nominal
         new = roll_out(problem, nominal.x[0], controls, derivatives)
     return new, select(moved, (new_cost, terminal), costs), step
 
 
-def choose(mask: Tensor, yes: Sequence[Tensor], no: Sequence[Tensor]) -> Sequence[Tensor]:
+def choose(mask: Tensor, yes: list[Tensor], no: list[Tensor]) -> list[Tensor]:
     """Chooses by problem, of tensors (B, ...) for every step."""
     if mask.all():
         return yes  # without a copy

@@ -22,7 +22,7 @@ from azula.nn.unet import UNet
 from torch import Tensor, nn
 
 from diffoc import tasks
-from diffoc.autoencoder import load_autoencoder
+from diffoc.autoencoder import Autoencoder, load_autoencoder
 from diffoc.baselines import UnsupportedTask
 from diffoc.data import load_weights
 
@@ -118,13 +118,13 @@ def severities(network: SeverityEncoder, x: Tensor, generator: torch.Generator) 
 
 
 def _degraded(x: Tensor, generator: torch.Generator) -> Tensor:
-    index = torch.randint(len(TRAINED_TASKS), (), generator=generator).item()
+    index = int(torch.randint(len(TRAINED_TASKS), (), generator=generator))
     physics = tasks.task(TRAINED_TASKS[index], x.shape[1:], generator)
     return as_picture(tasks.measure(physics.to(x.device), x, generator), x.shape[1:])
 
 
 @cache
-def _autoencoder() -> nn.Module:
+def _autoencoder() -> Autoencoder:
     return load_autoencoder()
 
 

@@ -6,6 +6,7 @@ the denoiser, B one vector-Jacobian product, k the rank of the terminal Hessian.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ from azula.noise import Schedule
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from diffoc.checks import check_tensor
 from diffoc.costs import ControlCost
 from diffoc.ilqr import ILQRResult, ilqr
 from diffoc.lowrank import Counts, MatrixFree
@@ -118,17 +120,23 @@ def solve(
         raise ValueError("keep_activations is False, but derivatives is given: it decides")
     if (residual is None) != (noise_level is None):
         raise ValueError("residual and noise_level belong together: give both, or neither")
-    if noise_level is not None and not noise_level > 0:
-        raise ValueError(f"noise_level is {noise_level}, expected above 0")
+    if noise_level is not None and not 0 < noise_level < math.inf:
+        raise ValueError(f"noise_level is {noise_level}, expected finite and above 0")
+    check_tensor("x", x)
+    process.check_noise(x)
+    if controls is not None and controls.shape != (process.horizon, *x.shape):
+        raise ValueError(
+            f"controls has shape {tuple(controls.shape)}, expected {(process.horizon, *x.shape)}"
+        )
+    weights = torch.as_tensor(control_cost.weights)
+    if weights.ndim and len(weights) != process.horizon:
+        raise ValueError(f"control_cost has {len(weights)} weights, expected {process.horizon}")
 
     def dynamics(i: int, x: Tensor, u: Tensor) -> Tensor:
         # Not every device that can run the rest has autocast.
         half = precision == "bfloat16"
         with torch.autocast(x.device.type, torch.bfloat16) if half else nullcontext():
             return process.step(i, x, u).to(x.dtype)
-
-    def stop(x0: Tensor) -> Tensor:
-        return residual(x0).flatten(1).square().mean(dim=1) < noise_level**2
 
     counts = Counts()
     bar = tqdm(total=iterations, disable=not progress, leave=False, unit="iteration")
@@ -151,16 +159,22 @@ def solve(
             feedback=feedback,
             max_iterations=iterations,
             gradient_tolerance=0.0,
-            stop=stop if residual else None,
+            stop=_small(residual, noise_level) if residual and noise_level else None,
             callback=report,
         )
     return _as_result(found, counts, keep_states)
 
 
+def _small(residual: Callable[[Tensor], Tensor], noise_level: float) -> Callable[[Tensor], Tensor]:
+    """Says of images (B, ...) which have a residual as small as the noise, (B,)."""
+    return lambda x0: residual(x0).flatten(1).square().mean(dim=1) < noise_level**2
+
+
 @contextmanager
 def _tensor_float() -> Iterator[None]:
     """Lets a GPU take matrix products and convolutions of float32 in TF32, for a while."""
-    places = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
+    conv = torch.backends.cudnn.conv  # type: ignore[attr-defined]  # made when torch is imported
+    places = (torch.backends.cuda.matmul, conv)
     before = [place.fp32_precision for place in places]
     try:
         for place in places:

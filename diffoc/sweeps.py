@@ -8,19 +8,45 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from diffoc.lowrank import (
-    LowRankExpansion,
-    LowRankGains,
-    LowRankValue,
-    MatrixFree,
-    MatrixFreeStep,
-)
-from diffoc.projected import Projected, ProjectedStep, ProjectedValue
-from diffoc.riccati import Dense, DenseValue, Expansion, Gains
+from diffoc.lowrank import LowRankGains
+from diffoc.riccati import Gains, System
+
+StepGains = Gains | LowRankGains
+"""The locally optimal control of one step."""
+
+
+class Value(Protocol):
+    """The value function at one state, such as :class:`diffoc.riccati.DenseValue`."""
+
+    def step_back(self, e: Any, a: Tensor, update: str) -> tuple[StepGains, Value]:
+        """One Riccati step; `e` is an expansion that belongs to it."""
+
+
+class Derivatives(Protocol):
+    """How derivatives are represented: what the controller asks of :class:`diffoc.riccati.Dense`,
+    :class:`diffoc.lowrank.MatrixFree` and :class:`diffoc.projected.Projected`.
+
+    It only passes on what they return, steps, expansions and values, each to the one it is from.
+    """
+
+    def step(
+        self, problem: System, i: int, x: Tensor, u: Tensor
+    ) -> tuple[Tensor, Callable[[], Any]]:
+        """The next states, and what expands this step."""
+
+    def terminal(self, problem: System, x: Tensor, rank: int | None) -> Any:
+        """The :class:`Value` at the final states."""
+
+    def expand(self, steps: list[Any], value: Any) -> list[Any]:
+        """The trajectory's expansion, from its steps'."""
+
+    def gradients(self, expansions: list[Any], value: Any) -> list[Tensor]:
+        """The derivatives of the total cost in the controls of every step, (B, m) each."""
 
 
 @dataclass(frozen=True)
@@ -39,19 +65,23 @@ class ControlProblem:
     terminal_cost: Callable[[Tensor], Tensor]
     horizon: int
 
-    def rollout(self, x: Tensor, controls: Sequence[Tensor]) -> Tensor:
+    def rollout(self, x: Tensor, controls: Sequence[Tensor] | Tensor) -> Tensor:
         """The states (T + 1, B, ...) from x (B, ...) under controls (T, B, ...)."""
         states = [x]
         for i in range(self.horizon):
             states.append(self.dynamics(i, states[-1], controls[i]))
         return torch.stack(states)
 
-    def cost(self, states: Sequence[Tensor], controls: Sequence[Tensor]) -> Tensor:
+    def cost(
+        self, states: Sequence[Tensor] | Tensor, controls: Sequence[Tensor] | Tensor
+    ) -> Tensor:
         """The total cost J, Eq. 10, (B,), of states (T + 1, B, ...) and controls (T, B, ...)."""
         running, terminal = self.parts(states, controls)
         return running + terminal
 
-    def parts(self, states: Sequence[Tensor], controls: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    def parts(
+        self, states: Sequence[Tensor] | Tensor, controls: Sequence[Tensor] | Tensor
+    ) -> tuple[Tensor, Tensor]:
         """The running costs' sum and the terminal cost, (B,) each."""
         terminal = self.terminal_cost(states[-1])
         running = (self.running_cost(i, states[i], controls[i]) for i in range(self.horizon))
@@ -70,7 +100,7 @@ class Trajectory:
 
     x: list[Tensor]
     u: list[Tensor]
-    steps: list[Callable[[], Expansion | MatrixFreeStep | ProjectedStep]]
+    steps: list[Callable[[], Any]]
 
     @property
     def states(self) -> Tensor:
@@ -84,22 +114,19 @@ class Trajectory:
 
 
 def backward_sweep(
-    expansions: list[Expansion] | list[LowRankExpansion] | list[ProjectedStep],
-    value: DenseValue | LowRankValue | ProjectedValue,
-    a: Tensor,
-    update: str,
-) -> tuple[list[Gains] | list[LowRankGains], DenseValue | LowRankValue | ProjectedValue]:
+    expansions: Sequence[Any], value: Value, a: Tensor, update: str
+) -> tuple[list[StepGains], Value]:
     """Gains of all steps and the value at the initial state.
 
     The sweep knows nothing of how the value represents its Hessian: it only asks it to step back.
 
     Args:
-        expansions: of the steps 0 to T - 1.
+        expansions: of the steps 0 to T - 1, such as the value takes.
         value: at the final state.
         a: Tikhonov's constant of every step and problem, (T, B).
         update: a member of :data:`diffoc.riccati.VALUE_UPDATES`.
     """
-    gains = []
+    gains: list[StepGains] = []
     for i in reversed(range(len(expansions))):
         step_gains, value = value.step_back(expansions[i], a[i], update)
         gains.append(step_gains)
@@ -109,9 +136,9 @@ def backward_sweep(
 def forward_sweep(
     problem: ControlProblem,
     nominal: Trajectory,
-    gains: list[Gains] | list[LowRankGains],
+    gains: Sequence[StepGains],
     step: Tensor,
-    derivatives: Dense | MatrixFree | Projected,
+    derivatives: Derivatives,
     feedback: bool = True,
 ) -> Trajectory:
     """The trajectory under the new controls, Eqs. 15 and 16.
@@ -137,8 +164,8 @@ def forward_sweep(
 def roll_out(
     problem: ControlProblem,
     x: Tensor,
-    controls: Tensor,
-    derivatives: Dense | MatrixFree | Projected,
+    controls: Sequence[Tensor] | Tensor,
+    derivatives: Derivatives,
 ) -> Trajectory:
     """The trajectory from x (B, ...) under controls (T, B, ...)."""
     new = Trajectory([x], [], [])
@@ -148,9 +175,7 @@ def roll_out(
     return new
 
 
-def _advance(
-    problem: ControlProblem, trajectory: Trajectory, derivatives: Dense | MatrixFree | Projected
-) -> None:
+def _advance(problem: ControlProblem, trajectory: Trajectory, derivatives: Derivatives) -> None:
     """Appends the state that the last control leads to."""
     i = len(trajectory.u) - 1
     y, step = derivatives.step(problem, i, trajectory.x[i], trajectory.u[i])

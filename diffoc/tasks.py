@@ -8,6 +8,7 @@ controller, and linear ones have `physics.A_adjoint`; deepinv's samplers take th
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from deepinv.physics.functional import conv2d
 from scipy.ndimage import gaussian_filter
 from torch import Tensor, nn
 
+from diffoc.checks import check_images, check_shape, check_tensor
 from diffoc.costs import GaussianLikelihood
 from diffoc.kernels import motion_kernel
 from diffoc.weights import read_torch_file
@@ -53,6 +55,7 @@ def random_inpainting(
     Raises:
         ValueError: if `dropped` is out of its range or keeps no pixel.
     """
+    check_shape(shape, "CHW")
     _, height, width = shape
     pixels = height * width
     if not 0 <= dropped < 1 or round(dropped * pixels) == pixels:
@@ -79,6 +82,7 @@ def box_inpainting(
     Raises:
         ValueError: if the square with its margins does not fit into the image.
     """
+    check_shape(shape, "CHW")
     _, height, width = shape
     side = min(height, width)
     box = side // 2 if box is None else box
@@ -143,8 +147,9 @@ def phase_retrieval(shape: Sequence[int], oversampling: float = 2.0) -> Physics:
     Raises:
         ValueError: if `oversampling` is negative.
     """
-    if not oversampling >= 0:
-        raise ValueError(f"oversampling is {oversampling}, expected at least 0")
+    check_shape(shape, "CHW")
+    if not 0 <= oversampling < math.inf:
+        raise ValueError(f"oversampling is {oversampling}, expected finite and at least 0")
     vertical, horizontal = (int(oversampling / 8 * length) for length in shape[-2:])
 
     def magnitudes(x: Tensor) -> Tensor:
@@ -224,6 +229,7 @@ def task(name: str, shape: Sequence[int], generator: torch.Generator) -> Physics
     Raises:
         ValueError: for another name.
     """
+    check_shape(shape, "CHW")
     if name not in TASKS:
         raise ValueError(f"task is {name!r}, expected one of {', '.join(TASKS)}")
     return TASKS[name](shape, generator)
@@ -238,8 +244,13 @@ def measure(
         physics: made by a function of this module.
         x: images, (B, C, H, W) in [-1, 1].
         generator: of the noise, on the CPU.
-        noise_std: of the noise.
+        noise_std: of the noise, not negative.
+
+    Raises:
+        ValueError: if it is, or `x` is of another shape or not finite.
     """
+    check_images("x", x)
+    _check_noise(noise_std)
     y = physics.A(x)
     noise = torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y)
     return y + noise_std * noise * measured(physics, y)
@@ -264,7 +275,14 @@ def noise_level(physics: Physics, y: Tensor, noise_std: float = NOISE_STD) -> fl
         physics, noise_std: as for :func:`measure`.
         y: measurements, of which pixels that were dropped count as right.
     """
+    check_tensor("y", y)
+    _check_noise(noise_std)
     return noise_std * measured(physics, y).mean().sqrt().item()
+
+
+def _check_noise(noise_std: float) -> None:
+    if not 0 <= noise_std < math.inf:
+        raise ValueError(f"noise_std is {noise_std}, expected finite and at least 0")
 
 
 def _kernel_size(side: int) -> int:

@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import copy
 import math
-import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from azula.noise import VESchedule
 from torch import Tensor, nn
 
 from diffoc.autoencoder import Autoencoder, autoencoding_loss
+from diffoc.files import replacing
 from diffoc.networks import (
     SIGMA_MAX,
     SIGMA_MIN,
@@ -48,7 +49,8 @@ class Recipe:
         decay: of the moving average, per step.
         log_sigma: mean and standard deviation of log sigma (denoisers).
         flip: whether to mirror images at random.
-        loss: of the network, a batch and the run, for what is no denoiser and no classifier.
+        loss: of the network that `build` makes, a batch and the run, for what is no denoiser and
+            no classifier.
     """
 
     build: Callable[[], nn.Module]
@@ -59,7 +61,7 @@ class Recipe:
     decay: float = 0.999
     log_sigma: tuple[float, float] = (-1.0, 1.4)
     flip: bool = False
-    loss: Callable[[nn.Module, Tensor, Run], Tensor] | None = None
+    loss: Callable[[Any, Tensor, Run], Tensor] | None = None
 
 
 RECIPES = {
@@ -160,7 +162,7 @@ def start(
     # On a CPU neither memory format is faster; tensor cores want the channels last.
     on_cpu = torch.device(device).type == "cpu"
     layout = torch.contiguous_format if on_cpu else torch.channels_last
-    network = network.to(device, memory_format=layout)
+    network = network.to(device).to(memory_format=layout)
     optimizer = torch.optim.AdamW(network.parameters(), lr=recipe.rate, weight_decay=1e-2)
     average = copy.deepcopy(network).requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
@@ -176,9 +178,8 @@ def save(run: Run, path: Path) -> None:
         "generator": run.generator.get_state(),
         "seen": run.seen,
     }
-    part = path.with_name(path.name + ".part")
-    torch.save(state, part)
-    os.replace(part, path)
+    with replacing(path) as part:
+        torch.save(state, part)
 
 
 def read_checkpoint(path: Path) -> dict:
@@ -333,7 +334,9 @@ def train(
         report: called with the run and the images per second at the same rhythm.
         compile: whether to compile the network (it pays on a GPU).
     """
-    forward = torch.compile(run.network) if compile else run.network
+    forward = run.network
+    if compile:
+        forward = torch.compile(run.network)  # type: ignore[assignment]  # a module, typed as function
     mark, seen = time.monotonic(), run.seen
     while run.seen < run.recipe.images:
         run.losses.append(step(run, images, labels, forward))

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from diffoc.data import LICENSES, load_weights, register_file
+from diffoc.files import replacing
 from diffoc.networks import DigitClassifier, ResidualClassifier
 
 # What each network was trained on.
@@ -32,10 +33,17 @@ def write_weights(network: nn.Module, name: str, folder: Path) -> Path:
         network: whose weights.
         name: a key of :data:`TRAINED_ON`.
         folder: an existing folder.
+
+    Raises:
+        ValueError: for another name.
+        OSError: if the file cannot be written; an older one is then as it was.
     """
+    if name not in TRAINED_ON:
+        raise ValueError(f"name is {name!r}, expected one of {', '.join(TRAINED_ON)}")
     state = {k: v.half().contiguous() for k, v in network.state_dict().items()}
     path = folder / f"{name}.safetensors"
-    save_file(state, path)
+    with replacing(path) as part:
+        save_file(state, part)
     license = LICENSES[TRAINED_ON[name]]
     register_file(path.name, license, f"python -m diffoc train {name}", folder)
     return path
@@ -81,7 +89,10 @@ def read_torch_file(path: Path) -> dict[str, Tensor | dict]:
     return dict(state)
 
 
-_CLASSIFIERS = {"mnist": ("classifier", DigitClassifier), "judge": ("judge", ResidualClassifier)}
+_CLASSIFIERS: dict[str, tuple[str, type[DigitClassifier | ResidualClassifier]]] = {
+    "mnist": ("classifier", DigitClassifier),
+    "judge": ("judge", ResidualClassifier),
+}
 
 
 def classifier(

@@ -74,6 +74,20 @@ def test_an_interrupted_download_goes_on_where_it_stopped(server, cache):
     assert 70_000 in server.starts
 
 
+def test_a_download_onto_a_full_disk_goes_on_once_there_is_space(server, cache, full_disk):
+    # The last one fits in the buffers of who writes, and not onto the disk.
+    for size in (0, 70_000, len(CONTENT) - 1):
+        with (
+            full_disk(size),
+            pytest.raises(OSError, match=r"weights\.bin could not be written.*too large"),
+        ):
+            fetch(remote(server))
+        assert not (cache / "weights.bin").exists()
+    assert fetch(remote(server)).read_bytes() == CONTENT
+    assert max(server.starts) > 0
+    assert [path.name for path in cache.iterdir()] == ["weights.bin"]
+
+
 def test_another_file_is_refused_and_kept(server, cache):
     with pytest.raises(ValueError, match=r"weights\.bin.*sha256"):
         fetch(remote(server, sha256="0" * 64))

@@ -16,11 +16,12 @@ from deepinv.optim.prior import TVPrior
 from deepinv.physics import Physics
 from torch import Tensor
 
-from diffoc.baselines import UnsupportedTask
+from diffoc.baselines import UnsupportedTask, method
 from diffoc.baselines.decomposition import require_linear
 from diffoc.baselines.pnp_admm import ImageByImage
 
 
+@method
 def admm_tv(
     prior: Denoiser,
     physics: Physics,

@@ -31,10 +31,12 @@ from azula.denoise import Denoiser
 from deepinv.physics import LinearPhysics, Physics
 from torch import Tensor
 
+from diffoc.baselines import method
 from diffoc.process import ReverseProcess
 from diffoc.rules import LBFGS, LBFGSState
 
 
+@method
 def d_flow(
     prior: Denoiser,
     physics: Physics,

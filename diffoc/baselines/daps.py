@@ -28,12 +28,14 @@ from azula.denoise import Denoiser
 from deepinv.physics import Physics
 from torch import Tensor
 
+from diffoc.baselines import method
 from diffoc.baselines.noise_level import times_of_levels
 
 FLOW_END = 0.01
 """The level at which the flow's result is taken for an image."""
 
 
+@method
 @torch.no_grad()
 def daps(
     prior: Denoiser,

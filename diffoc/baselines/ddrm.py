@@ -25,9 +25,11 @@ from azula.denoise import Denoiser
 from deepinv.physics import Physics
 from torch import Tensor
 
+from diffoc.baselines import method
 from diffoc.baselines.decomposition import decompose
 
 
+@method
 @torch.no_grad()
 def ddrm(
     prior: Denoiser,

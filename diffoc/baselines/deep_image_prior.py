@@ -15,10 +15,11 @@ from deepinv.models import ConvDecoder
 from deepinv.physics import Physics
 from torch import Tensor
 
-from diffoc.baselines import UnsupportedTask, global_generator
+from diffoc.baselines import UnsupportedTask, global_generator, method
 from diffoc.tasks import noise_level
 
 
+@method
 def deep_image_prior(
     prior: Denoiser,
     physics: Physics,

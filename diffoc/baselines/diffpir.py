@@ -28,10 +28,11 @@ from azula.denoise import Denoiser
 from deepinv.physics import LinearPhysics, Physics
 from torch import Tensor
 
-from diffoc.baselines import UnsupportedTask
+from diffoc.baselines import UnsupportedTask, method
 from diffoc.proximal import correction
 
 
+@method
 @torch.no_grad()
 def diffpir(
     prior: Denoiser,

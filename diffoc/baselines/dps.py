@@ -7,15 +7,18 @@ A DDPM step, and then one along the gradient of the residual of Tweedie's estima
 
 from __future__ import annotations
 
+import math
+
 import torch
 from azula.denoise import Denoiser
 from azula.guidance import DPSSampler
 from deepinv.physics import Physics
 from torch import Tensor
 
-from diffoc.baselines import global_generator
+from diffoc.baselines import global_generator, method
 
 
+@method
 def dps(
     prior: Denoiser,
     physics: Physics,
@@ -33,7 +36,14 @@ def dps(
         noise_std: not used, the guidance has to be tuned to it.
         steps: at least 1; each costs an evaluation and a product.
         guidance: :math:`\zeta`, not negative.
+
+    Raises:
+        ValueError: if a setting is out of its range.
     """
+    if steps < 1:
+        raise ValueError(f"steps is {steps}, expected at least 1")
+    if not 0 <= guidance < math.inf:
+        raise ValueError(f"guidance is {guidance}, expected finite and at least 0")
 
     def distances(x0: Tensor) -> Tensor:
         # azula takes one norm of everything: as it is of one number here, the images' norms add up

@@ -19,12 +19,13 @@ from azula.denoise import Denoiser
 from deepinv.physics import LinearPhysics, Physics
 from torch import Tensor
 
-from diffoc.baselines import UnsupportedTask
+from diffoc.baselines import UnsupportedTask, method
 from diffoc.baselines.psld import guided_step
 from diffoc.latent import latent_prior
 from diffoc.severity import SeverityEncoder, as_picture, load_severity_encoder
 
 
+@method
 def flash_diffusion(
     prior: Denoiser,
     physics: Physics,

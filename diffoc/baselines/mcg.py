@@ -17,10 +17,12 @@ from azula.guidance import DPSSampler
 from deepinv.physics import Physics
 from torch import Tensor
 
+from diffoc.baselines import method
 from diffoc.baselines.decomposition import require_linear
 from diffoc.baselines.score_sde import sample_projected
 
 
+@method
 def mcg(
     prior: Denoiser,
     physics: Physics,

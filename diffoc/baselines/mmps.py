@@ -22,9 +22,10 @@ from azula.sample import DDIMSampler
 from deepinv.physics import Physics
 from torch import Tensor
 
-from diffoc.baselines import global_generator
+from diffoc.baselines import global_generator, method
 
 
+@method
 def mmps(
     prior: Denoiser,
     physics: Physics,

@@ -35,7 +35,10 @@ from azula.denoise import Denoiser
 from deepinv.physics import LinearPhysics, Physics
 from torch import Tensor
 
+from diffoc.baselines import method
 
+
+@method
 def ndtm(
     prior: Denoiser,
     physics: Physics,

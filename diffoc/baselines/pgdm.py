@@ -22,10 +22,11 @@ from azula.guidance import PGDMSampler
 from deepinv.physics import LinearPhysics, Physics
 from torch import Tensor
 
-from diffoc.baselines import UnsupportedTask, global_generator
+from diffoc.baselines import UnsupportedTask, global_generator, method
 from diffoc.proximal import correction
 
 
+@method
 def pgdm(
     prior: Denoiser,
     physics: Physics,

@@ -18,6 +18,7 @@ from deepinv.optim import ADMM, L2, PnP
 from deepinv.physics import LinearPhysics, Physics
 from torch import Tensor
 
+from diffoc.baselines import method
 from diffoc.baselines.decomposition import require_linear
 from diffoc.baselines.noise_level import NoiseLevelDenoiser
 from diffoc.proximal import correction
@@ -33,6 +34,7 @@ class ImageByImage(L2):
         return x + correction(physics, y, x, float(gamma), 100, 1e-5)
 
 
+@method
 def pnp_admm(
     prior: Denoiser,
     physics: Physics,
@@ -70,8 +72,8 @@ def pnp_admm(
     ):
         if not value > 0:
             raise ValueError(f"{name} is {value}, expected above 0")
-    ends = torch.tensor([first_std, last_std], dtype=torch.float64).log()
-    levels = torch.linspace(*ends.tolist(), steps, dtype=torch.float64).exp()
+    first, last = torch.tensor([first_std, last_std], dtype=torch.float64).log().tolist()
+    levels = torch.linspace(first, last, steps, dtype=torch.float64).exp()
     solver = ADMM(
         data_fidelity=ImageByImage(),
         prior=PnP(NoiseLevelDenoiser(prior)),

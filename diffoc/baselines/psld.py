@@ -19,10 +19,11 @@ from azula.denoise import Denoiser
 from deepinv.physics import LinearPhysics, Physics
 from torch import Tensor
 
-from diffoc.baselines import UnsupportedTask
+from diffoc.baselines import UnsupportedTask, method
 from diffoc.latent import latent_prior
 
 
+@method
 def psld(
     prior: Denoiser,
     physics: Physics,

@@ -19,10 +19,11 @@ from azula.sample import DDPMSampler
 from deepinv.physics import LinearPhysics, Physics
 from torch import Tensor
 
-from diffoc.baselines import global_generator
+from diffoc.baselines import global_generator, method
 from diffoc.baselines.decomposition import require_linear
 
 
+@method
 def score_sde(
     prior: Denoiser,
     physics: Physics,

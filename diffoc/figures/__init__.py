@@ -10,12 +10,16 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
+from matplotlib.rcsetup import cycler
+from matplotlib.typing import RcKeyType
 from PIL import Image
 from torch import Tensor
 
+from diffoc.files import replacing
 from diffoc.provenance import ROOT, commit
 
 # Okabe & Ito's palette, distinguishable with every colour vision deficiency.
@@ -32,7 +36,7 @@ COLORS = {
 WIDTH = 5.5
 """Inches of a column of text in the paper's format (NeurIPS)."""
 
-PRINT = {
+PRINT: dict[RcKeyType, Any] = {
     # Opaque white, so that a dark page does not swallow the axes.
     "figure.facecolor": "white",
     "savefig.facecolor": "white",
@@ -43,7 +47,7 @@ PRINT = {
     "ytick.labelsize": 7,
     "legend.fontsize": 7,
     "legend.frameon": False,
-    "axes.prop_cycle": mpl.cycler(
+    "axes.prop_cycle": cycler(
         color=list(COLORS.values()), marker=["o", "s", "^", "D", "v", "P", "X"]
     ),
     "axes.spines.top": False,
@@ -63,7 +67,7 @@ def use_style() -> None:
     """Sets matplotlib's defaults to the project's style, for the running process."""
     mpl.rcParams.update(
         {
-            "axes.prop_cycle": mpl.cycler(color=list(COLORS.values())),
+            "axes.prop_cycle": cycler(color=list(COLORS.values())),
             "axes.spines.top": False,
             "axes.spines.right": False,
             "axes.titlesize": 10,
@@ -95,7 +99,8 @@ def save(figure: Figure, name: str) -> Path:
     folder = _folder()
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.png"
-    figure.savefig(path, dpi=150, metadata={"Software": None})
+    with replacing(path) as part:
+        figure.savefig(part, dpi=150, metadata={"Software": None})
     return path
 
 
@@ -117,12 +122,14 @@ def save_for_print(
     folder.mkdir(parents=True, exist_ok=True)
     origin = f"commit {commit() or 'unknown'}; from {', '.join(sources)}"
     pdf, png = folder / f"{name}.pdf", folder / f"{name}.png"
+    of_pdf = {"Title": name, "Subject": origin, "CreationDate": None}
+    of_png = {"Title": name, "Description": origin, "Software": None}
     with mpl.rc_context(PRINT):
         # Without a date, equal figures are equal files.
-        figure.savefig(pdf, metadata={"Title": name, "Subject": origin, "CreationDate": None})
-        figure.savefig(
-            png, dpi=300, metadata={"Title": name, "Description": origin, "Software": None}
-        )
+        with replacing(pdf) as part:
+            figure.savefig(part, metadata=of_pdf)
+        with replacing(png) as part:
+            figure.savefig(part, dpi=300, metadata=of_png)
     return pdf, png
 
 

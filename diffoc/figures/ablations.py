@@ -27,7 +27,8 @@ def from_ablations(folder: Path) -> Iterator[tuple[str, Figure, tuple[str, ...]]
             ("horizon", summary.equal_horizons(rows, "psnr"), "steps $T$"),
         ):
             if panels:
-                yield f"{path.stem}_{name}", plots.quality_curves(panels, xlabel, PSNR), (path.name,)
+                figure = plots.quality_curves(panels, xlabel, PSNR)
+                yield f"{path.stem}_{name}", figure, (path.name,)
     for path in sorted(folder.glob("rank_*.csv")):
         rows = _rows(path)
         if panels := summary.by_rank(rows, "psnr"):

@@ -46,7 +46,7 @@ def write_all(folder: Path | None = None, records: Path = ROOT / "data" / "recor
         folder: see :func:`diffoc.figures.save_for_print`.
         records: where the tables' CSV files lie.
     """
-    paths = []
+    paths: list[Path] = []
     made = [*from_records(records), *from_ablations(records), *from_paper(), *computed()]
     for name, figure, sources in made:
         paths += save_for_print(figure, name, sources, folder)
@@ -161,7 +161,8 @@ def _predicted_x0() -> Figure:
         tweedie.append(prior(states[-1], t).mean)
         rollout.append(process.rollout(states[-1], start=i)[-1])
     times = process.times[starts].tolist()
-    return plots.predicted_x0(times, *map(torch.cat, (states, tweedie, rollout)), truth[0])
+    rows = [torch.cat(images) for images in (states, tweedie, rollout)]
+    return plots.predicted_x0(times, rows[0], rows[1], rows[2], truth[0])
 
 
 def _reconstructions() -> Iterator[tuple[str, Figure]]:
@@ -200,7 +201,8 @@ def _reconstructions() -> Iterator[tuple[str, Figure]]:
     by_steps = {2: reconstruct(2, 1), 5: reconstruct(5, 1), 10: images[:1]}
     found = {f"$T = {steps}$": image for steps, image in by_steps.items()}
     captions = {title: [quality(image[0])] for title, image in found.items()}
-    columns = {"truth": truth, "measurement": measurements[0], **found}
+    shown = {"truth": truth, "measurement": measurements[0], **found}
+    columns = {title: list(images) for title, images in shown.items()}
     yield "steps", plots.reconstructions(columns, ["super resolution"], captions)
 
 
@@ -225,8 +227,10 @@ def _theorem_errors() -> Figure:
 
 def _gains(problem: ControlProblem, x: Tensor, a: float, rank: int | None) -> Tensor:
     """Feedforward gains (T, B, n) of one sweep from zero controls."""
-    options = {"regularization": a, "hessian_rank": rank, "line_search": None}
-    return torch.stack([gain.k for gain in ilqr(problem, x, max_iterations=1, **options).gains])
+    found = ilqr(
+        problem, x, regularization=a, hessian_rank=rank, line_search=None, max_iterations=1
+    )
+    return torch.stack([gain.k for gain in found.gains])
 
 
 def _scores() -> Figure:

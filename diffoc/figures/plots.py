@@ -7,11 +7,13 @@ computed, read or written here.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from torch import Tensor
 
 from diffoc.figures import COLORS, PRINT, WIDTH
@@ -87,7 +89,7 @@ def predicted_x0(
     for name, images in rows.items():
         if len(images) != len(times):
             raise ValueError(f"{name} has {len(images)} images, expected {len(times)}")
-    figure, axes = _grid(len(rows), len(times) + 1, tuple(truth.shape[-2:]))
+    figure, axes = _grid(len(rows), len(times) + 1, truth.shape[-2:])
     for line, (name, images) in zip(axes, rows.items(), strict=True):
         for ax, image in zip(line, [*images, truth], strict=True):
             _show(ax, image)
@@ -118,7 +120,7 @@ def reconstructions(
     for name, images in columns.items():
         if len(images) != len(rows):
             raise ValueError(f"columns: {name} has {len(images)} images, expected {len(rows)}")
-    shape = tuple(next(iter(columns.values()))[0].shape[-2:])
+    shape = next(iter(columns.values()))[0].shape[-2:]
     figure, axes = _grid(len(rows), len(columns), shape, bool(captions))
     for column, (name, images) in zip(axes.T, columns.items(), strict=True):
         column[0].set_title(name)
@@ -222,10 +224,11 @@ def quality_curves(
         ax.remove()
     figure.supxlabel(xlabel, fontsize=PRINT["axes.labelsize"])
     figure.supylabel(ylabel, fontsize=PRINT["axes.labelsize"])
-    handles = {}
+    handles: dict[str, Any] = {}
     for ax in axes[: len(panels)]:
         handles |= dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
-    figure.legend(handles.values(), handles, loc="outside upper center", ncols=min(3, len(lines)))
+    artists, ncols = list(handles.values()), min(3, len(lines))
+    figure.legend(artists, list(handles), loc="outside upper center", ncols=ncols)
     return figure
 
 
@@ -273,12 +276,12 @@ def sizes_over_time(times: Sequence[float], sizes: Mapping[str, Sequence[float]]
 
 
 def _grid(
-    rows: int, columns: int, shape: tuple[int, int], captions: bool = False
+    rows: int, columns: int, shape: Sequence[int], captions: bool = False
 ) -> tuple[Figure, np.ndarray]:
     side = (WIDTH - 0.2) / columns
     height = rows * side * shape[0] / shape[1]
-    figure = Figure(figsize=(WIDTH, height + 0.25 + 0.2 * captions))
-    figure.get_layout_engine().set(w_pad=0.01, h_pad=0.01, wspace=0.02, hspace=0.02)
+    layout = ConstrainedLayoutEngine(w_pad=0.01, h_pad=0.01, wspace=0.02, hspace=0.02)
+    figure = Figure(figsize=(WIDTH, height + 0.25 + 0.2 * captions), layout=layout)
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 

@@ -1,0 +1,56 @@
+"""What doors ask of their arguments; the errors name them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def check_tensor(name: str, x: Tensor) -> None:
+    """Raises unless a tensor has numbers, all of them finite.
+
+    Args:
+        name: of the argument.
+        x: the argument.
+
+    Raises:
+        TypeError: if it is no tensor.
+        ValueError: if it is empty, of another type than float16 to float64, has no values (on the
+            device "meta"), or some that are not finite.
+    """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} is {type(x).__name__}, expected a tensor")
+    if not x.is_floating_point() or not x.numel():
+        raise ValueError(
+            f"{name} is {x.dtype} of shape {tuple(x.shape)}, expected floating-point numbers"
+        )
+    if x.is_meta or not x.isfinite().all():
+        raise ValueError(f"{name} has values that are not finite, or none at all")
+
+
+def check_images(name: str, x: Tensor) -> None:
+    """As :func:`check_tensor`, for images (B, C, H, W)."""
+    check_tensor(name, x)
+    if x.ndim != 4:
+        raise ValueError(f"{name} has shape {tuple(x.shape)}, expected (B, C, H, W)")
+
+
+def check_alike(**tensors: Tensor) -> None:
+    """Raises a ValueError unless tensors have one dtype, that of the first, and one device."""
+    (first, x), *others = tensors.items()
+    if x.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"{first} is {x.dtype}, expected float32 or float64")
+    for name, other in others:
+        if (other.dtype, other.device) != (x.dtype, x.device):
+            raise ValueError(
+                f"{name} is {other.dtype} on {other.device}, {first} {x.dtype} on {x.device}"
+            )
+
+
+def check_shape(shape: Sequence[int], letters: str) -> None:
+    """Raises a ValueError unless a shape has as many sides as `letters`, of 1 or more each."""
+    if len(shape) != len(letters) or min(shape) < 1:
+        expected = ", ".join(letters)
+        raise ValueError(f"shape is {tuple(shape)}, expected ({expected}) of 1 or more each")
