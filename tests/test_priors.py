@@ -245,7 +245,11 @@ def test_gaussian_prior_moves_to_another_dtype(case):
         ("^covariance", torch.zeros(3), torch.ones(3)),
         ("^covariance", torch.zeros(3), torch.ones(3, 4)),
         ("^covariance is not symmetric", torch.zeros(3), torch.eye(3) + torch.ones(3, 3).triu()),
-        ("^covariance is not symmetric", torch.zeros(3), torch.full((3, 3), math.nan)),
+        (
+            "^covariance has values that are not finite",
+            torch.zeros(3),
+            torch.full((3, 3), math.nan),
+        ),
         ("^covariance has the eigenvalue", torch.zeros(3), torch.diag(torch.tensor([1.0, 2, -1]))),
         ("^covariance has the eigenvalue", torch.zeros(3), torch.diag(torch.tensor([1.0, 2, 0]))),
     ],
