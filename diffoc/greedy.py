@@ -23,7 +23,7 @@ import torch
 from deepinv.physics import LinearPhysics
 from torch import Tensor
 
-from diffoc.checks import check_images, check_tensor
+from diffoc.checks import check_tensor
 from diffoc.process import ReverseProcess
 from diffoc.proximal import correction
 
@@ -54,9 +54,13 @@ def greedy_controls(
         raise ValueError(f"noise_std is {noise_std}, expected finite and above 0")
     if process.mode != "input":
         raise ValueError(f"process is in {process.mode} mode, expected input")
-    check_images("x", x)
+    check_tensor("x", x)
     check_tensor("y", y)
-    if y.shape != (expected := physics.A(x).shape):
+    try:
+        expected = physics.A(x).shape
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"x has shape {tuple(x.shape)}, which physics cannot take") from error
+    if y.shape != expected:
         raise ValueError(f"y has shape {tuple(y.shape)}, expected {tuple(expected)}")
     controls, u = [], torch.zeros_like(x)
     for i in range(process.horizon):
@@ -94,13 +98,15 @@ def guidance_controls(
         The controls, (T, B, ...), and the images that they lead to, (B, ...).
 
     Raises:
-        ValueError: if `strength` is negative, or the process is in output mode.
+        ValueError: if `strength` is negative, it or `x` is not finite, or the process is in output
+            mode.
 
     Source: Dhariwal & Nichol 2021, arXiv:2105.05233; at Tweedie's estimate, Chung et al. 2022,
     arXiv:2209.14687.
     """
-    if not strength >= 0:
-        raise ValueError(f"strength is {strength}, expected at least 0")
+    if not 0 <= strength < math.inf:
+        raise ValueError(f"strength is {strength}, expected finite and at least 0")
+    check_tensor("x", x)
     if process.mode != "input":
         raise ValueError(f"process is in {process.mode} mode, expected input")
     controls, u = [], torch.zeros_like(x)

@@ -3,12 +3,23 @@
 import pytest
 import torch
 from azula.noise import VPSchedule
+from safetensors.torch import load_file
 from torch.distributions import MultivariateNormal, Normal, kl_divergence
 
-from diffoc import classifier
-from diffoc.class_guidance import ancestral, guided, noise_weights, planned
+from diffoc import class_guidance, classifier
+from diffoc.class_guidance import (
+    Way,
+    ancestral,
+    make,
+    measures,
+    noise_weights,
+    planned,
+    read,
+    record,
+)
 from diffoc.costs import ClassLikelihood, ControlCost
 from diffoc.counting import CountedPrior
+from diffoc.data import digits
 from diffoc.greedy import guidance_controls
 from diffoc.pretrained import load_prior
 from diffoc.priors import GaussianPrior
@@ -75,15 +86,44 @@ def test_a_plan_is_cheaper_than_guidance_and_still_sure_of_its_label():
     cost, steps, strength = ClassLikelihood(guide, labels), 16, 1.0
     process, x = ancestral(prior, steps, labels)
     controls, greedy = guidance_controls(process, cost, x, strength)
-    assert torch.equal(guided(process, cost, x, strength), greedy)
+    alone = make(Way(steps, strength), prior, 4, 1)
+    torch.testing.assert_close(alone, greedy[:1], rtol=1e-3, atol=1e-3)
     before = prior.evaluations
     found = planned(process, cost, x, strength, iterations=1)
     assert prior.evaluations - before <= 2 * 6 * steps
     running = ControlCost(noise_weights(process))
-    spent = 300 * cost(greedy) + sum(running(i, x, u) for i, u in enumerate(controls))
+    spent = SHARPNESS * cost(greedy) + sum(running(i, x, u) for i, u in enumerate(controls))
     torch.testing.assert_close(found.costs[0], spent, rtol=1e-4, atol=0)
     assert (found.cost < spent).all()
     assert (guide(found.x0).argmax(1) == labels).all()
+
+
+def test_what_is_measured_of_digits():
+    """Real ones are what they are; two copies of one have no diversity."""
+    images, labels = digits()
+    ones = images[labels == 1]
+    found = measures(ones, 1, ones)
+    assert found["guided"] == found["judged"] == 1
+    assert found["frechet"] == pytest.approx(0, abs=1e-3)
+    assert found["diversity"] == pytest.approx((ones[0] - ones[1]).norm().item())
+    assert measures(ones[:1].repeat(2, 1, 1, 1), 7, ones)["diversity"] == 0
+    assert measures(ones, 7, ones)["judged"] == 0
+
+
+def test_records_of_digits_go_on_where_they_were_stopped(tmp_path, monkeypatch):
+    images, labels = digits()
+    pictures = ((images[:, 0] + 1) * 127.5).round().byte().numpy()
+    monkeypatch.setattr(class_guidance, "mnist", lambda split: (pictures, labels.numpy()))
+    monkeypatch.setattr(class_guidance, "WAYS", {"a": Way(2, None), "b": Way(2, 1.0)})
+    path = tmp_path / "digits.csv"
+    record(path, tmp_path / "images", 2, [3])
+    before = path.read_text()
+    record(path, tmp_path / "images", 2, [3, 4])
+    assert path.read_text().startswith(before)
+    rows = read(path)
+    assert [(row["way"], row["label"]) for row in rows] == [(w, c) for c in "34" for w in "ab"]
+    assert [float(row["products"]) for row in rows] == [0, 2, 0, 2]
+    assert load_file(tmp_path / "images" / "b_4.safetensors")["digits"].shape == (2, 1, 28, 28)
 
 
 def test_what_guidance_and_plans_refuse():
