@@ -92,7 +92,9 @@ def test_a_plan_is_cheaper_than_guidance_and_still_sure_of_its_label():
     found = planned(process, cost, x, strength, iterations=1)
     assert prior.evaluations - before <= 2 * 6 * steps
     running = ControlCost(noise_weights(process))
-    spent = SHARPNESS * cost(greedy) + sum(running(i, x, u) for i, u in enumerate(controls))
+    spent = class_guidance.SHARPNESS * cost(greedy) + sum(
+        running(i, x, u) for i, u in enumerate(controls)
+    )
     torch.testing.assert_close(found.costs[0], spent, rtol=1e-4, atol=0)
     assert (found.cost < spent).all()
     assert (guide(found.x0).argmax(1) == labels).all()
