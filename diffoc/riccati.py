@@ -128,8 +128,8 @@ class DenseValue:
             Vxx = Qxx - K.mT @ QuuK  # Eq. 49
         else:
             Vx = Qx + _matvec(QuuK.mT, k) + _matvec(K.mT, Qu) + _matvec(Qux.mT, k)
-            cross = K.mT @ Qux
-            Vxx = Qxx + K.mT @ QuuK + cross + cross.mT
+            # K'Qux + Qux'K is twice the symmetric part of K'Qux, which is what is kept below.
+            Vxx = Qxx + K.mT @ (QuuK + 2 * Qux)
         gains = Gains(k, K, (k * Qu).sum(-1), (k * _matvec(Quu, k)).sum(-1), definite)
         return gains, DenseValue(Vx, (Vxx + Vxx.mT) / 2)
 
