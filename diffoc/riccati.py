@@ -112,17 +112,21 @@ class DenseValue:
         fxT, fuT = e.fx.mT, e.fu.mT
         Qx = e.lx + _matvec(fxT, self.Vx)  # Eq. 40
         Qu = e.lu + _matvec(fuT, self.Vx)  # Eq. 41
-        Vfx = self.Vxx @ e.fx
-        Qxx = e.lxx + fxT @ Vfx  # Eq. 42
-        Quu = e.luu + fuT @ (self.Vxx @ e.fu)  # Eq. 43
-        Qux = e.lux + fuT @ Vfx  # Eq. 44
+        xVx, uVu, uVx = _quadratic_forms(self.Vxx, e.fx, e.fu)
+        Qxx = e.lxx + xVx  # Eq. 42
+        Quu = e.luu + uVu  # Eq. 43
+        Qux = e.lux + uVx  # Eq. 44
 
-        L, definite = _cholesky(Quu + a[:, None, None] * _eye_like(Quu))
-        solved = -torch.cholesky_solve(torch.cat([Qu.unsqueeze(-1), Qux], dim=-1), L)
+        a = a[:, None, None]
+        L, definite = _cholesky(Quu + a * _eye_like(Quu))
+        right = torch.cat([Qu.unsqueeze(-1), Qux], dim=-1)
+        solved = -torch.cholesky_solve(right, L)
         solved = torch.where(definite[:, None, None], solved, 0)
         k, K = solved[..., 0], solved[..., 1:]  # Eqs. 46 and 47
 
-        QuuK = Quu @ K
+        # What Quu makes of them is known from what they solve, without a product.
+        images = torch.where(definite[:, None, None], -(right + a * solved), 0)
+        Quuk, QuuK = images[..., 0], images[..., 1:]
         if update == "paper":
             Vx = Qx - _matvec(QuuK.mT, k)  # Eq. 48
             Vxx = Qxx - K.mT @ QuuK  # Eq. 49
@@ -130,7 +134,7 @@ class DenseValue:
             Vx = Qx + _matvec(QuuK.mT, k) + _matvec(K.mT, Qu) + _matvec(Qux.mT, k)
             # K'Qux + Qux'K is twice the symmetric part of K'Qux, which is what is kept below.
             Vxx = Qxx + K.mT @ (QuuK + 2 * Qux)
-        gains = Gains(k, K, (k * Qu).sum(-1), (k * _matvec(Quu, k)).sum(-1), definite)
+        gains = Gains(k, K, (k * Qu).sum(-1), (k * Quuk).sum(-1), definite)
         return gains, DenseValue(Vx, (Vxx + Vxx.mT) / 2)
 
 
@@ -230,6 +234,18 @@ def control_gradient(expansions: list[Expansion], terminal_gradient: Tensor) -> 
         gradient.append(e.lu + _matvec(e.fu.mT, costate))
         costate = e.lx + _matvec(e.fx.mT, costate)
     return torch.stack(gradient[::-1])
+
+
+def _quadratic_forms(V: Tensor, fx: Tensor, fu: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """fx'V fx, fu'V fu and fu'V fx, by two products instead of five where the controls are added
+    to the state before a step (fu = fx, input perturbation) or after it (fu = I, output)."""
+    Vfx = V @ fx
+    xVx = fx.mT @ Vfx
+    if torch.equal(fu, fx):
+        return xVx, xVx, xVx
+    if torch.equal(fu, _eye_like(fu).expand(len(fu), -1, -1)):
+        return xVx, V, Vfx
+    return xVx, fu.mT @ (V @ fu), fu.mT @ Vfx
 
 
 def _matvec(A: Tensor, v: Tensor) -> Tensor:
