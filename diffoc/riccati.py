@@ -117,16 +117,12 @@ class DenseValue:
         Quu = e.luu + uVu  # Eq. 43
         Qux = e.lux + uVx  # Eq. 44
 
-        a = a[:, None, None]
-        L, definite = _cholesky(Quu + a * _eye_like(Quu))
-        right = torch.cat([Qu.unsqueeze(-1), Qux], dim=-1)
-        solved = -torch.cholesky_solve(right, L)
+        L, definite = _cholesky(Quu + a[:, None, None] * _eye_like(Quu))
+        solved = -torch.cholesky_solve(torch.cat([Qu.unsqueeze(-1), Qux], dim=-1), L)
         solved = torch.where(definite[:, None, None], solved, 0)
         k, K = solved[..., 0], solved[..., 1:]  # Eqs. 46 and 47
 
-        # What Quu makes of them is known from what they solve, without a product.
-        images = torch.where(definite[:, None, None], -(right + a * solved), 0)
-        Quuk, QuuK = images[..., 0], images[..., 1:]
+        QuuK = Quu @ K
         if update == "paper":
             Vx = Qx - _matvec(QuuK.mT, k)  # Eq. 48
             Vxx = Qxx - K.mT @ QuuK  # Eq. 49
@@ -134,7 +130,7 @@ class DenseValue:
             Vx = Qx + _matvec(QuuK.mT, k) + _matvec(K.mT, Qu) + _matvec(Qux.mT, k)
             # K'Qux + Qux'K is twice the symmetric part of K'Qux, which is what is kept below.
             Vxx = Qxx + K.mT @ (QuuK + 2 * Qux)
-        gains = Gains(k, K, (k * Qu).sum(-1), (k * Quuk).sum(-1), definite)
+        gains = Gains(k, K, (k * Qu).sum(-1), (k * _matvec(Quu, k)).sum(-1), definite)
         return gains, DenseValue(Vx, (Vxx + Vxx.mT) / 2)
 
 
@@ -237,8 +233,11 @@ def control_gradient(expansions: list[Expansion], terminal_gradient: Tensor) -> 
 
 
 def _quadratic_forms(V: Tensor, fx: Tensor, fu: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """fx'V fx, fu'V fu and fu'V fx, by two products instead of five where the controls are added
-    to the state before a step (fu = fx, input perturbation) or after it (fu = I, output)."""
+    """fx'V fx, fu'V fu and fu'V fx.
+
+    Two products do instead of five where the controls are added to the state, before a step
+    (fu = fx, input perturbation) or after it (fu = I, output perturbation).
+    """
     Vfx = V @ fx
     xVx = fx.mT @ Vfx
     if torch.equal(fu, fx):
