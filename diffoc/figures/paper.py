@@ -116,14 +116,9 @@ def computed() -> Iterator[Made]:
     """Figures 1 to 4 on the priors of the repository, and what the theorems miss."""
     yield "steering", _steering(), ("mixture of three Gaussians, T 20, control cost 30",)
     yield "predicted_x0", _predicted_x0(), ("prior faces64, T 20",)
+    solver = f"greedy guess, {ITERATIONS} iterations of L-BFGS"
     for name, figure in _reconstructions():
-        yield (
-            name,
-            figure,
-            (
-                f"prior faces64, greedy guess, {ITERATIONS} iterations of L-BFGS, noise 0.05, seed 0",
-            ),
-        )
+        yield name, figure, (f"prior faces64, {solver}, noise 0.05, seed 0",)
     yield "theorem_errors", _theorem_errors(), ("linear-Gaussian setting, n 8, T 50",)
     yield "scores", _scores(), ("prior N(0, 1), y 0.7, x 0.3, noise 0.1",)
 
