@@ -38,6 +38,7 @@ myst_enable_extensions = ["amsmath", "dollarmath"]
 myst_dmath_double_inline = True  # a display formula inside a list item
 myst_heading_anchors = 3
 
+smartquotes_action = "qe"  # quotes and dots, but an option keeps both of its dashes
 # Single backticks are code in the docstrings, whatever reStructuredText thinks.
 default_role = "code"
 autodoc_member_order = "bysource"

@@ -104,7 +104,7 @@ def ancestral(x, noise):
 class Door:
     """A function, good arguments, other words for them in messages, and what it is a door of.
 
-    Of the arguments that are `positive` no number from zero down is taken for a good one.
+    What is `positive` has no good value from zero down: no whole one, and below zero no tensor.
     """
 
     function: Callable
@@ -310,7 +310,7 @@ DOORS = [
 ]
 
 
-def spoilt_tensors(draw, good, positive):
+def spoilt_tensors(draw, good):
     """A tensor that is wrong in one way, and whether no answer can be right."""
     kind = draw(
         st.sampled_from(["number", "integers", "half", "fewer", "more", "longer", "empty", "meta"])
@@ -333,18 +333,18 @@ def spoilt_tensors(draw, good, positive):
         return torch.cat([good, good], dim=axis), False
     if kind == "empty":
         return good[:0], False
-    return (good.to("meta"), True) if kind == "meta" else (-good - 1, positive)
+    return (good.to("meta"), True) if kind == "meta" else (-good - 1, False)
 
 
-def spoilt(draw, good, positive):
+def spoilt(draw, good):
     """A value like a good one, but wrong, and whether no answer can be right."""
     if isinstance(good, torch.Tensor):
-        return spoilt_tensors(draw, good, positive)
+        return spoilt_tensors(draw, good)
     if isinstance(good, float):
         none = st.sampled_from([math.nan, math.inf, -math.inf])
         return draw(st.one_of(none, st.floats(max_value=-1e-3, min_value=-1e9))), True
     if isinstance(good, int):
-        return draw(st.one_of(st.just(0), st.integers(-(10**6), -1))), positive
+        return draw(st.one_of(st.just(0), st.integers(-(10**6), -1))), False
     if isinstance(good, str):
         text = st.text(alphabet="abz./-_ \n\0é", max_size=12)
         return draw(text.filter(lambda name: name != good)), True
@@ -400,8 +400,17 @@ def names(doors):
 def test_a_wrong_argument_is_named(door, data, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     name = data.draw(st.sampled_from(sorted(door.arguments)))
-    value, hopeless = spoilt(data.draw, door.arguments[name], name in door.positive)
+    value, hopeless = spoilt(data.draw, door.arguments[name])
     call(door, name, value, hopeless)
+
+
+@pytest.mark.parametrize(
+    ("door", "name"), [(door, name) for door in DOORS for name in door.positive]
+)
+def test_what_must_be_positive_is_nothing_else(door, name):
+    good = door.arguments[name]
+    for wrong in (-good - 1,) if isinstance(good, torch.Tensor) else (0, -1, -(10**6)):
+        call(door, name, wrong, True)
 
 
 @pytest.mark.parametrize("door", DOORS, ids=names(DOORS))

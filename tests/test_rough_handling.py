@@ -343,7 +343,7 @@ def test_features_that_are_none_are_refused(tmp_path):
     path.write_bytes(whole[:-1])
     with pytest.raises(ValueError, match="damaged"):
         read_features([path], "net")
-    for metadata in ({}, {"network": "net"}):
+    for metadata in (None, {}, {"network": "net"}):
         save_file({"other": torch.zeros(3)}, path, metadata)
         with pytest.raises(ValueError, match="damaged or no file of features"):
             read_features([path], "net")
