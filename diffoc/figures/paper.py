@@ -33,7 +33,7 @@ from diffoc.tasks import measure, task
 Made = tuple[str, Figure, tuple[str, ...]]
 """A figure's name, the figure, and the records or computations that it shows."""
 
-ITERATIONS = 8  # of the reconstructions, which take most of the time
+ITERATIONS = 6  # of the reconstructions, which take most of the time
 
 METRICS = {"psnr": "PSNR (dB)", "ssim": "SSIM", "lpips_alex": "LPIPS (AlexNet)"}
 
