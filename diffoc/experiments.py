@@ -208,16 +208,20 @@ def cells_of(
 
     Args:
         prior: a name for :func:`load_once`; methods in a latent space use that of :data:`LATENT`.
-        tasks, methods, budgets, seeds, images: of the grid.
+        tasks, methods, seeds, images: of the grid.
+        budgets: of it, in evaluations, at least 1 each.
         batch: images of a cell, at least 1.
         precision: "bfloat16" or "float32".
         overrides: keyword arguments for the methods in place of their own.
 
     Raises:
-        ValueError: if there is no such task or method, or the method was not tuned.
+        ValueError: if there is no such task or method, the method was not tuned, or a number is out
+            of its range.
     """
     if batch < 1:
         raise ValueError(f"batch is {batch}, expected at least 1")
+    if min(budgets, default=1) < 1:
+        raise ValueError(f"budgets has {min(budgets)}, expected at least 1")
     if unknown := [name for name in tasks if name not in TASKS]:
         raise ValueError(f"tasks has {unknown[0]!r}, expected some of {', '.join(TASKS)}")
     cells = []

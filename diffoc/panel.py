@@ -97,7 +97,7 @@ class Panel:
             self._run()
         except _Cancelled:
             self.status.value += ", cancelled"
-        except (ValueError, RuntimeError) as error:
+        except (ValueError, RuntimeError, OSError) as error:  # the last of missing weights
             self.status.value = f"{error}"
         finally:
             self.cancel.disabled = True

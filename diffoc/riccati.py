@@ -112,10 +112,10 @@ class DenseValue:
         fxT, fuT = e.fx.mT, e.fu.mT
         Qx = e.lx + _matvec(fxT, self.Vx)  # Eq. 40
         Qu = e.lu + _matvec(fuT, self.Vx)  # Eq. 41
-        Vfx = self.Vxx @ e.fx
-        Qxx = e.lxx + fxT @ Vfx  # Eq. 42
-        Quu = e.luu + fuT @ (self.Vxx @ e.fu)  # Eq. 43
-        Qux = e.lux + fuT @ Vfx  # Eq. 44
+        xVx, uVu, uVx = _quadratic_forms(self.Vxx, e.fx, e.fu)
+        Qxx = e.lxx + xVx  # Eq. 42
+        Quu = e.luu + uVu  # Eq. 43
+        Qux = e.lux + uVx  # Eq. 44
 
         L, definite = _cholesky(Quu + a[:, None, None] * _eye_like(Quu))
         solved = -torch.cholesky_solve(torch.cat([Qu.unsqueeze(-1), Qux], dim=-1), L)
@@ -230,6 +230,21 @@ def control_gradient(expansions: list[Expansion], terminal_gradient: Tensor) -> 
         gradient.append(e.lu + _matvec(e.fu.mT, costate))
         costate = e.lx + _matvec(e.fx.mT, costate)
     return torch.stack(gradient[::-1])
+
+
+def _quadratic_forms(V: Tensor, fx: Tensor, fu: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """fx'V fx, fu'V fu and fu'V fx.
+
+    Two products do instead of five where the controls are added to the state, before a step
+    (fu = fx, input perturbation) or after it (fu = I, output perturbation).
+    """
+    Vfx = V @ fx
+    xVx = fx.mT @ Vfx
+    if torch.equal(fu, fx):
+        return xVx, xVx, xVx
+    if torch.equal(fu, _eye_like(fu).expand(len(fu), -1, -1)):
+        return xVx, V, Vfx
+    return xVx, fu.mT @ (V @ fu), fu.mT @ Vfx
 
 
 def _matvec(A: Tensor, v: Tensor) -> Tensor:

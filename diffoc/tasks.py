@@ -103,6 +103,9 @@ def gaussian_blur(side: int) -> Blur:
 
     Args:
         side: of the images in pixels; the kernel is for 256 and scales with it.
+
+    Raises:
+        ValueError: if `side` is below 1.
     """
     size = _kernel_size(side)
     delta = torch.zeros(size, size, dtype=torch.float64)
@@ -119,6 +122,9 @@ def motion_blur(side: int, generator: torch.Generator, intensity: float = 0.5) -
         side: of the images in pixels; the kernel is for 256 and scales with it.
         generator: of the path.
         intensity: in [0, 1].
+
+    Raises:
+        ValueError: if `side` or `intensity` is out of its range.
     """
     return _blur(motion_kernel(_kernel_size(side), intensity, generator))
 
@@ -287,6 +293,8 @@ def _check_noise(noise_std: float) -> None:
 
 def _kernel_size(side: int) -> int:
     """61 pixels of 256, in proportion, to the nearest odd number from 3 up."""
+    if side < 1:
+        raise ValueError(f"side is {side}, expected at least 1")
     return max(3, 2 * round((61 * side / _FULL_SIDE - 1) / 2) + 1)
 
 

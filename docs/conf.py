@@ -19,6 +19,8 @@ from sphinx.application import Sphinx
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the API of this checkout, wherever diffoc is installed from
 
+from diffoc import ledger  # noqa: E402
+
 project = "diffoc"
 author = "The diffoc authors"
 version = release = version_of("diffoc")
@@ -36,6 +38,7 @@ myst_enable_extensions = ["amsmath", "dollarmath"]
 myst_dmath_double_inline = True  # a display formula inside a list item
 myst_heading_anchors = 3
 
+smartquotes_action = "qe"  # quotes and dots, but an option keeps both of its dashes
 # Single backticks are code in the docstrings, whatever reStructuredText thinks.
 default_role = "code"
 autodoc_member_order = "bysource"
@@ -54,7 +57,7 @@ html_css_files = ["site.css"]
 
 
 def complete(app: Sphinx, docname: str, source: list[str]) -> None:
-    """Adds to a page what is not written in it: contents, the list of modules, the records."""
+    """Adds what is not written in a page: contents, the modules, the records, the ledger."""
     if docname == root_doc:
         source[0] += (ROOT / "docs/contents.md").read_text(encoding="utf-8")
     elif docname == "docs/api":
@@ -62,6 +65,38 @@ def complete(app: Sphinx, docname: str, source: list[str]) -> None:
         source[0] += "".join(map(_module, ["diffoc", *sorted(set(names) - {"diffoc.__main__"})]))
     elif docname == "docs/records":
         source[0] += "".join(map(_record, sorted((ROOT / "data/records").rglob("*.csv"))))
+    elif docname.startswith("notebooks/"):
+        # A folder, to who reads the notebook where it lies, is here the page of what is in it.
+        source[0] = source[0].replace("(../data/records)", "(../docs/records.md)")
+    elif docname == "docs/ledger":
+        claims = ledger.read()
+        for verdict, count in ledger.counts(claims).items():
+            chosen = [claim for claim in claims if claim.verdict == verdict]
+            source[0] += f"\n## {verdict.capitalize()} ({count})\n" + "".join(map(_claim, chosen))
+
+
+def _claim(claim: ledger.Claim) -> str:
+    """Heading, what the paper says, what was found, and the numbers with links to their sources."""
+    planned = f" *Planned:* {claim.planned}" if claim.planned else ""
+    numbers = "".join(f"- {each}: {each.what} ({_source(each)})\n" for each in claim.numbers)
+    return (
+        f"\n### {claim.place}\n\n> {_plain(claim.says)}\n\n"
+        f"*Found:* {_plain(claim.reason)}{planned}\n\n{_plain(numbers)}"
+    )
+
+
+def _source(number: ledger.Number) -> str:
+    source = number.source
+    if isinstance(source, ledger.Printed):
+        return f"[{source}](../notebooks/{source.file})"
+    if isinstance(source, ledger.Recorded):
+        return f"[{source}](../data/records/{source.file})"
+    return f"computed by `{source.name}`"
+
+
+def _plain(text: str) -> str:
+    """Text in which Markdown finds no formula."""
+    return text.replace("$", "\\$")
 
 
 def _module(name: str) -> str:

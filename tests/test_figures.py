@@ -12,12 +12,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib as mpl
+import numpy as np
 import pytest
 import torch
+from azula.noise import VPSchedule
 from matplotlib.figure import Figure
 from matplotlib.testing.compare import compare_images
 from PIL import Image
 
+from diffoc.__main__ import main
 from diffoc.figures import COLORS, WIDTH, paper, plots, save_for_print
 from diffoc.provenance import ROOT
 from diffoc.records import COLUMNS, Cell, as_json
@@ -208,6 +211,81 @@ def test_todays_records_and_the_papers_tables_are_drawn() -> None:
     figures = {name: figure for name, figure, _ in paper.from_paper()}
     labels = [text.get_text() for text in figures["paper_table3"].axes[0].get_yticklabels()]
     assert labels == [row["label"] for row in table]
+
+
+@pytest.fixture(scope="module")
+def computed() -> dict[str, Figure]:
+    """The figures that need no records, with one iteration for each reconstruction."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(paper, "ITERATIONS", 1)
+        made = list(paper.computed())
+    assert all(sources and all(sources) for _, _, sources in made)
+    return {name: figure for name, figure, _ in made}
+
+
+def curves_of(figure: Figure) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    (ax,) = figure.axes
+    return {line.get_label(): (line.get_xdata(), line.get_ydata()) for line in ax.lines}
+
+
+def test_the_theorems_errors_are_drawn(computed: dict[str, Figure]) -> None:
+    """Rounding without second-order terms, and with them a limit of slope -1."""
+    curves = curves_of(computed["theorem_errors"])
+    for theorem in ("Theorem 4.1", "Theorem 4.3"):
+        constants, kept = curves[f"{theorem}, second-order terms kept"]
+        assert kept[0] > 0.1
+        slopes = np.diff(np.log(kept[2:6])) / np.diff(np.log(constants[2:6]))
+        np.testing.assert_allclose(slopes, -1, atol=0.02)
+        assert max(curves[f"{theorem}, dropped"][1]) < 1e-12
+
+
+def test_the_scores_drawn_are_those_by_hand(computed: dict[str, Figure]) -> None:
+    """x_0 given x_t is N(alpha x, sigma^2) for the prior N(0, 1), so y is N(alpha x, s^2 + ...)."""
+    curves = curves_of(computed["scores"])
+    times, exact = curves["exact"]
+    alpha, sigma = (scale.numpy() for scale in VPSchedule(sigma_min=0.0)(torch.tensor(times)))
+    y, x, s = 0.7, 0.3, 0.1
+    variance = sigma**2 / (alpha**2 + sigma**2)
+    by_hand = alpha * (y - alpha * x) / (variance + s**2)
+    np.testing.assert_allclose(exact, by_hand, rtol=1e-3)
+    np.testing.assert_allclose(curves["rollout (Theorem 4.1)"][1], (y - x) / s**2, rtol=1e-12)
+    tweedie = alpha * (y - alpha * x) / s**2
+    np.testing.assert_allclose(curves["Tweedie (DPS)"][1], tweedie, rtol=1e-12)
+
+
+def test_controlled_paths_end_at_the_measurement(computed: dict[str, Figure]) -> None:
+    for ax in computed["steering"].axes:
+        ends = [
+            line.get_xdata()[-1]
+            for line in ax.lines
+            if line.get_color() == COLORS["vermilion"] and len(line.get_xdata()) == 21
+        ]
+        assert len(ends) == 6
+        assert all(abs(end - 1) < 0.2 for end in ends)  # within the noise of y
+
+
+def test_more_steps_reconstruct_better(computed: dict[str, Figure]) -> None:
+    captions = [ax.get_xlabel() for ax in computed["steps"].axes]
+    quality = [float(text.removesuffix(" dB")) for text in captions if text]
+    assert len(quality) == 3
+    assert quality[0] < quality[1] < quality[2]
+    titles = [ax.get_title() for ax in computed["reconstructions"].axes[:3]]
+    assert titles == ["super resolution", "box inpainting", "gaussian blur"]
+
+
+def test_every_figure_is_written_twice(
+    computed: dict[str, Figure], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = [("scores", computed["scores"], ("a prior",)), ("table", metric_by_method(), ("a.csv",))]
+    for source in ("from_records", "from_ablations"):
+        monkeypatch.setattr(paper, source, lambda records: iter(()))
+    monkeypatch.setattr(paper, "from_paper", lambda: iter(made[:1]))
+    monkeypatch.setattr(paper, "computed", lambda: iter(made[1:]))
+    assert main(["figures", "--out", str(tmp_path / "out")]) == 0
+    found = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert found == ["scores.pdf", "scores.png", "table.pdf", "table.png"]
+    with Image.open(tmp_path / "out" / "scores.png") as picture:
+        assert picture.text["Description"].endswith("; from a prior")
 
 
 if __name__ == "__main__":

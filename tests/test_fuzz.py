@@ -102,12 +102,16 @@ def ancestral(x, noise):
 
 @dataclass(frozen=True)
 class Door:
-    """A function, good arguments, other words for them in messages, and what it is a door of."""
+    """A function, good arguments, other words for them in messages, and what it is a door of.
+
+    What is `positive` has no good value from zero down: no whole one, and below zero no tensor.
+    """
 
     function: Callable
     arguments: dict
     aliases: dict = field(default_factory=dict)
     of: object = None
+    positive: tuple = ()
 
 
 DOORS = [
@@ -143,6 +147,7 @@ DOORS = [
     Door(
         lambda steps, method, mode: ReverseProcess(PRIOR, steps, method, mode).rollout(X),
         {"steps": 2, "method": "ddim", "mode": "input"},
+        positive=("steps",),
     ),
     Door(
         lambda steps: ReverseProcess(PRIOR, steps).rollout(X),
@@ -159,10 +164,21 @@ DOORS = [
         lambda labels: ClassLikelihood(lambda x: x.flatten(1), labels)(X),
         {"labels": torch.tensor([3, 5])},
         of=ClassLikelihood,
+        positive=("labels",),
     ),
     Door(lambda weights: ControlCost(weights)(1, X, X), {"weights": 0.5}, of=ControlCost),
-    Door(lambda weights: ControlCost(weights)(1, X, X), {"weights": torch.ones(2)}),
-    Door(lambda factor: average_pool(factor)(X), {"factor": 2}, {"factor": "x"}, average_pool),
+    Door(
+        lambda weights: ControlCost(weights)(1, X, X),
+        {"weights": torch.ones(2)},
+        positive=("weights",),
+    ),
+    Door(
+        lambda factor: average_pool(factor)(X),
+        {"factor": 2},
+        {"factor": "x"},
+        average_pool,
+        ("factor",),
+    ),
     Door(
         lambda shape, dropped: random_mask(shape, dropped, generator()),
         {"shape": (4, 4), "dropped": 0.5},
@@ -198,8 +214,9 @@ DOORS = [
             "noise_variance": torch.ones(2).double(),
         },
         of=mixture_from_loadings,
+        positive=("noise_variance",),
     ),
-    Door(super_resolution, {"factor": 2}),
+    Door(super_resolution, {"factor": 2}, positive=("factor",)),
     Door(
         lambda shape, dropped: random_inpainting(shape, generator(), dropped),
         {"shape": SHAPE, "dropped": 0.5},
@@ -209,17 +226,20 @@ DOORS = [
         lambda shape, box, margin: box_inpainting(shape, generator(), box, margin),
         {"shape": SHAPE, "box": 2, "margin": 1},
         of=box_inpainting,
+        positive=("box",),
     ),
-    Door(gaussian_blur, {"side": 16}),
+    Door(gaussian_blur, {"side": 16}, positive=("side",)),
     Door(
         lambda side, intensity: motion_blur(side, generator(), intensity),
         {"side": 16, "intensity": 0.5},
         of=motion_blur,
+        positive=("side",),
     ),
     Door(
         lambda side, intensity: nonlinear_blur(side, generator(), intensity),
         {"side": 16, "intensity": 0.5},
         of=nonlinear_blur,
+        positive=("side",),
     ),
     Door(phase_retrieval, {"shape": SHAPE, "oversampling": 2.0}),
     Door(
@@ -247,6 +267,7 @@ DOORS = [
         lambda side, intensity: motion_kernel(side, intensity, generator()),
         {"side": 9, "intensity": 0.5},
         of=motion_kernel,
+        positive=("side",),
     ),
     Door(image_metrics, {"images": torch.zeros(2, 1, 12, 12), "truth": torch.ones(2, 1, 12, 12)}),
     Door(frechet_distance, {"first": normal(5, 2), "second": normal(4, 2, seed=1)}),
@@ -257,13 +278,16 @@ DOORS = [
         of=greedy_controls,
     ),
     Door(Tikhonov, {"initial": 1.0, "minimum": 1e-8, "maximum": 1e12, "factor": 2.0}),
-    Door(LineSearch, {"sufficient": 1e-4, "contraction": 0.5, "trials": 3}),
+    Door(LineSearch, {"sufficient": 1e-4, "contraction": 0.5, "trials": 3}, positive=("trials",)),
     Door(Adam, {"rate": 0.1, "epsilon": 1e-8}),
-    Door(LBFGS, {"memory": 3, "first": 1e-3}),
-    Door(portrait, {"name": "astronaut", "size": 8}),
+    Door(LBFGS, {"memory": 3, "first": 1e-3}, positive=("memory",)),
+    Door(portrait, {"name": "astronaut", "size": 8}, positive=("size",)),
     Door(lambda split: mnist(split, Path("nowhere")), {"split": "test"}, of=mnist),
     Door(
-        lambda split, size: faces(split, size, Path("no")), {"split": "test", "size": 8}, of=faces
+        lambda split, size: faces(split, size, Path("no")),
+        {"split": "test", "size": 8},
+        of=faces,
+        positive=("size",),
     ),
     Door(checked_bytes, {"file": "digits.npz"}),
     Door(load_weights, {"name": "digit_features"}, {"name": "file"}),
@@ -272,6 +296,7 @@ DOORS = [
         {"i": 1, "n": 2},
         {"i": "shard", "n": "shard"},
         shard_path,
+        ("i", "n"),
     ),
     Door(
         lambda task, method, budget, batch: cells_of(
@@ -280,6 +305,7 @@ DOORS = [
         {"task": "gaussian_blur", "method": "dps", "budget": 10, "batch": 1},
         {"task": "tasks", "budget": "budgets"},
         cells_of,
+        ("budget", "batch"),
     ),
 ]
 
@@ -376,6 +402,15 @@ def test_a_wrong_argument_is_named(door, data, monkeypatch):
     name = data.draw(st.sampled_from(sorted(door.arguments)))
     value, hopeless = spoilt(data.draw, door.arguments[name])
     call(door, name, value, hopeless)
+
+
+@pytest.mark.parametrize(
+    ("door", "name"), [(door, name) for door in DOORS for name in door.positive]
+)
+def test_what_must_be_positive_is_nothing_else(door, name):
+    good = door.arguments[name]
+    for wrong in (-good - 1,) if isinstance(good, torch.Tensor) else (0, -1, -(10**6)):
+        call(door, name, wrong, True)
 
 
 @pytest.mark.parametrize("door", DOORS, ids=names(DOORS))

@@ -39,13 +39,14 @@ def setting(mode="input", n=24, T=5, r=0.3, scale=1.0):
 
 @pytest.mark.parametrize("mode", ["input", "output"])
 @pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("together", [True, False])
 @pytest.mark.parametrize("rank", [0, 2, 6, 24])
-def test_whole_optimisations_agree(mode, keep, rank):
+def test_whole_optimisations_agree(mode, keep, together, rank):
     """Rank 6 is the Hessian's own, so 24 adds nothing; the dense form truncates alike."""
     problem, x, _ = setting(mode)
     options = {"hessian_rank": rank, "max_iterations": 6}
     expected = ilqr(problem, x, **options)
-    free = MatrixFree(keep_activations=keep, oversampling=24, power=3)
+    free = MatrixFree(keep, oversampling=24, power=3, together=together)
     found = ilqr(problem, x, derivatives=free, **options)
     torch.testing.assert_close(found.cost, expected.cost, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(found.controls, expected.controls, rtol=1e-6, atol=1e-7)

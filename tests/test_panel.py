@@ -25,11 +25,13 @@ def test_every_task_runs_and_is_shown(name, update):
         assert picture.width > 600
 
 
-def test_what_goes_wrong_is_said(monkeypatch):
+@pytest.mark.parametrize("error", [ValueError, RuntimeError, FileNotFoundError])
+@pytest.mark.parametrize("where", ["solve", "load_prior"])
+def test_what_goes_wrong_is_said(where, error, monkeypatch):
     def fail(*args, **options):
-        raise ValueError("no such thing")
+        raise error("no such thing")
 
-    monkeypatch.setattr("diffoc.panel.solve", fail)
+    monkeypatch.setattr(f"diffoc.panel.{where}", fail)
     panel = Panel(steps=2)
     panel.run()
     assert panel.status.value == "no such thing"

@@ -113,6 +113,7 @@ def test_make_alone_lists_every_target(checkout: Path) -> None:
         "help",
         "reproduce",
         "test",
+        "coverage",
         "lab",
         "app",
         "site",

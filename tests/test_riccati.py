@@ -28,13 +28,21 @@ def definite(*shape: int, seed: int = 0) -> torch.Tensor:
     return W @ W.mT / shape[-1] + 0.3 * torch.eye(shape[-1], dtype=torch.float64)
 
 
-def random_expansion(seed: int, batch: int = B) -> Expansion:
-    H = definite(batch, N + M, seed=seed)
+def random_expansion(seed: int, batch: int = B, mode: str = "any") -> Expansion:
+    """With controls of any effect, or of that of input or output perturbation."""
+    fx = 0.7 * normal(batch, N, N, seed=seed + 1)
+    fu = {
+        "any": normal(batch, N, M, seed=seed + 2),
+        "input": fx.clone(),
+        "output": torch.eye(N, dtype=torch.float64).repeat(batch, 1, 1),
+    }[mode]
+    m = fu.shape[-1]
+    H = definite(batch, N + m, seed=seed)
     return Expansion(
-        fx=0.7 * normal(batch, N, N, seed=seed + 1),
-        fu=normal(batch, N, M, seed=seed + 2),
+        fx=fx,
+        fu=fu,
         lx=normal(batch, N, seed=seed + 3),
-        lu=normal(batch, M, seed=seed + 4),
+        lu=normal(batch, m, seed=seed + 4),
         lxx=H[:, :N, :N],
         luu=H[:, N:, N:],
         lux=H[:, N:, :N],
@@ -64,10 +72,14 @@ def near(got: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-10) ->
 # ---------------------------------------------------------------- one step
 
 
+MODES = ("any", "input", "output")
+
+
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("update", VALUE_UPDATES)
-def test_gains_minimise_the_regularised_action_value(update):
+def test_gains_minimise_the_regularised_action_value(update, mode):
     """k + K dx is where Q(dx, du) + a/2 |du|^2 is least, found by Newton on autograd's Q."""
-    e, value = random_expansion(10), random_value(20)
+    e, value = random_expansion(10, mode=mode), random_value(20)
     a = torch.tensor([0.0, 0.3, 5.0], dtype=torch.float64)
     gains, _ = value.step_back(e, a, update)
     assert gains.definite.all()
@@ -79,16 +91,17 @@ def test_gains_minimise_the_regularised_action_value(update):
             def objective(du, b=b, dx=dx):
                 return action_value(e, value, b, dx[b], du) + a[b] / 2 * du @ du
 
-            zero = torch.zeros(M, dtype=torch.float64)
+            zero = torch.zeros_like(e.lu[b])
             slope = torch.autograd.functional.jacobian(objective, zero)
             curvature = torch.autograd.functional.hessian(objective, zero)
             least = np.linalg.solve(curvature.numpy(), -slope.numpy())
             np.testing.assert_allclose(policy[b].numpy(), least, rtol=1e-10, atol=1e-11)
 
 
-def test_the_full_update_is_the_value_of_the_policy():
+@pytest.mark.parametrize("mode", MODES)
+def test_the_full_update_is_the_value_of_the_policy(mode):
     """Gradient and Hessian of Q(dx, k + K dx), by autograd, for any gains."""
-    e, value = random_expansion(10), random_value(20)
+    e, value = random_expansion(10, mode=mode), random_value(20)
     a = torch.tensor([0.0, 0.3, 5.0], dtype=torch.float64)
     gains, before = value.step_back(e, a, "full")
     _, paper = value.step_back(e, a, "paper")
@@ -107,7 +120,7 @@ def test_the_full_update_is_the_value_of_the_policy():
         assert near(paper.Vxx[b], hessian) == (a[b] == 0)
         # the constant's change is slope + curvature / 2
         change = gains.slope[b] + gains.curvature[b] / 2
-        at_zero = action_value(e, value, b, zero, torch.zeros(M, dtype=torch.float64))
+        at_zero = action_value(e, value, b, zero, torch.zeros_like(e.lu[b]))
         torch.testing.assert_close(change, cost(zero) - at_zero, rtol=1e-10, atol=1e-12)
 
 

@@ -4,6 +4,8 @@ import ast
 import json
 import pickle
 import shutil
+import tarfile
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -105,12 +107,16 @@ def test_a_table_on_a_full_disk_keeps_whole_cells_and_is_gone_on_with(tmp_path, 
     expected = tmp_path / "expected.csv"
     run_cells(CELLS, compute, expected, progress=False)
     whole = [row["psnr"] for rows in read(expected).values() for row in rows]
+    lines = expected.read_bytes().splitlines(keepends=True)
+    # The header, and two rows for each of the four cells; before the first there is nothing.
+    ends = {0, *(len(b"".join(lines[: 1 + 2 * cells])) for cells in range(1, 5))}
     size, path = expected.stat().st_size, tmp_path / "table.csv"
     done = 0
     for limit in [*range(0, size, size // 9), size - 1]:
         with full_disk(limit), pytest.raises(OSError, match=r"table\.csv could not be written"):
             run_cells(CELLS, compute, path, progress=False)
         content = path.read_bytes()
+        assert len(content) in ends
         assert content == expected.read_bytes()[: len(content)]
         found = len(read(path)) if content else 0
         assert found >= done
@@ -337,7 +343,7 @@ def test_features_that_are_none_are_refused(tmp_path):
     path.write_bytes(whole[:-1])
     with pytest.raises(ValueError, match="damaged"):
         read_features([path], "net")
-    for metadata in ({}, {"network": "net"}):
+    for metadata in (None, {}, {"network": "net"}):
         save_file({"other": torch.zeros(3)}, path, metadata)
         with pytest.raises(ValueError, match="damaged or no file of features"):
             read_features([path], "net")
@@ -392,6 +398,40 @@ def test_weights_have_names_of_ours(tmp_path):
         with pytest.raises(ValueError, match="name is"):
             write_weights(DigitClassifier(), name, tmp_path / "in")
     assert [path.name for path in tmp_path.rglob("*")] == ["in"]
+
+
+def test_members_of_an_archive_that_point_outside_go_nowhere(tmp_path):
+    """What .npz files hold is read by name, never unpacked."""
+    folder = tmp_path / "in" / "deep"
+    folder.mkdir(parents=True)
+    for name in ("a.npz", "faces64.npz"):
+        with zipfile.ZipFile(folder / name, "w") as archive:
+            for member in ("../../escaped", "../../y.npy", "../../test.npy"):
+                archive.writestr(member, b"anything")
+    with pytest.raises(ValueError, match="damaged"):
+        from_measurement(folder / "a.npz", (1, 28, 28), Settings("super_resolution", "mnist"))
+    with pytest.raises(ValueError, match="damaged"):
+        data.faces("test", root=folder)
+    found = sorted(path.name for path in tmp_path.rglob("*") if path.is_file())
+    assert found == ["a.npz", "faces64.npz"]
+
+
+def test_a_downloaded_archive_that_points_outside_is_refused(tmp_path, monkeypatch):
+    """The one archive that is unpacked on our behalf, by scikit-learn."""
+    pytest.importorskip("sklearn", reason="pip install -e '.[train]'")
+    monkeypatch.delenv("DIFFOC_DATA", raising=False)
+    monkeypatch.setenv("DIFFOC_CACHE", str(tmp_path / "cache"))
+    home = tmp_path / "cache" / "datasets" / "lfw_home"
+    home.mkdir(parents=True)
+    for name in ("pairs.txt", "pairsDevTrain.txt", "pairsDevTest.txt"):
+        (home / name).touch()  # nothing is left to be downloaded
+    with tarfile.open(home / "lfw-funneled.tgz", "w:gz") as archive:
+        for member in ("harmless", "../../../escaped"):
+            archive.addfile(tarfile.TarInfo(member))
+    with pytest.raises(FileNotFoundError, match=r"faces64\.npz cannot be downloaded .*outside"):
+        data.faces("test")
+    assert (home / "harmless").exists()
+    assert not (tmp_path / "escaped").exists()
 
 
 def test_no_archive_is_unpacked_by_us():

@@ -14,6 +14,8 @@ from urllib.parse import unquote, urlsplit
 import pytest
 from bs4 import BeautifulSoup
 
+from diffoc import ledger
+
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page, Route
 
@@ -28,6 +30,7 @@ NOTEBOOKS = sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
 # One page of each kind, and every notebook.
 PAGES = [
     "index.html",
+    "docs/ledger.html",
     "docs/api.html",
     "docs/records.html",
     "data/README.html",
@@ -179,6 +182,24 @@ def test_the_papers_equation_numbers_are_kept(site: Path) -> None:
     pages = [(site / f"notebooks/{name}.html").read_text(encoding="utf-8") for name in NOTEBOOKS]
     for tag in (r"\tag{Theorem 4.1, Eq. 29}", r"\tag{Theorem 4.3, Eq. 32}", r"\tag{26}"):
         assert any(tag in page for page in pages)
+
+
+def test_the_ledger_has_every_claim_and_links_to_its_sources(site: Path) -> None:
+    soup = BeautifulSoup((site / "docs/ledger.html").read_text(encoding="utf-8"), "html.parser")
+    claims = ledger.read()
+    places = [heading.get_text().removesuffix("¶") for heading in soup.select("article h3")]
+    by_verdict = [claim for name in ledger.VERDICTS for claim in claims if claim.verdict == name]
+    assert places == [claim.place for claim in by_verdict]
+    text = " ".join(soup.select_one("article").get_text().split()).replace("’", "'")
+    for claim in claims:
+        assert f"{claim.verdict.capitalize()} (" in text
+        for number in claim.numbers:
+            assert f"{number}: {' '.join(number.what.split())} (" in text
+        assert " ".join((claim.planned or "").split()) in text  # commands as they are typed
+    sources = [number.source for claim in claims for number in claim.numbers]
+    printed = [source for source in sources if isinstance(source, ledger.Printed)]
+    links = [a["href"] for a in soup.select("article li a[href*=notebooks]")]
+    assert len(printed) == len(links) > 50
 
 
 def test_every_link_within_the_site_leads_somewhere(site: Path) -> None:

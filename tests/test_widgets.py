@@ -43,6 +43,7 @@ def _serving(home: Path, module: str, *options: str) -> Iterator[str]:
         "JUPYTER_CONFIG_DIR": str(home / "config"),
         "JUPYTER_DATA_DIR": str(home / "data"),
         "JUPYTER_RUNTIME_DIR": str(home / "runtime"),
+        "JUPYTERLAB_SETTINGS_DIR": str(home / "settings"),
         "PYTHONPATH": str(ROOT),
         "DIFFOC_FIGURES": str(home / "figures"),
     }
@@ -89,23 +90,38 @@ def _tab(browser: Browser, address: str) -> Page:
     return page
 
 
-@pytest.fixture(scope="module")
-def page(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
-    """A copy of the quickstart, run from top to bottom in JupyterLab, its panel in view."""
-    home = tmp_path_factory.mktemp("home")
-    shutil.copy(ROOT / "notebooks/00_quickstart.ipynb", home)
+@contextmanager
+def _in_jupyterlab(browser: Browser, notebook: str, home: Path) -> Iterator[Page]:
+    """A copy of a notebook, run from top to bottom in JupyterLab."""
+    shutil.copy(ROOT / "notebooks" / notebook, home)
+    # All cells in the page, not only those in view, or a traceback could hide below.
+    choices = (
+        home / "settings" / "@jupyterlab" / "notebook-extension" / "tracker.jupyterlab-settings"
+    )
+    choices.parent.mkdir(parents=True)
+    choices.write_text('{"windowingMode": "none"}')
     options = ["--IdentityProvider.token=token", "--allow-root", f"--ServerApp.root_dir={home}"]
     with _serving(home, "jupyterlab", *options) as address:
-        page = _tab(browser, f"{address}/lab/tree/00_quickstart.ipynb?token=token&reset")
+        page = _tab(browser, f"{address}/lab/tree/{notebook}?token=token&reset")
         page.locator(".jp-NotebookPanel .jp-Cell").first.wait_for()
         page.get_by_text("Python 3 (ipykernel) | Idle").wait_for()
         page.get_by_role("menuitem", name="Run", exact=True).click()
         page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
-        page.get_by_role("button", name="Reconstruct").wait_for()
-        # Messages of the panel are heard when the cells below it are done.
+        # The committed outputs have no widget: this one is alive.
+        page.locator(".jupyter-widgets").first.wait_for()
+        # Its messages are heard when the cells below it are done.
         page.get_by_text("Python 3 (ipykernel) | Idle").wait_for()
         yield page
         page.close()
+
+
+@pytest.fixture(scope="module")
+def page(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
+    """The quickstart, its panel in view."""
+    home = tmp_path_factory.mktemp("home")
+    with _in_jupyterlab(browser, "00_quickstart.ipynb", home) as page:
+        page.get_by_role("button", name="Reconstruct").wait_for()
+        yield page
 
 
 def _status(page: Page, pattern: str) -> str:
@@ -155,10 +171,48 @@ def test_a_long_reconstruction_can_be_cancelled_and_the_kernel_lives(page: Page)
     _status(page, r"iteration 1: .* done$")
 
 
-def test_no_cell_failed(page: Page) -> None:
-    outputs = page.locator(".jp-OutputArea-output").all_inner_texts()
+def _no_cell_failed(page: Page) -> None:
+    outputs = page.locator(".jp-OutputArea-output").all_text_contents()
     assert any(text.startswith("Established: ") for text in outputs)
     assert not [text for text in outputs if "Traceback" in text]
+
+
+def test_no_cell_of_the_quickstart_failed(page: Page) -> None:
+    _no_cell_failed(page)
+
+
+# The notebooks with widgets of their own: where the picture is, and who moves it.
+SLIDERS = {
+    "02_reverse_diffusion_as_control.ipynb": (".widget-output img", ["weight r", "steps"]),
+    "11_mnist_class_guidance.ipynb": ("img.widget-image", ["w"]),
+}
+
+
+def test_every_notebook_with_widgets_is_tried_here() -> None:
+    sources = {path.name: path.read_text() for path in (ROOT / "notebooks").glob("*.ipynb")}
+    alive = {name for name, text in sources.items() if re.search("ipywidgets|diffoc.panel", text)}
+    assert alive == {"00_quickstart.ipynb", *SLIDERS}
+
+
+@pytest.mark.parametrize("notebook", SLIDERS)
+def test_sliders_of_a_tutorial_change_its_picture(
+    browser: Browser, notebook: str, tmp_path: Path
+) -> None:
+    place, names = SLIDERS[notebook]
+    with _in_jupyterlab(browser, notebook, tmp_path) as page:
+        for name in names:
+            slider = page.locator(".widget-slider", has=page.get_by_text(name, exact=True))
+            before = _source(page, place)
+            slider.locator(".noUi-handle").press("ArrowRight")
+            picture = api.expect(page.locator(place).first)
+            picture.not_to_have_attribute("src", before or "", timeout=PATIENCE)
+        _no_cell_failed(page)
+
+
+def _source(page: Page, place: str) -> str | None:
+    """What a picture shows, or None where there is none before a slider is moved."""
+    picture = page.locator(place).first
+    return picture.get_attribute("src") if picture.count() else None
 
 
 def test_the_app_comes_up_and_reconstructs(

@@ -17,24 +17,23 @@ from diffoc.figures import plots, save_for_print
 from diffoc.figures.ablations import from_ablations
 from diffoc.ilqr import ilqr
 from diffoc.linear_gaussian import linear_gaussian, relative_error
-from diffoc.metrics import image_metrics
 from diffoc.mixtures import mixture_from_loadings
 from diffoc.operators import LinearMeasurement
 from diffoc.pretrained import load_prior
 from diffoc.priors import GaussianMixturePrior, GaussianPrior
 from diffoc.process import ReverseProcess
 from diffoc.provenance import ROOT
+from diffoc.reconstruct import Case, Settings, reconstruct
 from diffoc.records import read
-from diffoc.rules import LBFGS
-from diffoc.solver import solve
+from diffoc.riccati import Dense, terminal_value
 from diffoc.summary import by_budget, by_method, by_setting
-from diffoc.sweeps import ControlProblem
-from diffoc.tasks import likelihood, measure, task
+from diffoc.sweeps import ControlProblem, backward_sweep, roll_out
+from diffoc.tasks import measure, task
 
 Made = tuple[str, Figure, tuple[str, ...]]
 """A figure's name, the figure, and the records or computations that it shows."""
 
-ITERATIONS = 25  # of the reconstructions, which take most of the time
+ITERATIONS = 6  # of the reconstructions, which take most of the time
 
 METRICS = {"psnr": "PSNR (dB)", "ssim": "SSIM", "lpips_alex": "LPIPS (AlexNet)"}
 
@@ -117,8 +116,9 @@ def computed() -> Iterator[Made]:
     """Figures 1 to 4 on the priors of the repository, and what the theorems miss."""
     yield "steering", _steering(), ("mixture of three Gaussians, T 20, control cost 30",)
     yield "predicted_x0", _predicted_x0(), ("prior faces64, T 20",)
+    solver = f"greedy guess, {ITERATIONS} iterations of L-BFGS"
     for name, figure in _reconstructions():
-        yield name, figure, (f"prior faces64, L-BFGS, {ITERATIONS} iterations, noise 0.05, seed 0",)
+        yield name, figure, (f"prior faces64, {solver}, noise 0.05, seed 0",)
     yield "theorem_errors", _theorem_errors(), ("linear-Gaussian setting, n 8, T 50",)
     yield "scores", _scores(), ("prior N(0, 1), y 0.7, x 0.3, noise 0.1",)
 
@@ -167,43 +167,31 @@ def _predicted_x0() -> Figure:
 
 def _reconstructions() -> Iterator[tuple[str, Figure]]:
     prior, truth = load_prior("faces64"), portrait("astronaut")
-    names = ["super_resolution", "random_inpainting", "gaussian_blur"]
-    measurements, costs = [], []
-    for name in names:
-        generator = torch.Generator().manual_seed(0)
+
+    def solved(name: str, steps: int) -> tuple[Tensor, Tensor, str]:
+        """Measurement, image and its quality, as `python -m diffoc solve` has them."""
+        settings = Settings(name, "faces64", steps=steps, iterations=ITERATIONS)
+        generator = torch.Generator().manual_seed(settings.seed)
         physics = task(name, prior.image_shape, generator)
-        measurements.append(measure(physics, truth, generator))
-        costs.append(likelihood(physics, measurements[-1]))
+        y = measure(physics, truth, generator, settings.noise_std)
+        result, report = reconstruct(Case(physics, y, truth, []), prior, settings, progress=False)
+        return y, result.x0, f"{report['metrics']['psnr']:.1f} dB"
 
-    def reconstruct(steps: int, count: int) -> Tensor:
-        """Images (count, 1, 64, 64) of the first tasks, in one batch."""
-        return solve(
-            ReverseProcess(prior, steps),
-            lambda x: torch.cat([costs[b](x[b : b + 1]) for b in range(count)]),
-            truth.new_zeros(count, *truth.shape[1:]),
-            rank=0,
-            iterations=ITERATIONS,
-            update=LBFGS(),
-        ).x0
-
-    def quality(image: Tensor) -> str:
-        return f"{image_metrics(image[None], truth)['psnr'].item():.1f} dB"
-
-    images = reconstruct(10, len(names))
-    columns = {
-        name.replace("_", " "): [truth[0], y[0], image]
-        for name, y, image in zip(names, measurements, images, strict=True)
-    }
-    captions = {title: ["", "", quality(found[-1])] for title, found in columns.items()}
+    names = ("super_resolution", "box_inpainting", "gaussian_blur")
+    found = {name: solved(name, 10) for name in names}
+    titles = {name: name.replace("_", " ") for name in names}
+    columns = {titles[name]: [truth[0], y[0], x[0]] for name, (y, x, _) in found.items()}
+    captions = {titles[name]: ["", "", quality] for name, (*_, quality) in found.items()}
     rows = ["truth", "measurement", "reconstruction"]
     yield "reconstructions", plots.reconstructions(columns, rows, captions)
 
-    by_steps = {2: reconstruct(2, 1), 5: reconstruct(5, 1), 10: images[:1]}
-    found = {f"$T = {steps}$": image for steps, image in by_steps.items()}
-    captions = {title: [quality(image[0])] for title, image in found.items()}
-    shown = {"truth": truth, "measurement": measurements[0], **found}
+    first = names[0]
+    by_steps = {steps: solved(first, steps) for steps in (2, 5)} | {10: found[first]}
+    shown = {"truth": truth, "measurement": found[first][0]}
+    shown |= {f"$T = {steps}$": image for steps, (_, image, _) in by_steps.items()}
+    captions = {f"$T = {steps}$": [quality] for steps, (*_, quality) in by_steps.items()}
     columns = {title: list(images) for title, images in shown.items()}
-    yield "steps", plots.reconstructions(columns, ["super resolution"], captions)
+    yield "steps", plots.reconstructions(columns, [titles[first]], captions)
 
 
 def _theorem_errors() -> Figure:
@@ -218,19 +206,20 @@ def _theorem_errors() -> Figure:
         # An output control acts after the step, an input control before it.
         places = range(1, steps + 1) if mode == "output" else range(steps)
         gradients = torch.stack([setting.gradient(process, i, path[i]) for i in places])
+        # Around the uncontrolled path; no constant and no rank has a part in the expansion.
+        trajectory = roll_out(problem, x, x.new_zeros(steps, *x.shape), Dense())
+        expansions = [expand() for expand in trajectory.steps]
         for rank, terms in {None: "second-order terms kept", 0: "dropped"}.items():
+            value = terminal_value(setting.likelihood, path[-1], rank)
+            gains = [
+                backward_sweep(expansions, value, x.new_full((steps, 1), a), "full")[0]
+                for a in constants
+            ]
             errors[f"{theorem}, {terms}"] = [
-                relative_error(a * _gains(problem, x, a, rank), gradients) for a in constants
+                relative_error(a * torch.stack([gain.k for gain in sweep]), gradients)
+                for a, sweep in zip(constants, gains, strict=True)
             ]
     return plots.theorem_errors(constants, errors, 1e-12)
-
-
-def _gains(problem: ControlProblem, x: Tensor, a: float, rank: int | None) -> Tensor:
-    """Feedforward gains (T, B, n) of one sweep from zero controls."""
-    found = ilqr(
-        problem, x, regularization=a, hessian_rank=rank, line_search=None, max_iterations=1
-    )
-    return torch.stack([gain.k for gain in found.gains])
 
 
 def _scores() -> Figure:
