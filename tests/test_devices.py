@@ -126,13 +126,12 @@ def test_frozen_noise_is_there_too():
         assert tensor.device == DEVICE
 
 
-@pytest.mark.parametrize("keep", [True, False])
-def test_the_network_of_the_paper_at_full_size(keep):
+def test_the_network_of_the_paper_at_full_size():
     """93.56 M parameters and images of 256 x 256, through three iterations of rank 1."""
     found = on_fake_device(
         rank=1,
         update=Adam(),
-        keep=keep,
+        keep=False,  # as it has to be run: the activations of all steps fit nowhere
         prior=lambda: untrained_adm("ffhq256"),
         shape=(3, 256, 256),
     )
