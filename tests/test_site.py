@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -21,9 +20,6 @@ if TYPE_CHECKING:
 
 for package in ("sphinx", "myst_nb", "furo", "mathjax", "playwright"):
     pytest.importorskip(package, reason=f"{package} is missing: pip install -e '.[site]'")
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-if CHROMIUM is None:
-    pytest.skip("there is no chromium: apt install chromium", allow_module_level=True)
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
@@ -73,15 +69,6 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.fixture(scope="session")
-def browser() -> Iterator[Browser]:
-    api = pytest.importorskip("playwright.sync_api")
-    with api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
 class Visit:
     """A page that was read: the tab, what its console complained of, and who was asked for what."""
 
@@ -104,7 +91,7 @@ class Visit:
         self.page.evaluate("window.MathJax?.startup?.promise")
 
 
-@pytest.fixture(scope="session", params=PAGES)
+@pytest.fixture(scope="module", params=PAGES)
 def visit(request: pytest.FixtureRequest, site: Path, browser: Browser) -> Iterator[Visit]:
     """Each page once, on a phone in the dark; the tests of it share the visit."""
     tab = browser.new_page(viewport={"width": 390, "height": 844}, color_scheme="dark")

@@ -22,9 +22,6 @@ if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
 api = pytest.importorskip("playwright.sync_api", reason="pip install -e '.[site]'")
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-if CHROMIUM is None:
-    pytest.skip("there is no chromium: apt install chromium", allow_module_level=True)
 
 ROOT = Path(__file__).resolve().parents[1]
 PATIENCE = 300_000  # milliseconds: the machine may be busy
@@ -73,14 +70,6 @@ def _wait_for(address: str, server: subprocess.Popen) -> None:
         except (urllib.error.URLError, ConnectionError):
             time.sleep(1)
     pytest.fail(f"no answer from {address}")
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 def _tab(browser: Browser, address: str) -> Page:
