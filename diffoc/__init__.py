@@ -3,7 +3,8 @@
 The executable companion of "Solving Inverse Problems via Diffusion Optimal Control"
 (Li & Pereira, NeurIPS 2024, arXiv:2412.16748). Data flows through the modules in this order::
 
-    priors, operators -> process -> costs -> riccati, lowrank, projected -> sweeps -> ilqr -> solver
+    priors, operators -> process -> costs -> riccati, lowrank, matrix_free, projected -> sweeps ->
+    ilqr -> solver
 
 Pretrained priors come by name, from :func:`load_prior`; :func:`solve` is the entry point for
 images.

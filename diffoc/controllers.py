@@ -17,7 +17,7 @@ from torch import Tensor
 from diffoc.baselines import method
 from diffoc.costs import ControlCost
 from diffoc.greedy import greedy_controls
-from diffoc.lowrank import MatrixFree
+from diffoc.matrix_free import MatrixFree
 from diffoc.process import ReverseProcess
 from diffoc.projected import Projected
 from diffoc.rules import LBFGS, Adam

@@ -11,8 +11,9 @@ An iteration expands it around the nominal trajectory, sweeps backward for the g
 
 with a backtracking line search on :math:`\epsilon` (or Adam, Eq. 80) and Tikhonov regularisation
 of Quu, both of each problem of the batch on its own. How derivatives are represented, as dense
-matrices (:class:`diffoc.riccati.Dense`), by products only (:class:`diffoc.lowrank.MatrixFree`) or
-by the paper's projections (:class:`diffoc.projected.Projected`), the controller does not know.
+matrices (:class:`diffoc.riccati.Dense`), by products only
+(:class:`diffoc.matrix_free.MatrixFree`) or by the paper's projections
+(:class:`diffoc.projected.Projected`), the controller does not know.
 """
 
 from __future__ import annotations
@@ -115,7 +116,7 @@ def ilqr(
         x: initial states, (B, ...), float32 or float64.
         controls: the initial guess, (T, B, ...); zeros of the states' shape by default.
         derivatives: dense matrices, or products only for large states
-            (:class:`diffoc.lowrank.MatrixFree`), or projections.
+            (:class:`diffoc.matrix_free.MatrixFree`), or projections.
         regularization: a :class:`Tikhonov` schedule (the default), or a fixed constant: a
             number, or one per step, (T,).
         value_update: "full", or "paper" for Eqs. 48 and 49.

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from diffoc import data
-from diffoc.lowrank import MatrixFree
+from diffoc.matrix_free import MatrixFree
 from diffoc.metrics import image_metrics
 from diffoc.pretrained import load_prior
 from diffoc.process import ReverseProcess

@@ -45,13 +45,12 @@ import torch
 from torch import Tensor
 
 from diffoc.curvature import HESSIANS, terminal_products
-from diffoc.lowrank import (
+from diffoc.lowrank import LowRankGains, low_rank_step
+from diffoc.matrix_free import (
     Counts,
-    LowRankGains,
     check_rank,
     control_weight,
     linearize_step,
-    low_rank_step,
     random_directions,
 )
 from diffoc.randomized import range_finder
@@ -64,7 +63,7 @@ class ProjectedStep:
 
     Attributes:
         basis: computes P, (B, n, r), orthonormal.
-        pullback: as of :class:`diffoc.lowrank.MatrixFreeStep`.
+        pullback: as of :class:`diffoc.matrix_free.MatrixFreeStep`.
         u: the nominal control, flat, (B, m).
         r: weight of the control cost.
         sides: from which the Jacobians are projected.

@@ -17,7 +17,7 @@ from torch import Tensor
 from diffoc.controllers import FIRST_FROM_GUESS, ITERATIONS, STEPS
 from diffoc.files import replacing
 from diffoc.greedy import greedy_controls
-from diffoc.lowrank import MatrixFree
+from diffoc.matrix_free import MatrixFree
 from diffoc.metrics import image_metrics
 from diffoc.pictures import picture_size, read_picture, read_transparency, write_picture
 from diffoc.process import ReverseProcess

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from diffoc.checks import check_tensor
 from diffoc.costs import ControlCost
 from diffoc.ilqr import ILQRResult, ilqr
-from diffoc.lowrank import Counts, MatrixFree
+from diffoc.matrix_free import Counts, MatrixFree
 from diffoc.process import ReverseProcess, drift_and_diffusion
 from diffoc.projected import Projected
 from diffoc.rules import LBFGS, Adam, LineSearch, Tikhonov

@@ -29,7 +29,7 @@ class Value(Protocol):
 
 class Derivatives(Protocol):
     """How derivatives are represented: what the controller asks of :class:`diffoc.riccati.Dense`,
-    :class:`diffoc.lowrank.MatrixFree` and :class:`diffoc.projected.Projected`.
+    :class:`diffoc.matrix_free.MatrixFree` and :class:`diffoc.projected.Projected`.
 
     It only passes on what they return, steps, expansions and values, each to the one it is from.
     """

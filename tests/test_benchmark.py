@@ -12,7 +12,7 @@ from diffoc.__main__ import main
 from diffoc.benchmark import bare_iteration, flop, measure, project
 from diffoc.costs import ControlCost, GaussianLikelihood
 from diffoc.ilqr import ilqr
-from diffoc.lowrank import MatrixFree
+from diffoc.matrix_free import MatrixFree
 from diffoc.memory import LiveTensors, peak_memory
 from diffoc.operators import average_pool
 from diffoc.pretrained import untrained_adm

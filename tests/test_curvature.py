@@ -9,7 +9,7 @@ from torch import nn
 from diffoc.costs import GaussianLikelihood, ResidualNorm
 from diffoc.curvature import HESSIANS, terminal_products
 from diffoc.data import digits
-from diffoc.lowrank import MatrixFree
+from diffoc.matrix_free import MatrixFree
 from diffoc.operators import average_pool
 from diffoc.randomized import range_error_bound, range_finder
 from diffoc.sweeps import ControlProblem

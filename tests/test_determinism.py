@@ -10,7 +10,7 @@ from azula.denoise import KarrasDenoiser
 from azula.noise import VPSchedule
 
 from diffoc.costs import GaussianLikelihood
-from diffoc.lowrank import MatrixFree
+from diffoc.matrix_free import MatrixFree
 from diffoc.mixtures import mixture_from_loadings
 from diffoc.networks import UNetBackbone
 from diffoc.operators import average_pool

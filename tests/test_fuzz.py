@@ -580,6 +580,7 @@ INSIDE = {
     "ledger": "test_ledger has its doors",
     "linear_gaussian": "a fixed setting",
     "lowrank": "behind ilqr",
+    "matrix_free": "behind ilqr",
     "memory": "measures",
     "methods": "test_experiments has its doors",
     "mixtures": "the algebra behind the priors, but for mixture_from_loadings, above",

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from diffoc.costs import ControlCost
-from diffoc.lowrank import LowRankValue, MatrixFreeStep, linearize_step, pull_back
+from diffoc.lowrank import LowRankValue
+from diffoc.matrix_free import MatrixFreeStep, linearize_step, pull_back
 from diffoc.riccati import DenseValue, expand_step
 from diffoc.sweeps import backward_sweep
 

@@ -7,7 +7,7 @@ import torch
 
 from diffoc.costs import ControlCost, GaussianLikelihood
 from diffoc.ilqr import DivergenceError, ilqr
-from diffoc.lowrank import Counts, MatrixFree
+from diffoc.matrix_free import Counts, MatrixFree
 from diffoc.projected import Projected
 from diffoc.riccati import Dense, terminal_value
 from diffoc.rules import LBFGS, Adam, AdamState, LBFGSState, LineSearch

@@ -6,7 +6,7 @@ import torch
 
 from diffoc.costs import ControlCost, GaussianLikelihood
 from diffoc.ilqr import ilqr
-from diffoc.lowrank import Counts, MatrixFree
+from diffoc.matrix_free import Counts, MatrixFree
 from diffoc.projected import Projected, push_forward
 from diffoc.riccati import Dense, expand_step
 from diffoc.rules import LineSearch

@@ -8,7 +8,7 @@ import diffoc
 from diffoc.costs import ControlCost, GaussianLikelihood
 from diffoc.data import digits
 from diffoc.ilqr import DivergenceError, ilqr
-from diffoc.lowrank import Counts, MatrixFree
+from diffoc.matrix_free import Counts, MatrixFree
 from diffoc.operators import average_pool
 from diffoc.priors import GaussianPrior
 from diffoc.process import ReverseProcess
