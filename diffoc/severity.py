@@ -21,7 +21,6 @@ import torch
 from azula.nn.unet import UNet
 from torch import Tensor, nn
 
-from diffoc import tasks
 from diffoc.autoencoder import Autoencoder, load_autoencoder
 from diffoc.baselines import UnsupportedTask
 from diffoc.data import load_weights
@@ -118,6 +117,8 @@ def severities(network: SeverityEncoder, x: Tensor, generator: torch.Generator) 
 
 
 def _degraded(x: Tensor, generator: torch.Generator) -> Tensor:
+    from diffoc import tasks  # whose deepinv takes as long to import as torch
+
     index = int(torch.randint(len(TRAINED_TASKS), (), generator=generator))
     physics = tasks.task(TRAINED_TASKS[index], x.shape[1:], generator)
     return as_picture(tasks.measure(physics.to(x.device), x, generator), x.shape[1:])

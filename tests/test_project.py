@@ -54,6 +54,13 @@ def test_constraints_are_exact_and_hold_on_every_platform() -> None:
         assert pin.url is None, pin
 
 
+def test_importing_the_package_leaves_out_what_takes_seconds() -> None:
+    slow = {"deepinv", "diffusers", "matplotlib", "torchvision"}
+    code = f"import sys, diffoc; print(*sorted({slow} & sys.modules.keys()))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.split() == []
+
+
 def test_conda_installs_what_pyproject_says() -> None:
     environment = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))
     *conda, pip = environment["dependencies"]

@@ -20,13 +20,16 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
+from typing import TYPE_CHECKING
 
 import torch
 from azula.denoise import Denoiser
-from deepinv.physics import Physics
 from torch import Tensor
 
 from diffoc.checks import check_tensor
+
+if TYPE_CHECKING:
+    from deepinv.physics import Physics
 
 
 class UnsupportedTask(ValueError):
