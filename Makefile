@@ -23,14 +23,17 @@ reproduce: $(STAMP) ## execute every notebook; regenerate figures/; tell what ea
 
 # The figures that the notebooks draw here go to build/, so that a test leaves the tree as it was.
 # Each file is one worker's, and the notebooks, which take longest, come first: what is left at the
-# end is short, and no worker waits long for the other.
+# end is short, and no worker waits long for the other. Types are checked
+# beside the tests, and reported after them.
 test: $(STAMP) ## check the style, the types, the unit tests and every notebook
 	@$(RUN) ruff check
 	@$(RUN) ruff format --check
-	@$(RUN) mypy
-	@DIFFOC_FIGURES="$(CURDIR)/build/figures" OMP_NUM_THREADS=1 $(RUN) pytest \
+	@mkdir -p build
+	@$(RUN) mypy >build/types.txt 2>&1 & mypy=$$!; \
+	DIFFOC_FIGURES="$(CURDIR)/build/figures" OMP_NUM_THREADS=1 $(RUN) pytest \
 		--quiet --numprocesses 2 --dist loadfile --no-loadscope-reorder \
-		--nbval-lax --nbval-current-env notebooks tests
+		--nbval-lax --nbval-current-env notebooks tests; \
+	tests=$$?; wait $$mypy; types=$$?; cat build/types.txt; exit $$((tests | types))
 
 coverage: $(STAMP) ## measure how much of the package the unit tests reach: 90 % at least
 	@mkdir -p build
