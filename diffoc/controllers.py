@@ -55,6 +55,7 @@ def control(
     control_cost: float = 1.0,
     from_noise: bool = False,
     greedy: bool = False,
+    discrepancy: bool = True,
 ) -> Tensor:
     """Images (B, ...) by the controller, with L-BFGS and the discrepancy principle.
 
@@ -64,12 +65,13 @@ def control(
     Args:
         noise_std: of the measurements.
         steps: T, at least 1.
-        iterations: at most; fewer where the residual is the noise's. With the line search's
+        iterations: at most; fewer by the discrepancy principle. With the line search's
             trials, evaluations are T (1 + iterations) or some more, products T iterations.
         control_cost: r, not negative.
         from_noise: whether to start from `x` all the same.
         greedy: whether the first guess of the controls is the greedy one, T evaluations more; of
             a linear task, of others it is zero.
+        discrepancy: whether an image is done when its residual is the noise's.
     """
     process = ReverseProcess(prior, steps)
     start = x if from_noise else torch.zeros_like(x)
@@ -85,8 +87,8 @@ def control(
         rank=0,
         iterations=iterations,
         update=LBFGS() if guess is None else LBFGS(first=FIRST_FROM_GUESS),
-        residual=lambda x0: physics.A(x0) - y,
-        noise_level=noise_level(physics, y, noise_std),
+        residual=(lambda x0: physics.A(x0) - y) if discrepancy else None,
+        noise_level=noise_level(physics, y, noise_std) if discrepancy else None,
     ).x0
 
 
@@ -101,13 +103,19 @@ def control_planned(
     noise_std: float,
     steps: int,
     budget: int,
+    control_cost: float = 0.3,
+    discrepancy: bool = True,
 ) -> Tensor:
     """Images (B, ...) by :func:`control` from the greedy guess, with as many steps as are tuned.
+
+    Without the discrepancy principle it ends where the budget does. A control cost of 1 is then the
+    prior's own for the first control, which is all of the noise if the start is zero.
 
     Args:
         noise_std: of the measurements.
         steps: T, at least 1.
         budget: of evaluations, at least 4 T.
+        control_cost, discrepancy: as for :func:`control`.
 
     Raises:
         ValueError: for a smaller budget.
@@ -126,8 +134,9 @@ def control_planned(
         steps=steps,
         # The guess and the first rollout take T evaluations each.
         iterations=iterations_within(budget - 2 * steps, steps),
-        control_cost=0.3,
+        control_cost=control_cost,
         greedy=True,
+        discrepancy=discrepancy,
     )
 
 

@@ -137,6 +137,13 @@ METHODS: dict[str, Method] = {
         ("steps", (5, 10, 20, 30)),
         lambda settings: (settings["budget"],) * 2,
     ),
+    "control_unstopped": Method(
+        "Ours, not stopped",
+        control_planned,
+        lambda task, nfe: {"budget": nfe, "control_cost": 1.0, "discrepancy": False},
+        ("steps", (5, 10, 20, 30)),
+        lambda settings: (settings["budget"],) * 2,
+    ),
     "control_cold": Method(
         "Ours, from zero",
         control,

@@ -232,11 +232,11 @@ def run_method(method, prior, name, **settings):
     return counted, physics, y, x0, truth
 
 
-@pytest.mark.parametrize("name", ["control", "control_cold"])
+@pytest.mark.parametrize("name", ["control", "control_unstopped", "control_cold"])
 def test_the_controller_keeps_its_budget_and_explains_the_measurement(name):
     method = METHODS[name]
     settings = method.settings("super_resolution", 1000)
-    if name == "control":
+    if name != "control_cold":
         settings |= {"steps": 10}
     counted, physics, y, x0, truth = run_method(
         method.run, load_prior("faces64"), "super_resolution", **settings

@@ -437,7 +437,9 @@ MEASURED = measure(DROPPING, NOISY, generator(), 0.1)
 def settings_by_name(name):
     """A method's settings for few evaluations."""
     method = METHODS[name]
-    found = method.settings("random_inpainting", 1000 if name == "control_paper" else 12)
+    # Ours from the guess has to have four evaluations for each of its thirty steps.
+    nfe = {"control_paper": 1000, "control": 120, "control_unstopped": 120}.get(name, 12)
+    found = method.settings("random_inpainting", nfe)
     return found | ({method.tuned[0]: method.tuned[1][-1]} if method.tuned else {})
 
 

@@ -116,3 +116,33 @@ def test_the_greedy_guess_saves_evaluations(name):
         )
         scores[greedy] = image_metrics(x0, truth)["psnr"].item()
     assert scores[True] > scores[False] + 1
+
+
+def test_without_the_discrepancy_principle_it_reaches_the_minimum_of_the_cost():
+    # Of a Gaussian prior the image is affine in the controls, so that the cost is a quadratic.
+    generator = seeded()
+    n, steps, noise, r = 4, 5, 0.3, 1.0
+    root = torch.randn(n, n, generator=generator, dtype=torch.float64)
+    prior = GaussianPrior(torch.ones(n, dtype=torch.float64), root @ root.mT, VPSchedule())
+    matrix = torch.randn(2, n, generator=generator, dtype=torch.float64)
+    physics, y = physics_of(matrix), torch.randn(1, 2, generator=generator, dtype=torch.float64)
+    x = torch.zeros(1, n, dtype=torch.float64)
+
+    process = ReverseProcess(prior, steps)
+    still = process.rollout(x)[-1][0]
+    unit = torch.eye(steps * n, dtype=torch.float64).reshape(steps * n, steps, n).movedim(0, 1)
+    columns = process.rollout(x.expand(steps * n, n), unit)[-1] - still
+    M = matrix @ columns.mT
+    u = torch.linalg.solve(
+        M.mT @ M / noise**2 + r * torch.eye(steps * n, dtype=torch.float64),
+        M.mT @ (y[0] - matrix @ still) / noise**2,
+    )
+    best = still + columns.mT @ u
+
+    settings = {"noise_std": noise, "steps": steps, "budget": 2000}
+    found = control_planned(
+        prior, physics, y, x, seeded(), control_cost=r, discrepancy=False, **settings
+    )
+    torch.testing.assert_close(found[0], best, rtol=1e-6, atol=1e-6)
+    stopped = control_planned(prior, physics, y, x, seeded(), control_cost=r, **settings)
+    assert (stopped[0] - best).norm() > 1e-2 * best.norm()
