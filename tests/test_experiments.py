@@ -235,13 +235,13 @@ def run_method(method, prior, name, **settings):
 @pytest.mark.parametrize("name", ["control", "control_unstopped", "control_cold"])
 def test_the_controller_keeps_its_budget_and_explains_the_measurement(name):
     method = METHODS[name]
-    settings = method.settings("super_resolution", 1000)
+    settings = method.settings("super_resolution", 300)
     if name != "control_cold":
         settings |= {"steps": 10}
     counted, physics, y, x0, truth = run_method(
         method.run, load_prior("faces64"), "super_resolution", **settings
     )
-    assert counted.evaluations <= 1000
+    assert counted.evaluations <= 300
     assert (physics.A(x0) - y).square().mean().sqrt() < 1.2 * 0.05
     # Better than interpolation, which knows nothing of faces.
     simple = torch.nn.functional.interpolate(y, scale_factor=4, mode="bicubic")
