@@ -16,6 +16,7 @@ from torch import Tensor
 
 from diffoc.baselines import method
 from diffoc.costs import ControlCost
+from diffoc.counting import CountedPrior
 from diffoc.greedy import greedy_controls
 from diffoc.matrix_free import MatrixFree
 from diffoc.process import ReverseProcess
@@ -55,7 +56,7 @@ def control(
     control_cost: float = 1.0,
     from_noise: bool = False,
     greedy: bool = False,
-    discrepancy: bool = True,
+    budget: int | None = None,
 ) -> Tensor:
     """Images (B, ...) by the controller, with L-BFGS and the discrepancy principle.
 
@@ -71,10 +72,17 @@ def control(
         from_noise: whether to start from `x` all the same.
         greedy: whether the first guess of the controls is the greedy one, T evaluations more; of
             a linear task, of others it is zero.
-        discrepancy: whether an image is done when its residual is the noise's.
+        budget: of evaluations: if given, it takes the place of the discrepancy principle, and no
+            iteration begins that goes beyond it, unless by its line search.
     """
-    process = ReverseProcess(prior, steps)
+    counted = CountedPrior(prior)
+    process = ReverseProcess(counted, steps)
     start = x if from_noise else torch.zeros_like(x)
+
+    def spare(iteration: int, costs: Tensor, x0: Tensor) -> None:
+        if budget is not None and counted.evaluations + steps * len(x) > budget * len(x):
+            raise StopIteration
+
     guess = None
     if greedy and isinstance(physics, LinearPhysics):
         guess = greedy_controls(process, physics, y, start, noise_std)
@@ -87,8 +95,9 @@ def control(
         rank=0,
         iterations=iterations,
         update=LBFGS() if guess is None else LBFGS(first=FIRST_FROM_GUESS),
-        residual=(lambda x0: physics.A(x0) - y) if discrepancy else None,
-        noise_level=noise_level(physics, y, noise_std) if discrepancy else None,
+        residual=(lambda x0: physics.A(x0) - y) if budget is None else None,
+        noise_level=noise_level(physics, y, noise_std) if budget is None else None,
+        callback=spare,
     ).x0
 
 
@@ -103,27 +112,18 @@ def control_planned(
     noise_std: float,
     steps: int,
     budget: int,
-    control_cost: float = 0.3,
-    discrepancy: bool = True,
 ) -> Tensor:
     """Images (B, ...) by :func:`control` from the greedy guess, with as many steps as are tuned.
-
-    Without the discrepancy principle it ends where the budget does. A control cost of 1 is then the
-    prior's own for the first control, which is all of the noise if the start is zero.
 
     Args:
         noise_std: of the measurements.
         steps: T, at least 1.
         budget: of evaluations, at least 4 T.
-        control_cost, discrepancy: as for :func:`control`.
 
     Raises:
         ValueError: for a smaller budget.
     """
-    if steps < 1:
-        raise ValueError(f"steps is {steps}, expected at least 1")
-    if budget < 4 * steps:
-        raise ValueError(f"budget is {budget}, expected at least 4 times the {steps} steps")
+    _check_budget(steps, budget)
     return control(
         prior,
         physics,
@@ -134,10 +134,57 @@ def control_planned(
         steps=steps,
         # The guess and the first rollout take T evaluations each.
         iterations=iterations_within(budget - 2 * steps, steps),
-        control_cost=control_cost,
+        control_cost=0.3,
         greedy=True,
-        discrepancy=discrepancy,
     )
+
+
+@method
+def control_unstopped(
+    prior: Denoiser,
+    physics: Physics,
+    y: Tensor,
+    x: Tensor,
+    generator: torch.Generator,
+    *,
+    noise_std: float,
+    steps: int,
+    budget: int,
+) -> Tensor:
+    """Images (B, ...) as :func:`control_planned`, which however uses up its budget.
+
+    A control cost of 1 keeps it from fitting the noise. It is the prior's own for the first
+    control, which is all of the noise if the start is zero.
+
+    Args:
+        noise_std: of the measurements.
+        steps: T, at least 1.
+        budget: of evaluations, at least 4 T; the last iteration's line search may go beyond it.
+
+    Raises:
+        ValueError: for a smaller budget.
+    """
+    _check_budget(steps, budget)
+    return control(
+        prior,
+        physics,
+        y,
+        x,
+        generator,
+        noise_std=noise_std,
+        steps=steps,
+        iterations=budget // steps,
+        control_cost=1.0,
+        greedy=True,
+        budget=budget,
+    )
+
+
+def _check_budget(steps: int, budget: int) -> None:
+    if steps < 1:
+        raise ValueError(f"steps is {steps}, expected at least 1")
+    if budget < 4 * steps:
+        raise ValueError(f"budget is {budget}, expected at least 4 times the {steps} steps")
 
 
 @method

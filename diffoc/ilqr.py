@@ -76,8 +76,8 @@ class ILQRResult:
         cost: J, (B,).
         gains: of the batch's last backward sweep, around the trajectories before the last step.
         status: of each problem "gradient" or "cost" (converged by that test), "stalled" (no
-            descent at the largest regularisation), "stopped" (by `stop`) or "iterations" (by
-            their number).
+            descent at the largest regularisation), "stopped" (by `stop` or `callback`) or
+            "iterations" (by their number).
         history: of the iterations.
     """
 
@@ -130,7 +130,7 @@ def ilqr(
             gains while those of the next iteration are computed.
         stop: maps final states to the problems that are good enough, (B,) bool.
         callback: called after each iteration with its number, the costs (B,) and the final states
-            (B, ...).
+            (B, ...); if it raises StopIteration, all problems are stopped there.
 
     Returns:
         The best trajectory and how it was found.
@@ -280,7 +280,10 @@ def ilqr(
             stuck = lbfgs.forget(active & ~moved) if lbfgs else ~moved
         active = _retire(active, stuck, status, "stalled")
         if callback:
-            callback(iteration, cost, nominal.x[-1])
+            try:
+                callback(iteration, cost, nominal.x[-1])
+            except StopIteration:
+                active = _retire(active, active, status, "stopped")
 
     return result()
 

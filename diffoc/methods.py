@@ -33,6 +33,7 @@ from diffoc.controllers import (
     control,
     control_paper,
     control_planned,
+    control_unstopped,
     iterations_within,
 )
 from diffoc.data import data_folder
@@ -139,8 +140,8 @@ METHODS: dict[str, Method] = {
     ),
     "control_unstopped": Method(
         "Ours, not stopped",
-        control_planned,
-        lambda task, nfe: {"budget": nfe, "control_cost": 1.0, "discrepancy": False},
+        control_unstopped,
+        lambda task, nfe: {"budget": nfe},
         ("steps", (5, 10, 20, 30)),
         lambda settings: (settings["budget"],) * 2,
     ),

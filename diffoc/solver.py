@@ -104,7 +104,7 @@ def solve(
         keep_states: whether the result has the trajectory.
         progress: whether to show a bar.
         callback: called after each iteration with its number, the costs (B,) and the images
-            (B, C, H, W).
+            (B, C, H, W); if it raises StopIteration, the run ends there.
 
     Raises:
         ValueError: if an argument is wrong.

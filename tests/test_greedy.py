@@ -5,7 +5,7 @@ import torch
 from azula.noise import VPSchedule
 from deepinv.physics import LinearPhysics
 
-from diffoc.controllers import control, control_planned
+from diffoc.controllers import control, control_planned, control_unstopped
 from diffoc.counting import CountedPrior
 from diffoc.greedy import PIXEL_VARIANCE, greedy_controls
 from diffoc.metrics import image_metrics
@@ -118,10 +118,10 @@ def test_the_greedy_guess_saves_evaluations(name):
     assert scores[True] > scores[False] + 1
 
 
-def test_without_the_discrepancy_principle_it_reaches_the_minimum_of_the_cost():
+def test_unstopped_it_reaches_the_minimum_of_the_cost():
     # Of a Gaussian prior the image is affine in the controls, so that the cost is a quadratic.
     generator = seeded()
-    n, steps, noise, r = 4, 5, 0.3, 1.0
+    n, steps, noise = 4, 5, 0.3
     root = torch.randn(n, n, generator=generator, dtype=torch.float64)
     prior = GaussianPrior(torch.ones(n, dtype=torch.float64), root @ root.mT, VPSchedule())
     matrix = torch.randn(2, n, generator=generator, dtype=torch.float64)
@@ -134,15 +134,25 @@ def test_without_the_discrepancy_principle_it_reaches_the_minimum_of_the_cost():
     columns = process.rollout(x.expand(steps * n, n), unit)[-1] - still
     M = matrix @ columns.mT
     u = torch.linalg.solve(
-        M.mT @ M / noise**2 + r * torch.eye(steps * n, dtype=torch.float64),
+        M.mT @ M / noise**2 + torch.eye(steps * n, dtype=torch.float64),
         M.mT @ (y[0] - matrix @ still) / noise**2,
     )
     best = still + columns.mT @ u
 
     settings = {"noise_std": noise, "steps": steps, "budget": 2000}
-    found = control_planned(
-        prior, physics, y, x, seeded(), control_cost=r, discrepancy=False, **settings
-    )
+    found = control_unstopped(prior, physics, y, x, seeded(), **settings)
     torch.testing.assert_close(found[0], best, rtol=1e-6, atol=1e-6)
-    stopped = control_planned(prior, physics, y, x, seeded(), control_cost=r, **settings)
+    stopped = control_planned(prior, physics, y, x, seeded(), **settings)
     assert (stopped[0] - best).norm() > 1e-2 * best.norm()
+
+
+@pytest.mark.parametrize("budget", [20, 33, 60])
+def test_unstopped_it_uses_up_its_budget(budget):
+    generator = seeded()
+    prior = CountedPrior(load_prior("mnist"))
+    physics = task("super_resolution", (1, 28, 28), generator)
+    x = torch.randn(2, 1, 28, 28, generator=generator)
+    y = measure(physics, x.clamp(-1, 1), generator)
+    control_unstopped(prior, physics, y, x, generator, noise_std=0.05, steps=5, budget=budget)
+    # A line search of the last iteration may have tried once more.
+    assert budget - 5 < prior.evaluations / 2 <= budget + 5

@@ -790,3 +790,19 @@ def test_a_growing_constant_stops_at_the_maximum():
     for _ in range(5):
         a, delta = schedule.grow(a, delta)
     assert a.item() == 10.0
+
+
+def test_a_callback_that_raises_stop_iteration_ends_the_run():
+    problem, x, controls = pendulum()
+    seen = []
+
+    def enough(iteration, cost, states):
+        seen.append((cost, states))
+        if iteration == 2:
+            raise StopIteration
+
+    result = ilqr(problem, x, controls, callback=enough)
+    assert len(seen) == 3
+    assert result.status == ["stopped"] * len(x)
+    torch.testing.assert_close(result.cost, seen[-1][0], rtol=0, atol=0)
+    torch.testing.assert_close(result.states[-1], seen[-1][1], rtol=0, atol=0)
