@@ -23,8 +23,8 @@ reproduce: $(STAMP) ## execute every notebook; regenerate figures/; tell what ea
 
 # The figures that the notebooks draw here go to build/, so that a test leaves the tree as it was.
 # Each file is one worker's, and the notebooks, which take longest, come first: what is left at the
-# end is short, and no worker waits long for the other. Types are checked
-# beside the tests, and reported after them.
+# end is short, and no worker waits long for the other. Types are checked beside the tests, and
+# reported after them.
 test: $(STAMP) ## check the style, the types, the unit tests and every notebook
 	@$(RUN) ruff check
 	@$(RUN) ruff format --check

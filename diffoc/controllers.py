@@ -153,8 +153,8 @@ def control_unstopped(
 ) -> Tensor:
     """Images (B, ...) as :func:`control_planned`, which however uses up its budget.
 
-    A control cost of 1 keeps it from fitting the noise. It is the prior's own for the first
-    control, which is all of the noise if the start is zero.
+    Its control cost of 1 is the prior's own for the first control if that is of variance 1, because
+    the start is zero. It does not keep all of the noise from being fitted.
 
     Args:
         noise_std: of the measurements.
