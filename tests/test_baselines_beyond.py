@@ -11,7 +11,8 @@ from deepinv.physics import LinearPhysics, Physics
 
 from diffoc.baselines import UnsupportedTask
 from diffoc.baselines.d_flow import d_flow
-from diffoc.baselines.daps import daps
+from diffoc.baselines.daps import _end_of_chain, daps
+from diffoc.baselines.decomposition import decompose
 from diffoc.baselines.diffpir import diffpir
 from diffoc.baselines.mmps import mmps
 from diffoc.baselines.ndtm import ndtm
@@ -152,7 +153,22 @@ def test_diffpir_renews_a_share_of_the_noise():
     assert (setting.prior.last.T.cov() - expected).abs().max() < 0.03
 
 
-def test_daps_has_the_moments_of_its_linear_recursion():
+def refuse(*_):
+    raise UnsupportedTask("too large")
+
+
+def test_pgdm_is_the_same_by_conjugate_gradients(monkeypatch):
+    setting = Setting(3)
+    setting.y = setting.y + noise(3, M, seed=8)
+    decomposed = setting.run(pgdm, steps=5)
+    monkeypatch.setattr("diffoc.baselines.pgdm.decompose", refuse)
+    torch.testing.assert_close(setting.run(pgdm, steps=5), decomposed, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_daps_has_the_moments_of_its_linear_recursion(at_once, monkeypatch):
+    if not at_once:
+        monkeypatch.setattr("diffoc.baselines.daps.decompose", refuse)
     steps, ode_steps, langevin_steps, step_size = 8, 3, 40, 0.02
     setting = Setting(20000)
     found = setting.run(
@@ -197,6 +213,16 @@ def polynomial_levels(first, last, steps):
     """From `first` to `last`, uniform in their seventh root."""
     first, last = float(first) ** (1 / 7), last ** (1 / 7)
     return [(first + i / steps * (last - first)) ** 7 for i in range(steps + 1)]
+
+
+def test_daps_draws_the_spread_of_what_is_not_measured_in_single_precision():
+    # 1 - (1 - eta / r^2)^2N is lost to rounding there, for r = 157 and eta = 1e-4.
+    physics = task("box_inpainting", (1, 64, 64), torch.Generator().manual_seed(0))
+    x = torch.zeros(1, 1, 64, 64)
+    langevin = _end_of_chain(decompose(physics, x), x)
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+    hole = langevin(x, 157.0, 0.05, 1e-4, 100, lambda: noise)[physics.mask == 0]
+    assert hole.std().item() == pytest.approx((2 * 100 * 1e-4) ** 0.5, rel=0.1)
 
 
 def test_daps_with_long_langevin_comes_near_the_posterior():

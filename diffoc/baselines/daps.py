@@ -7,7 +7,20 @@ to an image :math:`\hat x_0`; Langevin dynamics samples
 .. math:: p(x_0 \mid x_t, y) \propto N(x_0; \hat x_0, r^2 I) \, N(y; A(x_0), \tau^2 I) ;
 
 and noise of the next level is added to the sample, none to the last. The prior is never
-differentiated. Levels are those of the released code,
+differentiated.
+
+For a linear task, Langevin's chain of N steps of size :math:`\eta` is Gaussian, and with
+:math:`A = U S V^T` each coefficient of V is a chain of its own, so that its end is drawn at once,
+from the law that the steps have, in place of the N steps that the released code takes:
+
+.. math::
+    h_i = \frac{1}{r^2} + \frac{s_i^2}{\tau^2}, \quad k_i = (1 - \eta h_i)^N, \quad
+    \mu_i = \frac{1}{h_i} \Big(\frac{(V^T \hat x_0)_i}{r^2} + \frac{s_i (U^T y)_i}{\tau^2}\Big),
+    \quad
+    (V^T x_0)_i \sim N\Big(\mu_i + k_i \big((V^T \hat x_0)_i - \mu_i\big),
+    \frac{2 (1 - k_i^2)}{h_i (2 - \eta h_i)}\Big).
+
+Levels are those of the released code,
 
 .. math:: r_i = \big(a^{1/7} + \tfrac{i}{n} (b^{1/7} - a^{1/7})\big)^7 ,
 
@@ -21,14 +34,16 @@ why :math:`\tau` is less than the noise of the measurements.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 
 import torch
 from azula.denoise import Denoiser
-from deepinv.physics import LinearPhysics, Physics
+from deepinv.physics import DecomposablePhysics, Physics
 from torch import Tensor
 
-from diffoc.baselines import method
+from diffoc.baselines import UnsupportedTask, method
+from diffoc.baselines.decomposition import decompose
 from diffoc.baselines.noise_level import times_of_levels
 
 FLOW_END = 0.01
@@ -59,7 +74,8 @@ def daps(
         steps: annealing levels T, at least 1; each costs `ode_steps` evaluations, and no product.
             200 in the released code.
         ode_steps: of the flow for each annealing level, at least 1.
-        langevin_steps: for each annealing level, not negative.
+        langevin_steps: N, for each annealing level, not negative. Operators that are not linear,
+            or not decomposed (see :mod:`diffoc.baselines.decomposition`), pay for each.
         step_size: of Langevin at the first level, above 0; unstable from
             :math:`2 / (\|A\|^2 / \tau^2 + 1 / r^2)` on.
         likelihood_std: :math:`\tau`, above 0; 0.01 in the released code.
@@ -86,6 +102,12 @@ def daps(
     def draw() -> Tensor:
         return torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
 
+    langevin: Langevin
+    try:
+        langevin = _end_of_chain(decompose(physics, x), y)
+    except UnsupportedTask:
+        langevin = _chain(physics, y)
+
     annealing = _polynomial(torch.tensor(sigma / alpha).double(), last_level, steps)[:-1]
     flows = _polynomial(annealing, FLOW_END, ode_steps)
     times = times_of_levels(prior.schedule, flows)
@@ -100,10 +122,7 @@ def daps(
             mean = prior(scale * estimate, t).mean
             estimate = mean + then / now * (estimate - mean)
         rate = step_size * (1 - 0.99 * i / steps)
-        x0 = estimate
-        for _ in range(langevin_steps):
-            descent = (x0 - estimate) / level**2 + _gradient(physics, y, x0) / likelihood_std**2
-            x0 = x0 - rate * descent + (2 * rate) ** 0.5 * draw()
+        x0 = langevin(estimate, level, likelihood_std, rate, langevin_steps, draw)
         if i + 1 < steps:
             state = x0 + annealing[i + 1].item() * draw()
     return x0
@@ -116,10 +135,45 @@ def _polynomial(first: Tensor, last: float, steps: int) -> Tensor:
     return (root + share * (last ** (1 / 7) - root)) ** 7
 
 
-def _gradient(physics: Physics, y: Tensor, x0: Tensor) -> Tensor:
-    """The gradient of half the squared residual."""
-    if isinstance(physics, LinearPhysics):  # in half of the time, without a graph
-        return physics.A_adjoint(physics.A(x0) - y)
-    with torch.enable_grad():
-        x0 = x0.detach().requires_grad_()
-        return torch.autograd.grad((physics.A(x0) - y).square().sum() / 2, x0)[0]
+Langevin = Callable[[Tensor, float, float, float, int, Callable[[], Tensor]], Tensor]
+"""From an estimate, r, tau, the size and number of steps, and a source of noise to a sample."""
+
+
+def _chain(physics: Physics, y: Tensor) -> Langevin:
+    """Step by step, for any operator that can be differentiated."""
+
+    def gradient(x0: Tensor) -> Tensor:
+        with torch.enable_grad():
+            x0 = x0.detach().requires_grad_()
+            return torch.autograd.grad((physics.A(x0) - y).square().sum() / 2, x0)[0]
+
+    def langevin(
+        estimate: Tensor, r: float, tau: float, rate: float, steps: int, draw: Callable[[], Tensor]
+    ) -> Tensor:
+        x0 = estimate
+        for _ in range(steps):
+            descent = (x0 - estimate) / r**2 + gradient(x0) / tau**2
+            x0 = x0 - rate * descent + (2 * rate) ** 0.5 * draw()
+        return x0
+
+    return langevin
+
+
+def _end_of_chain(svd: DecomposablePhysics, y: Tensor) -> Langevin:
+    """At once, see the module."""
+    measured = svd.U_adjoint(y)
+    # In single precision 1 - k^2 is lost where neither measurements nor level say anything.
+    singular = svd.mask.double()
+
+    def langevin(
+        estimate: Tensor, r: float, tau: float, rate: float, steps: int, draw: Callable[[], Tensor]
+    ) -> Tensor:
+        h = 1 / r**2 + singular**2 / tau**2
+        k = (1 - rate * h) ** steps
+        std = (2 * (1 - k**2) / (h * (2 - rate * h))).sqrt()
+        of_estimate, of_measured = k + (1 - k) / (h * r**2), (1 - k) * singular / (h * tau**2)
+        scales = [scale.to(estimate) for scale in (of_estimate, of_measured, std)]
+        parts = (svd.V_adjoint(estimate), measured, draw())
+        return svd.V(sum(scale * part for scale, part in zip(scales, parts, strict=True)))
+
+    return langevin

@@ -11,7 +11,8 @@ guidance of a linear operator A is, weighted by :math:`r_t^2` as in the paper,
     x_s = \text{DDIM}(x_t) + \alpha_s \alpha_t \, g_t .
 
 Without noise, s = 0, the inverse is the pseudo-inverse :math:`A^\dagger`, which at s = 0.05 would
-amplify the noise in directions that are hardly measured.
+amplify the noise in directions that are hardly measured. It is exact where the operator is
+decomposed (see :mod:`diffoc.baselines.decomposition`), and by conjugate gradients elsewhere.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from deepinv.physics import LinearPhysics, Physics
 from torch import Tensor
 
 from diffoc.baselines import UnsupportedTask, global_generator, method
+from diffoc.baselines.decomposition import decompose
 from diffoc.proximal import correction
 
 
@@ -94,6 +96,10 @@ class _NoisySampler(PGDMSampler):
         )
         self.physics, self.noise_std, self.guidance = physics, noise_std, guidance
         self.like = like
+        try:
+            self.svd = decompose(physics, like)
+        except UnsupportedTask:
+            self.svd = None
 
     def step(self, x_t: Tensor, t: Tensor, s: Tensor, **kwargs: object) -> Tensor:
         alpha, sigma = self.denoiser.schedule(t)
@@ -103,5 +109,8 @@ class _NoisySampler(PGDMSampler):
     def inverse(self, y: Tensor) -> Tensor:
         # (A^T A + 1 / r)^-1 A^T y, the same by the push-through identity.
         ratio = self.variance / self.noise_std**2
+        if self.svd:
+            gain = self.svd.mask / (self.svd.mask**2 + 1 / ratio)
+            return self.guidance * self.svd.V(gain * self.svd.U_adjoint(y))
         zero = torch.zeros_like(self.like)
         return self.guidance * correction(self.physics, y, zero, ratio, 100, 1e-5)
