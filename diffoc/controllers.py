@@ -9,6 +9,8 @@ The functions have the signature that :mod:`diffoc.baselines` describes.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from azula.denoise import Denoiser
 from deepinv.physics import LinearPhysics, Physics
@@ -56,7 +58,6 @@ def control(
     control_cost: float = 1.0,
     from_noise: bool = False,
     greedy: bool = False,
-    budget: int | None = None,
 ) -> Tensor:
     """Images (B, ...) by the controller, with L-BFGS and the discrepancy principle.
 
@@ -72,17 +73,9 @@ def control(
         from_noise: whether to start from `x` all the same.
         greedy: whether the first guess of the controls is the greedy one, T evaluations more; of
             a linear task, of others it is zero.
-        budget: of evaluations: if given, it takes the place of the discrepancy principle, and no
-            iteration begins that goes beyond it, unless by its line search.
     """
-    counted = CountedPrior(prior)
-    process = ReverseProcess(counted, steps)
+    process = ReverseProcess(prior, steps)
     start = x if from_noise else torch.zeros_like(x)
-
-    def spare(iteration: int, costs: Tensor, x0: Tensor) -> None:
-        if budget is not None and counted.evaluations + steps * len(x) > budget * len(x):
-            raise StopIteration
-
     guess = None
     if greedy and isinstance(physics, LinearPhysics):
         guess = greedy_controls(process, physics, y, start, noise_std)
@@ -95,9 +88,8 @@ def control(
         rank=0,
         iterations=iterations,
         update=LBFGS() if guess is None else LBFGS(first=FIRST_FROM_GUESS),
-        residual=(lambda x0: physics.A(x0) - y) if budget is None else None,
-        noise_level=noise_level(physics, y, noise_std) if budget is None else None,
-        callback=spare,
+        residual=lambda x0: physics.A(x0) - y,
+        noise_level=noise_level(physics, y, noise_std),
     ).x0
 
 
@@ -148,36 +140,52 @@ def control_unstopped(
     generator: torch.Generator,
     *,
     noise_std: float,
-    steps: int,
     budget: int,
+    steps: int = 15,
+    weight: float = 4.0,
 ) -> Tensor:
-    """Images (B, ...) as :func:`control_planned`, which however uses up its budget.
+    r"""Images (B, ...) by the controller from zero and the greedy guess, until the budget is spent.
 
-    Its control cost of 1 is the prior's own for the first control if that is of variance 1, because
-    the start is zero. It does not keep all of the noise from being fitted.
+    What keeps the noise from being fitted is the control cost in place of the discrepancy
+    principle: :math:`r_i = w\, \alpha_i^2 / \sigma_i^2`, the precision to which the state that a
+    control acts on knows the image, times w. L-BFGS measures controls in units of the image,
+    :math:`\alpha_i`, with which it needs a third of the iterations.
 
     Args:
         noise_std: of the measurements.
-        steps: T, at least 1.
         budget: of evaluations, at least 4 T; the last iteration's line search may go beyond it.
+        steps: T, at least 1.
+        weight: w, not negative.
 
     Raises:
-        ValueError: for a smaller budget.
+        ValueError: for a smaller budget, or a weight below 0.
     """
     _check_budget(steps, budget)
-    return control(
-        prior,
-        physics,
-        y,
-        x,
-        generator,
-        noise_std=noise_std,
-        steps=steps,
+    if not 0 <= weight < math.inf:
+        raise ValueError(f"weight is {weight}, expected finite and at least 0")
+    counted = CountedPrior(prior)
+    process = ReverseProcess(counted, steps)
+    alpha, sigma = prior.schedule(process.times[:-1])
+    start = torch.zeros_like(x)
+    guess = None
+    if isinstance(physics, LinearPhysics):
+        guess = greedy_controls(process, physics, y, start, noise_std)
+
+    def spare(iteration: int, costs: Tensor, x0: Tensor) -> None:
+        if counted.evaluations + steps * len(x) > budget * len(x):
+            raise StopIteration
+
+    return solve(
+        process,
+        likelihood(physics, y, noise_std),
+        start,
+        guess,
+        control_cost=ControlCost(weight * (alpha / sigma).square()),
+        rank=0,
         iterations=budget // steps,
-        control_cost=1.0,
-        greedy=True,
-        budget=budget,
-    )
+        update=LBFGS(first=FIRST_FROM_GUESS, units=tuple(alpha.tolist())),
+        callback=spare,
+    ).x0
 
 
 def _check_budget(steps: int, budget: int) -> None:

@@ -146,6 +146,9 @@ def ilqr(
     schedule = Tikhonov() if regularization is None else regularization
     _check(problem, x, controls, schedule, value_update, max_iterations, gradient_tolerance)
     batch, T = len(x), problem.horizon
+    units = line_search.units if isinstance(line_search, LBFGS) else None
+    if units is not None and len(units) != T:
+        raise ValueError(f"line_search has {len(units)} units, expected {T}")
     tikhonov = schedule if isinstance(schedule, Tikhonov) else None
     if tikhonov:
         a, delta = x.new_full((batch,), tikhonov.initial), x.new_ones(batch)

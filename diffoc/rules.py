@@ -148,6 +148,9 @@ class LBFGS:
         first: root mean square of the first change of the controls, when nothing is known yet.
         search: the line search; after the first iterations the full step nearly always passes.
             Where all its trials fail, what is remembered is forgotten.
+        units: of the controls of each step, T numbers above 0, or None for 1. A control is
+            measured in units of its step, in `first` as well: until something is learnt, that is a
+            change of variables. It does not move the optimum.
 
     Source: Nocedal & Wright 2006 (doi:10.1007/978-0-387-40065-5), Algorithm 7.4.
     """
@@ -155,8 +158,11 @@ class LBFGS:
     memory: int = 50
     first: float = 1e-3
     search: LineSearch = field(default_factory=lambda: LineSearch(trials=8))
+    units: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
+        if self.units is not None and not all(0 < unit < math.inf for unit in self.units):
+            raise ValueError(f"units is {self.units}, expected finite numbers above 0")
         if self.memory < 1:
             raise ValueError(f"memory is {self.memory}, expected at least 1")
         if not 0 < self.first < math.inf:
@@ -197,14 +203,22 @@ class LBFGSState:
             factor = rho * _dot(s, q)
             q = q - factor[:, None] * y
             factors.append(factor)
-        norm = _dot(gradient, gradient).sqrt()
+        squares = self._squares(gradient)
+        norm = _dot(gradient, squares * gradient).sqrt()
         scale = self.rule.first * gradient.shape[1] ** 0.5 / norm.where(norm > 0, 1)
         for _, y, rho in self.pairs:
-            scale = torch.where(rho > 0, 1 / (rho * _dot(y, y)).where(rho > 0, 1), scale)
-        q = scale[:, None] * q
+            scale = torch.where(rho > 0, 1 / (rho * _dot(y, squares * y)).where(rho > 0, 1), scale)
+        q = scale[:, None] * squares * q
         for (s, y, rho), factor in zip(self.pairs, reversed(factors), strict=True):
             q = q + (factor - rho * _dot(y, q))[:, None] * s
         return -q
+
+    def _squares(self, like: Tensor) -> Tensor | float:
+        """The squared unit of every number of a problem, (T m,)."""
+        if self.rule.units is None:
+            return 1.0
+        numbers = like.shape[1] // len(self.rule.units)
+        return like.new_tensor(self.rule.units).square().repeat_interleave(numbers)
 
     def forget(self, problems: Tensor) -> Tensor:
         """Begins anew for some `problems`, (B,) bool; returns those that had nothing to forget."""

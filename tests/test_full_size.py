@@ -1,10 +1,12 @@
-"""The paper's network at its full size, with random weights, through one iteration for real."""
+"""The paper's network at its full size, with random weights, through one iteration for real.
+
+Its memory over several steps is counted on fake tensors, in test_devices.py.
+"""
 
 import pytest
 import torch
 
 from diffoc.costs import GaussianLikelihood
-from diffoc.memory import peak_memory
 from diffoc.networks import parameter_count
 from diffoc.operators import average_pool
 from diffoc.pretrained import untrained_adm
@@ -14,7 +16,7 @@ from diffoc.solver import solve
 
 @pytest.mark.slow
 def test_one_iteration_of_the_paper_s_network():
-    """93.56 M parameters at 256 x 256, T = 2, rank 1; one step's activations at a time."""
+    """93.56 M parameters at 256 x 256, rank 1, in a single step, which takes half a minute."""
     prior = untrained_adm("ffhq256")
     assert parameter_count(prior.backbone) == pytest.approx(93.56e6, rel=1e-4)
     g = torch.Generator().manual_seed(0)
@@ -22,20 +24,12 @@ def test_one_iteration_of_the_paper_s_network():
         parameter.copy_(0.02 * torch.randn(parameter.shape, generator=g))
     calls = []
     prior.register_forward_hook(lambda *a: calls.append(1))
-    process = ReverseProcess(prior, 2)
+    process = ReverseProcess(prior, 1)
     x = process.initial_state((1, 3, 256, 256), g).float()
     likelihood = GaussianLikelihood(average_pool(4), torch.zeros(1, 3, 64, 64), 0.05)
-    results = []
-
-    def run():
-        results.append(solve(process, likelihood, x, iterations=1, keep_activations=False))
-
-    most, _ = peak_memory(run, x.device)
-    (found,) = results
+    found = solve(process, likelihood, x, iterations=1, keep_activations=False)
     assert found.cost < found.costs[0]
     assert (found.controls != 0).any(dim=(1, 2, 3, 4)).all()
     assert found.x0.isfinite().all()
-    assert len(calls) == found.evaluations == 2 + 2 * 2
-    assert found.products == 2 * 2
-    # 434 million numbers a step, counted on tensors without memory, of which two would be 3.5 GB.
-    assert 1.7e9 < most < 2.5e9
+    assert len(calls) == found.evaluations == 1 + 2
+    assert found.products == 2

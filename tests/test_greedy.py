@@ -118,7 +118,8 @@ def test_the_greedy_guess_saves_evaluations(name):
     assert scores[True] > scores[False] + 1
 
 
-def test_unstopped_it_reaches_the_minimum_of_the_cost():
+@pytest.mark.parametrize("weight", [0.2, 5.0])
+def test_unstopped_it_reaches_the_minimum_of_the_cost(weight):
     # Of a Gaussian prior the image is affine in the controls, so that the cost is a quadratic.
     generator = seeded()
     n, steps, noise = 4, 5, 0.3
@@ -133,14 +134,15 @@ def test_unstopped_it_reaches_the_minimum_of_the_cost():
     unit = torch.eye(steps * n, dtype=torch.float64).reshape(steps * n, steps, n).movedim(0, 1)
     columns = process.rollout(x.expand(steps * n, n), unit)[-1] - still
     M = matrix @ columns.mT
+    alpha, sigma = prior.schedule(process.times[:-1])
+    costs = (weight * alpha**2 / sigma**2).repeat_interleave(n)
     u = torch.linalg.solve(
-        M.mT @ M / noise**2 + torch.eye(steps * n, dtype=torch.float64),
-        M.mT @ (y[0] - matrix @ still) / noise**2,
+        M.mT @ M / noise**2 + torch.diag(costs), M.mT @ (y[0] - matrix @ still) / noise**2
     )
     best = still + columns.mT @ u
 
     settings = {"noise_std": noise, "steps": steps, "budget": 2000}
-    found = control_unstopped(prior, physics, y, x, seeded(), **settings)
+    found = control_unstopped(prior, physics, y, x, seeded(), weight=weight, **settings)
     torch.testing.assert_close(found[0], best, rtol=1e-6, atol=1e-6)
     stopped = control_planned(prior, physics, y, x, seeded(), **settings)
     assert (stopped[0] - best).norm() > 1e-2 * best.norm()

@@ -312,30 +312,36 @@ def test_the_terminal_cost_is_evaluated_once_for_the_value_and_once_for_the_cost
 
 
 @pytest.mark.parametrize("memory", [3, 20])
-def test_lbfgs_is_bfgs_with_matrices(memory):
+@pytest.mark.parametrize("units", [None, (0.1, 2.0, 1.0, 0.5)])
+def test_lbfgs_is_bfgs_with_matrices(memory, units):
     """Against the update of the inverse Hessian itself, Nocedal & Wright, Eq. 6.17."""
-    n, steps = 7, 6
+    n, steps = 8, 6
+    # In other units than 1 it is that of the controls in these, and back.
+    D = torch.diag(torch.tensor(units or 4 * (1.0,)).double().repeat_interleave(n // 4))
     A = random(2, n, n, seed=1)
     hessians = A @ A.mT + torch.eye(n).double()
     points = random(steps, 2, n, seed=2)
     gradients = torch.einsum("bij,sbj->sbi", hessians, points)
     gradients[2, 1] = gradients[1, 1] - (points[2, 1] - points[1, 1])  # negative curvature
-    state = LBFGSState(LBFGS(memory=memory, first=0.1))
+    state = LBFGSState(LBFGS(memory=memory, first=0.1, units=units))
     for k in range(steps):
-        found = state.direction(gradients[k], points[k])
+        found = state.direction(gradients[k], points[k]) @ torch.linalg.inv(D)
         for b in range(2):
             pairs = [
-                (points[j + 1, b] - points[j, b], gradients[j + 1, b] - gradients[j, b])
+                (
+                    torch.linalg.solve(D, points[j + 1, b] - points[j, b]),
+                    D @ (gradients[j + 1, b] - gradients[j, b]),
+                )
                 for j in range(max(0, k - memory), k)
             ]
             pairs = [(s, y) for s, y in pairs if s @ y > 0]
-            norm = gradients[k, b].norm()
+            norm = (D @ gradients[k, b]).norm()
             scale = pairs[-1][0] @ pairs[-1][1] / pairs[-1][1].square().sum() if pairs else None
             H = torch.eye(n).double() * (0.1 * n**0.5 / norm if scale is None else scale)
             for s, y in pairs:
                 left = torch.eye(n).double() - torch.outer(s, y) / (s @ y)
                 H = left @ H @ left.mT + torch.outer(s, s) / (s @ y)
-            torch.testing.assert_close(found[b], -H @ gradients[k, b])
+            torch.testing.assert_close(found[b], -H @ D @ gradients[k, b])
 
 
 @pytest.mark.parametrize("derivatives", [Dense(), MatrixFree()])
@@ -440,7 +446,14 @@ def test_lbfgs_needs_gradients():
         )
 
 
-@pytest.mark.parametrize(("name", "value"), [("memory", 0), ("first", 0.0)])
+def test_lbfgs_s_units_are_one_for_each_step():
+    problem, x, _ = setting()
+    units = (1.0,) * (problem.horizon - 1)
+    with pytest.raises(ValueError, match=f"line_search has {len(units)} units"):
+        ilqr(problem, x, derivatives=MatrixFree(), line_search=LBFGS(units=units))
+
+
+@pytest.mark.parametrize(("name", "value"), [("memory", 0), ("first", 0.0), ("units", (1.0, 0.0))])
 def test_unfit_parameters_of_lbfgs_are_refused(name, value):
     with pytest.raises(ValueError, match=f"^{name}"):
         LBFGS(**{name: value})
