@@ -24,7 +24,7 @@ from diffoc.matrix_free import MatrixFree
 from diffoc.process import ReverseProcess
 from diffoc.projected import Projected
 from diffoc.rules import LBFGS, Adam
-from diffoc.solver import guidance_regularization, snr_weights, solve
+from diffoc.solver import guidance_regularization, image_units, snr_weights, solve
 from diffoc.tasks import likelihood, noise_level
 
 STEPS, ITERATIONS = 10, 80
@@ -183,7 +183,7 @@ def control_unstopped(
         control_cost=ControlCost(weight * (alpha / sigma).square()),
         rank=0,
         iterations=budget // steps,
-        update=LBFGS(first=FIRST_FROM_GUESS, units=tuple(alpha.tolist())),
+        update=LBFGS(first=FIRST_FROM_GUESS, units=image_units(prior.schedule, process.times)),
         callback=spare,
     ).x0
 

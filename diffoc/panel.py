@@ -21,7 +21,7 @@ from diffoc.pretrained import load_prior
 from diffoc.process import ReverseProcess
 from diffoc.reconstruct import picture_of
 from diffoc.rules import LBFGS, Adam
-from diffoc.solver import solve
+from diffoc.solver import image_units, solve
 from diffoc.tasks import TASKS, likelihood, measure, noise_level, task
 
 # What can be chosen: the images that ship with the repository, each with its prior.
@@ -122,8 +122,10 @@ class Panel:
             if self._cancelled.is_set():
                 raise _Cancelled
 
+        process = ReverseProcess(prior, self.steps)
+        lbfgs = LBFGS(units=image_units(prior.schedule, process.times))
         solve(
-            ReverseProcess(prior, self.steps),
+            process,
             likelihood(physics, y, noise),
             torch.zeros_like(truth),
             rank=self.rank.value,
@@ -131,7 +133,7 @@ class Panel:
             iterations=self.iterations.value,
             residual=lambda x0: physics.A(x0) - y,
             noise_level=noise_level(physics, y, noise),
-            update=LBFGS() if self.update.value == "lbfgs" else Adam(0.02, anneal=True),
+            update=lbfgs if self.update.value == "lbfgs" else Adam(0.02, anneal=True),
             callback=show,
         )
         self.status.value += ", done"

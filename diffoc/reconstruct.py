@@ -22,7 +22,7 @@ from diffoc.metrics import image_metrics
 from diffoc.pictures import picture_size, read_picture, read_transparency, write_picture
 from diffoc.process import ReverseProcess
 from diffoc.rules import LBFGS, Adam
-from diffoc.solver import Result, solve
+from diffoc.solver import Result, image_units, solve
 from diffoc.tasks import NOISE_STD, likelihood, measure, measured, noise_level, task
 
 # Their measurement is a picture that says all that is needed to know A.
@@ -165,7 +165,8 @@ def reconstruct(
     if isinstance(physics, LinearPhysics):
         guess = greedy_controls(process, physics, y, start, settings.noise_std)
         evaluations = settings.steps
-    lbfgs = LBFGS() if guess is None else LBFGS(first=FIRST_FROM_GUESS)
+    units = image_units(prior.schedule, process.times)
+    first = LBFGS.first if guess is None else FIRST_FROM_GUESS
     result = solve(
         process,
         likelihood(physics, y, settings.noise_std),
@@ -175,7 +176,9 @@ def reconstruct(
         rank=settings.rank,
         derivatives=MatrixFree(hessian="gauss_newton"),
         iterations=settings.iterations,
-        update=lbfgs if settings.update == "lbfgs" else Adam(settings.rate, anneal=True),
+        update=LBFGS(first=first, units=units)
+        if settings.update == "lbfgs"
+        else Adam(settings.rate, anneal=True),
         residual=lambda x0: physics.A(x0) - y,
         noise_level=level,
         progress=progress,

@@ -219,6 +219,19 @@ def snr_weights(schedule: Schedule, times: Tensor, scale: float = 1e-6) -> Tenso
     return scale * alpha / sigma * steps**2
 
 
+def image_units(schedule: Schedule, times: Tensor) -> tuple[float, ...]:
+    r"""The image's scale :math:`\alpha_i` in the states that controls act on, T numbers.
+
+    As the units of :class:`diffoc.rules.LBFGS` they make controls of all steps changes of the
+    image, which takes a third of the iterations that states' own units take.
+
+    Args:
+        schedule: of the prior.
+        times: of the process, (T + 1,).
+    """
+    return tuple(schedule(times[:-1])[0].tolist())
+
+
 def guidance_regularization(schedule: Schedule, times: Tensor) -> Tensor:
     r"""Tikhonov's constants that make the first-order gains those of guidance, Lemma 4.2, (T,).
 

@@ -649,6 +649,7 @@ OTHERS = {
     "guidance_controls": "test_greedy",
     "LBFGSState": "behind ilqr",
     "snr_weights": "of a process's times, which it has checked",
+    "image_units": "of a process's times, which it has checked",
     "guidance_regularization": "of a process's times, which it has checked",
     "learned_blur": "test_tasks",
     "measured": "of a measurement",

@@ -13,8 +13,8 @@ from diffoc.operators import average_pool
 from diffoc.priors import GaussianPrior
 from diffoc.process import ReverseProcess
 from diffoc.projected import Projected
-from diffoc.rules import Adam, LineSearch
-from diffoc.solver import snr_weights, solve
+from diffoc.rules import LBFGS, Adam, LineSearch
+from diffoc.solver import image_units, snr_weights, solve
 from diffoc.sweeps import ControlProblem
 
 
@@ -153,6 +153,29 @@ def test_snr_weights_are_the_released_code_s():
     bar = schedule(times[:-1])[0] ** 2
     expected = 1e-6 * (bar / (1 - bar)).sqrt() / 0.2**2
     torch.testing.assert_close(snr_weights(schedule, times), expected)
+
+
+def test_in_units_of_the_image_half_of_the_iterations_do():
+    prior = diffoc.load_prior("mnist")
+    process = ReverseProcess(prior, 10)
+    units = image_units(prior.schedule, process.times)
+    alpha, _ = prior.schedule(torch.arange(10, 0, -1, dtype=torch.float64) / 10)
+    assert units == pytest.approx(alpha.tolist())
+    image, operator = digits()[0][6:7], average_pool(2)
+    g = torch.Generator().manual_seed(0)
+    y = operator(image) + 0.05 * torch.randn(1, 1, 14, 14, generator=g)
+    costs = [
+        solve(
+            process,
+            GaussianLikelihood(operator, y, 0.05),
+            torch.zeros_like(image),
+            rank=0,
+            iterations=iterations,
+            update=LBFGS(units=measured),
+        ).cost
+        for iterations, measured in ((6, units), (12, None))
+    ]
+    assert costs[0] < costs[1]
 
 
 def test_a_digit_is_reconstructed_by_the_trained_prior():
