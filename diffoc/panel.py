@@ -123,7 +123,7 @@ class Panel:
                 raise _Cancelled
 
         process = ReverseProcess(prior, self.steps)
-        lbfgs = LBFGS(units=image_units(prior.schedule, process.times))
+        lbfgs = LBFGS(first=FIRST_IN_IMAGE, units=image_units(prior.schedule, process.times))
         solve(
             process,
             likelihood(physics, y, noise),

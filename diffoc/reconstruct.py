@@ -14,7 +14,7 @@ from deepinv.physics import Inpainting, LinearPhysics, Physics
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from diffoc.controllers import FIRST_FROM_GUESS, ITERATIONS, STEPS
+from diffoc.controllers import FIRST_IN_IMAGE, ITERATIONS, STEPS
 from diffoc.files import replacing
 from diffoc.greedy import greedy_controls
 from diffoc.matrix_free import MatrixFree
@@ -165,8 +165,7 @@ def reconstruct(
     if isinstance(physics, LinearPhysics):
         guess = greedy_controls(process, physics, y, start, settings.noise_std)
         evaluations = settings.steps
-    units = image_units(prior.schedule, process.times)
-    first = LBFGS.first if guess is None else FIRST_FROM_GUESS
+    lbfgs = LBFGS(first=FIRST_IN_IMAGE, units=image_units(prior.schedule, process.times))
     result = solve(
         process,
         likelihood(physics, y, settings.noise_std),
@@ -176,9 +175,7 @@ def reconstruct(
         rank=settings.rank,
         derivatives=MatrixFree(hessian="gauss_newton"),
         iterations=settings.iterations,
-        update=LBFGS(first=first, units=units)
-        if settings.update == "lbfgs"
-        else Adam(settings.rate, anneal=True),
+        update=lbfgs if settings.update == "lbfgs" else Adam(settings.rate, anneal=True),
         residual=lambda x0: physics.A(x0) - y,
         noise_level=level,
         progress=progress,
