@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from diffoc import data
+from diffoc.controllers import FIRST_IN_IMAGE
 from diffoc.matrix_free import MatrixFree
 from diffoc.metrics import image_metrics
 from diffoc.pretrained import load_prior
