@@ -257,6 +257,19 @@ def bad(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_figures_are_shown(path: Path) -> None:
+    """Without IPython's inline backend a reader sees the words <Figure size ...> in their place."""
+    shown = 0
+    for cell in nbformat.read(path, as_version=4).cells:
+        for output in cell.get("outputs", []):
+            data = output.get("data", {})
+            if data.get("text/plain", "").startswith("<Figure"):
+                assert "image/png" in data
+                shown += 1
+    assert shown
+
+
 def test_find_returns_numbered_notebooks_in_order(good: Path, bad: Path, tmp_path: Path) -> None:
     write(tmp_path / "draft.ipynb", "1")
     assert find(tmp_path) == [bad, good]
