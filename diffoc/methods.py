@@ -142,7 +142,7 @@ METHODS: dict[str, Method] = {
         "Ours, not stopped",
         control_unstopped,
         lambda task, nfe: {"budget": nfe},
-        ("weight", (0.25, 1.0, 4.0, 16.0)),
+        ("weight", (1.0, 4.0, 16.0, 64.0)),
         lambda settings: (settings["budget"],) * 2,
     ),
     "control_cold": Method(
