@@ -230,10 +230,10 @@ def pendulum() -> tuple[ControlProblem, torch.Tensor, torch.Tensor]:
         dynamics,
         lambda i, x, u: 0.05 * dt * u.square().sum(1),
         lambda x: 50 * x.square().sum(1),
-        30,
+        22,
     )
     x = torch.tensor([[math.pi, 0], [2, 0], [1, 1]], dtype=torch.float64)
-    return problem, x, torch.full((30, 3, 1), 0.1, dtype=torch.float64)
+    return problem, x, torch.full((22, 3, 1), 0.1, dtype=torch.float64)
 
 
 def cart_pole() -> tuple[ControlProblem, torch.Tensor, torch.Tensor]:
@@ -521,7 +521,7 @@ def test_one_constant_per_step_is_the_same_as_one_for_all():
         problem,
         x,
         controls,
-        regularization=torch.full((30,), 0.3, dtype=torch.float64),
+        regularization=torch.full((22,), 0.3, dtype=torch.float64),
         max_iterations=3,
     )
     torch.testing.assert_close(one.controls, many.controls, rtol=0, atol=0)

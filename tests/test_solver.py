@@ -184,7 +184,7 @@ def test_a_digit_is_reconstructed_by_the_trained_prior():
     image, operator = digits()[0][6:7], average_pool(2)
     g = torch.Generator().manual_seed(0)
     y = operator(image) + 0.05 * torch.randn(1, 1, 14, 14, generator=g)
-    process = ReverseProcess(prior, 6)
+    process = ReverseProcess(prior, 4)
     x = process.initial_state(image.shape, g).float()
     errors = {}
     for precision in (None, "bfloat16"):
