@@ -149,10 +149,10 @@ def control_unstopped(
 ) -> Tensor:
     r"""Images (B, ...) by the controller from zero and the greedy guess, until the budget is spent.
 
-    What keeps the noise from being fitted is the control cost in place of the discrepancy
+    What keeps most of the noise from being fitted is the control cost in place of the discrepancy
     principle: :math:`r_i = w\, \alpha_i^2 / \sigma_i^2`, the precision to which the state that a
     control acts on knows the image, times w. L-BFGS measures controls in units of the image,
-    :math:`\alpha_i`, with which it needs a third of the iterations.
+    :math:`\alpha_i`, see :func:`diffoc.solver.image_units`.
 
     Args:
         noise_std: of the measurements.
