@@ -146,7 +146,7 @@ def _cells(args: argparse.Namespace, images: Sequence[str]) -> tuple[str, list[C
 
 
 def tune(args: argparse.Namespace) -> int:
-    """Tries every value of each method's tuned keyword, and writes down the best by mean PSNR."""
+    """Tries values of each method's tuned keyword, and writes down the best by mean PSNR."""
     from diffoc import experiments
     from diffoc.methods import METHODS, read_tuned, write_tuned
     from diffoc.records import read
@@ -170,11 +170,20 @@ def tune(args: argparse.Namespace) -> int:
             _precision(args),
             {keyword: values[0]},
         ):
-            trials[cell] = keyword, experiments.tuning_cells(cell)
+            trials[cell] = keyword, experiments.tuning_cells(cell, values)
     path = args.out or ROOT / "data" / "records" / f"tuning_{_as_file_name(args.prior)}.csv"
     cells = [cell for _, some in trials.values() for cell in some.values()]
-    status = _execute(cells, experiments.Computer(None, args.device), path, args)
-    records, tuned = read(path), read_tuned()
+    compute, status = experiments.Computer(None, args.device), 0
+    while cells:
+        status |= _execute(cells, compute, path, args)
+        records, cells = read(path), []
+        for cell, (_, some) in trials.items():
+            found = {value: records[one] for value, one in some.items()}
+            value = experiments.next_value(found, METHODS[cell.method].largest)
+            if value is not None:
+                some |= experiments.tuning_cells(cell, [value])
+                cells.append(some[value])
+    tuned = read_tuned()
     for cell, (keyword, some) in trials.items():
         best = experiments.best_value({value: records[one] for value, one in some.items()})
         if best is None and any(records[one][0]["status"] == "failed" for one in some.values()):

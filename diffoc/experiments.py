@@ -8,8 +8,9 @@ image's own.
 from __future__ import annotations
 
 import hashlib
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
@@ -25,7 +26,7 @@ from diffoc import data
 from diffoc.counting import CountedPrior
 from diffoc.downloads import cache_folder, sha256_of
 from diffoc.inaccurate import accurate_name, is_inaccurate, load_inaccurate
-from diffoc.methods import METHODS, settings_of
+from diffoc.methods import EDGE_GAIN, METHODS, TRIALS, settings_of
 from diffoc.metrics import image_metrics
 from diffoc.perceptual import LPIPS, SMALLEST, perceptual_metrics
 from diffoc.pictures import read_picture, write_picture
@@ -236,27 +237,53 @@ def cells_of(
     return cells
 
 
-def tuning_cells(cell: Cell) -> dict[float, Cell]:
-    """A cell with every value of its method's tuned keyword, if it has one."""
-    keyword, values = METHODS[cell.method].tuned or ("", ())
+def tuning_cells(cell: Cell, values: Iterable[float]) -> dict[float, Cell]:
+    """A cell with each of some values of its method's tuned keyword."""
+    keyword, _ = METHODS[cell.method].tuned or ("", ())
     return {
         value: replace(cell, settings=as_json(cell.keywords | {keyword: value})) for value in values
     }
 
 
-def best_value(trials: dict[float, list[Row]]) -> float | None:
+def best_value(trials: Mapping[float, list[Row]]) -> float | None:
     """The value with the highest mean PSNR, or None if none has one.
 
     Args:
         trials: rows of every value.
     """
-    scores = {
+    scores = _scores(trials)
+    # What is not finite is refused by the metrics, so the largest is one.
+    return max(scores, key=scores.__getitem__, default=None)
+
+
+def next_value(trials: Mapping[float, list[Row]], largest: float = math.inf) -> float | None:
+    """The value beyond the grid's edge that is worth a trial, or None.
+
+    The grid goes on by the factor of its last two values while the best is at its edge and ahead of
+    its neighbour by more than `EDGE_GAIN`, to twice as many values as it may have at first.
+
+    Args:
+        trials: rows of every value so far.
+        largest: that the keyword may be.
+    """
+    scores, tried = _scores(trials), sorted(trials)
+    best = best_value(trials)
+    if best not in (tried[0], tried[-1]) or not 2 <= len(tried) < 2 * TRIALS:
+        return None
+    neighbour = tried[1] if best == tried[0] else tried[-2]
+    if 0 in (best, neighbour) or scores[best] - scores.get(neighbour, -math.inf) <= EDGE_GAIN:
+        return None
+    value = best * best / neighbour
+    value = round(value) if isinstance(best, int) else float(f"{value:.2g}")
+    return None if value > largest or value in tried else value
+
+
+def _scores(trials: Mapping[float, list[Row]]) -> dict[float, float]:
+    return {
         value: sum(float(row["psnr"]) for row in rows) / len(rows)
         for value, rows in trials.items()
         if rows[0]["status"] == "ok"
     }
-    # What is not finite is refused by the metrics, so the largest is one.
-    return max(scores, key=scores.__getitem__, default=None)
 
 
 def keep_in(folder: Path) -> Callable[[Cell, Tensor], None]:

@@ -6,6 +6,7 @@ All have the signature that :mod:`diffoc.baselines` describes.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +41,11 @@ from diffoc.data import data_folder
 from diffoc.files import replacing
 
 TRIALS = 4
-"""At most, of the keyword that is tuned: for every method and task alike."""
+"""At most, of the keyword that is tuned: for every method and task alike. Where the best of them is
+at the grid's edge, the grid goes on, to twice as many: :func:`diffoc.experiments.next_value`."""
+
+EDGE_GAIN = 0.1
+"""What a value at the grid's edge has to be ahead of its neighbour for the grid to go on, in dB."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,7 @@ class Method:
             nothing to tune.
         work: from keyword arguments to evaluations and products an image, for estimates; None
             where both are the budget.
+        largest: that the tuned keyword may be.
         latent: whether it needs a :class:`diffoc.latent.LatentPrior`.
 
     Raises:
@@ -67,6 +73,7 @@ class Method:
     settings: Callable[[str, int], dict]
     tuned: tuple[str, tuple[float, ...]] | None = None
     work: Callable[[dict], tuple[int, int]] | None = None
+    largest: float = math.inf
     latent: bool = False
 
     def __post_init__(self) -> None:
@@ -161,11 +168,11 @@ METHODS: dict[str, Method] = {
         ),
     ),
     "dps": Method("DPS", dps, _one_a_step, ("guidance", (0.1, 0.3, 1.0, 3.0))),
-    "ddrm": Method("DDRM", ddrm, _one_a_step, ("eta", (0.3, 0.6, 0.85, 1.0)), _no_products),
-    "ddnm": Method("DDNM+", ddnm, _one_a_step, ("eta", (0.3, 0.6, 0.85, 1.0)), _no_products),
+    "ddrm": Method("DDRM", ddrm, _one_a_step, ("eta", (0.3, 0.6, 0.85, 1.0)), _no_products, 1.0),
+    "ddnm": Method("DDNM+", ddnm, _one_a_step, ("eta", (0.3, 0.6, 0.85, 1.0)), _no_products, 1.0),
     "mcg": Method("MCG", mcg, _one_a_step, ("guidance", (0.03, 0.1, 0.3, 1.0))),
     "score_sde": Method(
-        "Score-SDE", score_sde, _one_a_step, ("strength", (0.1, 0.3, 0.6, 1.0)), _no_products
+        "Score-SDE", score_sde, _one_a_step, ("strength", (0.1, 0.3, 0.6, 1.0)), _no_products, 1.0
     ),
     "pnp_admm": Method(
         "PnP-ADMM", pnp_admm, _one_a_step, ("first_std", (0.1, 0.2, 0.4, 1.0)), _no_products
@@ -203,6 +210,7 @@ METHODS: dict[str, Method] = {
         lambda task, nfe: {"steps": nfe, "iterations": 1},
         ("eta", (0.0, 0.3, 0.6, 1.0)),
         lambda settings: (settings["steps"], 2 * settings["steps"]),
+        1.0,
     ),
     "daps": Method(
         "DAPS",

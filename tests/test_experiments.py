@@ -1,6 +1,8 @@
 """What the tables are made of: same measurements for all, records that a second run repeats."""
 
+import math
 from collections import Counter
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from diffoc.baselines import UnsupportedTask
 from diffoc.baselines.dps import dps
 from diffoc.counting import CountedPrior
 from diffoc.data import data_folder, digits, manifest_entry, portrait
-from diffoc.experiments import Computer, best_value, cells_of, work_of
+from diffoc.experiments import Computer, best_value, cells_of, next_value, work_of
 from diffoc.methods import METHODS, TABLE_2, Method, control_paper, settings_of
 from diffoc.metrics import image_metrics
 from diffoc.pictures import write_picture
@@ -134,6 +136,34 @@ def test_the_best_value_is_that_of_the_highest_mean():
     assert best_value({0.3: failed}) is None
 
 
+@pytest.mark.parametrize(
+    ("psnr", "largest", "expected"),
+    [
+        ({1.0: 20, 3.0: 21, 9.0: 20}, math.inf, None),  # the best is inside
+        ({1.0: 20, 3.0: 21, 9.0: 22}, math.inf, 27.0),
+        ({1.0: 22, 3.0: 21, 9.0: 20}, math.inf, 0.33),
+        ({1.0: 20, 3.0: 21, 9.0: 21.09}, math.inf, None),  # flat
+        ({1.0: 20, 3.0: 21, 9.0: 22}, 10.0, None),
+        ({0.0: 22, 3.0: 21}, math.inf, None),  # nothing is below zero
+        ({0.0: 21, 3.0: 22}, math.inf, None),  # and nothing a factor from it
+        ({10: 20, 20: 21, 30: 22}, math.inf, 45),  # steps are whole numbers
+        ({2.0**i: i for i in range(7)}, math.inf, 130.0),  # two digits
+        ({2.0**i: i for i in range(8)}, math.inf, None),  # twice four
+        ({1.0: 20, 3.0: None, 9.0: 22}, math.inf, 27.0),
+        ({1.0: 20, 3.0: 21, 9.0: None}, math.inf, None),
+        ({1.0: None, 3.0: None}, math.inf, None),
+    ],
+)
+def test_a_grid_goes_on_beyond_an_edge_that_is_better(psnr, largest, expected):
+    trials = {
+        value: [{"status": "failed" if mean is None else "ok", "psnr": str(mean)}]
+        for value, mean in psnr.items()
+    }
+    found = next_value(trials, largest)
+    assert found == expected
+    assert type(found) is type(expected)
+
+
 def test_tuning_writes_the_best_and_a_second_time_computes_nothing(tmp_path, monkeypatch, capsys):
     faces = torch.cat([portrait("astronaut"), portrait("grace_hopper")])[:, 0]
     monkeypatch.setattr(experiments, "_faces", lambda: ((faces + 1) * 127.5).byte().numpy())
@@ -154,6 +184,20 @@ def test_tuning_writes_the_best_and_a_second_time_computes_nothing(tmp_path, mon
         assert "fake, gaussian_blur, nfe 7: level -0.1\n" in capsys.readouterr().out
         assert tuned == {"faces64": {"fake": {"gaussian_blur": {"7": {"level": -0.1}}}}}
     assert calls == [-1.0, -0.1, 0.9]
+    calls.clear()
+    beyond = Method("", level, lambda task, nfe: {"steps": nfe}, ("level", (-0.9, -0.6)))
+    monkeypatch.setitem(METHODS, "beyond", beyond)
+    command[1] = "beyond"
+    for _ in range(2):
+        assert main([*command, "--out", str(tmp_path / "tuning.csv")]) == 0
+        best = tuned["faces64"]["beyond"]["gaussian_blur"]["7"]["level"]
+        assert f"beyond, gaussian_blur, nfe 7: level {best:g}" in capsys.readouterr().out
+    # By two thirds each time, until a grey is no better by a tenth of a decibel than the last.
+    psnr = [-10 * ((faces - grey) / 2).square().mean((1, 2)).log10().mean() for grey in calls]
+    assert calls[:4] == [-0.9, -0.6, -0.4, -0.27]
+    assert psnr[-1] - psnr[-2] < 0.1
+    assert all(after - before > 0.1 for before, after in pairwise(psnr[:-1]))
+    assert best == calls[int(torch.stack(psnr).argmax())]
 
 
 def test_the_commands_make_check_and_print_a_table(folder, tmp_path, seen, capsys):

@@ -622,6 +622,7 @@ OTHERS = {
     "global_generator": "behind the methods",
     "Computer": "computes cells, which cells_of makes",
     "best_value": "of records",
+    "next_value": "of records",
     "few_faces": "fixed names",
     "held_out_faces": "fixed names",
     "tuning_faces": "fixed names",
