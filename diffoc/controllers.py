@@ -35,9 +35,6 @@ On the tuning faces ten steps and twice the iterations blur less than twenty ste
 FIRST_FROM_GUESS = 1e-4
 """L-BFGS's first change from a greedy guess: one of the usual length would undo the guess."""
 
-FIRST_IN_IMAGE = 1e-2
-"""L-BFGS's first change in units of the image; less drowns in the rounding of a large cost."""
-
 
 def iterations_within(budget: int, steps: int) -> int:
     """The iterations of T steps that a budget of evaluations allows, at least 1.
@@ -186,7 +183,7 @@ def control_unstopped(
         control_cost=ControlCost(weight * (alpha / sigma).square()),
         rank=0,
         iterations=budget // steps,
-        update=LBFGS(first=FIRST_IN_IMAGE, units=image_units(prior.schedule, process.times)),
+        update=LBFGS(units=image_units(prior.schedule, process.times)),
         callback=spare,
     ).x0
 

@@ -15,7 +15,6 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from diffoc import data
-from diffoc.controllers import FIRST_IN_IMAGE
 from diffoc.matrix_free import MatrixFree
 from diffoc.metrics import image_metrics
 from diffoc.pretrained import load_prior
@@ -124,7 +123,7 @@ class Panel:
                 raise _Cancelled
 
         process = ReverseProcess(prior, self.steps)
-        lbfgs = LBFGS(first=FIRST_IN_IMAGE, units=image_units(prior.schedule, process.times))
+        lbfgs = LBFGS(units=image_units(prior.schedule, process.times))
         solve(
             process,
             likelihood(physics, y, noise),

@@ -14,7 +14,7 @@ from deepinv.physics import Inpainting, LinearPhysics, Physics
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from diffoc.controllers import FIRST_IN_IMAGE, ITERATIONS, STEPS
+from diffoc.controllers import ITERATIONS, STEPS
 from diffoc.files import replacing
 from diffoc.greedy import greedy_controls
 from diffoc.matrix_free import MatrixFree
@@ -165,7 +165,7 @@ def reconstruct(
     if isinstance(physics, LinearPhysics):
         guess = greedy_controls(process, physics, y, start, settings.noise_std)
         evaluations = settings.steps
-    lbfgs = LBFGS(first=FIRST_IN_IMAGE, units=image_units(prior.schedule, process.times))
+    lbfgs = LBFGS(units=image_units(prior.schedule, process.times))
     result = solve(
         process,
         likelihood(physics, y, settings.noise_std),

@@ -145,7 +145,9 @@ class LBFGS:
 
     Attributes:
         memory: how many changes are remembered, each of 2 T n numbers.
-        first: root mean square of the first change of the controls, when nothing is known yet.
+        first: root mean square of the first change of the controls, when nothing is known yet; None
+            for 0.001, and for 0.01 where there are `units`, which are the image's: less than that
+            drowns in the rounding of a large cost in single precision.
         search: the line search; after the first iterations the full step nearly always passes.
             Where all its trials fail, what is remembered is forgotten.
         units: of the controls of each step, T numbers above 0, or None for 1. A control is
@@ -156,7 +158,7 @@ class LBFGS:
     """
 
     memory: int = 50
-    first: float = 1e-3
+    first: float | None = None
     search: LineSearch = field(default_factory=lambda: LineSearch(trials=8))
     units: tuple[float, ...] | None = None
 
@@ -165,8 +167,13 @@ class LBFGS:
             raise ValueError(f"units is {self.units}, expected finite numbers above 0")
         if self.memory < 1:
             raise ValueError(f"memory is {self.memory}, expected at least 1")
-        if not 0 < self.first < math.inf:
+        if self.first is not None and not 0 < self.first < math.inf:
             raise ValueError(f"first is {self.first}, expected finite and above 0")
+
+    @property
+    def length(self) -> float:
+        """Of the first change: what `first` says or means."""
+        return self.first or (1e-3 if self.units is None else 1e-2)
 
 
 class LBFGSState:
@@ -205,7 +212,7 @@ class LBFGSState:
             factors.append(factor)
         squares = self._squares(gradient)
         norm = _dot(gradient, squares * gradient).sqrt()
-        scale = self.rule.first * gradient.shape[1] ** 0.5 / norm.where(norm > 0, 1)
+        scale = self.rule.length * gradient.shape[1] ** 0.5 / norm.where(norm > 0, 1)
         for _, y, rho in self.pairs:
             scale = torch.where(rho > 0, 1 / (rho * _dot(y, squares * y)).where(rho > 0, 1), scale)
         q = scale[:, None] * squares * q

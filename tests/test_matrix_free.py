@@ -344,6 +344,18 @@ def test_lbfgs_is_bfgs_with_matrices(memory, units):
             torch.testing.assert_close(found[b], -H @ D @ gradients[k, b])
 
 
+@pytest.mark.parametrize(
+    ("rule", "length"),
+    [(LBFGS(), 1e-3), (LBFGS(units=(0.1, 2.0)), 1e-2), (LBFGS(first=0.3, units=(0.1, 2.0)), 0.3)],
+)
+def test_the_first_change_of_lbfgs_has_its_length(rule, length):
+    """As a root mean square, each step's measured in its unit."""
+    change = LBFGSState(rule).direction(random(3, 8, seed=6), torch.zeros(3, 8).double())
+    units = torch.tensor(rule.units or (1.0, 1.0)).double().repeat_interleave(4)
+    found = (change / units).square().mean(dim=1).sqrt()
+    torch.testing.assert_close(found, torch.full_like(found, length), rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("derivatives", [Dense(), MatrixFree()])
 def test_lbfgs_finds_the_optimum_of_full_newton_steps(derivatives):
     problem, x, _ = setting(r=30.0)
