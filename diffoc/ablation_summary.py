@@ -30,21 +30,24 @@ EXACT, PROJECTED = "exact recursion", "Appendix D.1"
 def equal_budgets(rows: Iterable[Row], metric: str) -> Panels:
     """DPS and ours over the budget of evaluations, task by task.
 
-    Ours has the steps that it was tuned for, which are those of its 200 evaluations, or a quarter
-    of the budget where that is less.
+    A controller has its usual steps, which are those of its 200 evaluations, or a quarter of the
+    budget where that is less.
     """
     rows = list(rows)
     most = BUDGETS[-2]
     tuned = {
-        row["task"]: _settings(row)["steps"]
+        (row["task"], row["method"]): _settings(row)["steps"]
         for row in rows
         if row["nfe"] == str(most) and row["method"] != "dps"
     }
 
+    tasks = {task for task, _ in tuned}
+
     def belongs(row: Row, nfe: int, steps: int) -> bool:
-        if nfe not in BUDGETS or row["task"] not in tuned:
-            return False
-        return steps == (nfe if row["method"] == "dps" else min(tuned[row["task"]], nfe // 4))
+        if row["method"] == "dps":
+            return nfe in BUDGETS and nfe == steps and row["task"] in tasks
+        usual = tuned.get((row["task"], row["method"]), 0)
+        return nfe in BUDGETS and steps == min(usual, nfe // 4)
 
     return curves(((*found[:2], found[3], found[4]) for found in _steps(rows, belongs)), metric)
 

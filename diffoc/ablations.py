@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 
-from diffoc.controllers import iterations_within
+from diffoc.controllers import UNSTOPPED_STEPS, iterations_within
 from diffoc.inaccurate import IDENTITY, RANDOM, UNTRAINED
 from diffoc.methods import TABLE_2, settings_of
 from diffoc.records import Cell, as_json
@@ -48,9 +48,11 @@ def few_steps(prior: str, tasks: Sequence[str]) -> Iterator[Choice]:
             steps = min(_tuned("control", name)["steps"], nfe // 4)
             yield prior, name, "dps", nfe, _tuned("dps", name) | {"steps": nfe}
             yield from _controllers(prior, name, nfe, steps)
+            yield _unstopped(prior, name, nfe, min(UNSTOPPED_STEPS, nfe // 4))
         for steps in HORIZONS:
             yield prior, name, "dps", steps, _tuned("dps", name) | {"steps": steps}
             yield from _controllers(prior, name, max(TUNED[1], 4 * steps), steps)
+            yield _unstopped(prior, name, max(TUNED[1], 4 * steps), steps)
 
 
 def rank(prior: str, tasks: Sequence[str]) -> Iterator[Choice]:
@@ -95,8 +97,10 @@ def robustness(
         for used in wrong:
             yield used, name, "dps", nfe, _tuned("dps", name) | {"steps": nfe}
             yield from _controllers(used, name, nfe, steps)
+            yield _unstopped(used, name, nfe, min(UNSTOPPED_STEPS, nfe // 4))
         none = IDENTITY + prior
         yield from _controllers(none, name, nfe, steps)
+        yield _unstopped(none, name, nfe, min(UNSTOPPED_STEPS, nfe // 4))
         yield none, name, "deep_image_prior", nfe, {}
 
 
@@ -174,3 +178,9 @@ def _controllers(prior: str, task: str, nfe: int, steps: int) -> Iterator[Choice
     changed = {"steps": steps, "iterations": iterations_within(nfe, steps)}
     cold = _tuned("control_cold", task) | changed
     yield prior, task, "control_cold", nfe, cold
+
+
+def _unstopped(prior: str, task: str, nfe: int, steps: int) -> Choice:
+    """The controller that goes on until the budget is spent."""
+    settings = _tuned("control_unstopped", task) | {"budget": nfe, "steps": steps}
+    return prior, task, "control_unstopped", nfe, settings

@@ -32,6 +32,9 @@ STEPS, ITERATIONS = 10, 80
 
 On the tuning faces ten steps and twice the iterations blur less than twenty steps."""
 
+UNSTOPPED_STEPS = 15
+"""Of the controller that is not stopped: on the tuning faces the best for all tasks together."""
+
 FIRST_FROM_GUESS = 1e-4
 """L-BFGS's first change from a greedy guess: one of the usual length would undo the guess."""
 
@@ -141,7 +144,7 @@ def control_unstopped(
     *,
     noise_std: float,
     budget: int,
-    steps: int = 15,
+    steps: int = UNSTOPPED_STEPS,
     weight: float = 4.0,
 ) -> Tensor:
     r"""Images (B, ...) by the controller from zero and the greedy guess, until the budget is spent.
