@@ -174,7 +174,7 @@ def tune(args: argparse.Namespace) -> int:
     path = args.out or ROOT / "data" / "records" / f"tuning_{_as_file_name(args.prior)}.csv"
     cells = [cell for _, some in trials.values() for cell in some.values()]
     compute, status = experiments.Computer(None, args.device), 0
-    while cells:
+    while True:
         status |= _execute(cells, compute, path, args)
         records, cells = read(path), []
         for cell, (_, some) in trials.items():
@@ -183,6 +183,8 @@ def tune(args: argparse.Namespace) -> int:
             if value is not None:
                 some |= experiments.tuning_cells(cell, [value])
                 cells.append(some[value])
+        if not cells:
+            break
     tuned = read_tuned()
     for cell, (keyword, some) in trials.items():
         best = experiments.best_value({value: records[one] for value, one in some.items()})

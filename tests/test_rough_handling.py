@@ -378,7 +378,9 @@ def test_a_prior_s_name_makes_no_path(monkeypatch, capsys):
     from diffoc import commands, experiments
 
     places = []
-    monkeypatch.setattr(commands, "_execute", lambda cells, compute, path, *a: places.append(path))
+    monkeypatch.setattr(
+        commands, "_execute", lambda cells, compute, path, *a: places.append(path) or 0
+    )
     monkeypatch.setattr(commands, "_cells", lambda args, images: (args.prior, []))
     monkeypatch.setattr(experiments, "cells_of", lambda *a: [])
     monkeypatch.setattr("diffoc.records.read", lambda path: {})
