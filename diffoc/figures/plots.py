@@ -139,6 +139,8 @@ def metric_by_method(
 ) -> Figure:
     """A metric with its interval, methods by tasks, as a picture of Tables 1 and 3.
 
+    Methods whose names begin with "Ours" are vermilion squares, the others blue dots.
+
     Args:
         values: method to task to mean and half-width of its interval; nan for no interval. What
             is missing has no dot.
@@ -153,10 +155,11 @@ def metric_by_method(
     figure = Figure(figsize=(WIDTH, 0.7 + 0.17 * len(values)))
     axes = figure.subplots(1, len(tasks), sharey=True, squeeze=False)[0]
     for ax, task in zip(axes, tasks, strict=True):
-        for place, found in enumerate(values.values()):
+        for place, (name, found) in enumerate(values.items()):
             if task in found:
                 mean, half = found[task]
-                ax.errorbar(mean, place, xerr=half, fmt="o", color=COLORS["blue"])
+                marker, color = ("s", "vermilion") if name.startswith("Ours") else ("o", "blue")
+                ax.errorbar(mean, place, xerr=half, fmt=marker, color=COLORS[color])
         ax.set_title(task.replace("_", "\n"))
         ax.grid(axis="y", lw=0.3, color="0.8")
         ax.margins(x=0.15)
