@@ -80,15 +80,19 @@ def by_budget(rows: Iterable[Row], metric: str) -> dict[str, dict[str, Curve]]:
 def by_setting(rows: Iterable[Row], metric: str) -> dict[str, dict[str, Curve]]:
     """Method's label and tuned keyword to task to its curve over that keyword's values.
 
-    Rows of methods that have nothing to tune are left out.
+    A label names the budget if the rows have several of its method. Rows of methods that have
+    nothing to tune are left out.
     """
-    keyed = []
+    rows, keyed, budgets = list(rows), [], defaultdict(set)
+    for row in rows:
+        budgets[row["method"]].add(row["nfe"])
     for row in rows:
         method = METHODS.get(row["method"])
         if method and method.tuned:
             keyword = method.tuned[0]
             value = float(json.loads(row["settings"])[keyword])
-            keyed.append((f"{method.label}: {keyword}", row["task"], value, row))
+            label = method.label + f" (NFE {row['nfe']})" * (len(budgets[row["method"]]) > 1)
+            keyed.append((f"{label}: {keyword}", row["task"], value, row))
     return curves(keyed, metric)
 
 

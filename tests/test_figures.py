@@ -188,6 +188,9 @@ def test_records_become_means_and_curves() -> None:
     tuned = by_setting(some[:2] + some[4:5], "psnr")
     assert tuned["DPS: guidance"]["super_resolution"][0][:2] == (1.0, 21.0)
     assert tuned["Ours: steps"]["super_resolution"][0][:2] == (10.0, 25.0)
+    apart = by_setting(some[:4], "psnr")
+    for nfe, mean in ((300, 21.0), (100, 18.0)):
+        assert apart[f"DPS (NFE {nfe}): guidance"]["super_resolution"][0][1] == mean
 
 
 def test_a_table_is_drawn_with_its_budgets_and_shards(tmp_path: Path) -> None:
