@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 
 import torch
@@ -55,15 +55,14 @@ def by_method(rows: Iterable[Row], metric: str) -> dict[str, dict[str, tuple[flo
 
     A label names the budget if the rows have several of its method.
     """
-    groups, budgets = defaultdict(list), defaultdict(set)
+    groups = defaultdict(list)
     for row in rows:
         groups[row["method"], row["nfe"], row["task"]].append(row)
-        budgets[row["method"]].add(row["nfe"])
+    labels = _labels((method, nfe) for method, nfe, _ in groups)
     found: dict[str, dict[str, tuple[float, float]]] = defaultdict(dict)
     for (method, nfe, task), group in groups.items():
         if images := by_image(group, metric):
-            label = _label(method) + f" (NFE {nfe})" * (len(budgets[method]) > 1)
-            found[label][task] = mean_and_interval(images.values())
+            found[labels[method, nfe]][task] = mean_and_interval(images.values())
     return dict(found)
 
 
@@ -83,15 +82,14 @@ def by_setting(rows: Iterable[Row], metric: str) -> dict[str, dict[str, Curve]]:
     A label names the budget if the rows have several of its method. Rows of methods that have
     nothing to tune are left out.
     """
-    rows, keyed, budgets = list(rows), [], defaultdict(set)
-    for row in rows:
-        budgets[row["method"]].add(row["nfe"])
+    rows, keyed = list(rows), []
+    labels = _labels((row["method"], row["nfe"]) for row in rows)
     for row in rows:
         method = METHODS.get(row["method"])
         if method and method.tuned:
             keyword = method.tuned[0]
             value = float(json.loads(row["settings"])[keyword])
-            label = method.label + f" (NFE {row['nfe']})" * (len(budgets[row["method"]]) > 1)
+            label = labels[row["method"], row["nfe"]]
             keyed.append((f"{label}: {keyword}", row["task"], value, row))
     return curves(keyed, metric)
 
@@ -110,6 +108,16 @@ def curves(
         if curve:
             found[panel][line] = curve
     return dict(found)
+
+
+def _labels(pairs: Iterable[tuple[str, str]]) -> dict[tuple[str, str], str]:
+    """Labels of methods and budgets, which name the budget where a method has several."""
+    unique = set(pairs)
+    count = Counter(method for method, _ in unique)
+    return {
+        (method, nfe): _label(method) + f" (NFE {nfe})" * (count[method] > 1)
+        for method, nfe in unique
+    }
 
 
 def _label(method: str) -> str:
