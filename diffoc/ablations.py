@@ -1,4 +1,4 @@
-"""The paper's other experiments as grids of cells: few steps, rank, regularisation, a wrong score.
+"""Experiments beside the tables as grids of cells: few steps, rank, a wrong score, our own parts.
 
 What is tuned has the value that was best on the tuning faces with the trained prior and 300
 evaluations, in every cell: with other numbers of steps, other budgets and wrong priors too.
@@ -32,6 +32,9 @@ REGULARIZATIONS = (0, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1, "lemma_4_2")
 
 NOISE_LEVELS = (0.05, 0.1, 0.2)
 """Of the weights' noise, relative to their root mean square."""
+
+CONSTANT_COSTS = (0.3, 3.0, 30.0)
+"""r of all controls, where the controller that is not stopped loses its weights."""
 
 Choice = tuple[str, str, str, int, dict]
 """Prior, task, method, budget and settings of a cell."""
@@ -104,10 +107,27 @@ def robustness(
         yield none, name, "deep_image_prior", nfe, {}
 
 
+def parts(prior: str, tasks: Sequence[str]) -> Iterator[Choice]:
+    """Ours, not stopped, and the same with one of its parts taken away, at 300 evaluations.
+
+    In place of the weighted control cost there are constant ones, and none, so that the comparison
+    is with the best of them; in place of its steps those that the stopped controller is tuned to.
+    """
+    nfe = TUNED[1]
+    for name in tasks:
+        usual = _tuned("control_unstopped", name) | {"budget": nfe}
+        changes: list[dict] = [{}, {"in_units": False}, {"stopped": True}, {"weight": 0.0}]
+        changes += [{"weighted": False, "weight": r} for r in CONSTANT_COSTS]
+        changes += [{"steps": _tuned("control", name)["steps"]}]
+        for change in changes:
+            yield prior, name, "control_unstopped", nfe, usual | change
+
+
 ABLATIONS: dict[str, Callable[..., Iterator[Choice]]] = {
     "few_steps": few_steps,
     "rank": rank,
     "robustness": robustness,
+    "parts": parts,
 }
 """The grids by name."""
 

@@ -27,7 +27,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     run_ = commands.add_parser("run", help="compute the records of a table, or what is missing")
     run_.add_argument(
         "table",
-        choices=["table1", "few_steps", "rank", "robustness"],
+        choices=["table1", "few_steps", "rank", "robustness", "parts"],
         help="with Table 3's metrics; the others are grids of diffoc.ablations",
     )
     _add_grid(run_)

@@ -10,6 +10,7 @@ The functions have the signature that :mod:`diffoc.baselines` describes.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from azula.denoise import Denoiser
@@ -146,6 +147,9 @@ def control_unstopped(
     budget: int,
     steps: int = UNSTOPPED_STEPS,
     weight: float = 4.0,
+    weighted: bool = True,
+    in_units: bool = True,
+    stopped: bool = False,
 ) -> Tensor:
     r"""Images (B, ...) by the controller from zero and the greedy guess, until the budget is spent.
 
@@ -159,6 +163,10 @@ def control_unstopped(
         budget: of evaluations, at least 4 T; the last iteration's line search may go beyond it.
         steps: T, at least 1.
         weight: w, not negative.
+        weighted: whether the cost is that; without, w is the cost of every control.
+        in_units: whether L-BFGS measures in units of the image; without, in those of the state.
+        stopped: whether the discrepancy principle ends it all the same. These three are there to
+            see what each is worth, see :func:`diffoc.ablations.parts`.
 
     Raises:
         ValueError: for a smaller budget, or a weight below 0.
@@ -174,6 +182,15 @@ def control_unstopped(
     if isinstance(physics, LinearPhysics):
         guess = greedy_controls(process, physics, y, start, noise_std)
 
+    if in_units:
+        update = LBFGS(units=image_units(prior.schedule, process.times))
+    else:
+        update = LBFGS() if guess is None else LBFGS(first=FIRST_FROM_GUESS)
+    principle: dict[str, Any] = {}
+    if stopped:
+        principle["residual"] = lambda x0: physics.A(x0) - y
+        principle["noise_level"] = noise_level(physics, y, noise_std)
+
     def spare(iteration: int, costs: Tensor, x0: Tensor) -> None:
         if counted.evaluations + steps * len(x) > budget * len(x):
             raise StopIteration
@@ -183,11 +200,12 @@ def control_unstopped(
         likelihood(physics, y, noise_std),
         start,
         guess,
-        control_cost=ControlCost(weight * (alpha / sigma).square()),
+        control_cost=ControlCost(weight * (alpha / sigma).square()) if weighted else weight,
         rank=0,
         iterations=budget // steps,
-        update=LBFGS(units=image_units(prior.schedule, process.times)),
+        update=update,
         callback=spare,
+        **principle,
     ).x0
 
 

@@ -96,6 +96,17 @@ def test_rank_and_robustness_vary_what_they_say():
     assert bare == {"untrained faces64", "random faces64", "identity faces64"}
 
 
+def test_parts_takes_away_one_at_a_time():
+    tuned = read_tuned()["faces64"]["control_unstopped"]
+    for name in TASKS:
+        usual, *others = (cell.keywords for cell in cells("parts", tasks=[name])[::2])
+        assert usual["weight"] == tuned[name]["300"]["weight"]
+        changed = [{k for k in s if s[k] != usual.get(k)} for s in others]
+        assert changed[:3] == [{"in_units"}, {"stopped"}, {"weight"}]
+        assert changed[3:] == [{"weighted", "weight"}] * 3 + [{"steps"}]
+        assert [s["weight"] for s in others[3:6]] == sorted(s["weight"] for s in others[3:6])
+
+
 @pytest.mark.parametrize(
     ("table", "options", "message"),
     [

@@ -118,8 +118,11 @@ def test_the_greedy_guess_saves_evaluations(name):
     assert scores[True] > scores[False] + 1
 
 
-@pytest.mark.parametrize("weight", [0.2, 5.0])
-def test_unstopped_it_reaches_the_minimum_of_the_cost(weight):
+@pytest.mark.parametrize(
+    ("weight", "changes"),
+    [(0.2, {}), (5.0, {}), (5.0, {"in_units": False}), (0.5, {"weighted": False})],
+)
+def test_unstopped_it_reaches_the_minimum_of_the_cost(weight, changes):
     # Of a Gaussian prior the image is affine in the controls, so that the cost is a quadratic.
     generator = seeded()
     n, steps, noise = 4, 5, 0.3
@@ -135,17 +138,21 @@ def test_unstopped_it_reaches_the_minimum_of_the_cost(weight):
     columns = process.rollout(x.expand(steps * n, n), unit)[-1] - still
     M = matrix @ columns.mT
     alpha, sigma = prior.schedule(process.times[:-1])
-    costs = (weight * alpha**2 / sigma**2).repeat_interleave(n)
+    weights = alpha**2 / sigma**2 if changes.get("weighted", True) else torch.ones_like(alpha)
+    costs = weight * weights.repeat_interleave(n)
     u = torch.linalg.solve(
         M.mT @ M / noise**2 + torch.diag(costs), M.mT @ (y[0] - matrix @ still) / noise**2
     )
     best = still + columns.mT @ u
 
     settings = {"noise_std": noise, "steps": steps, "budget": 2000}
-    found = control_unstopped(prior, physics, y, x, seeded(), weight=weight, **settings)
+    settings |= {"weight": weight} | changes
+    found = control_unstopped(prior, physics, y, x, seeded(), **settings)
     torch.testing.assert_close(found[0], best, rtol=1e-6, atol=1e-6)
-    stopped = control_planned(prior, physics, y, x, seeded(), **settings)
+    counted = CountedPrior(prior)
+    stopped = control_unstopped(counted, physics, y, x, seeded(), stopped=True, **settings)
     assert (stopped[0] - best).norm() > 1e-2 * best.norm()
+    assert counted.evaluations < 100
 
 
 @pytest.mark.parametrize("budget", [20, 33, 60])
