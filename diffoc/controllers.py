@@ -158,7 +158,7 @@ def control_unstopped(
     control acts on knows the image, times w. L-BFGS measures controls in units of the image,
     :math:`\alpha_i`, see :func:`diffoc.solver.image_units`. The minimum itself fits much of the
     noise unless w is large, so that w belongs to the budget: for 1000 evaluations it is one to
-    sixteen times that for 300, and the image is no better, see notebook 09.
+    sixteen times that for 300, and the image hardly better, see notebook 09.
 
     Args:
         noise_std: of the measurements.
