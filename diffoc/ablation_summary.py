@@ -1,6 +1,6 @@
 """The records of :mod:`diffoc.ablations` as curves: Figures 3 and 6, Tables 4 to 6.
 
-All functions take rows and a metric, and give panel to line to curve, for
+All functions but :func:`by_part` take rows and a metric, and give panel to line to curve, for
 :func:`diffoc.figures.plots.quality_curves`. Rows that do not belong to the curve are left out, and
 so are those without a result.
 """
@@ -8,9 +8,17 @@ so are those without a result.
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from diffoc.ablations import BUDGETS, HORIZONS, NOISE_LEVELS, REGULARIZATIONS, TUNED
+from diffoc.ablations import (
+    BUDGETS,
+    HORIZONS,
+    NO_COST,
+    NOISE_LEVELS,
+    REGULARIZATIONS,
+    TUNED,
+)
 from diffoc.inaccurate import IDENTITY, RANDOM, UNTRAINED, accurate_name
 from diffoc.methods import METHODS
 from diffoc.records import Row
@@ -25,6 +33,9 @@ PRIORS = ("trained", *(f"noise {level:g}" for level in NOISE_LEVELS), "untrained
 """Tick labels of :func:`by_prior`."""
 
 EXACT, PROJECTED = "exact recursion", "Appendix D.1"
+
+WHOLE = "the whole"
+"""Ours, not stopped, with all its parts, in :func:`by_part`."""
 
 
 def equal_budgets(rows: Iterable[Row], metric: str) -> Panels:
@@ -83,6 +94,15 @@ def by_constant(rows: Iterable[Row], metric: str) -> Panels:
     return curves(keyed, metric)
 
 
+def by_part(rows: Iterable[Row]) -> dict[str, dict[str, list[Row]]]:
+    """Rows of the grid `parts` by task and by what was taken away, :data:`WHOLE` where nothing."""
+    found: dict[str, dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        if row["method"] == "control_unstopped":
+            found[row["task"]][_part(_settings(row))].append(row)
+    return found
+
+
 def by_prior(rows: Iterable[Row], metric: str, priors: Sequence[str] = PRIORS) -> Panels:
     """Over the places of `priors`, DPS, ours, and what needs no prior, task by task."""
     keyed = []
@@ -105,6 +125,18 @@ def prior_label(name: str) -> str:
 
 def _settings(row: Row) -> dict:
     return json.loads(row["settings"])
+
+
+def _part(settings: dict) -> str:
+    if "in_units" in settings:
+        return "units of the state"
+    if "stopped" in settings:
+        return "stopped at the noise"
+    if "weighted" in settings:
+        return f"constant cost {settings['weight']:g}"
+    if settings["weight"] == NO_COST:
+        return "no cost"
+    return f"T = {settings['steps']}" if "steps" in settings else WHOLE
 
 
 def _steps(

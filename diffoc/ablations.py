@@ -33,8 +33,11 @@ REGULARIZATIONS = (0, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1, "lemma_4_2")
 NOISE_LEVELS = (0.05, 0.1, 0.2)
 """Of the weights' noise, relative to their root mean square."""
 
-CONSTANT_COSTS = (0.3, 3.0, 30.0)
+CONSTANT_COSTS = (0.3, 3.0, 30.0, 300.0)
 """r of all controls, where the controller that is not stopped loses its weights."""
+
+NO_COST = 1e-6
+"""w of the controller that is not stopped, where it loses its cost: zero makes Quu singular."""
 
 Choice = tuple[str, str, str, int, dict]
 """Prior, task, method, budget and settings of a cell."""
@@ -116,7 +119,7 @@ def parts(prior: str, tasks: Sequence[str]) -> Iterator[Choice]:
     nfe = TUNED[1]
     for name in tasks:
         usual = _tuned("control_unstopped", name) | {"budget": nfe}
-        changes: list[dict] = [{}, {"in_units": False}, {"stopped": True}, {"weight": 0.0}]
+        changes: list[dict] = [{}, {"in_units": False}, {"stopped": True}, {"weight": NO_COST}]
         changes += [{"weighted": False, "weight": r} for r in CONSTANT_COSTS]
         changes += [{"steps": _tuned("control", name)["steps"]}]
         for change in changes:

@@ -164,18 +164,18 @@ def control_unstopped(
         noise_std: of the measurements.
         budget: of evaluations, at least 4 T; the last iteration's line search may go beyond it.
         steps: T, at least 1.
-        weight: w, not negative.
+        weight: w, positive.
         weighted: whether the cost is that; without, w is the cost of every control.
         in_units: whether L-BFGS measures in units of the image; without, in those of the state.
         stopped: whether the discrepancy principle ends it all the same. These three are there to
             see what each is worth, see :func:`diffoc.ablations.parts`.
 
     Raises:
-        ValueError: for a smaller budget, or a weight below 0.
+        ValueError: for a smaller budget, or a weight that is not positive.
     """
     _check_budget(steps, budget)
-    if not 0 <= weight < math.inf:
-        raise ValueError(f"weight is {weight}, expected finite and at least 0")
+    if not 0 < weight < math.inf:
+        raise ValueError(f"weight is {weight}, expected finite and positive")
     counted = CountedPrior(prior)
     process = ReverseProcess(counted, steps)
     alpha, sigma = prior.schedule(process.times[:-1])

@@ -53,6 +53,21 @@ def test_equal_budgets_and_equal_steps_are_told_apart():
             assert row["nfe"] == str(int(x if label == "DPS" else max(300, 4 * x)))
 
 
+def test_parts_are_named_by_what_was_taken_away():
+    found = summary.by_part(rows("parts") + rows("few_steps", methods=["dps"]))
+    assert list(found) == [TASK]
+    assert {label: len(some) for label, some in found[TASK].items()} == {
+        summary.WHOLE: 1,
+        "units of the state": 1,
+        "stopped at the noise": 1,
+        "no cost": 1,
+        **{f"constant cost {r}": 1 for r in ("0.3", "3", "30", "300")},
+        "T = 10": 1,
+    }
+    assert select(found[TASK]["constant cost 30"], weighted=False, weight=30.0)
+    assert select(found[TASK]["T = 10"], steps=10)
+
+
 def test_without_the_budget_that_tells_the_steps_there_are_no_curves():
     found = [row for row in rows("few_steps") if row["nfe"] != "200"]
     assert summary.equal_budgets(found, "psnr") == {}

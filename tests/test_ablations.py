@@ -103,8 +103,8 @@ def test_parts_takes_away_one_at_a_time():
         assert usual["weight"] == tuned[name]["300"]["weight"]
         changed = [{k for k in s if s[k] != usual.get(k)} for s in others]
         assert changed[:3] == [{"in_units"}, {"stopped"}, {"weight"}]
-        assert changed[3:] == [{"weighted", "weight"}] * 3 + [{"steps"}]
-        assert [s["weight"] for s in others[3:6]] == sorted(s["weight"] for s in others[3:6])
+        assert changed[3:] == [{"weighted", "weight"}] * 4 + [{"steps"}]
+        assert [s["weight"] for s in others[3:7]] == sorted(s["weight"] for s in others[3:7])
 
 
 @pytest.mark.parametrize(

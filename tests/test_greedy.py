@@ -155,6 +155,15 @@ def test_unstopped_it_reaches_the_minimum_of_the_cost(weight, changes):
     assert counted.evaluations < 100
 
 
+@pytest.mark.parametrize("weight", [0.0, -1.0, float("inf"), float("nan")])
+def test_unstopped_needs_a_cost(weight):
+    x = torch.zeros(1, 1, 28, 28)
+    physics = task("super_resolution", (1, 28, 28), seeded())
+    settings = {"noise_std": 0.05, "budget": 80, "weight": weight}
+    with pytest.raises(ValueError, match="weight is"):
+        control_unstopped(load_prior("mnist"), physics, physics.A(x), x, seeded(), **settings)
+
+
 @pytest.mark.parametrize("budget", [20, 33, 60])
 def test_unstopped_it_uses_up_its_budget(budget):
     generator = seeded()
