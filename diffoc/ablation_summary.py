@@ -135,8 +135,8 @@ def _part(settings: dict) -> str:
     if "weighted" in settings:
         return f"constant cost {settings['weight']:g}"
     if settings["weight"] == NO_COST:
-        return "no cost"
-    return f"T = {settings['steps']}" if "steps" in settings else WHOLE
+        return "next to no cost"
+    return "T of the stopped one" if "steps" in settings else WHOLE
 
 
 def _steps(

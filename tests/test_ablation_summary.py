@@ -60,12 +60,12 @@ def test_parts_are_named_by_what_was_taken_away():
         summary.WHOLE: 1,
         "units of the state": 1,
         "stopped at the noise": 1,
-        "no cost": 1,
+        "next to no cost": 1,
         **{f"constant cost {r}": 1 for r in ("0.3", "3", "30", "300")},
-        "T = 10": 1,
+        "T of the stopped one": 1,
     }
     assert select(found[TASK]["constant cost 30"], weighted=False, weight=30.0)
-    assert select(found[TASK]["T = 10"], steps=10)
+    assert select(found[TASK]["T of the stopped one"], steps=10)
 
 
 def test_without_the_budget_that_tells_the_steps_there_are_no_curves():
