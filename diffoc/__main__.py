@@ -18,6 +18,7 @@ from diffoc.provenance import ROOT
 TRAINED = [
     "mnist",
     "faces64",
+    "faces64_rgb",
     "faces64_autoencoder",
     "faces64_latent",
     "faces64_severity",
@@ -59,7 +60,9 @@ def train(args: argparse.Namespace) -> int:
     recipe = replace(training.RECIPES[name], **{k: v for k, v in changes.items() if v is not None})
     labels = truth = None
     decode: Callable[[torch.Tensor], torch.Tensor] = torch.nn.Identity()
-    if name.startswith("faces64"):
+    if name.startswith("faces64_rgb"):
+        images, held_out = data.colour_faces("train"), data.colour_faces("test")[::2]
+    elif name.startswith("faces64"):
         images, held_out = data.faces("train"), data.faces("test")[::2]
         if name == "faces64_latent":
             network = load_autoencoder(args.out)

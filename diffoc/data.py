@@ -6,6 +6,7 @@ under the folder named by the environment variable ``DIFFOC_DATA``:
 
     $DIFFOC_DATA/MNIST/raw/    the four idx files of torchvision.datasets.MNIST, gzipped or not
     $DIFFOC_DATA/faces64.npz   arrays `train` and `test`, (N, 64, 64) uint8
+    $DIFFOC_DATA/faces64_rgb/  mosaics train_00.webp, train_01.webp, ... and test.webp, in colour
 
 Where that variable is not set they are downloaded into the cache by torchvision and scikit-learn,
 which `pip install -e '.[train]'` brings.
@@ -23,6 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from safetensors.torch import load
 from torch import Tensor
 
@@ -233,6 +235,43 @@ def faces(split: str, size: int = 64, root: Path | str | None = None) -> np.ndar
     return np.rint(blocks.mean(axis=(2, 4))).astype(np.uint8)
 
 
+COLOUR_FACES = {"train": 12_464, "test": 512}
+"""How many colour faces each split has; the mosaics' last rows are filled up with black."""
+
+
+def colour_faces(split: str, root: Path | str | None = None) -> np.ndarray:
+    """Returns tight 64x64 colour crops of Labeled Faces in the Wild.
+
+    They lie in lossless WebP mosaics with 32 faces a row, in order. A face is the box from
+    (83, 92) to (166, 175) of LFW's 250x250 picture, scaled to 64x64 pixels.
+
+    Arguments:
+        split: "train" or "test"; no person is in both.
+        root: the folder that holds `faces64_rgb/`; $DIFFOC_DATA by default.
+
+    Returns images (N, 64, 64, 3) uint8. Raises ValueError for another split or a damaged file,
+    FileNotFoundError if the mosaics are missing.
+
+    Source: Huang et al., Labeled Faces in the Wild, 2007; for research use.
+    """
+    if split not in COLOUR_FACES:
+        raise ValueError(f"split must be 'train' or 'test', got {split!r}")
+    folder = Path(root or os.environ.get("DIFFOC_DATA", "")) / "faces64_rgb"
+    files = sorted(folder.glob(f"{split}*.webp"))
+    if not files:
+        raise FileNotFoundError(
+            f"{folder} has no {split}*.webp: it holds mosaics of 64x64 colour faces; set "
+            "DIFFOC_DATA to the folder that `faces64_rgb` is in"
+        )
+    images = np.concatenate([_faces_of_mosaic(file) for file in files])
+    if len(images) < COLOUR_FACES[split]:
+        raise ValueError(
+            f"{folder} has {len(images)} faces of split {split!r}, expected "
+            f"{COLOUR_FACES[split]}: a mosaic is missing or cut"
+        )
+    return images[: COLOUR_FACES[split]]
+
+
 def portrait(name: str, size: int = 64) -> Tensor:
     """A public-domain portrait, cropped and scaled so that eyes and mouth lie as in `faces`.
 
@@ -271,6 +310,21 @@ def portrait(name: str, size: int = 64) -> Tensor:
 
 def _signed(images: np.ndarray) -> Tensor:
     return torch.from_numpy(images).float() / 127.5 - 1
+
+
+def _faces_of_mosaic(path: Path) -> np.ndarray:
+    """Returns the (N, 64, 64, 3) images of a mosaic whose rows have 32 of them."""
+    try:
+        with Image.open(path) as file:
+            pixels = np.asarray(file.convert("RGB"))
+    except OSError as error:
+        raise ValueError(f"{path} is damaged or no picture: {error}") from error
+    if pixels.shape[0] % 64 or pixels.shape[1] != 32 * 64:
+        raise ValueError(
+            f"{path} has {pixels.shape[1]} x {pixels.shape[0]} pixels, expected rows of 32 faces "
+            "of 64 x 64"
+        )
+    return pixels.reshape(-1, 64, 32, 64, 3).swapaxes(1, 2).reshape(-1, 64, 64, 3)
 
 
 def _digits_bytes() -> tuple[np.ndarray, np.ndarray]:

@@ -79,6 +79,13 @@ RECIPES = {
         rate=2e-3,
         flip=True,
     ),
+    "faces64_rgb": Recipe(
+        lambda: UNetBackbone((96, 160), (2, 3), fold=4, in_channels=3),
+        images=700_000,
+        batch=32,
+        rate=2e-3,
+        flip=True,
+    ),
     "faces64_autoencoder": Recipe(
         Autoencoder, images=50_000, batch=32, rate=2e-3, flip=True, loss=autoencoding_loss
     ),
@@ -302,9 +309,19 @@ def step(
 
 
 def as_states(images: np.ndarray) -> Tensor:
-    """Images (N, H, W), uint8, as (N, 1, H, W) in [-1, 1]; latents (N, C, H, W) as they are."""
+    """Returns images as the networks take them, and latents (N, C, H, W) as they are.
+
+    Args:
+        images: uint8, grey (N, H, W) or colour (N, H, W, 3); or latents, float32.
+
+    Returns:
+        Images (N, 1, H, W) or (N, 3, H, W) in [-1, 1].
+    """
     x = torch.from_numpy(images)
-    return x.unsqueeze(1).float() / 127.5 - 1 if x.dtype == torch.uint8 else x
+    if x.dtype != torch.uint8:
+        return x
+    channels_first = x.unsqueeze(1) if x.ndim == 3 else x.movedim(-1, 1)
+    return channels_first.float() / 127.5 - 1
 
 
 def shift(x: Tensor, generator: torch.Generator, most: int = 2) -> Tensor:

@@ -20,6 +20,7 @@ TRAINED_ON = {
     "classifier": "mnist",
     "judge": "mnist",
     "faces64": "faces",
+    "faces64_rgb": "faces",
     "faces64_autoencoder": "faces",
     "faces64_latent": "faces",
     "faces64_severity": "faces",

@@ -141,19 +141,19 @@ def sheet(images: Tensor, columns: int) -> Tensor:
     """Images side by side, in rows.
 
     Args:
-        images: (B, 1, H, W) in [-1, 1]; what lies outside is clipped.
+        images: grey (B, 1, H, W) or colour (B, 3, H, W) in [-1, 1]; what lies outside is clipped.
         columns: of the sheet; the last row is filled up with black.
 
     Returns:
-        (rows * H, columns * W) uint8.
+        (rows * H, columns * W) uint8, or (rows * H, columns * W, 3) in colour.
     """
-    count, _, height, width = images.shape
+    count, channels, height, width = images.shape
     rows = -(-count // columns)
-    filled = images.new_full((rows * columns, height, width), -1.0)
-    filled[:count] = images[:, 0]
-    grid = filled.reshape(rows, columns, height, width).transpose(1, 2)
-    pixels = (grid.reshape(rows * height, columns * width) + 1) * 127.5
-    return pixels.round().clamp(0, 255).byte()
+    filled = images.new_full((rows * columns, channels, height, width), -1.0)
+    filled[:count] = images
+    grid = filled.reshape(rows, columns, channels, height, width).permute(0, 3, 1, 4, 2)
+    pixels = (grid.reshape(rows * height, columns * width, channels) + 1) * 127.5
+    return pixels.round().clamp(0, 255).byte().squeeze(2)
 
 
 def write_sheet(images: Tensor, path: Path, columns: int = 8) -> None:
