@@ -8,7 +8,7 @@ SITE := $(VENV)/.diffoc-site-installed
 APP := $(VENV)/.diffoc-app-installed
 RUN := $(VENV)/bin/python -m
 
-.PHONY: help reproduce test coverage lab app site notebooks figures clean
+.PHONY: help reproduce test coverage lab app site notebooks figures portable clean
 
 help: ## show this list
 	@awk -F ': .*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -56,6 +56,9 @@ notebooks: $(STAMP) ## for maintainers: execute the notebooks in place, outputs 
 
 figures: $(STAMP) ## draw the figures for print from the records, into figures/print
 	@$(RUN) diffoc figures
+
+portable: $(STAMP) ## for maintainers: try other instruction sets, threads and jitters; takes hours
+	@$(VENV)/bin/python tools/portable.py
 
 clean: ## remove what the other targets made, except .venv
 	rm -rf build diffoc.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -126,6 +126,7 @@ def test_make_alone_lists_every_target(checkout: Path) -> None:
         "site",
         "notebooks",
         "figures",
+        "portable",
         "clean",
     ]
 
