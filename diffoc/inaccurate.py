@@ -19,11 +19,13 @@ cost r and T steps that leaves regularised least squares,
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import torch
 from azula.denoise import Denoiser, DiracPosterior, KarrasDenoiser
 from azula.noise import VESchedule
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffoc import training
 from diffoc.pretrained import OURS, default_schedule, load_prior, shape_of, untrained_adm
@@ -81,7 +83,7 @@ def load_inaccurate(name: str) -> Denoiser:
         return IdentityDenoiser(shape_of(base.partition("/")[0]))
     if not name.startswith((UNTRAINED, RANDOM)):
         raise ValueError(f"name is {name!r}, expected such as 'faces64+noise0.1'")
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), _SameDraws():
         torch.manual_seed(0)
         prior = _untrained(base)
         if name.startswith(RANDOM):
@@ -106,7 +108,8 @@ def add_noise(prior: Denoiser, level: float) -> Denoiser:
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for weights in prior.parameters():
-            noise = torch.randn(weights.shape, generator=generator).to(weights)
+            # In float64, see _SameDraws.
+            noise = torch.randn(weights.shape, generator=generator, dtype=torch.float64).to(weights)
             weights += level * weights.square().mean().sqrt() * noise
     return prior
 
@@ -117,6 +120,25 @@ def draw_zeros(network: nn.Module) -> None:
         for weights in network.parameters():
             if weights.ndim > 1 and not weights.any():
                 weights.normal_(std=weights[0].numel() ** -0.5)
+
+
+class _SameDraws(TorchDispatchMode):
+    """Makes random weights, so their SHA-256, the same on every CPU.
+
+    torch scales uniform numbers, and draws normal ones in float32, by vector instructions: the
+    last digits differ between CPUs. Uniform numbers in [0, 1[ and normal ones in float64 do not.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Draws `x.uniform_(low, high)` and `x.normal_(mean, std)` from float64 or [0, 1[."""
+        kwargs = kwargs or {}
+        if func not in (torch.ops.aten.uniform_.default, torch.ops.aten.normal_.default):
+            return func(*args, **kwargs)
+        x, given = args[0], args[1:]
+        first, second = torch.tensor([*given, *(0.0, 1.0)[len(given) :]]).to(x.dtype).double()
+        if func is torch.ops.aten.uniform_.default:
+            return x.copy_(first + (second - first) * torch.rand(x.shape, **kwargs).double())
+        return x.copy_(first + second * torch.randn(x.shape, dtype=torch.float64, **kwargs))
 
 
 def _untrained(name: str) -> Denoiser:

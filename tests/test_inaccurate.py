@@ -1,10 +1,15 @@
 """Priors that are wrong on purpose: how wrong, always the same, and what is left without one."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
+from diffoc import records
 from diffoc.controllers import control
-from diffoc.data import digits
+from diffoc.data import data_folder, digits
 from diffoc.evaluation import denoising_psnr
 from diffoc.experiments import load_once
 from diffoc.inaccurate import (
@@ -78,6 +83,33 @@ def test_a_wrong_prior_is_the_same_every_time_and_its_digest_tells_it():
     assert len(set(digests)) == len(names)
     load_once.cache_clear()
     assert [load_once(name, "cpu")[1] for name in names] == digests
+
+
+def test_what_records_identify_by_digests_is_the_same_on_every_cpu():
+    program = """
+import torch
+from diffoc.experiments import load_once
+from diffoc.provenance import digest
+from diffoc.tasks import TASKS, task
+print([load_once(n, "cpu")[1] for n in ("untrained faces64", "mnist+noise0.1", "random mnist")])
+for name in TASKS:
+    g = torch.Generator().manual_seed(0)
+    print(name, digest(dict(task(name, (1, 64, 64), g).named_buffers())))
+"""
+    found = [
+        subprocess.run(
+            [sys.executable, "-c", program],
+            env=os.environ | changes,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for changes in ({}, {"ATEN_CPU_CAPABILITY": "default"})
+    ]
+    assert found[0] == found[1]
+    table = records.read(data_folder() / "records" / "robustness_portraits.csv").values()
+    known = {row["weights_sha256"] for rows in table for row in rows if "untr" in row["prior"]}
+    assert all(digest in found[0] for digest in known)
 
 
 def test_an_untrained_adm_predicts_no_noise_and_a_random_one_does():
