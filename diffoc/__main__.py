@@ -185,11 +185,6 @@ def main(argv: list[str] | None = None) -> int:
     )
     claimed.add_argument("--quick", action="store_true", help="recompute nothing")
     claimed.add_argument("--notebooks", type=Path, metavar="DIR", help="executed ones, to compare")
-    notebooks = commands.add_parser("notebooks", help="execute the notebooks")
-    where = notebooks.add_mutually_exclusive_group(required=True)
-    where.add_argument("--out", type=Path, metavar="DIR", help="write executed copies there")
-    where.add_argument("--in-place", action="store_true", help="write outputs into the notebooks")
-    notebooks.add_argument("paths", nargs="*", type=Path, help="all by default")
     fit = commands.add_parser("fit", help="fit a mixture prior to a data set under $DIFFOC_DATA")
     fit.add_argument("name", choices=["mnist", "faces32"])
     fit.add_argument("--out", type=Path, default=ROOT / "data", metavar="DIR")
@@ -254,10 +249,6 @@ def main(argv: list[str] | None = None) -> int:
             from diffoc import ledger
 
             return ledger.run(ledger.LEDGER, args.notebooks or ledger.NOTEBOOKS, quick=args.quick)
-        if args.command == "notebooks":
-            from diffoc.notebooks import find, run
-
-            return run(args.paths or find(ROOT / "notebooks"), args.out, args.in_place)
         if args.command == "train":
             return train(args)
         if args.command == "solve":

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 
 @contextmanager
@@ -26,3 +27,22 @@ def replacing(path: Path) -> Iterator[Path]:
         raise OSError(f"{path} could not be written, and is as it was: {error}") from error
     finally:
         part.unlink(missing_ok=True)
+
+
+def lock(file: IO) -> None:
+    """Locks an open file for this process, until it is closed.
+
+    Raises:
+        ValueError: if another process has locked it.
+        OSError: on Windows, which has no such locks.
+    """
+    try:
+        import fcntl
+    except ImportError as error:
+        raise OSError(f"{file.name} cannot be locked: write it on Linux or macOS") from error
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ValueError(
+            f"{file.name} is being written by another process: wait until that has ended"
+        ) from error

@@ -10,7 +10,6 @@ read with it.
 from __future__ import annotations
 
 import csv
-import fcntl
 import json
 import logging
 import os
@@ -19,6 +18,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from io import FileIO, StringIO
 from pathlib import Path
+
+from diffoc.files import lock
 
 METRICS = (
     *("psnr", "ssim", "mse", "residual_over_noise"),
@@ -183,13 +184,11 @@ def writing(path: Path) -> Iterator[Writer]:
 
     Raises:
         ValueError: if it is no table of this version, or another process writes it.
+        OSError: on Windows, where tables can be read but not written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab", buffering=0) as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(f"{path} is being written by another process") from error
+        lock(file)
         file.truncate(_parse(path)[1])
         file.seek(0, os.SEEK_END)
         yield Writer(file)

@@ -18,7 +18,8 @@ from nbformat import NotebookNode
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from diffoc.notebooks import execute, find, run, table
+from diffoc.files import lock
+from notebooks import execute, find, main, run, table
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -167,6 +168,17 @@ def test_make_of_an_unknown_target(checkout: Path) -> None:
     assert_fails_in_one_line(make(checkout, "tests"), "'tests'", "make help")
 
 
+def test_reproduce_tells_the_ledger_after_a_notebook_that_failed(checkout: Path) -> None:
+    (checkout / "env" / "bin").mkdir(parents=True)
+    python = checkout / "env" / "bin" / "python"
+    python.write_text('#!/bin/sh\necho "$@"\ncase "$*" in *notebooks.py*) exit 1;; esac\n')
+    python.chmod(0o755)
+    (checkout / "env" / ".diffoc-installed").touch()
+    process = make(checkout, "VENV=env", "reproduce")
+    assert process.stdout == "tools/notebooks.py --out build\n-m diffoc claims\n"
+    assert process.returncode != 0
+
+
 # The notebooks
 
 
@@ -291,9 +303,7 @@ def test_a_failure_is_told_kept_and_does_not_stop_the_rest(
     )
     assert re.search(r"^01_good\.ipynb +\d+\.\d  1 \+ 1 = 2$", captured.out, re.MULTILINE)
     assert captured.out.endswith("1 executed to the end, 1 failed\n")
-    assert re.search(
-        r"^\[1/2\] 00_bad\.ipynb \.\.\. \d+\.\d s, failed$", captured.err, re.MULTILINE
-    )
+    assert re.search(r"^\[1/2\] 00_bad\.ipynb \d+\.\d s, failed$", captured.err, re.MULTILINE)
     kept = code_cells(nbformat.read(tmp_path / "out" / bad.name, as_version=4))
     assert [[output.output_type for output in cell.outputs] for cell in kept] == [
         [],
@@ -345,6 +355,42 @@ def test_a_dead_kernel_and_an_endless_cell_are_failures(
     (row,) = execute([write(tmp_path / "00_stuck.ipynb", "1", source)], timeout=2)
     assert row.error.startswith("In [2]: ")
     assert error in row.error
+
+
+def test_two_run_at_a_time_and_the_next_run_says_how_long_they_take(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    meeting = tmp_path / "meeting"
+    meeting.mkdir()
+    # Each waits for the other.
+    source = f"""
+import os, time
+from pathlib import Path
+Path('{meeting}', str(os.getpid())).touch()
+while len(list(Path('{meeting}').iterdir())) < 2: time.sleep(0.01)
+print('Established:', os.environ['OMP_NUM_THREADS'], Path(os.environ['DIFFOC_FIGURES']).name)
+"""
+    paths = [write(tmp_path / f"0{i}_waits.ipynb", source) for i in (1, 2)]
+    out = tmp_path / "out"
+    assert [row.established for row in execute(paths, out, jobs=2)] == ["1 figures"] * 2
+    assert not (tmp_path / "figures").exists()
+    assert run(paths, out) == 0
+    capsys.readouterr()
+    assert run(paths, out) == 0
+    assert re.search(r"^2 notebooks, 1 at a time: about 1 min$", capsys.readouterr().err, re.M)
+
+
+def test_two_runs_into_one_folder_are_refused_in_a_line(
+    good: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    with (out / ".lock").open("a") as file:
+        lock(file)
+        monkeypatch.setattr(sys, "argv", ["notebooks.py", "--out", str(out), str(good)])
+        assert main() == 2
+    assert ".lock is being written by another process" in capsys.readouterr().err
+    assert main() == 0
 
 
 def test_a_missing_notebook_is_refused_before_any_is_executed(good: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Tables on the disk: whatever is torn is left out, and nothing is lost or doubled."""
 
 import logging
+import sys
 from dataclasses import replace
 
 import pytest
@@ -105,6 +106,16 @@ def test_a_file_has_one_writer(tmp_path):
         writing(path),
     ):
         pass
+
+
+def test_where_files_cannot_be_locked_tables_are_read_and_not_written(tmp_path, monkeypatch):
+    path = tmp_path / "table.csv"
+    write(path, rows_of(CELL))
+    monkeypatch.setitem(sys.modules, "fcntl", None)  # as on Windows
+    assert list(read(path)) == [CELL]
+    with pytest.raises(OSError, match=r"table.csv cannot be locked: write it on Linux or macOS"):
+        write(path, rows_of(OTHER))
+    assert list(read(path)) == [CELL]
 
 
 def test_shards_are_read_together(tmp_path):

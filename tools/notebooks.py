@@ -1,4 +1,7 @@
-"""Notebooks: executed, each from a fresh kernel, and what each of them established.
+"""Executes notebooks, each from a fresh kernel, and prints what each of them established.
+
+    python tools/notebooks.py --out build             # executed copies and figures, in build
+    python tools/notebooks.py --in-place [PATH ...]   # for maintainers: outputs and figures
 
 The last code cell of a notebook prints one line that begins with ``Established:``. The rest
 of that line, beside the seconds that the notebook took, is its row in the closing table.
@@ -6,7 +9,10 @@ of that line, beside the seconds that the notebook took, is its row in the closi
 
 from __future__ import annotations
 
+import argparse
 import asyncio
+import json
+import os
 import re
 import signal
 import sys
@@ -24,7 +30,11 @@ from nbclient.exceptions import CellControlSignal, CellExecutionError, DeadKerne
 from nbformat import NotebookNode
 from traitlets import default
 
-from diffoc.files import replacing
+from diffoc.files import lock, replacing
+
+ROOT = Path(__file__).resolve().parent.parent
+SECONDS = ROOT / "tools" / "seconds.json"
+"""What the notebooks took when they were last executed in place, by name."""
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
 PROGRESS_BAR = re.compile(r"\d%\|.*\[\d+:\d\d<")  # as tqdm draws it, on stderr or as a widget
@@ -68,49 +78,75 @@ def execute(
     out: Path | None = None,
     in_place: bool = False,
     timeout: float = 1800,
+    jobs: int = 1,
 ) -> list[Execution]:
-    """Executes notebooks one after the other, in their own folders and in this interpreter.
+    """Executes notebooks in their own folders, in this interpreter, with a thread each.
 
-    A notebook that fails does not keep the next from being executed. Progress goes to stderr,
-    a line for each notebook, and so does the traceback of the cell that failed.
+    A notebook that fails does not keep the others from being executed. Progress goes to stderr,
+    two lines for each notebook, and so does the traceback of the cell that failed.
 
     Args:
-        paths: the notebooks, in the order of execution.
-        out: folder for the executed copies, made if missing. The copy of a notebook that
-            failed ends, as far as outputs go, in the cell that failed.
+        paths: the notebooks.
+        out: folder for the executed copies, and for the figures in its `figures`, made if
+            missing. The copy of a notebook that failed ends, as far as outputs go, in the cell
+            that failed.
         in_place: write outputs into the notebooks themselves, without what differs from run
             to run. A notebook that failed is left as it was.
         timeout: seconds that one cell may take.
+        jobs: notebooks at a time; those that took longest are begun first.
 
     Returns:
         One row for each notebook, in the order of ``paths``.
 
     Raises:
         FileNotFoundError: one of ``paths`` does not exist; nothing has been executed then.
+        ValueError: another process writes to `out`.
     """
     paths = list(paths)
     for path in paths:
         if not path.is_file():
             raise FileNotFoundError(f"paths: there is no notebook {path}")
-    rows = []
-    for number, path in enumerate(paths, start=1):
-        print(f"[{number}/{len(paths)}] {path.name} ... ", end="", file=sys.stderr, flush=True)
-        notebook = nbformat.read(path, as_version=4)
-        start = time.perf_counter()
-        error = _run_cells(notebook, path.parent, timeout)
-        seconds = time.perf_counter() - start
-        print(f"{seconds:.1f} s{', failed' if error else ''}", file=sys.stderr, flush=True)
+    expected = {path: _last_seconds(out).get(path.name, 0.0) for path in paths}
+    begun = 0
+
+    async def one(path: Path, places: asyncio.Semaphore) -> Execution:
+        nonlocal begun
+        async with places:
+            begun += 1
+            place = f"[{begun}/{len(paths)}] {path.name}"
+            known = f"about {expected[path]:.0f} s" if expected[path] else "for the first time"
+            _say(f"{place} ... {known}")
+            notebook = nbformat.read(path, as_version=4)
+            start = time.perf_counter()
+            error = await _run_cells(notebook, path.parent, timeout, out)
+            seconds = time.perf_counter() - start
+        _say(f"{place} {seconds:.1f} s{', failed' if error else ''}")
         if error:
-            print(error.traceback, file=sys.stderr)
+            _say(error.traceback)
         if out is not None:
-            out.mkdir(parents=True, exist_ok=True)
             _write(notebook, out / path.name)
         if in_place and error is None:
             strip_volatile(notebook)
             _write(notebook, path)
         summary = error.summary if error else None
-        rows.append(Execution(path.name, seconds, established(notebook), summary))
-    return rows
+        return Execution(path.name, seconds, established(notebook), summary)
+
+    async def every() -> list[Execution]:
+        places = asyncio.Semaphore(jobs)
+        longest_first = sorted(paths, key=lambda path: -expected[path])
+        rows = await asyncio.gather(*(one(path, places) for path in longest_first))
+        return sorted(rows, key=lambda row: [path.name for path in paths].index(row.notebook))
+
+    if out is None:
+        return asyncio.run(every())
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / ".lock").open("a") as file:
+        lock(file)
+        return asyncio.run(every())
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def _write(notebook: NotebookNode, path: Path) -> None:
@@ -118,23 +154,55 @@ def _write(notebook: NotebookNode, path: Path) -> None:
         nbformat.write(notebook, part)
 
 
-def run(paths: Iterable[Path], out: Path | None = None, in_place: bool = False) -> int:
+def _last_seconds(out: Path | None) -> dict[str, float]:
+    """What notebooks took here, or else on the machine of the one who executed them in place."""
+    files = [SECONDS, *([out / SECONDS.name] if out else [])]
+    known = [json.loads(file.read_text()) for file in files if file.is_file()]
+    return {name: seconds for some in known for name, seconds in some.items()}
+
+
+def run(
+    paths: Iterable[Path], out: Path | None = None, in_place: bool = False, jobs: int = 1
+) -> int:
     """Executes notebooks, prints the closing table, and returns the exit status.
 
     Args:
-        paths: as in `execute`.
-        out: as in `execute`.
-        in_place: as in `execute`.
+        paths, out, in_place, jobs: as in `execute`.
 
     Returns:
         0 if every notebook ran to its end, else 1.
 
     Raises:
-        FileNotFoundError: as in `execute`.
+        FileNotFoundError, ValueError: as in `execute`.
     """
-    rows = execute(paths, out, in_place)
+    paths = list(paths)
+    known = _last_seconds(out)
+    whole = sum(known.get(path.name, 0.0) for path in paths) / jobs
+    _say(f"{len(paths)} notebooks, {jobs} at a time: about {max(1, whole / 60):.0f} min")
+    rows = execute(paths, out, in_place, jobs=jobs)
+    took = {row.notebook: round(row.seconds, 1) for row in rows if row.error is None}
+    with replacing(out / SECONDS.name if out else SECONDS) as part:
+        part.write_text(json.dumps(dict(sorted((known | took).items())), indent=1) + "\n")
     print(table(rows))
     return int(any(row.error for row in rows))
+
+
+def main() -> int:
+    """The command line; see the module."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--out", type=Path, metavar="DIR", help="write executed copies there")
+    where.add_argument("--in-place", action="store_true", help="write outputs into the notebooks")
+    parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), metavar="N")
+    parser.add_argument("paths", nargs="*", type=Path, help="all by default")
+    args = parser.parse_args()
+    if args.jobs < 1:
+        parser.error(f"jobs is {args.jobs}, expected at least 1")
+    try:
+        return run(args.paths or find(ROOT / "notebooks"), args.out, args.in_place, args.jobs)
+    except (OSError, ValueError) as error:
+        print(f"notebooks: {error}", file=sys.stderr)
+        return 2
 
 
 def table(rows: list[Execution]) -> str:
@@ -203,7 +271,9 @@ class _KernelManager(AsyncKernelManager):
         return "auto"  # a kernel that does not encrypt warns in the middle of the progress
 
 
-def _run_cells(notebook: NotebookNode, folder: Path, timeout: float) -> _CellError | None:
+async def _run_cells(
+    notebook: NotebookNode, folder: Path, timeout: float, out: Path | None
+) -> _CellError | None:
     """Replaces the outputs of a notebook by those of a fresh kernel; stops at the first error."""
     for cell in _code_cells(notebook):  # or a failure would leave old outputs after it
         cell.outputs, cell.execution_count = [], None
@@ -219,8 +289,11 @@ def _run_cells(notebook: NotebookNode, folder: Path, timeout: float) -> _CellErr
         on_notebook_start=_let_interrupt_through,
         on_cell_execute=lambda cell, cell_index: begun.append(cell_index),
     )
+    environment = {"OMP_NUM_THREADS": "1"} | os.environ
+    if out is not None:
+        environment["DIFFOC_FIGURES"] = str(out.resolve() / "figures")
     try:
-        client.execute()
+        await client.async_execute(env=environment)
     except (CellControlSignal, DeadKernelError) as error:
         if isinstance(error, CellExecutionError):
             reason = f"{error.ename}: {error.evalue}"
@@ -248,3 +321,7 @@ def _is_progress_bar(output: NotebookNode) -> bool:
 def _code_cells(notebook: NotebookNode) -> list[NotebookNode]:
     """Returns the cells that a kernel executes: code, and not blank."""
     return [cell for cell in notebook.cells if cell.cell_type == "code" and cell.source.strip()]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
