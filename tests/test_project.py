@@ -18,7 +18,7 @@ from nbformat import NotebookNode
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from diffoc.files import lock
+from diffoc.data.files import lock
 from notebooks import execute, find, main, run, table
 
 ROOT = Path(__file__).resolve().parents[1]

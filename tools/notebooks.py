@@ -30,7 +30,7 @@ from nbclient.exceptions import CellControlSignal, CellExecutionError, DeadKerne
 from nbformat import NotebookNode
 from traitlets import default
 
-from diffoc.files import lock, replacing
+from diffoc.data.files import lock, replacing
 
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS = ROOT / "tools" / "seconds.json"

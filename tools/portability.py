@@ -42,7 +42,7 @@ def perturb(seed: int) -> None:
     load = safetensors.torch.load
     safetensors.torch.load = lambda content: {k: jittered(v) for k, v in load(content).items()}
     # Only now, so that the modules below find the function above.
-    from diffoc import tasks
+    from diffoc.problems import tasks
 
     measure = tasks.measure
     tasks.measure = lambda *args, **kwargs: jittered(measure(*args, **kwargs))
