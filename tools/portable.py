@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -54,7 +55,7 @@ TESTS = (
     "test_pixel_baselines",
     "test_reconstruct",
     "test_shipped_priors",
-    "test_solver",
+    "test_solve",
     "test_training",
 )
 """Those whose computations in float32 go through many steps."""
@@ -185,7 +186,10 @@ def report(files: list[Path]) -> int:
             cells.append(f"**{len(bad)} of {len(found)} fail**" if bad else f"{len(found)} pass")
             for name, text in bad.items():
                 places.add((file.name, name))
-                reason = next((ln for ln in text.splitlines() if "Error" in ln), text[:80])
+                # The lines that pytest and IPython mark, without IPython's colours.
+                plain = re.sub(r"(#x1B|\x1b)\[[\d;]*m", "", text).splitlines()
+                marked = [line for line in plain if re.match(r"E  |>  |-+> \d", line)]
+                reason = " ".join(marked[:2] or plain[:1])
                 failures.append(f"| {file.name} | {name} | {setting} | {_cell(reason)} |")
         if done:
             lines.append(f"| {file.name} | {' | '.join(cells)} |")

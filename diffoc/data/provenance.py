@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import platform
+import re
 import subprocess
 from functools import cache
 from importlib.metadata import version
@@ -51,14 +53,21 @@ def _git(root: Path, *arguments: str) -> str:
 
 @cache
 def device_name(device: str) -> str:
-    """A device in words: the model of the GPU or of the CPU."""
+    """A device in words: the model of the GPU, or of the CPU with the instructions it may use.
+
+    CPUs of one name differ, in virtual machines above all, and so do their last digits: family,
+    model and stepping follow the name.
+    """
     if torch.device(device).type == "cuda":
         return f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}"
-    model = platform.processor()
+    names = [platform.processor()]
     if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next((line.split(": ")[1] for line in lines if line.startswith("model name")), "")
-    return f"{platform.machine()} {model} {torch.backends.cpu.get_cpu_capability()}"
+        first = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
+        known = dict(re.findall(r"^(.+?)\s*: (.*)$", first, re.MULTILINE))
+        names = [known.get(key, "") for key in ("model name", "cpu family", "model", "stepping")]
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "")
+    parts = [platform.machine(), *names, torch.backends.cpu.get_cpu_capability(), limit]
+    return " ".join(part for part in parts if part)
 
 
 def digest(tensors: dict[str, Tensor] | Tensor) -> str:

@@ -11,7 +11,9 @@ has one source:
 - `recompute`: the function of that name in :mod:`diffoc.theory.claims` or
   :mod:`diffoc.experiments.paper_tables`.
 
-A value from records, or recomputed, may be off by as much as `within`.
+A value from records, or recomputed, may be off by as much as `within`. By how much rounding on
+another CPU moves a mean of records is in :mod:`diffoc.experiments.spread`; a difference that is
+smaller is no claim.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ import yaml
 
 from diffoc.data.provenance import ROOT
 from diffoc.experiments import paper_tables
+from diffoc.experiments.spread import of_mean
 from diffoc.experiments.summary import by_image, mean_and_interval, paired
 from diffoc.theory import claims
 
@@ -164,6 +167,9 @@ def check(
     if isinstance(source, Computed):
         return None if quick else number.disagreement(recomputable()[source.name]())
     if isinstance(source, Recorded):
+        moves = rounding(source)
+        if source.minus is not None and number.value and moves and abs(number.value) <= moves:
+            return f"{number} is a difference, and rounding moves it by {moves:.2g}"
         try:
             return number.disagreement(_mean(source, records / source.file))
         except (FileNotFoundError, ValueError) as error:
@@ -181,6 +187,18 @@ def check(
     if number_there not in _numbers(source.prints):
         return f"the ledger has {number}, but {source} prints {source.prints!r}"
     return None
+
+
+def rounding(source: Recorded) -> float | None:
+    """Returns by how much rounding moves a number from records; None where it was not measured."""
+    first, second = source.where, source.minus or {}
+    found = [
+        of_mean(source.column, row["method"], row["task"])
+        for row in (first, second)
+        if {"method", "task"} <= row.keys()
+    ]
+    known = [change for change in found if change is not None]
+    return sum(known) if known and len(known) == 1 + bool(second) else None
 
 
 @cache
@@ -228,8 +246,10 @@ def run(
             problem = check(number, notebooks, records, quick)
             skipped = quick and isinstance(number.source, Computed)
             compared += not skipped
+            moves = rounding(number.source) if isinstance(number.source, Recorded) else None
+            spread = "" if moves is None else f", moved by {moves:.2g} by rounding"
             mark = "  DISAGREES" if problem else "  not recomputed" if skipped else ""
-            print(f"    {number}: {number.what} ({number.source}){mark}", flush=True)
+            print(f"    {number}: {number.what} ({number.source}{spread}){mark}", flush=True)
             if problem:
                 wrong.append(f"{claim.id}, {number.what}: {problem}")
     print(f"\n{compared - len(wrong)} of {compared} numbers agree with their sources")

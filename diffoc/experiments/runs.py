@@ -15,16 +15,11 @@ from tqdm.auto import tqdm
 from diffoc.data.provenance import environment
 from diffoc.experiments import records
 from diffoc.experiments.records import COUNTS, ENVIRONMENT, METRICS, Cell, Row
+from diffoc.experiments.spread import tolerance
 from diffoc.problems.tasks import UnsupportedTask
 
 Compute = Callable[[Cell], tuple[list[Row], Tensor | None]]
 """Gives a row for every image of a cell, and the images; what the cell itself says is added."""
-
-TOLERANCE = {"psnr": 0.3, "ssim": 0.02, "lpips_alex": 0.02, "lpips_vgg": 0.02}
-RELATIVE_TOLERANCE = 0.1
-"""Of metrics on another machine: absolute, or relative for those not named.
-
-Rounding alone changes what an optimiser finds that steps as long as it is allowed to."""
 
 
 def run_cells(
@@ -162,11 +157,13 @@ class Checked:
         rows: that were computed again.
         exact: of these, those that had to agree to the last digit.
         differences: one line for each number that does not agree.
+        tolerances: of PSNR elsewhere, by method and task.
     """
 
     rows: int
     exact: int
     differences: list[str]
+    tolerances: dict[tuple[str, str], float]
 
 
 def check(
@@ -180,7 +177,8 @@ def check(
     """Computes the cells of random rows again, and compares them with their records.
 
     On the machine of the record, with the same versions and threads, metrics and counts have to
-    agree to the last digit; elsewhere metrics have to be within :data:`TOLERANCE`.
+    agree to the last digit; elsewhere metrics have to be within the tolerance that was measured
+    for the method and the task, see :mod:`diffoc.experiments.spread`.
 
     Args:
         path: of a table.
@@ -211,7 +209,9 @@ def check(
         exactly += exact * len(new)
         for old, again in zip(cells[cell], new, strict=True):
             differences += _compare(cell, old, again, exact)
-    return Checked(checked, exactly, differences)
+    pairs = {(cell.method, cell.task) for cell in chosen}
+    allowed = {pair: tolerance("psnr", *pair, 0.0) for pair in sorted(pairs)}
+    return Checked(checked, exactly, differences, allowed)
 
 
 def _compare(cell: Cell, old: Row, new: Row, exact: bool) -> list[str]:
@@ -225,13 +225,12 @@ def _compare(cell: Cell, old: Row, new: Row, exact: bool) -> list[str]:
         if new.get(key, "") != old[key]
     ]
     for key in (*METRICS, *COUNTS) if exact else METRICS:
-        if old[key] and not _agree(key, old[key], new.get(key, ""), exact):
+        if old[key] and not _agree(cell, key, old[key], new.get(key, ""), exact):
             found.append(f"{place}: {key} is {new.get(key)} now, {old[key]} in the record")
     return found
 
 
-def _agree(key: str, old: str, new: str, exact: bool) -> bool:
+def _agree(cell: Cell, key: str, old: str, new: str, exact: bool) -> bool:
     if exact or not new:
         return old == new
-    allowed = TOLERANCE.get(key, RELATIVE_TOLERANCE * abs(float(old)))
-    return abs(float(old) - float(new)) <= allowed
+    return abs(float(old) - float(new)) <= tolerance(key, cell.method, cell.task, float(old))
