@@ -72,6 +72,8 @@ def main() -> int:
     files += sorted(path for path in (ROOT / "tests").rglob("test_*.py") if path.stem in TESTS)
     chosen = [file for file in files if file.name.startswith(tuple(args.only))]
     settings = [name for name in args.settings or SETTINGS if can_run(name)]
+    for name in set(args.settings or SETTINGS) - set(settings):
+        print(f"{name}: this CPU does not have the instructions, so that is left out")
     todo = [
         (setting, file)
         for setting in settings
@@ -211,7 +213,7 @@ def report(files: list[Path]) -> int:
     return int(bool(failures))
 
 
-HEAD = """# The same result on every machine
+HEAD = """# The same on every machine
 
 `make portable` runs every notebook and the tests that iterate in float32 under other instruction
 sets, with two threads, and with shipped weights and measurements multiplied by 1 + 1e-6 z, z from

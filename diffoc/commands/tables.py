@@ -211,8 +211,8 @@ def check(args: argparse.Namespace) -> int:
     found = runs.check(args.records, compute, args.rows, args.seed, args.device)
     for line in found.differences:
         print(line)
-    for (method, task), allowed in found.tolerances.items():
-        print(f"{method}, {task}: PSNR may be off by {allowed:.3g} dB on another machine")
+    for place, allowed in sorted(found.tolerances.items()):
+        print(f"{', '.join(place)}: PSNR may be off by {allowed:.3g} dB on another machine")
     print(
         f"{found.rows} rows computed again, {found.exact} on the same machine and versions (to "
         f"the last digit), {found.rows - found.exact} elsewhere (within the tolerance): "

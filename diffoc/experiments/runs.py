@@ -157,13 +157,13 @@ class Checked:
         rows: that were computed again.
         exact: of these, those that had to agree to the last digit.
         differences: one line for each number that does not agree.
-        tolerances: of PSNR elsewhere, by method and task.
+        tolerances: of PSNR elsewhere, by method, task and precision.
     """
 
     rows: int
     exact: int
     differences: list[str]
-    tolerances: dict[tuple[str, str], float]
+    tolerances: dict[tuple[str, str, str], float]
 
 
 def check(
@@ -178,7 +178,7 @@ def check(
 
     On the machine of the record, with the same versions and threads, metrics and counts have to
     agree to the last digit; elsewhere metrics have to be within the tolerance that was measured
-    for the method and the task, see :mod:`diffoc.experiments.spread`.
+    for method, task and precision, see :mod:`diffoc.experiments.spread`.
 
     Args:
         path: of a table.
@@ -209,8 +209,7 @@ def check(
         exactly += exact * len(new)
         for old, again in zip(cells[cell], new, strict=True):
             differences += _compare(cell, old, again, exact)
-    pairs = {(cell.method, cell.task) for cell in chosen}
-    allowed = {pair: tolerance("psnr", *pair, 0.0) for pair in sorted(pairs)}
+    allowed = {(c.method, c.task, c.precision): tolerance("psnr", c, 0.0) for c in chosen}
     return Checked(checked, exactly, differences, allowed)
 
 
@@ -233,4 +232,4 @@ def _compare(cell: Cell, old: Row, new: Row, exact: bool) -> list[str]:
 def _agree(cell: Cell, key: str, old: str, new: str, exact: bool) -> bool:
     if exact or not new:
         return old == new
-    return abs(float(old) - float(new)) <= tolerance(key, cell.method, cell.task, float(old))
+    return abs(float(old) - float(new)) <= tolerance(key, cell, float(old))

@@ -3,6 +3,7 @@
 Another CPU, another number of threads, or weights and measurements that differ in the last digit
 of float32 all change what an optimiser finds. `data/records/spread_faces64.csv` has, for methods
 and tasks of Table 1, the greatest change of a face's PSNR and SSIM and of their means over faces.
+In bfloat16 rounding depends on the CPU's instructions, and changes more.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from functools import cache
 from pathlib import Path
 
 from diffoc.data.provenance import ROOT
+from diffoc.experiments.records import Cell
 
 SPREAD = ROOT / "data" / "records" / "spread_faces64.csv"
 MARGIN = 3
@@ -19,6 +21,8 @@ MARGIN = 3
 
 LEAST = {"psnr": 0.003, "ssim": 0.0003}
 """Which is what is allowed at least."""
+
+COLUMNS = ("psnr_face", "psnr_mean", "ssim_face", "ssim_mean")
 
 UNMEASURED = {"psnr": 0.3, "ssim": 0.02, "lpips_alex": 0.02, "lpips_vgg": 0.02}
 """What is allowed where nothing was measured, absolute."""
@@ -28,32 +32,41 @@ UNMEASURED_RELATIVE = 0.1
 
 
 @cache
-def measured(path: Path = SPREAD) -> dict[tuple[str, str], dict[str, float]]:
-    """Returns the columns of the table, such as "psnr_face" and "psnr_mean", by method and task.
+def measured(path: Path = SPREAD) -> dict[tuple[str, str, str], dict[str, float]]:
+    """Returns numbers by the names of :data:`COLUMNS`, by method, task and precision.
 
     Raises:
-        FileNotFoundError: if it is missing.
+        FileNotFoundError: if the table is missing.
     """
     with path.open(newline="", encoding="utf-8") as file:
         return {
-            (row.pop("method"), row.pop("task")): {key: float(row[key]) for key in row}
+            (row["method"], row["task"], row["precision"]): {
+                key: float(row[key]) for key in COLUMNS
+            }
             for row in csv.DictReader(file)
         }
 
 
-def tolerance(metric: str, method: str, task: str, value: float) -> float:
+def tolerance(metric: str, cell: Cell, value: float) -> float:
     """Returns what a face's metric may be off by on another machine.
 
     Args:
-        metric, method, task: their names in the records.
+        metric: its name in the records.
+        cell: of the record.
         value: of the record, for metrics whose tolerance is relative.
     """
-    found = measured().get((method, task), {}).get(f"{metric}_face")
+    found = measured().get((cell.method, cell.task, cell.precision), {}).get(f"{metric}_face")
     if found is not None:
         return max(MARGIN * found, LEAST[metric])
     return UNMEASURED.get(metric, UNMEASURED_RELATIVE * abs(value))
 
 
 def of_mean(metric: str, method: str, task: str) -> float | None:
-    """Returns the greatest change of a mean over faces; None where it was not measured."""
-    return measured().get((method, task), {}).get(f"{metric}_mean")
+    """Returns the greatest change of a mean over faces, in any precision; None if unmeasured."""
+    key = f"{metric}_mean"
+    found = [
+        columns[key]
+        for (*place, _), columns in measured().items()
+        if place == [method, task] and key in columns
+    ]
+    return max(found, default=None)
