@@ -26,26 +26,24 @@ def perturb(seed: int) -> None:
     """Multiplies what `safetensors` loads from bytes and what `measure` returns, from now on."""
     import safetensors.torch
 
-    random = np.random.default_rng(seed)
-
-    def jittered(tensor):
+    def jittered(tensor, random):
         if not tensor.is_floating_point():
             return tensor
-        z = tensor.new_tensor(random.standard_normal(tuple(tensor.shape)), dtype=tensor.dtype)
         # Half precision cannot hold the change; what it loads is made float32 anyway.
-        return (
-            tensor.float() * (1 + SIZE * z.float())
-            if tensor.itemsize < 4
-            else tensor * (1 + SIZE * z)
-        )
+        wide = tensor.float() if tensor.itemsize < 4 else tensor
+        return wide * (1 + SIZE * wide.new_tensor(random.standard_normal(tuple(tensor.shape))))
 
     load = safetensors.torch.load
-    safetensors.torch.load = lambda content: {k: jittered(v) for k, v in load(content).items()}
+    safetensors.torch.load = lambda content: {
+        # The order of the tensors differs from run to run.
+        name: jittered(tensor, np.random.default_rng([seed, *name.encode()]))
+        for name, tensor in load(content).items()
+    }
     # Only now, so that the modules below find the function above.
     from diffoc.problems import tasks
 
-    measure = tasks.measure
-    tasks.measure = lambda *args, **kwargs: jittered(measure(*args, **kwargs))
+    measure, random = tasks.measure, np.random.default_rng(seed)
+    tasks.measure = lambda *args, **kwargs: jittered(measure(*args, **kwargs), random)
 
 
 def record(place: str, operator: str, left: object, right: object) -> None:
