@@ -182,6 +182,8 @@ def ilqr(
 
     def result() -> ILQRResult:
         better = ~(cost <= best[1])  # also where the cost is not a number
+        if adam and not adam.rule.keep_best:
+            better &= ~cost.isfinite()
         # Who was stopped is good enough where it is, though perhaps not cheapest.
         better &= torch.tensor([reason != "stopped" for reason in status], device=x.device)
         if adam and better.any():
@@ -246,7 +248,7 @@ def ilqr(
         history.regularization.append(a_steps.amax(dim=0))
 
         if adam:
-            changes = adam.precondition([g.k for g in gains])
+            changes = adam.precondition([g.k for g in gains], nominal.u)
             gains = [replace(g, k=k) for g, k in zip(gains, changes, strict=True)]
         accept = acceptance(backtracking, slope, curvature, cost, negligible)
         nominal, (cost, terminal), step = search_step(

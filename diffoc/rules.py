@@ -84,13 +84,19 @@ class Adam:
             rate, as in the paper, every control keeps moving by about the rate, and a cost that
             all T steps act on does not settle.
 
-    Source: Kingma & Ba 2015, arXiv:1412.6980.
+        weight_decay: the share of a control, times the rate, that an iteration takes from it, as
+            AdamW does; not negative.
+        keep_best: whether the result is the cheapest iterate, or the last one whatever it costs.
+
+    Source: Kingma & Ba 2015, arXiv:1412.6980; Loshchilov & Hutter 2019, arXiv:1711.05101.
     """
 
     rate: float = 5e-3
     betas: tuple[float, float] = (0.9, 0.999)
     epsilon: float = 1e-8
     anneal: bool = False
+    weight_decay: float = 0.0
+    keep_best: bool = True
 
     def __post_init__(self) -> None:
         if not 0 < self.rate < math.inf:
@@ -99,6 +105,8 @@ class Adam:
             raise ValueError(f"betas are {self.betas}, expected in [0, 1[")
         if not 0 < self.epsilon < math.inf:
             raise ValueError(f"epsilon is {self.epsilon}, expected finite and above 0")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"weight_decay is {self.weight_decay}, expected finite and at least 0")
 
 
 class AdamState:
@@ -116,8 +124,13 @@ class AdamState:
         self.first: list[Tensor] = []
         self.second: list[Tensor] = []
 
-    def precondition(self, gains: list[Tensor]) -> list[Tensor]:
-        """The changes of the controls for the feedforward gains of every step, (B, m) each."""
+    def precondition(self, gains: list[Tensor], controls: list[Tensor]) -> list[Tensor]:
+        """The changes of the controls for the feedforward gains of every step, (B, m) each.
+
+        Args:
+            gains: of every step, (B, m).
+            controls: where they were taken, (B, ...).
+        """
         if not self.first:
             self.first = [torch.zeros_like(k) for k in gains]
             self.second = [torch.zeros_like(k) for k in gains]
@@ -127,11 +140,13 @@ class AdamState:
         self.count += 1
         one, two = self.rule.betas
         changes = []
-        for k, m, v in zip(gains, self.first, self.second, strict=True):
+        for k, u, m, v in zip(gains, controls, self.first, self.second, strict=True):
             m.lerp_(k, 1 - one)
             v.lerp_(k.square(), 1 - two)
             scale = (v / (1 - two**self.count)).sqrt() + self.rule.epsilon
-            changes.append(rate * m / (1 - one**self.count) / scale)
+            change = rate * m / (1 - one**self.count) / scale
+            decay = rate * self.rule.weight_decay
+            changes.append(change - decay * u.flatten(1) if decay else change)
         return changes
 
 
