@@ -4,7 +4,7 @@ The paper steps along the probability-flow ODE (Eq. 3). The code that its author
 (github.com/lihenryhfl/diffusion_optimal_control) takes ancestral steps of DDPM with frozen noise,
 and clips the estimate of the image to [-1, 1] in each of them:
 
-.. math:: x_{i+1} = a_i x + b_i \, \mathrm{clip}(m(x)) + c_i \, \varepsilon_i , \qquad x = x_i + u_i .
+.. math:: x_{i+1} = a_i x + b_i \, \mathrm{clip}(m(x)) + c_i \, \varepsilon_i , \quad x = x_i + u_i.
 
 The levels of noise are those of DDPM's 1000 linear steps, respaced by even strides. With them
 :class:`AncestralProcess` is to :class:`diffoc.process.ReverseProcess` what the released process is
@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from azula.denoise import Denoiser
+from azula.denoise import Denoiser, Posterior
 from torch import Tensor
 
 from diffoc.baselines.noise_level import times_of_levels
@@ -30,7 +30,7 @@ LEVELS = 1000
 
 
 def respaced_levels(steps: int) -> Tensor:
-    r"""The levels :math:`\bar\alpha` of T points of DDPM's chain, from little noise to much, float64.
+    r"""The levels :math:`\bar\alpha` of T points of DDPM's chain, the least noisy first, float64.
 
     .. math:: \bar\alpha_j = \prod_{i \le j} (1 - \beta_i), \qquad
               j = \mathrm{round}(999 \, k / (T - 1)), \quad k = 0 \dots T - 1
@@ -69,8 +69,10 @@ class AncestralProcess(ReverseProcess):
 
     Raises:
         ValueError: if an argument is out of its range, the noise does not fit, or the prior's
-            schedule ends below the noisiest level.
+            schedule ends below the noisiest level; in a step, if the prior has no such head.
     """
+
+    noise: Tensor
 
     def __init__(
         self, denoiser: Denoiser, steps: int, noise: Tensor, learned_variance: bool = False
@@ -86,14 +88,16 @@ class AncestralProcess(ReverseProcess):
             )
         times = torch.cat([times_of_levels(denoiser.schedule, ratios), torch.zeros(1)])
         super().__init__(denoiser, times, "ddpm", "input", noise)
-        # Of x_0 itself, after the last step, nothing is noise.
+        # After the last step nothing is noise.
         bar = torch.cat([bar, torch.ones(1)])
 
-        def scales(i: Tensor) -> tuple[Tensor, Tensor]:
+        def schedule(i: Tensor) -> tuple[Tensor, Tensor]:
             return bar[i].sqrt(), (1 - bar[i]).sqrt()
 
         first = torch.arange(steps - 1)
-        self.coefficients = torch.stack(METHODS["ddpm"](scales, first, first + 1), dim=-1).tolist()
+        self.coefficients = torch.stack(
+            METHODS["ddpm"](schedule, first, first + 1), dim=-1
+        ).tolist()
         alpha, sigma = denoiser.schedule(times[:-1])
         self.scales: list[float] = (alpha.square() + sigma.square()).sqrt().tolist()
         self.learned_variance = learned_variance
@@ -112,16 +116,22 @@ class AncestralProcess(ReverseProcess):
             x = x + u
         t = self.times[i].to(dtype=x.dtype, device=x.device)
         posterior = self.denoiser(self.scales[i] * x, t)
-        a, b, smallest = self.coefficients[i]
+        a, b, c = self.coefficients[i]
+        std = self._learned_std(i, posterior) if self.learned_variance and c else c
         y = a * x + b * posterior.mean.clamp(-1, 1)
-        if i == self.horizon - 1:
-            return y
-        std: float | Tensor = smallest
-        if self.learned_variance:
-            # v in [-1, 1] runs from the smallest to the largest, in logarithms.
-            v = (posterior.var / self._levels[i]).log()
-            std = smallest * (self._largest[i] / smallest) ** ((v + 1) / 2)
         return y + std * self.noise[i].to(y.dtype)
+
+    def _learned_std(self, i: int, posterior: Posterior) -> Tensor:
+        """Of step i: the smallest for v = -1, the largest for 1, between them by logarithms."""
+        _, _, smallest = self.coefficients[i]
+        # Without the head azula's networks have one variance for all pixels.
+        if getattr(posterior, "var", posterior.mean[:0]).shape != posterior.mean.shape:
+            raise ValueError(
+                "learned_variance is True, but the prior has no head for the variance: see "
+                "load_prior(..., learned_variance=True)"
+            )
+        v = (posterior.var / self._levels[i]).log()
+        return smallest * (self._largest[i] / smallest) ** ((v + 1) / 2)
 
 
 def released_weights(steps: int, scale: float = 1e-6) -> Tensor:

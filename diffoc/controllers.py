@@ -302,7 +302,7 @@ def released(
     learned_variance: bool = False,
     keep_activations: bool = True,
 ) -> Tensor:
-    r"""Images (B, ...) by what the authors' released code does by default, which the paper does not.
+    r"""Images (B, ...) by what the authors' released code does by default; the paper differs.
 
     =============  ===================================  =========================================
     .              the paper, :func:`control_paper`     the released code
@@ -327,7 +327,7 @@ def released(
 
     Args:
         noise_std: of the measurements, which the released code does not use.
-        steps: T, 2 to 1000. With the prior's usual schedule at most 21.
+        steps: T, 2 to 22 with the usual schedule of our priors, which ends at a level of noise.
         iterations: their number, at least 0: evaluations are (T - 1)(1 + iterations), products
             (T - 1) iterations. The released code evaluates the prior three times an iteration.
         rate: of AdamW.

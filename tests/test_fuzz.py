@@ -438,7 +438,9 @@ def settings_by_name(name):
     """A method's settings for few evaluations."""
     method = METHODS[name]
     # Ours from the guess has to have four evaluations for each of its thirty steps.
-    nfe = {"control_paper": 1000, "control": 120, "control_unstopped": 120}.get(name, 12)
+    budgets = {"control": 120, "control_unstopped": 120}
+    budgets |= {"control_paper": 1000, "control_released": 1000}
+    nfe = budgets.get(name, 12)
     found = method.settings("random_inpainting", nfe)
     return found | ({method.tuned[0]: method.tuned[1][-1]} if method.tuned else {})
 
@@ -562,6 +564,7 @@ INSIDE = {
     "class_guidance": "of our networks; its doors are those of the costs and of solve",
     "__main__": "the command line, whose errors test_rough_handling and others see",
     "ablations": "grids of the command line",
+    "ancestral": "test_ancestral has its doors",
     "autoencoder": "a network and its training, on the shipped data",
     "benchmark": "measures; test_benchmark has its doors",
     "checks": "what doors ask",
