@@ -114,20 +114,26 @@ def physics_of(name, mask):
     return super_resolution(2) if name == "super_resolution" else Inpainting((1, 8, 8), mask=mask)
 
 
+@pytest.fixture
+def results(monkeypatch):
+    """What `solve` returned to the method: the method returns the image alone."""
+    found = []
+
+    def recorded(*args, **settings):
+        found.append(solve(*args, **settings))
+        return found[-1]
+
+    monkeypatch.setattr(controllers, "solve", recorded)
+    return found
+
+
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 5e-6), (torch.float32, 1e-4)])
 @pytest.mark.parametrize("name", ["super_resolution", "random_inpainting"])
-def test_controls_and_images_are_the_released_code_s(name, dtype, bound, monkeypatch):
+def test_controls_and_images_are_the_released_code_s(name, dtype, bound, results, monkeypatch):
     """After five iterations; images after each of them."""
     with np.load(FIXTURE) as file:
         given = {key: torch.from_numpy(file[key]).to(dtype) for key in file}
     monkeypatch.setattr(controllers, "draw_noise", lambda *_: given["noise"])
-    results = []
-
-    def recorded(*args, **settings):
-        results.append(solve(*args, **settings))
-        return results[-1]
-
-    monkeypatch.setattr(controllers, "solve", recorded)
     for iterations in range(1, 6):
         METHODS["control_released"].run(
             Prior(NoisePredictor().to(dtype)),
@@ -281,6 +287,17 @@ def test_the_last_iterate_is_the_result_and_not_the_best():
         )
         assert found.cost == (min(costs) if keep_best else costs[-1])
     assert costs[-1] > min(costs)
+
+
+def test_the_method_too_returns_the_last_iterate(results):
+    physics, x = super_resolution(2).double(), normal(1, 1, 8, 8)
+    settings = METHODS["control_released"].settings("super_resolution", 1000)
+    settings |= {"steps": 6, "iterations": 8, "rate": 0.5}
+    y = physics.A(torch.sin(torch.arange(64.0).double()).reshape(1, 1, 8, 8))
+    METHODS["control_released"].run(
+        double_prior(), physics, y, x, generator(), noise_std=0.05, **settings
+    )
+    assert results[0].cost > 1.01 * results[0].costs.min()
 
 
 def test_the_settings_of_the_tasks():
