@@ -22,8 +22,7 @@ import torch
 from azula.denoise import Denoiser, Posterior
 from torch import Tensor
 
-from diffoc.baselines.noise_level import times_of_levels
-from diffoc.process import METHODS, ReverseProcess
+from diffoc.process import METHODS, ReverseProcess, times_of_levels
 
 LEVELS = 1000
 """Of the chain that is respaced."""
@@ -142,7 +141,7 @@ def released_weights(steps: int, scale: float = 1e-6) -> Tensor:
 
     :math:`\beta_i` is one of DDPM's 1000 steps, at the time :math:`t_i` of the T from 1 to 0.001.
     What its root is called there is a signal-to-noise ratio, which would have the product of all
-    steps in place of the one: see :func:`diffoc.solver.snr_weights`.
+    steps in place of the one: see :func:`diffoc.solve.snr_weights`.
 
     Args:
         steps: T, at least 2.

@@ -1,0 +1,1 @@
+"""What the notebooks of the theory check: settings and identities, each once, in float64."""
