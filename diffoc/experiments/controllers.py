@@ -305,12 +305,12 @@ def released(
     r"""Images (B, ...) by what the authors' released code does by default; the paper differs.
 
     =============  ===================================  =========================================
-    .              the paper, :func:`control_paper`     the released code
+    .              the paper                            the released code
     =============  ===================================  =========================================
     process        T deterministic steps                T - 1 ancestral ones with frozen noise and
                                                         clipped image
     terminal cost  half the squared residual over s^2   the norm of the residual
-    control cost   none                                 :func:`diffoc.ancestral.released_weights`
+    control cost   none (Eq. 28)                        :func:`diffoc.ancestral.released_weights`
     derivatives    rank 1                               rank 0, so that all feedback vanishes
     update         Adam on the gains                    AdamW on the gains, weight decay 0.01
     result         not said                             the last iterate
@@ -327,7 +327,8 @@ def released(
 
     Args:
         noise_std: of the measurements, which the released code does not use.
-        steps: T, 2 to 22 with the usual schedule of our priors, which ends at a level of noise.
+        steps: T, 2 to 1000; at most 22 where the prior's schedule ends at 100 times as much noise
+            as image, as the usual one does.
         iterations: their number, at least 0: evaluations are (T - 1)(1 + iterations), products
             (T - 1) iterations. The released code evaluates the prior three times an iteration.
         rate: of AdamW.
