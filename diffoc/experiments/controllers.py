@@ -323,7 +323,7 @@ def released(
 
     .. math:: \Big(1 + \frac{\rho}{0.001} + 0.001 \rho\Big)^{-1}, \qquad \rho = r + 0.001 ,
 
-    a fifth in the first step and a fortieth in the last of T = 20. This is left out here.
+    a fifth in the first step and a fourteenth in the last of T = 20. This is left out here.
 
     Args:
         noise_std: of the measurements, which the released code does not use.
