@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.optim.adam import adam
 
 
 class Direction(NamedTuple):
@@ -137,7 +138,7 @@ class LineSearch(Rule):
 
 @dataclass(frozen=True)
 class Adam(Rule):
-    r"""Adam on the feedforward gains in place of a line search, Eq. 80, by `torch.optim.Adam`.
+    r"""Adam on the feedforward gains in place of a line search, Eq. 80, by torch's own function.
 
     A gain k is treated as a negative gradient: :math:`k \to \eta\, \hat m / (\sqrt{\hat v} +
     \varepsilon)` with running means m of k and v of its square, for every step and component on
@@ -150,18 +151,21 @@ class Adam(Rule):
         anneal: whether the rate falls to zero, as half a cosine over the iterations. At a constant
             rate, as in the paper, every control keeps moving by about the rate, and a cost that
             all T steps act on does not settle.
-        keeps_best: whether the cheapest iterate is the result, and not the last.
+        weight_decay: the share of a control, times the rate, that an iteration takes from it, as
+            AdamW does; not negative.
+        keeps_best: whether the cheapest iterate is the result, or the last whatever it costs.
 
     Raises:
         ValueError: if one is out of its range.
 
-    Source: Kingma & Ba 2015, arXiv:1412.6980.
+    Source: Kingma & Ba 2015, arXiv:1412.6980; Loshchilov & Hutter 2019, arXiv:1711.05101.
     """
 
     rate: float = 5e-3
     betas: tuple[float, float] = (0.9, 0.999)
     epsilon: float = 1e-8
     anneal: bool = False
+    weight_decay: float = 0.0
     keeps_best: bool = True
 
     def __post_init__(self) -> None:
@@ -171,32 +175,45 @@ class Adam(Rule):
             raise ValueError(f"betas are {self.betas}, expected in [0, 1[")
         if not 0 < self.epsilon < math.inf:
             raise ValueError(f"epsilon is {self.epsilon}, expected finite and above 0")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"weight_decay is {self.weight_decay}, expected finite and at least 0")
 
     def start(self, horizon: int, iterations: int) -> AdamMemory:
         """Remembers the two means, and how many iterations there will be."""
         return AdamMemory(iterations)
 
     def direction(
-        self,
-        memory: AdamMemory,
-        newton: Direction,
-        gradients: list[Tensor],
-        controls: list[Tensor],
+        self, memory: AdamMemory, newton: Direction, gradients: list[Tensor], controls: list[Tensor]
     ) -> Direction:
         """Preconditions the gains; what they were expected to bring says nothing of that."""
-        if memory.optimizer is None:
-            changes = [torch.zeros_like(k) for k in newton.change]
-            memory.optimizer = torch.optim.Adam(changes, self.rate, self.betas, self.epsilon)
-        (group,) = memory.optimizer.param_groups
+        gains, rate = newton.change, self.rate
+        if not memory.count:
+            memory.means = [torch.zeros_like(k) for k in gains]
+            memory.squares = [torch.zeros_like(k) for k in gains]
         if self.anneal:
-            group["lr"] = self.rate * (1 + math.cos(math.pi * memory.count / memory.iterations)) / 2
+            rate *= (1 + math.cos(math.pi * memory.count / memory.iterations)) / 2
+        changes = [torch.zeros_like(k) for k in gains]
+        adam(
+            changes,
+            gains,
+            memory.means,
+            memory.squares,
+            max_exp_avg_sqs=[],
+            state_steps=[torch.tensor(float(memory.count)) for _ in gains],
+            foreach=False,
+            amsgrad=False,
+            beta1=self.betas[0],
+            beta2=self.betas[1],
+            lr=rate,
+            weight_decay=0.0,
+            eps=self.epsilon,
+            maximize=True,
+        )
         memory.count += 1
-        for change, k in zip(group["params"], newton.change, strict=True):
-            change.zero_()
-            change.grad = -k
-        memory.optimizer.step()
-        memory.optimizer.zero_grad()
-        return newton._replace(change=group["params"])
+        if decay := rate * self.weight_decay:
+            for change, u in zip(changes, controls, strict=True):
+                change.sub_(u.flatten(1), alpha=decay)
+        return newton._replace(change=changes)
 
 
 @dataclass
@@ -206,12 +223,13 @@ class AdamMemory:
     Attributes:
         iterations: how many there will be.
         count: of the iterations so far.
-        optimizer: of the changes of the controls, with their means; None before the first.
+        means, squares: running means of the gains and of their squares, of every step.
     """
 
     iterations: int
     count: int = 0
-    optimizer: torch.optim.Adam | None = None
+    means: list[Tensor] = field(default_factory=list)
+    squares: list[Tensor] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

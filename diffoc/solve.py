@@ -140,11 +140,14 @@ def _small(residual: Callable[[Tensor], Tensor], noise_level: float) -> Callable
 
 
 def snr_weights(schedule: Schedule, times: Tensor, scale: float = 1e-6) -> Tensor:
-    r"""Weights of the control cost as in the authors' released code, (T,).
+    r"""Weights of the control cost by the signal-to-noise ratio, (T,).
 
     .. math:: r_i = s \, \frac{\alpha_i}{\sigma_i} \frac{1}{dt^2}, \qquad dt = 1 / T
 
-    The signal-to-noise ratio is the one at the state that the control acts on, `times[i]`.
+    The ratio is the one at the state that the control acts on, `times[i]`. The authors' released
+    code has this formula with the ratio of a single noising step in place of all: its weights,
+    :func:`diffoc.ancestral.released_weights`, are hundreds of times these in the first of 20 steps
+    and five to ten times in the last.
 
     Args:
         schedule: of the prior.

@@ -439,7 +439,9 @@ def settings_by_name(name):
     """A method's settings for few evaluations."""
     method = METHODS[name]
     # Ours from the guess has to have four evaluations for each of its thirty steps.
-    nfe = {"control_paper": 1000, "control": 120, "control_unstopped": 120}.get(name, 12)
+    budgets = {"control": 120, "control_unstopped": 120}
+    budgets |= {"control_paper": 1000, "control_released": 1000}
+    nfe = budgets.get(name, 12)
     found = method.settings("random_inpainting", nfe)
     return found | ({method.tuned[0]: method.tuned[1][-1]} if method.tuned else {})
 
@@ -575,6 +577,7 @@ OTHERS = {
     "Rule": "behind ilqr",
     "Direction": "behind ilqr",
     "FullStep": "has no setting",
+    "Constant": "test_ilqr, as regularization",
     "GaussianPosterior": "a result",
     "UnsupportedTask": "an error",
     "as_picture": "test_latent_baselines",
@@ -609,6 +612,7 @@ OTHERS = {
     "drift_and_diffusion": "behind the process",
     "draw_noise": "torch.randn",
     "AdamMemory": "behind ilqr",
+    "times_of_levels": "test_ancestral and test_pixel_baselines",
     "guidance_controls": "test_greedy",
     "LBFGSMemory": "behind ilqr",
     "snr_weights": "of a process's times, which it has checked",

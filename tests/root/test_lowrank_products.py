@@ -9,7 +9,7 @@ from diffoc.costs import ControlCost, GaussianLikelihood
 from diffoc.ilqr import DivergenceError, ilqr
 from diffoc.lowrank import MatrixFree
 from diffoc.riccati import Dense, terminal_value
-from diffoc.rules import LBFGS, Adam, FullStep, LBFGSMemory, LineSearch
+from diffoc.rules import LBFGS, Adam, Direction, FullStep, LBFGSMemory, LineSearch
 from diffoc.system import ControlProblem
 from diffoc.theory.projected import Projected
 
@@ -105,17 +105,20 @@ def test_a_batch_in_which_one_refuses_keeps_everybody_s_trajectory():
 
 
 @pytest.mark.parametrize("anneal", [False, True])
-def test_adam_is_torch_s(anneal):
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_adam_is_torch_s(anneal, decay):
     gains = [[random(2, 4, seed=10 * s + i) for i in range(3)] for s in range(5)]
-    rule = Adam(rate=0.1, betas=(0.8, 0.95), epsilon=1e-6, anneal=anneal)
+    rule = Adam(rate=0.1, betas=(0.8, 0.95), epsilon=1e-6, anneal=anneal, weight_decay=decay)
     memory, one = rule.start(3, 5), torch.ones(2, dtype=torch.float64)
     parameters = [torch.nn.Parameter(torch.zeros(2, 4, dtype=torch.float64)) for _ in range(3)]
-    reference = torch.optim.Adam(parameters, lr=0.1, betas=(0.8, 0.95), eps=1e-6)
+    reference = torch.optim.AdamW(
+        parameters, lr=0.1, betas=(0.8, 0.95), eps=1e-6, weight_decay=decay
+    )
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(reference, T_max=5)
     total = [torch.zeros(2, 4, dtype=torch.float64) for _ in range(3)]
     for sweep in gains:
-        found = rule.direction(memory, Direction(sweep, one, one), [], sweep).change
-        total = [t + c for t, c in zip(total, found, strict=True)]
+        changes = rule.direction(memory, Direction(sweep, one, one), [], total).change
+        total = [t + c for t, c in zip(total, changes, strict=True)]
         for parameter, k in zip(parameters, sweep, strict=True):
             parameter.grad = -k
         reference.step()

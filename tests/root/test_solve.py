@@ -145,7 +145,7 @@ def test_wrong_arguments_are_named():
             solve(process, likelihood, x, **wrong)
 
 
-def test_snr_weights_are_the_released_code_s():
+def test_snr_weights():
     """snr = sqrt(abar / (1 - abar)) for a variance-preserving schedule, weight snr / dt^2."""
     schedule = VPSchedule(alpha_min=1e-2, sigma_min=0.0)
     times = torch.linspace(1, 0, 6, dtype=torch.float64)
