@@ -145,9 +145,9 @@ class LineProblem:
         """log p(y | x_t = x), of the shape of x, (B,), by one integral over x_0."""
         if t == 0:
             return self.likelihood.log(x)
-        z, log_weights, log_likelihood = self._clean
+        z, log_w, log_prior, log_likelihood = self._clean
         # p(x_0, x_t) over x_0: one row a state
-        log_joint = log_weights + _log_normal(x, *self.scales(t), z)
+        log_joint = log_w + log_prior + _log_normal(x, *self.scales(t), z)
         return (log_joint + log_likelihood).logsumexp(1) - log_joint.logsumexp(1)
 
     def score(self, x: Tensor, t: float) -> Tensor:
@@ -165,28 +165,25 @@ class LineProblem:
             x: states at t, (B,).
             t, s: times, 0 <= s < t.
         """
-        z, log_weights, log_likelihood = self._clean
-        if s == 0:
-            points, log_prior, log_h = z, log_weights, log_likelihood
-        else:
+        points, log_w, log_density, log_h = z, log_v, log_prior, log_likelihood = self._clean
+        if s > 0:
             alpha, sigma = self.scales(s)
             low, high = self.prior.breaks[0], self.prior.breaks[-1]
             points, log_w = nodes((alpha * low - TAIL * sigma, alpha * high + TAIL * sigma))
-            log_joint = log_weights + _log_normal(points, alpha, sigma, z)
+            log_joint = log_v + log_prior + _log_normal(points, alpha, sigma, z)
             log_density = log_joint.logsumexp(1)
-            log_prior = log_w + log_density
             log_h = (log_joint + log_likelihood).logsumexp(1) - log_density
         f, v = self.forward_kernel(t, s)
-        log_kernel = log_prior + _log_normal(x, f, v**0.5, points)
-        return ReverseStep(points, log_kernel.log_softmax(1), log_h)
+        log_kernel = log_w + log_density + _log_normal(x, f, v**0.5, points)
+        return ReverseStep(points, log_w, log_kernel.log_softmax(1), log_h)
 
     @property
-    def _clean(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Points for x_0, logarithms of prior times weight, and the likelihood's, (N,) each."""
+    def _clean(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Points for x_0, logarithms of weights, of the prior, of the likelihood, (N,) each."""
         low, high = self.prior.breaks[0], self.prior.breaks[-1]
         inner = (b for b in self.likelihood.breaks if low < b < high)
         z, log_w = nodes(tuple(sorted({*self.prior.breaks, *inner})))
-        return z, log_w + self.prior.log(z), self.likelihood.log(z)
+        return z, log_w, self.prior.log(z), self.likelihood.log(z)
 
 
 @dataclass(frozen=True)
@@ -195,11 +192,13 @@ class ReverseStep:
 
     Attributes:
         points: of x_s, (N,).
+        log_weights: of the quadrature, (N,).
         log_prob: log-probabilities given x_t, (B, N).
         log_h: log p(y | x_s) at the points, (N,).
     """
 
     points: Tensor
+    log_weights: Tensor
     log_prob: Tensor
     log_h: Tensor
 
@@ -207,6 +206,16 @@ class ReverseStep:
     def mean(self) -> Tensor:
         """E[x_s | x_t], (B,)."""
         return self.log_prob.exp() @ self.points
+
+    @property
+    def density(self) -> Tensor:
+        """p(x_s | x_t) at the points, (B, N)."""
+        return (self.log_prob - self.log_weights).exp()
+
+    @property
+    def conditional_density(self) -> Tensor:
+        """p(x_s | x_t, y) at the points, (B, N): the kernel tilted by h_s."""
+        return ((self.log_prob + self.log_h).log_softmax(1) - self.log_weights).exp()
 
     @property
     def conditional_mean(self) -> Tensor:

@@ -57,12 +57,14 @@ class Values:
     Attributes:
         t: the time.
         h_transform, stochastic, noise_free: -dV/dx on :data:`GRID`.
+        plan: where control without noise takes the states of :data:`GRID` in one step.
     """
 
     t: float
     h_transform: NDArray[np.float64]
     stochastic: NDArray[np.float64]
     noise_free: NDArray[np.float64]
+    plan: NDArray[np.float64]
 
 
 @torch.no_grad()
@@ -89,11 +91,18 @@ def values(prior: GaussianMixturePrior, y: float, noise_std: float, steps: int) 
             return _inside(V, at[:, None] + std * nodes)
 
         h = -np.log(np.exp(-expected(h, mean)) @ weights)
-        stochastic = _cheapest(expected(stochastic, GRID) @ weights, mean, std)
-        noise_free = _cheapest(noise_free, mean, std)
+        stochastic, _ = _cheapest(expected(stochastic, GRID) @ weights, mean, std)
+        noise_free, plan = _cheapest(noise_free, mean, std)
         slopes = (-CubicSpline(GRID, V)(GRID, 1) for V in (h, stochastic, noise_free))
-        found.append(Values(times[i].item(), *slopes))
+        found.append(Values(times[i].item(), *slopes, plan))
     return found[::-1]
+
+
+def planned_ends(found: list[Values], starts: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Where control without noise ends from each of the starts, between points linearly."""
+    for value in found:
+        starts = np.interp(starts, GRID, value.plan)
+    return starts
 
 
 def score_error(
@@ -121,10 +130,12 @@ def _inside(V: NDArray[np.float64], at: NDArray[np.float64]) -> NDArray[np.float
     return CubicSpline(GRID, V)(np.clip(at, GRID[0], GRID[-1]))
 
 
-def _cheapest(V: NDArray[np.float64], mean: NDArray[np.float64], std: float) -> NDArray[np.float64]:
-    """min_z (z - mean)^2 / (2 std^2) + V(z): the best grid point, then Newton's steps from it."""
+def _cheapest(
+    V: NDArray[np.float64], mean: NDArray[np.float64], std: float
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """min_z (z - mean)^2 / (2 std^2) + V(z), and z: the best grid point, then Newton's steps."""
     if std == 0:
-        return _inside(V, mean)
+        return _inside(V, mean), mean
     spline = CubicSpline(GRID, V)
     best = GRID[((GRID - mean[:, None]) ** 2 / (2 * std**2) + V).argmin(1)]
     z, width = best, GRID[1] - GRID[0]
@@ -132,4 +143,4 @@ def _cheapest(V: NDArray[np.float64], mean: NDArray[np.float64], std: float) -> 
         curvature = 1 / std**2 + spline(z, 2)
         step = ((z - mean) / std**2 + spline(z, 1)) / np.where(curvature > 0, curvature, np.inf)
         z = np.clip(z - step, np.maximum(best - width, GRID[0]), np.minimum(best + width, GRID[-1]))
-    return (z - mean) ** 2 / (2 * std**2) + spline(z)
+    return (z - mean) ** 2 / (2 * std**2) + spline(z), z
