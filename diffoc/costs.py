@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from diffoc.checks import check_tensor
-from diffoc.operators import Operator
+from diffoc.problems.operators import Operator
 
 
 @dataclass(frozen=True)

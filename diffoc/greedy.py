@@ -12,6 +12,9 @@ is affine in m moves the next state by :math:`b_t \delta_t`, which in input mode
 control. The prior is evaluated once a step, and never differentiated.
 
 Any other cost is guided by the gradient of its value at Tweedie's estimate, for a product a step.
+
+The closed form is solved by conjugate gradients of its own: deepinv's proximal maps stop theirs by
+the worst image of a batch, which couples its images.
 """
 
 from __future__ import annotations
@@ -25,7 +28,6 @@ from torch import Tensor
 
 from diffoc.checks import check_tensor
 from diffoc.process import ReverseProcess
-from diffoc.proximal import correction
 
 PIXEL_VARIANCE = 0.25
 """v: half the range of an image in [-1, 1] as a standard deviation."""
@@ -122,3 +124,40 @@ def guidance_controls(
         u = -strength * b * sigma**2 / alpha * gradient
         x = process.affine(i, x, mean).detach()
     return torch.stack(controls), x
+
+
+def correction(
+    physics: LinearPhysics, y: Tensor, x: Tensor, ratio: float, trials: int = 50, tol: float = 1e-3
+) -> Tensor:
+    r"""The d that minimises :math:`r \|A (x + d) - y\|^2 + \|d\|^2`, by conjugate gradients.
+
+    No image of a batch decides when another is done.
+
+    Args:
+        physics: linear, `A` and `A_adjoint`.
+        y: measurements, (B, ...).
+        x: images, (B, ...).
+        ratio: r, not negative.
+        trials: iterations, at most.
+        tol: of the normal equations' residual, relative to its start.
+    """
+    # In measurement space, (I + r A A^T) w = y - A x and d = r A^T w: never larger than the image.
+    residual = y - physics.A(x)
+    w, direction = torch.zeros_like(residual), residual
+    square = start = _dot(residual, residual)
+    for _ in range(trials):
+        active = square > tol**2 * start
+        if not active.any():
+            break
+        image = direction + ratio * physics.A(physics.A_adjoint(direction))
+        step = torch.where(active, square / _dot(direction, image).where(active, 1), 0)
+        w = w + step * direction
+        residual = residual - step * image
+        new = _dot(residual, residual)
+        direction = residual + torch.where(active, new / square.where(active, 1), 0) * direction
+        square = torch.where(active, new, square)
+    return ratio * physics.A_adjoint(w)
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    return (a * b).flatten(1).sum(dim=1).reshape(-1, *[1] * (a.ndim - 1))

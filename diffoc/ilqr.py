@@ -12,8 +12,8 @@ An iteration expands it around the nominal trajectory, sweeps backward for the g
 with a backtracking line search on :math:`\epsilon` (or Adam, Eq. 80) and Tikhonov regularisation
 of Quu, both of each problem of the batch on its own. How derivatives are represented, as dense
 matrices (:class:`diffoc.riccati.Dense`), by products only
-(:class:`diffoc.matrix_free.MatrixFree`) or by the paper's projections
-(:class:`diffoc.projected.Projected`), the controller does not know.
+(:class:`diffoc.lowrank.MatrixFree`) or by the paper's projections
+(:class:`diffoc.theory.projected.Projected`), the controller does not know.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from diffoc.checks import check_alike, check_tensor
 from diffoc.riccati import VALUE_UPDATES, Dense, SingularControlHessianError
 from diffoc.rules import LBFGS, Adam, AdamState, LBFGSState, LineSearch, Tikhonov
 from diffoc.search import acceptance, choose, search_step, select
-from diffoc.sweeps import ControlProblem, Derivatives, StepGains, backward_sweep, roll_out
+from diffoc.system import ControlProblem, Derivatives, StepGains, backward_sweep, roll_out
 
 
 class DivergenceError(RuntimeError):
@@ -116,7 +116,7 @@ def ilqr(
         x: initial states, (B, ...), float32 or float64.
         controls: the initial guess, (T, B, ...); zeros of the states' shape by default.
         derivatives: dense matrices, or products only for large states
-            (:class:`diffoc.matrix_free.MatrixFree`), or projections.
+            (:class:`diffoc.lowrank.MatrixFree`), or projections.
         regularization: a :class:`Tikhonov` schedule (the default), or a fixed constant: a
             number, or one per step, (T,).
         value_update: "full", or "paper" for Eqs. 48 and 49.

@@ -24,7 +24,7 @@ from nbclient.exceptions import CellControlSignal, CellExecutionError, DeadKerne
 from nbformat import NotebookNode
 from traitlets import default
 
-from diffoc.files import replacing
+from diffoc.data.files import replacing
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
 PROGRESS_BAR = re.compile(r"\d%\|.*\[\d+:\d\d<")  # as tqdm draws it, on stderr or as a widget

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from diffoc.rules import LineSearch
-from diffoc.sweeps import (
+from diffoc.system import (
     ControlProblem,
     Derivatives,
     StepGains,

@@ -19,7 +19,7 @@ from sphinx.application import Sphinx
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the API of this checkout, wherever diffoc is installed from
 
-from diffoc import ledger  # noqa: E402
+from diffoc.experiments import ledger  # noqa: E402
 
 project = "diffoc"
 author = "The diffoc authors"

@@ -10,16 +10,16 @@ from azula.denoise import KarrasDenoiser
 from azula.noise import VPSchedule
 
 from diffoc.costs import GaussianLikelihood
-from diffoc.matrix_free import MatrixFree
-from diffoc.mixtures import mixture_from_loadings
-from diffoc.networks import UNetBackbone
-from diffoc.operators import average_pool
-from diffoc.priors import GaussianMixturePrior
+from diffoc.data.provenance import digest
+from diffoc.lowrank import MatrixFree
+from diffoc.priors.gaussian import GaussianMixturePrior
+from diffoc.priors.mixture import mixture_from_loadings
+from diffoc.priors.networks import UNetBackbone
+from diffoc.problems.operators import average_pool
 from diffoc.process import ReverseProcess, draw_noise
-from diffoc.projected import Projected
-from diffoc.provenance import digest
 from diffoc.rules import LBFGS, Adam, LineSearch, Tikhonov
-from diffoc.solver import solve
+from diffoc.solve import solve
+from diffoc.theory.projected import Projected
 
 SHAPE = (1, 8, 8)
 RULES = {

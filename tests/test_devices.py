@@ -16,13 +16,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
 from diffoc.costs import GaussianLikelihood
-from diffoc.memory import LiveTensors
-from diffoc.networks import UNetBackbone
-from diffoc.operators import average_pool
-from diffoc.pretrained import untrained_adm
+from diffoc.experiments.memory import LiveTensors
+from diffoc.priors.networks import UNetBackbone
+from diffoc.priors.pretrained import untrained_adm
+from diffoc.problems.operators import average_pool
 from diffoc.process import ReverseProcess, draw_noise
 from diffoc.rules import Adam, LineSearch, Tikhonov
-from diffoc.solver import snr_weights, solve
+from diffoc.solve import snr_weights, solve
 
 DEVICE = torch.device("cuda:0" if torch.cuda.is_available() else "lazy:0")
 

@@ -20,11 +20,11 @@ from matplotlib.figure import Figure
 from matplotlib.testing.compare import compare_images
 from PIL import Image
 
-from diffoc.__main__ import main
+from diffoc.commands.main import main
+from diffoc.data.provenance import ROOT
+from diffoc.experiments.records import COLUMNS, Cell, as_json
+from diffoc.experiments.summary import by_budget, by_method, by_setting
 from diffoc.figures import COLORS, WIDTH, paper, plots, save_for_print
-from diffoc.provenance import ROOT
-from diffoc.records import COLUMNS, Cell, as_json
-from diffoc.summary import by_budget, by_method, by_setting
 
 BASELINES = Path(__file__).with_name("figures")
 TOLERANCE = 2.0  # root mean square of 255; other versions of FreeType stay below it

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from diffoc.costs import GaussianLikelihood
-from diffoc.networks import parameter_count
-from diffoc.operators import average_pool
-from diffoc.pretrained import untrained_adm
+from diffoc.priors.networks import parameter_count
+from diffoc.priors.pretrained import untrained_adm
+from diffoc.problems.operators import average_pool
 from diffoc.process import ReverseProcess
-from diffoc.solver import solve
+from diffoc.solve import solve
 
 
 @pytest.mark.slow

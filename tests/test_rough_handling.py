@@ -20,18 +20,22 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import diffoc
-from diffoc import data, figures, ledger, notebooks, training
-from diffoc.__main__ import main
-from diffoc.experiments import keep_in
-from diffoc.methods import write_tuned
-from diffoc.networks import DigitClassifier
-from diffoc.perceptual import read_features, write_features
-from diffoc.pictures import read_picture, write_picture
-from diffoc.pretrained import load_prior
-from diffoc.reconstruct import Settings, from_measurement
-from diffoc.records import Cell, as_json, read
-from diffoc.runs import run_cells
-from diffoc.weights import read_weights, write_weights
+from diffoc import figures, notebooks
+from diffoc.commands.main import main
+from diffoc.commands.solve import Settings, from_measurement
+from diffoc.data import images as data
+from diffoc.data import manifest
+from diffoc.data.pictures import read_picture, write_picture
+from diffoc.experiments import ledger
+from diffoc.experiments.cells import keep_in
+from diffoc.experiments.methods import write_tuned
+from diffoc.experiments.records import Cell, as_json, read
+from diffoc.experiments.runs import run_cells
+from diffoc.priors.networks import DigitClassifier
+from diffoc.priors.pretrained import load_prior
+from diffoc.priors.weights import read_weights, write_weights
+from diffoc.problems.perceptual import read_features, write_features
+from diffoc.training import trainer as training
 
 # Full disks: what was there stays, and the message says which file could not be written.
 
@@ -53,7 +57,7 @@ def noise(seed):
 
 WRITERS = {
     "classifier.safetensors": lambda f, seed: write_weights(network(seed), "classifier", f),
-    "manifest.json": lambda f, seed: data.register_file("a", str(seed), "here", f),
+    "manifest.json": lambda f, seed: manifest.register_file("a", str(seed), "here", f),
     "tuned.json": lambda f, seed: write_tuned({"seed": seed}, f / "tuned.json"),
     "features.safetensors": lambda f, seed: write_features(
         f / "features.safetensors", "net", torch.full((9, 9), float(seed))
@@ -375,7 +379,8 @@ def test_reconstructions_stay_in_their_folder(tmp_path):
 
 def test_a_prior_s_name_makes_no_path(monkeypatch, capsys):
     """Tables are called after their prior, which may be a path or "owner/name"."""
-    from diffoc import commands, experiments
+    from diffoc.commands import tables as commands
+    from diffoc.experiments import cells as experiments
 
     places = []
     monkeypatch.setattr(
@@ -383,12 +388,12 @@ def test_a_prior_s_name_makes_no_path(monkeypatch, capsys):
     )
     monkeypatch.setattr(commands, "_cells", lambda args, images: (args.prior, []))
     monkeypatch.setattr(experiments, "cells_of", lambda *a: [])
-    monkeypatch.setattr("diffoc.records.read", lambda path: {})
-    monkeypatch.setattr("diffoc.methods.write_tuned", lambda tuned: None)
+    monkeypatch.setattr("diffoc.experiments.records.read", lambda path: {})
+    monkeypatch.setattr("diffoc.experiments.methods.write_tuned", lambda tuned: None)
     for prior in ("../../elsewhere", "/etc/passwd", "owner/name"):
         main(["run", "table1", "--prior", prior])
         main(["tune", "dps", "--prior", prior])
-    records = data.data_folder() / "records"
+    records = manifest.data_folder() / "records"
     assert len(places) == 6
     assert {path.resolve().parent for path in places} == {records}
     assert places[0].name == "table1_.._.._elsewhere.csv"

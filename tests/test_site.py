@@ -13,7 +13,7 @@ from urllib.parse import unquote, urlsplit
 import pytest
 from bs4 import BeautifulSoup
 
-from diffoc import ledger
+from diffoc.experiments import ledger
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page, Route

@@ -179,7 +179,11 @@ SLIDERS = {
 
 def test_every_notebook_with_widgets_is_tried_here() -> None:
     sources = {path.name: path.read_text() for path in (ROOT / "notebooks").glob("*.ipynb")}
-    alive = {name for name, text in sources.items() if re.search("ipywidgets|diffoc.panel", text)}
+    alive = {
+        name
+        for name, text in sources.items()
+        if re.search("ipywidgets|diffoc.commands.panel", text)
+    }
     assert alive == {"00_quickstart.ipynb", *SLIDERS}
 
 

@@ -6,10 +6,11 @@ Every method is a function ::
 
 of an azula denoiser, of a `deepinv` physics with measurements y (B, ...), of the state at time 1,
 :math:`x_1 \sim N(0, \sigma_1^2 I)`, shape (B, ...), and of the source of all other randomness. It
-returns images of the shape of `x`, not clipped; with a :class:`diffoc.latent.LatentPrior` x is a
-latent, and what is returned are decoded images. No problem of a batch depends on another, but for
-the noise that they draw from one generator. Keyword arguments are the method's settings, in the
-notation of the notebooks; :func:`method` looks at what all share. Times run from 1 (noise) to 0,
+returns images of the shape of `x`, not clipped; with a
+:class:`diffoc.priors.latent.LatentPrior` x is a latent, and what is returned are decoded images. No
+problem of a batch depends on another, but for the noise that they draw from one generator. Keyword
+arguments are the method's settings, in the notation of the notebooks; :func:`method` looks at what
+all share. Times run from 1 (noise) to 0,
 :math:`x_t = \alpha_t x_0 + \sigma_t z`, and :math:`m(x, t)` is the posterior mean that the prior
 returns.
 """
@@ -30,10 +31,6 @@ from diffoc.checks import check_tensor
 
 if TYPE_CHECKING:
     from deepinv.physics import Physics
-
-
-class UnsupportedTask(ValueError):
-    """The method cannot do this task at all; tables show a dash."""
 
 
 @contextmanager

@@ -16,9 +16,10 @@ from deepinv.optim.prior import TVPrior
 from deepinv.physics import Physics
 from torch import Tensor
 
-from diffoc.baselines import UnsupportedTask, method
+from diffoc.baselines import method
 from diffoc.baselines.decomposition import require_linear
 from diffoc.baselines.pnp_admm import ImageByImage
+from diffoc.problems.tasks import UnsupportedTask
 
 
 @method

@@ -42,9 +42,10 @@ from azula.denoise import Denoiser
 from deepinv.physics import DecomposablePhysics, Physics
 from torch import Tensor
 
-from diffoc.baselines import UnsupportedTask, method
+from diffoc.baselines import method
 from diffoc.baselines.decomposition import decompose
 from diffoc.baselines.noise_level import times_of_levels
+from diffoc.problems.tasks import UnsupportedTask
 
 FLOW_END = 0.01
 """The level at which the flow's result is taken for an image."""

@@ -21,7 +21,7 @@ import torch
 from deepinv.physics import DecomposablePhysics, Inpainting, LinearPhysics, Physics
 from torch import Tensor
 
-from diffoc.baselines import UnsupportedTask
+from diffoc.problems.tasks import UnsupportedTask
 
 LARGEST = 4096  # numbers of a channel whose dense matrix is decomposed
 _TOLERANCE = 1e-5  # relative, of what A does to random images

@@ -15,8 +15,8 @@ from deepinv.models import ConvDecoder
 from deepinv.physics import Physics
 from torch import Tensor
 
-from diffoc.baselines import UnsupportedTask, global_generator, method
-from diffoc.tasks import noise_level
+from diffoc.baselines import global_generator, method
+from diffoc.problems.tasks import UnsupportedTask, noise_level
 
 
 @method

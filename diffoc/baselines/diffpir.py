@@ -28,8 +28,9 @@ from azula.denoise import Denoiser
 from deepinv.physics import LinearPhysics, Physics
 from torch import Tensor
 
-from diffoc.baselines import UnsupportedTask, method
-from diffoc.proximal import correction
+from diffoc.baselines import method
+from diffoc.greedy import correction
+from diffoc.problems.tasks import UnsupportedTask
 
 
 @method

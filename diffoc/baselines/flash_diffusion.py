@@ -19,10 +19,11 @@ from azula.denoise import Denoiser
 from deepinv.physics import LinearPhysics, Physics
 from torch import Tensor
 
-from diffoc.baselines import UnsupportedTask, method
+from diffoc.baselines import method
 from diffoc.baselines.psld import guided_step
-from diffoc.latent import latent_prior
-from diffoc.severity import SeverityEncoder, as_picture, load_severity_encoder
+from diffoc.priors.latent import latent_prior
+from diffoc.priors.severity import SeverityEncoder, load_severity_encoder
+from diffoc.problems.tasks import UnsupportedTask, as_picture
 
 
 @method

@@ -23,9 +23,10 @@ from azula.guidance import PGDMSampler
 from deepinv.physics import LinearPhysics, Physics
 from torch import Tensor
 
-from diffoc.baselines import UnsupportedTask, global_generator, method
+from diffoc.baselines import global_generator, method
 from diffoc.baselines.decomposition import decompose
-from diffoc.proximal import correction
+from diffoc.greedy import correction
+from diffoc.problems.tasks import UnsupportedTask
 
 
 @method

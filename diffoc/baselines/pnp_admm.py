@@ -21,7 +21,7 @@ from torch import Tensor
 from diffoc.baselines import method
 from diffoc.baselines.decomposition import require_linear
 from diffoc.baselines.noise_level import NoiseLevelDenoiser
-from diffoc.proximal import correction
+from diffoc.greedy import correction
 
 
 class ImageByImage(L2):

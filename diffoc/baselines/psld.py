@@ -19,8 +19,9 @@ from azula.denoise import Denoiser
 from deepinv.physics import LinearPhysics, Physics
 from torch import Tensor
 
-from diffoc.baselines import UnsupportedTask, method
-from diffoc.latent import latent_prior
+from diffoc.baselines import method
+from diffoc.priors.latent import latent_prior
+from diffoc.problems.tasks import UnsupportedTask
 
 
 @method

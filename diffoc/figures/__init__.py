@@ -19,8 +19,8 @@ from matplotlib.typing import RcKeyType
 from PIL import Image
 from torch import Tensor
 
-from diffoc.files import replacing
-from diffoc.provenance import ROOT, commit
+from diffoc.data.files import replacing
+from diffoc.data.provenance import ROOT, commit
 
 # Okabe & Ito's palette, distinguishable with every colour vision deficiency.
 COLORS = {

@@ -1,4 +1,4 @@
-"""The figures for print of the grids of :mod:`diffoc.ablations`, from their records."""
+"""The figures for print of the grids of :mod:`diffoc.experiments.ablations`, from their records."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from diffoc import ablation_summary as summary
+from diffoc.experiments import ablation_summary as summary
+from diffoc.experiments.records import Row, read
 from diffoc.figures import plots
-from diffoc.records import Row, read
 
 PSNR = "PSNR (dB)"
 

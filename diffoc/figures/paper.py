@@ -11,24 +11,24 @@ from azula.noise import VPSchedule
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from diffoc.commands.solve import Case, Settings, reconstruct
 from diffoc.costs import ControlCost, GaussianLikelihood
 from diffoc.data import portrait
+from diffoc.data.provenance import ROOT
+from diffoc.experiments.records import read
+from diffoc.experiments.summary import by_budget, by_method, by_setting
 from diffoc.figures import plots, save_for_print
 from diffoc.figures.ablations import from_ablations
 from diffoc.ilqr import ilqr
-from diffoc.linear_gaussian import linear_gaussian, relative_error
-from diffoc.mixtures import mixture_from_loadings
-from diffoc.operators import LinearMeasurement
-from diffoc.pretrained import load_prior
-from diffoc.priors import GaussianMixturePrior, GaussianPrior
+from diffoc.priors.gaussian import GaussianMixturePrior, GaussianPrior
+from diffoc.priors.mixture import mixture_from_loadings
+from diffoc.priors.pretrained import load_prior
+from diffoc.problems.operators import LinearMeasurement
+from diffoc.problems.tasks import measure, task
 from diffoc.process import ReverseProcess
-from diffoc.provenance import ROOT
-from diffoc.reconstruct import Case, Settings, reconstruct
-from diffoc.records import read
 from diffoc.riccati import Dense, terminal_value
-from diffoc.summary import by_budget, by_method, by_setting
-from diffoc.sweeps import ControlProblem, backward_sweep, roll_out
-from diffoc.tasks import measure, task
+from diffoc.system import ControlProblem, backward_sweep, roll_out
+from diffoc.theory.linear_gaussian import linear_gaussian, relative_error
 
 Made = tuple[str, Figure, tuple[str, ...]]
 """A figure's name, the figure, and the records or computations that it shows."""

@@ -16,8 +16,8 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from torch import Tensor
 
+from diffoc.experiments.summary import Curve
 from diffoc.figures import COLORS, PRINT, WIDTH
-from diffoc.summary import Curve
 
 MARKERS = "os^DvPX"
 
@@ -183,8 +183,8 @@ def quality_curves(
 
     Args:
         panels: a panel's title to its lines' labels to their curves, see
-            :func:`diffoc.summary.by_budget` and :func:`diffoc.summary.by_setting`. A half-width
-            of nan is none.
+            :func:`diffoc.experiments.summary.by_budget` and
+            :func:`diffoc.experiments.summary.by_setting`. A half-width of nan is none.
         xlabel, ylabel: with units.
         logarithmic: whether the abscissa is, or the places are equally far apart.
         columns: of panels, at most.

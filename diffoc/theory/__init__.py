@@ -1,5 +1,6 @@
-"""Control and the conditional score, for any prior: what the theory notebooks derive and verify.
+"""What the notebooks of the theory check: settings and identities, each once, in float64.
 
-Everything is in float64 and small: the real line by quadrature (:mod:`diffoc.theory.line`),
-Gaussians in closed form (:mod:`diffoc.theory.riccati_sampler`), mixtures by their oracles.
+The real line is done by quadrature (:mod:`diffoc.theory.line`), Gaussians in closed form
+(:mod:`diffoc.theory.linear_gaussian`, :mod:`diffoc.theory.riccati_sampler`), mixtures by their
+oracles.
 """

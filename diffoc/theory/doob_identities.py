@@ -1,6 +1,7 @@
 """The identities of notebook 14 as numbers: the score as a control, and what follows from it.
 
-Every row compares two computations that have no formula in common; see :mod:`diffoc.identities`.
+Every row compares two computations that have no formula in common, as the rows of
+:mod:`diffoc.theory.identities` do.
 """
 
 from __future__ import annotations
@@ -18,22 +19,22 @@ from torch.distributions import MultivariateNormal, kl_divergence
 
 from diffoc.costs import ControlCost
 from diffoc.ilqr import ilqr
-from diffoc.linear_gaussian import (
+from diffoc.priors.gaussian import GaussianPrior
+from diffoc.priors.mixture import MixturePosterior, with_noise
+from diffoc.problems.operators import LinearMeasurement
+from diffoc.process import ReverseProcess, drift_and_diffusion
+from diffoc.system import ControlProblem
+from diffoc.theory.beliefs import believed_covariance
+from diffoc.theory.certificate import Guidance
+from diffoc.theory.identity import EXACT, QUADRATURE, SLOPE, Identity
+from diffoc.theory.line import LIKELIHOODS, PRIORS, LineProblem, linear
+from diffoc.theory.linear_gaussian import (
     LinearGaussian,
     as_mixture,
     fitted_slope,
     linear_gaussian,
     relative_error,
 )
-from diffoc.mixtures import MixturePosterior, with_noise
-from diffoc.operators import LinearMeasurement
-from diffoc.priors import GaussianPrior
-from diffoc.process import ReverseProcess, drift_and_diffusion
-from diffoc.sweeps import ControlProblem
-from diffoc.theory.beliefs import believed_covariance
-from diffoc.theory.certificate import Guidance
-from diffoc.theory.identity import EXACT, QUADRATURE, SLOPE, Identity
-from diffoc.theory.line import LIKELIHOODS, PRIORS, LineProblem, linear
 from diffoc.theory.most_likely_path import bimodal_prior
 from diffoc.theory.riccati_sampler import (
     low_rank_draw,

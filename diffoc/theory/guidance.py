@@ -22,9 +22,9 @@ import torch
 from azula.denoise import Denoiser
 from torch import Tensor
 
-from diffoc.mixtures import GaussianMixture
-from diffoc.operators import LinearMeasurement
-from diffoc.priors import GaussianMixturePrior
+from diffoc.priors.gaussian import GaussianMixturePrior
+from diffoc.priors.mixture import GaussianMixture
+from diffoc.problems.operators import LinearMeasurement
 from diffoc.process import ReverseProcess
 
 Score = Callable[[Tensor, Tensor], Tensor]

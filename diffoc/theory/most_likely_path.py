@@ -25,9 +25,9 @@ from numpy.typing import NDArray
 from scipy.interpolate import CubicSpline
 from torch import Tensor
 
-from diffoc.mixtures import GaussianMixture
-from diffoc.operators import LinearMeasurement
-from diffoc.priors import GaussianMixturePrior
+from diffoc.priors.gaussian import GaussianMixturePrior
+from diffoc.priors.mixture import GaussianMixture
+from diffoc.problems.operators import LinearMeasurement
 from diffoc.process import METHODS
 
 GRID = np.linspace(-3.5, 3.5, 701)
@@ -93,8 +93,8 @@ def values(prior: GaussianMixturePrior, y: float, noise_std: float, steps: int) 
         h = -np.log(np.exp(-expected(h, mean)) @ weights)
         stochastic, _ = _cheapest(expected(stochastic, GRID) @ weights, mean, std)
         noise_free, plan = _cheapest(noise_free, mean, std)
-        slopes = (-CubicSpline(GRID, V)(GRID, 1) for V in (h, stochastic, noise_free))
-        found.append(Values(times[i].item(), *slopes, plan))
+        slopes = [-CubicSpline(GRID, V)(GRID, 1) for V in (h, stochastic, noise_free)]
+        found.append(Values(times[i].item(), slopes[0], slopes[1], slopes[2], plan))
     return found[::-1]
 
 

@@ -21,9 +21,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from diffoc.linear_gaussian import LinearGaussian
-from diffoc.mixtures import log_normal
-from diffoc.operators import LinearMeasurement
+from diffoc.priors.mixture import log_normal
+from diffoc.problems.operators import LinearMeasurement
+from diffoc.theory.linear_gaussian import LinearGaussian
 
 Kernel = tuple[Tensor, Tensor, Tensor]
 """F (n, n), b (n,) and C (n, n) of one step."""

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from diffoc.linear_gaussian import linear_gaussian, relative_error
-from diffoc.priors import GaussianPrior
+from diffoc.priors.gaussian import GaussianPrior
 from diffoc.process import ReverseProcess
 from diffoc.theory.beliefs import believed_covariance, believed_draws, langevin
+from diffoc.theory.linear_gaussian import linear_gaussian, relative_error
 
 
 def test_one_variance_is_believed_as_notebook_9_says():

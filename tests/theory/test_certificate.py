@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from diffoc.costs import GaussianLikelihood
-from diffoc.known_posteriors import small_problems
+from diffoc.experiments.known_posteriors import small_problems
 from diffoc.process import ReverseProcess, draw_noise
 from diffoc.theory.certificate import certify, noise_priced
 from diffoc.theory.doob_identities import gaussian_certificate, guided_gaussian

@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from diffoc.costs import GaussianLikelihood
-from diffoc.known_posteriors import small_problems
-from diffoc.linear_gaussian import linear_gaussian, relative_error
+from diffoc.experiments.known_posteriors import small_problems
 from diffoc.process import ReverseProcess
 from diffoc.theory.guidance import (
     conditional_rollout,
@@ -15,6 +14,7 @@ from diffoc.theory.guidance import (
     rollout_score,
     tweedie_score,
 )
+from diffoc.theory.linear_gaussian import linear_gaussian, relative_error
 
 T = torch.tensor(0.4, dtype=torch.float64)
 

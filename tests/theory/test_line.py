@@ -7,11 +7,11 @@ import pytest
 import torch
 from scipy.integrate import quad
 
-from diffoc.linear_gaussian import relative_error
-from diffoc.operators import LinearMeasurement
+from diffoc.problems.operators import LinearMeasurement
 from diffoc.process import drift_and_diffusion
 from diffoc.theory import doob_identities, line
 from diffoc.theory.line import LIKELIHOODS, PRIORS, LineProblem
+from diffoc.theory.linear_gaussian import relative_error
 from diffoc.theory.most_likely_path import bimodal_prior
 
 X = torch.tensor([-1.1, 0.2, 0.9], dtype=torch.float64)

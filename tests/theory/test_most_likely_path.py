@@ -7,7 +7,14 @@ from scipy.integrate import quad
 from scipy.optimize import minimize
 
 from diffoc.process import METHODS
-from diffoc.theory.most_likely_path import GRID, bimodal_prior, exact_score, score_error, values
+from diffoc.theory.most_likely_path import (
+    GRID,
+    bimodal_prior,
+    exact_score,
+    planned_ends,
+    score_error,
+    values,
+)
 
 NEAR = (np.abs(GRID) < 1).nonzero()[0]  # from where no noise leaves the grid
 Y, S = 0.1, 0.3
@@ -32,12 +39,16 @@ def test_against_brute_force_over_two_steps():
     def cost(x):
         return (x - Y) ** 2 / (2 * S**2)
 
-    def noise_free(x):
+    def best(x):
         # the last step has no noise, so no control either
         def total(u):
             return u[0] ** 2 / (2 * c[0] ** 2) + cost(mean(1, mean(0, x) + u[0]))
 
-        return min(minimize(total, [u], tol=1e-12).fun for u in np.linspace(-2, 2, 9))
+        tries = [minimize(total, [u], tol=1e-12) for u in np.linspace(-2, 2, 9)]
+        return min(tries, key=lambda found: found.fun)
+
+    def noise_free(x):
+        return best(x).fun
 
     def h(x):
         def integrand(e):
@@ -45,13 +56,15 @@ def test_against_brute_force_over_two_steps():
 
         return -np.log(quad(integrand, -9, 9, limit=200, points=[-2, 0, 2])[0])
 
-    found = values(prior, Y, S, 2)[0]
-    d = 1e-3
+    steps = values(prior, Y, S, 2)
+    found, d = steps[0], 1e-3
     for x in (-0.7, 0.1, 1.0):
         at = np.abs(GRID - x).argmin()
         for f, slope in ((noise_free, found.noise_free), (h, found.h_transform)):
             expected = -(f(x + d) - f(x - d)) / (2 * d)
             assert slope[at] == pytest.approx(expected, rel=1e-2, abs=1e-3)
+        end = mean(1, mean(0, x) + best(x).x[0])
+        assert planned_ends(steps, np.array([x])) == pytest.approx(end, abs=2e-3)
 
 
 def test_only_what_averages_over_the_noise_tends_to_the_score():

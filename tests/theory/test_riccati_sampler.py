@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from diffoc.ilqr import ilqr
-from diffoc.linear_gaussian import exact_kernel_problem, linear_gaussian, relative_error
-from diffoc.mixtures import with_noise
+from diffoc.priors.mixture import with_noise
 from diffoc.theory.doob_identities import posterior_from
+from diffoc.theory.linear_gaussian import exact_kernel_problem, linear_gaussian, relative_error
 from diffoc.theory.riccati_sampler import (
     low_rank_draw,
     path_divergence,

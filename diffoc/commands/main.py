@@ -1,0 +1,285 @@
+"""The command line: `python -m diffoc COMMAND`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from diffoc.commands.tables import add_commands
+from diffoc.data.provenance import ROOT
+
+TRAINED = [
+    "mnist",
+    "faces64",
+    "faces64_rgb",
+    "faces64_autoencoder",
+    "faces64_latent",
+    "faces64_severity",
+    "classifier",
+    "judge",
+]
+
+
+def verify() -> int:
+    """Prints every identity with its error and bound; 1 if one is above its bound."""
+    from diffoc.theory.identities import IDENTITIES
+
+    print(f"{'identity':<68} {'setting':<56} {'error':>8} {'bound':>8}")
+    total = failed = 0
+    for group in IDENTITIES:
+        for row in group():
+            total += 1
+            failed += not row.holds
+            mark = "" if row.holds else "  ABOVE ITS BOUND"
+            print(
+                f"{row.name:<68} {row.setting:<56} {row.error:8.1e} {row.bound:8.0e}{mark}",
+                flush=True,
+            )
+    print(f"{total - failed} of {total} within their bounds")
+    return int(failed > 0)
+
+
+def train(args: argparse.Namespace) -> int:
+    """Trains, or goes on from the checkpoint, and writes the weights of the moving average."""
+    from diffoc.data import images as data
+    from diffoc.figures import write_sheet
+    from diffoc.priors.autoencoder import (
+        Autoencoder,
+        encoded,
+        load_autoencoder,
+        reconstruction_psnr,
+    )
+    from diffoc.priors.severity import SeverityEncoder
+    from diffoc.priors.weights import read_weights, write_weights
+    from diffoc.training import evaluation
+    from diffoc.training import trainer as training
+    from diffoc.training.severity import severities
+
+    name = args.name
+    checkpoint = args.checkpoint or ROOT / "build" / "training" / f"{name}.pt"
+    changes = {"images": args.images, "rate": args.rate}
+    recipe = replace(training.RECIPES[name], **{k: v for k, v in changes.items() if v is not None})
+    labels = truth = None
+    decode: Callable[[torch.Tensor], torch.Tensor] = torch.nn.Identity()
+    if name.startswith("faces64_rgb"):
+        images, held_out = data.colour_faces("train"), data.colour_faces("test")[::2]
+    elif name.startswith("faces64"):
+        images, held_out = data.faces("train"), data.faces("test")[::2]
+        if name == "faces64_latent":
+            network = load_autoencoder(args.out)
+            images = encoded(network, np.concatenate([images, images[:, :, ::-1]]))
+            held_out, decode = encoded(network, held_out), network.decode
+    else:
+        (images, labels), (held_out, truth) = data.mnist("train"), data.mnist("test")
+        if name == "mnist":
+            # Not the first ones: the set may be sorted by class.
+            held_out, labels, truth = held_out[::40], None, None
+    precision = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.precision]
+    if checkpoint.exists():
+        run = training.resume(recipe, checkpoint, args.device, precision)
+    else:
+        weights = args.init and read_weights(args.init)
+        run = training.start(recipe, args.seed, args.device, precision, weights)
+
+    def report(run: training.Run, rate: float) -> None:
+        if truth is not None:
+            score = f"accuracy {evaluation.accuracy(run.average, held_out, truth):.4f}"
+        elif isinstance(run.average, Autoencoder):
+            score = f"PSNR {reconstruction_psnr(run.average, held_out):.2f}"
+        elif isinstance(run.average, SeverityEncoder):
+            found = severities(
+                run.average, training.as_states(held_out), torch.Generator().manual_seed(0)
+            )
+            correlation = torch.corrcoef(found.log())[0, 1]
+            score = f"RMSE {found[1].mean():.3f}, correlation of severities {correlation:.3f}"
+        else:
+            prior = training.denoiser(run.average)
+            psnr = (evaluation.denoising_psnr(prior, held_out, s) for s in (0.1, 0.3, 1.0))
+            score = "PSNR at sigma 0.1, 0.3, 1: " + " / ".join(f"{p:.2f}" for p in psnr)
+            shape = (16, *training.as_states(held_out[:1]).shape[1:])
+            generator = torch.Generator().manual_seed(0)
+            sheet = evaluation.draw_samples(prior, shape, generator, decode=decode)
+            write_sheet(sheet, checkpoint.with_suffix(".png"))
+        loss = sum(run.losses) / len(run.losses)
+        print(
+            f"{run.seen:>9,} of {recipe.images:,} images  {rate:6.0f}/s  loss {loss:.4f}  {score}",
+            flush=True,
+        )
+
+    checkpoint.parent.mkdir(parents=True, exist_ok=True)
+    training.train(run, images, labels, checkpoint, args.every, report=report, compile=args.compile)
+    if isinstance(run.average, Autoencoder):
+        run.average.standardise(training.as_states(images))
+    print(write_weights(run.average, name, args.out))
+    return 0
+
+
+def evaluate(name: str, samples: int, out: Path) -> int:
+    """Prints what the prior's card reports, and writes a sheet of its samples."""
+    from diffoc.figures import write_sheet
+    from diffoc.training.evaluation import report
+
+    numbers, drawn = report(name, samples)
+    print(json.dumps(numbers, indent=2))
+    out.mkdir(parents=True, exist_ok=True)
+    write_sheet(drawn[:64], out / f"samples_{name}.png")
+    print(out / f"samples_{name}.png")
+    return 0
+
+
+def solve(args: argparse.Namespace) -> int:
+    """Reconstructs a picture from a measurement of it, and writes what happened."""
+    from diffoc.commands import solve as reconstruct
+    from diffoc.priors.pretrained import load_prior
+
+    names = ("steps", "iterations", "update", "rank", "rate")
+    given = {name: getattr(args, name) for name in names}
+    given = {name: value for name, value in given.items() if value is not None}
+    settings = reconstruct.Settings(
+        args.task, args.prior, noise_std=args.noise_std, seed=args.seed, **given
+    )
+    prior = load_prior(args.prior)
+    read = reconstruct.from_measurement if args.measurement else reconstruct.from_picture
+    case = read(args.measurement or args.image, prior.image_shape, settings)
+    for note in case.notes:
+        print(f"note: {note}")
+    result, report = reconstruct.reconstruct(case, prior, settings, args.device)
+    for path in reconstruct.write(args.out, case, result.x0, report):
+        print(path)
+    if report["metrics"]:
+        print(", ".join(f"{name} {value:g}" for name, value in report["metrics"].items()))
+    print(
+        f"residual {report['residual_over_noise']:g} of the noise, "
+        f"{report['evaluations']} evaluations, {report['seconds']:g} s"
+    )
+    return 0
+
+
+def benchmark(args: argparse.Namespace) -> int:
+    """Prints what the controller costs, measured here, and what Table 1 would, projected."""
+    from diffoc.experiments.benchmark import run
+
+    found = run(
+        args.priors or ["mnist", "faces64"],
+        steps=args.steps,
+        ranks=args.ranks,
+        batch=args.batch,
+        repeats=args.repeats,
+        device=args.device,
+        teraflops=args.teraflops,
+        random_weights=args.random_weights,
+    )
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(found, indent=2) + "\n")
+        print(args.out)
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command and returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m diffoc", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands.add_parser("verify", help="check the theory's identities in float64")
+    claimed = commands.add_parser(
+        "claims", help="print the ledger of the paper's claims: 1 if a number disagrees"
+    )
+    claimed.add_argument("--quick", action="store_true", help="recompute nothing")
+    claimed.add_argument("--notebooks", type=Path, metavar="DIR", help="executed ones, to compare")
+    notebooks = commands.add_parser("notebooks", help="execute the notebooks")
+    where = notebooks.add_mutually_exclusive_group(required=True)
+    where.add_argument("--out", type=Path, metavar="DIR", help="write executed copies there")
+    where.add_argument("--in-place", action="store_true", help="write outputs into the notebooks")
+    notebooks.add_argument("paths", nargs="*", type=Path, help="all by default")
+    fit = commands.add_parser("fit", help="fit a mixture prior to a data set under $DIFFOC_DATA")
+    fit.add_argument("name", choices=["mnist", "faces32"])
+    fit.add_argument("--out", type=Path, default=ROOT / "data", metavar="DIR")
+    fit.add_argument("--seed", type=int, default=0)
+    trainer = commands.add_parser("train", help="train a small network, or go on training it")
+    trainer.add_argument("name", choices=TRAINED)
+    trainer.add_argument("--checkpoint", type=Path, help="default: build/training/NAME.pt")
+    trainer.add_argument("--out", type=Path, default=ROOT / "data", metavar="DIR")
+    trainer.add_argument("--init", type=Path, metavar="FILE", help="weights to begin with")
+    trainer.add_argument("--images", type=int, help="to see, instead of the recipe's")
+    trainer.add_argument("--rate", type=float, help="learning rate, instead of the recipe's")
+    trainer.add_argument("--seed", type=int, default=0)
+    trainer.add_argument("--device", default="cpu", help="cpu or cuda")
+    trainer.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
+    trainer.add_argument("--compile", action="store_true", help="compile the network: for a GPU")
+    trainer.add_argument("--every", type=float, default=300, metavar="SECONDS", help="report")
+    judge = commands.add_parser("evaluate", help="measure a small prior, as its card reports it")
+    judge.add_argument("name", choices=["mnist", "faces64"])
+    judge.add_argument("--samples", type=int, default=1000)
+    judge.add_argument("--out", type=Path, default=ROOT / "build", metavar="DIR")
+    solver = commands.add_parser("solve", help="reconstruct a picture from a measurement of it")
+    solver.add_argument("image", nargs="?", type=Path, help="a picture, to be measured first")
+    solver.add_argument("--measurement", type=Path, metavar="FILE", help="in place of a picture")
+    solver.add_argument(
+        "--task", required=True, help="super_resolution, or another of diffoc.problems.tasks"
+    )
+    solver.add_argument("--prior", default="faces64", help="a name or path for load_prior")
+    solver.add_argument("--out", type=Path, default=Path("solved"), metavar="DIR")
+    solver.add_argument("--noise-std", type=float, default=0.05, help="on the scale [-1, 1]")
+    solver.add_argument("--steps", type=int, help="T of the reverse process")
+    solver.add_argument("--iterations", type=int, help="of the controller")
+    solver.add_argument("--update", choices=["lbfgs", "adam"], help="lbfgs by default")
+    solver.add_argument("--rank", type=int, help="of the terminal Hessian, for adam")
+    solver.add_argument("--rate", type=float, help="of adam")
+    solver.add_argument("--seed", type=int, default=0, help="of mask, kernel and noise")
+    solver.add_argument("--device", default="cpu", help="cpu or cuda")
+    add_commands(commands)
+    bench = commands.add_parser("benchmark", help="time and memory of the controller, measured")
+    bench.add_argument("priors", nargs="*", help="for load_prior; by default mnist and faces64")
+    bench.add_argument("--steps", type=int, default=10, metavar="T")
+    bench.add_argument("--ranks", type=int, nargs="+", default=[0, 1], metavar="K")
+    bench.add_argument("--batch", type=int, default=8, help="images at once; 1 for no comparison")
+    bench.add_argument("--repeats", type=int, default=5, help="the fastest counts")
+    bench.add_argument("--device", default="cpu", help="cpu or cuda")
+    bench.add_argument(
+        "--teraflops", type=float, default=50.0, help="that the projection of Table 1 assumes"
+    )
+    bench.add_argument(
+        "--random-weights", action="store_true", help="for ffhq256, without its file"
+    )
+    bench.add_argument("--out", type=Path, metavar="JSON")
+    args = parser.parse_args(argv)
+    if args.command == "solve" and (args.image is None) == (args.measurement is None):
+        parser.error("solve needs either a picture or --measurement FILE")
+
+    # Activations and optimiser states decay into denormals, which halve the speed of a CPU.
+    torch.set_flush_denormal(True)
+    try:
+        if args.command == "verify":
+            return verify()
+        if args.command == "claims":
+            from diffoc.experiments import ledger
+
+            return ledger.run(ledger.LEDGER, args.notebooks or ledger.NOTEBOOKS, quick=args.quick)
+        if args.command == "notebooks":
+            from diffoc.notebooks import find, run
+
+            return run(args.paths or find(ROOT / "notebooks"), args.out, args.in_place)
+        if args.command == "train":
+            return train(args)
+        if args.command == "solve":
+            return solve(args)
+        if "function" in args:
+            return args.function(args)
+        if args.command == "evaluate":
+            return evaluate(args.name, args.samples, args.out)
+        if args.command == "benchmark":
+            return benchmark(args)
+        from diffoc.training.mixtures import fit_mixture_prior
+
+        fit_mixture_prior(args.name, args.out, args.seed)
+        return 0
+    except (ValueError, OSError, ImportError) as error:
+        print(f"diffoc: {error}", file=sys.stderr)
+        return 2

@@ -1,0 +1,155 @@
+"""Buttons and sliders for the quickstart notebook: the controller at work, live.
+
+The controller runs in a thread of its own: a kernel that ran it in the button's callback would hear
+nothing else, not even the button that cancels, before it was done.
+"""
+
+from __future__ import annotations
+
+import io
+from threading import Event, Thread
+
+import ipywidgets as widgets
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from diffoc.commands.solve import picture_of
+from diffoc.data import images as data
+from diffoc.lowrank import MatrixFree
+from diffoc.priors.pretrained import load_prior
+from diffoc.problems.metrics import image_metrics
+from diffoc.problems.tasks import TASKS, likelihood, measure, noise_level, task
+from diffoc.process import ReverseProcess
+from diffoc.rules import LBFGS, Adam
+from diffoc.solve import image_units, solve
+
+# What can be chosen: the images that ship with the repository, each with its prior.
+_IMAGES = {
+    "astronaut": "faces64",
+    "grace hopper": "faces64",
+    **{f"digit {d}": "mnist" for d in range(10)},
+}
+
+
+def _image(name: str) -> Tensor:
+    if name.startswith("digit"):
+        return data.digits()[0][2 * int(name[-1])][None]
+    return data.portrait(name.replace(" ", "_"))
+
+
+class _Cancelled(Exception):
+    """Raised between two iterations, to leave the solver."""
+
+
+class Panel:
+    """Image, task, noise, iterations and rank by hand; measurement, image and cost as they move.
+
+    Attributes:
+        view: the widget, to be displayed.
+        steps: T of the reverse process.
+        worker: the thread that reconstructs, or did last; None before the first.
+    """
+
+    def __init__(self, steps: int = 10) -> None:
+        self.steps = steps
+        self.image = widgets.Dropdown(options=list(_IMAGES), description="image")
+        names = [(name.replace("_", " "), name) for name in TASKS]
+        self.task = widgets.Dropdown(options=names, description="task")
+        self.noise = widgets.FloatSlider(0.05, min=0.01, max=0.5, step=0.01, description="noise")
+        self.iterations = widgets.IntSlider(60, min=1, max=200, description="iterations")
+        updates = [("L-BFGS", "lbfgs"), ("Adam, as in the paper", "adam")]
+        self.update = widgets.Dropdown(options=updates, description="update")
+        self.rank = widgets.IntSlider(0, min=0, max=8, description="rank")
+        self.button = widgets.Button(description="Reconstruct", button_style="primary")
+        self.cancel = widgets.Button(description="Cancel", disabled=True)
+        self.status = widgets.Label()
+        self.picture = widgets.Image(format="png", width=760)
+        self.worker: Thread | None = None
+        self._cancelled = Event()
+        self.button.on_click(lambda _: self.start())
+        self.cancel.on_click(lambda _: self._cancelled.set())
+        controls = [self.image, self.task, self.noise, self.iterations, self.update, self.rank]
+        self.view = widgets.VBox(
+            [
+                widgets.HBox(controls[:3]),
+                widgets.HBox([*controls[3:], self.button, self.cancel]),
+                self.status,
+                self.picture,
+            ]
+        )
+
+    def start(self) -> None:
+        """Begins `run` in a thread, and returns at once."""
+        self.button.disabled = True  # here already, or a double click would start two
+        self.worker = Thread(target=self.run, daemon=True)
+        self.worker.start()
+
+    def run(self) -> None:
+        """Measures the chosen image and reconstructs it, showing every iteration.
+
+        *Cancel* ends it after the iteration that is going on; the last picture stays.
+        """
+        self.button.disabled = True
+        self._cancelled.clear()
+        self.cancel.disabled = False
+        try:
+            self._run()
+        except _Cancelled:
+            self.status.value += ", cancelled"
+        except (ValueError, RuntimeError, OSError) as error:  # the last of missing weights
+            self.status.value = f"{error}"
+        finally:
+            self.cancel.disabled = True
+            self.button.disabled = False
+
+    def _run(self) -> None:
+        self.status.value = "measuring"
+        # What is used twice is read once: it may be changed meanwhile.
+        image, name, noise = self.image.value, self.task.value, self.noise.value
+        prior = load_prior(_IMAGES[image])
+        truth = _image(image)
+        generator = torch.Generator().manual_seed(0)
+        physics = task(name, prior.image_shape, generator)
+        y = measure(physics, truth, generator, noise)
+        costs = []
+
+        def show(iteration: int, cost: Tensor, x0: Tensor) -> None:
+            costs.append(cost.item())
+            psnr = image_metrics(x0, truth)["psnr"].item()
+            self.status.value = f"iteration {iteration + 1}: cost {costs[-1]:.4g}, {psnr:.2f} dB"
+            self.picture.value = _draw(truth, picture_of(y, name), x0, costs)
+            if self._cancelled.is_set():
+                raise _Cancelled
+
+        process = ReverseProcess(prior, self.steps)
+        lbfgs = LBFGS(units=image_units(prior.schedule, process.times))
+        solve(
+            process,
+            likelihood(physics, y, noise),
+            torch.zeros_like(truth),
+            rank=self.rank.value,
+            derivatives=MatrixFree(hessian="gauss_newton"),
+            iterations=self.iterations.value,
+            residual=lambda x0: physics.A(x0) - y,
+            noise_level=noise_level(physics, y, noise),
+            update=lbfgs if self.update.value == "lbfgs" else Adam(0.02, anneal=True),
+            callback=show,
+        )
+        self.status.value += ", done"
+
+
+def _draw(truth: Tensor, measurement: Tensor, x0: Tensor, costs: list[float]) -> bytes:
+    """Three images and the cost so far, as PNG."""
+    figure = Figure(figsize=(9.5, 2.6), layout="constrained")
+    axes = figure.subplots(1, 4, width_ratios=[1, 1, 1, 1.3])
+    pictures = {"truth": truth, "measurement": measurement, "reconstruction": x0}
+    for ax, (title, picture) in zip(axes, pictures.items(), strict=False):
+        ax.imshow(picture[0, 0], cmap="gray", vmin=-1, vmax=1, interpolation="nearest")
+        ax.set_title(title)
+        ax.axis("off")
+    axes[-1].semilogy(range(1, len(costs) + 1), costs)
+    axes[-1].set(title="cost", xlabel="iteration")
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=80)
+    return content.getvalue()

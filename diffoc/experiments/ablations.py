@@ -1,0 +1,209 @@
+"""Experiments beside the tables as grids of cells: few steps, rank, a wrong score, our own parts.
+
+What is tuned has the value that was best on the tuning faces with the trained prior and 300
+evaluations, in every cell: with other numbers of steps, other budgets and wrong priors too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import product
+
+from diffoc.experiments.controllers import UNSTOPPED_STEPS, iterations_within
+from diffoc.experiments.inaccurate import IDENTITY, RANDOM, UNTRAINED
+from diffoc.experiments.methods import TABLE_2, settings_of
+from diffoc.experiments.records import Cell, as_json
+
+TASKS = ("super_resolution", "random_inpainting")
+"""Of the paper's Tables 4 to 6 too."""
+
+TUNED = ("faces64", 300)
+"""The prior and the budget whose tuned values all cells have."""
+
+HORIZONS = (5, 10, 20, 50, 100, 200)
+"""T, as in Figure 3 and Table 6."""
+
+BUDGETS = (20, 50, 100, 200, 300)
+"""Evaluations, where the controller has the steps that it was tuned for, if they are enough."""
+
+RANKS = (0, 1, 4, 16)
+REGULARIZATIONS = (0, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1, "lemma_4_2")
+"""Of Tables 4 and 5."""
+
+NOISE_LEVELS = (0.05, 0.1, 0.2)
+"""Of the weights' noise, relative to their root mean square."""
+
+CONSTANT_COSTS = (0.3, 3.0, 30.0, 300.0)
+"""r of all controls, where the controller that is not stopped loses its weights."""
+
+NO_COST = 1e-6
+"""w of the controller that is not stopped, where it loses its cost: zero makes Quu singular."""
+
+Choice = tuple[str, str, str, int, dict]
+"""Prior, task, method, budget and settings of a cell."""
+
+
+def few_steps(prior: str, tasks: Sequence[str]) -> Iterator[Choice]:
+    """Figure 3 and Table 6: DPS and ours at equal budgets, then at equal T.
+
+    At equal T, DPS has T evaluations and the controllers 300, or 4 T where those are too few.
+    """
+    for name in tasks:
+        for nfe in BUDGETS:
+            # A plan of T steps takes 4 T evaluations at least.
+            steps = min(_tuned("control", name)["steps"], nfe // 4)
+            yield prior, name, "dps", nfe, _tuned("dps", name) | {"steps": nfe}
+            yield from _controllers(prior, name, nfe, steps)
+            yield _unstopped(prior, name, nfe, min(UNSTOPPED_STEPS, nfe // 4))
+        for steps in HORIZONS:
+            yield prior, name, "dps", steps, _tuned("dps", name) | {"steps": steps}
+            yield from _controllers(prior, name, max(TUNED[1], 4 * steps), steps)
+            yield _unstopped(prior, name, max(TUNED[1], 4 * steps), steps)
+
+
+def rank(prior: str, tasks: Sequence[str]) -> Iterator[Choice]:
+    """Tables 4 and 5: the paper's settings but for what varies, with ten steps and 20 iterations.
+
+    The terminal Hessian of rank k, propagated exactly or by the projections of Appendix D.1, and
+    Tikhonov's constant a. With a = 0 and no control cost, Eq. 28, Quu has the rank k alone: that
+    cell fails, as the paper says. The control cost of the released code keeps Quu regular. The
+    first order has nothing to project, and Adam makes its constant irrelevant, see
+    :func:`diffoc.experiments.controllers.control_paper`.
+    """
+    steps, iterations = 10, 20
+    for name in tasks:
+        usual = TABLE_2[name] | {"steps": steps, "iterations": iterations, "projected": False}
+        changes: list[dict] = [{"regularization": a} for a in REGULARIZATIONS]
+        changes += [{"regularization": 0, "weight_scale": 0.0}]
+        changes += [{"regularization": a, "rank": 0} for a in (0, 1)]
+        pairs = product(RANKS, (False, True))
+        changes += [{"rank": k, "projected": p} for k, p in pairs if k or not p]
+        for change in changes:
+            settings = usual | change
+            yield prior, name, "control_paper", steps * iterations, settings
+
+
+def robustness(
+    prior: str, tasks: Sequence[str], trained: bool = True, nfe: int = TUNED[1]
+) -> Iterator[Choice]:
+    """Figure 6: DPS and ours with priors that are wrong, and what needs no prior.
+
+    Args:
+        prior: that they are made of.
+        tasks: of the grid.
+        trained: whether there are weights; without, only priors of random ones.
+        nfe: the budget, for which nothing is tuned but with 300 evaluations.
+    """
+    if trained:
+        wrong = [prior, *(f"{prior}+noise{level:g}" for level in NOISE_LEVELS), UNTRAINED + prior]
+    else:
+        wrong = [UNTRAINED + prior, RANDOM + prior]
+    for name in tasks:
+        steps = min(_tuned("control", name)["steps"], nfe // 4)
+        for used in wrong:
+            yield used, name, "dps", nfe, _tuned("dps", name) | {"steps": nfe}
+            yield from _controllers(used, name, nfe, steps)
+            yield _unstopped(used, name, nfe, min(UNSTOPPED_STEPS, nfe // 4))
+        none = IDENTITY + prior
+        yield from _controllers(none, name, nfe, steps)
+        yield _unstopped(none, name, nfe, min(UNSTOPPED_STEPS, nfe // 4))
+        yield none, name, "deep_image_prior", nfe, {}
+
+
+def parts(prior: str, tasks: Sequence[str]) -> Iterator[Choice]:
+    """Ours, not stopped, and the same with one of its parts taken away, at 300 evaluations.
+
+    In place of the weighted control cost there are constant ones, and none, so that the comparison
+    is with the best of them; in place of its steps those that the stopped controller is tuned to.
+    """
+    nfe = TUNED[1]
+    for name in tasks:
+        usual = _tuned("control_unstopped", name) | {"budget": nfe}
+        changes: list[dict] = [{}, {"in_units": False}, {"stopped": True}, {"weight": NO_COST}]
+        changes += [{"weighted": False, "weight": r} for r in CONSTANT_COSTS]
+        changes += [{"steps": _tuned("control", name)["steps"]}]
+        for change in changes:
+            yield prior, name, "control_unstopped", nfe, usual | change
+
+
+ABLATIONS: dict[str, Callable[..., Iterator[Choice]]] = {
+    "few_steps": few_steps,
+    "rank": rank,
+    "robustness": robustness,
+    "parts": parts,
+}
+"""The grids by name."""
+
+
+def ablation_cells(
+    table: str,
+    prior: str,
+    images: Sequence[str],
+    batch: int,
+    precision: str,
+    *,
+    tasks: Sequence[str] = TASKS,
+    methods: Sequence[str] | None = None,
+    seeds: Sequence[int] = (0,),
+    trained: bool = True,
+    nfe: int | None = None,
+) -> list[Cell]:
+    """The cells of one of :data:`ABLATIONS`, each once.
+
+    Args:
+        table: its name.
+        prior: a name for :func:`diffoc.experiments.cells.load_once`.
+        images: their names.
+        batch: images of a cell, at least 1.
+        precision: "bfloat16" or "float32".
+        tasks: that are tuned for 300 evaluations.
+        methods: those to keep, by default all.
+        seeds: of the measurements.
+        trained: whether the prior has weights; only `robustness` can do without.
+        nfe: a budget for `robustness`, where 300 evaluations take too long; the others have theirs.
+
+    Raises:
+        ValueError: if an argument is out of its range.
+    """
+    if table not in ABLATIONS:
+        raise ValueError(f"table is {table!r}, expected one of {', '.join(ABLATIONS)}")
+    if batch < 1:
+        raise ValueError(f"batch is {batch}, expected at least 1")
+    if not trained and table != "robustness":
+        raise ValueError(f"table is {table!r}, which needs trained weights")
+    if nfe is not None and (table != "robustness" or nfe < 4):
+        raise ValueError(f"nfe is {nfe}: only robustness takes a budget, of at least 4")
+    options: dict = {} if trained else {"trained": False}
+    options |= {} if nfe is None else {"nfe": nfe}
+    choices = list(ABLATIONS[table](prior, tasks, **options))
+    known = {choice[2] for choice in choices}
+    if methods is not None and not set(methods) <= known:
+        raise ValueError(f"methods is {list(methods)}, expected some of {', '.join(sorted(known))}")
+    cells = [
+        Cell(used, precision, name, method, nfe, as_json(settings), seed, tuple(some))
+        for used, name, method, nfe, settings in choices
+        if methods is None or method in methods
+        for seed in seeds
+        for some in (images[i : i + batch] for i in range(0, len(images), batch))
+    ]
+    return list(dict.fromkeys(cells))
+
+
+def _tuned(method: str, task: str) -> dict:
+    prior, nfe = TUNED
+    return settings_of(prior, method, task, nfe, {})
+
+
+def _controllers(prior: str, task: str, nfe: int, steps: int) -> Iterator[Choice]:
+    """The controller from the greedy guess and from zero, with a budget and T."""
+    planned = _tuned("control", task) | {"budget": nfe, "steps": steps}
+    yield prior, task, "control", nfe, planned
+    changed = {"steps": steps, "iterations": iterations_within(nfe, steps)}
+    cold = _tuned("control_cold", task) | changed
+    yield prior, task, "control_cold", nfe, cold
+
+
+def _unstopped(prior: str, task: str, nfe: int, steps: int) -> Choice:
+    """The controller that goes on until the budget is spent."""
+    settings = _tuned("control_unstopped", task) | {"budget": nfe, "steps": steps}
+    return prior, task, "control_unstopped", nfe, settings

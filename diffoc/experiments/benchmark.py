@@ -1,0 +1,302 @@
+r"""What the controller costs: time and memory against the bare network's, and Table 1's price.
+
+With F one evaluation of the denoiser and B one vector-Jacobian product, an iteration over T steps
+with rank k should take :math:`T (F + (1 + k) B)`, or :math:`T (2 F + (1 + k) B)` where activations
+are recomputed. The bare network does just that in a loop, without a controller; the two run in
+turns, and the fastest of each count, so that other work on the machine does not decide.
+"""
+
+from __future__ import annotations
+
+import itertools
+import platform
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from azula.denoise import Denoiser
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from diffoc.costs import GaussianLikelihood
+from diffoc.experiments.memory import peak_memory
+from diffoc.priors.pretrained import load_prior, untrained_adm
+from diffoc.problems.operators import average_pool
+from diffoc.process import ReverseProcess
+from diffoc.solve import solve
+
+TABLE_1_IMAGES = 5 * 1000
+TABLE_1_NFE = (2500, 1000)
+"""The paper's Table 1 has five tasks of 1000 images; an NFE is one step of one iteration."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One setting of the controller, and what it was measured to cost; seconds of an iteration.
+
+    Attributes:
+        shape: of the states, (B, C, H, W).
+        steps, rank, keep_activations: T, k, and whether activations are kept.
+        evaluations, products: of an iteration, for each image.
+        bare_seconds: of the bare network's :math:`T (F + (1 + k) B)`, or
+            :math:`T (2 F + (1 + k) B)`.
+        seconds: of the controller's iteration.
+        bare_bytes: most memory of the bare network beyond its weights, with the activations of all
+            steps if they are kept, else of one.
+        bytes: most memory of the controller beyond the weights.
+    """
+
+    shape: tuple[int, ...]
+    steps: int
+    rank: int
+    keep_activations: bool
+    evaluations: int
+    products: int
+    bare_seconds: float
+    seconds: float
+    bare_bytes: int
+    bytes: int
+
+    @property
+    def ratio(self) -> float:
+        """The controller's time in units of the bare network's."""
+        return self.seconds / self.bare_seconds
+
+    @property
+    def beyond(self) -> float:
+        """The controller's memory beyond the network's, in float32 numbers, over T n."""
+        return (self.bytes - self.bare_bytes) / (4 * self.steps * torch.Size(self.shape).numel())
+
+
+def bare_iteration(process: ReverseProcess, x: Tensor, rank: int, keep_activations: bool) -> None:
+    """The evaluations and products of an iteration, of the denoiser alone, at the states x."""
+    for t in process.times[:-1].to(x):
+        if not keep_activations:
+            with torch.no_grad():
+                process.denoiser(x, t)
+        at = x.detach().requires_grad_()
+        with torch.enable_grad():  # the controller's callbacks have it disabled
+            y = process.denoiser(at, t).mean
+        for left in reversed(range(1 + rank)):
+            torch.autograd.grad(y, at, torch.ones_like(y), retain_graph=left > 0)
+
+
+def measure(
+    prior: Denoiser,
+    x: Tensor,
+    steps: int,
+    rank: int,
+    keep_activations: bool = True,
+    repeats: int = 5,
+) -> Row:
+    """Times iterations of the controller and of the bare network in turns, and takes the memory.
+
+    The problem is to double the resolution, with Adam.
+
+    Args:
+        prior: an azula denoiser.
+        x: states at time 1, (B, C, H, W) with even sides.
+        steps: T, at least 1.
+        rank: k, at least 0.
+        keep_activations: of the forward sweep.
+        repeats: iterations to time, at least 1.
+
+    Raises:
+        ValueError: if an argument is out of its range.
+    """
+    if repeats < 1:
+        raise ValueError(f"repeats is {repeats}, expected at least 1")
+    process = ReverseProcess(prior, steps)
+    operator = average_pool(2)
+    likelihood = GaussianLikelihood(operator, torch.zeros_like(operator(x)), 0.05)
+    options: dict[str, Any] = {"rank": rank, "keep_activations": keep_activations}
+    bare: list[float] = []
+    controlled: list[float] = []
+    resumed: list[float] = []
+
+    def between(iteration: int, costs: Tensor, x0: Tensor) -> None:
+        now = _clock(x.device)
+        if resumed:  # the first iteration warms up
+            controlled.append(now - resumed.pop())
+        start = _clock(x.device)
+        bare_iteration(process, x, rank, keep_activations)
+        resumed.append(_clock(x.device))
+        bare.append(resumed[0] - start)
+
+    found = solve(process, likelihood, x, iterations=repeats + 1, callback=between, **options)
+
+    def controller() -> None:
+        solve(process, likelihood, x, iterations=2, **options)
+
+    return Row(
+        shape=tuple(x.shape),
+        steps=steps,
+        rank=rank,
+        keep_activations=keep_activations,
+        evaluations=(found.evaluations - steps) // (repeats + 1),
+        products=found.products // (repeats + 1),
+        bare_seconds=min(bare),
+        seconds=min(controlled),
+        bare_bytes=_network_bytes(process, x, keep_activations),
+        bytes=peak_memory(controller, x.device)[0],
+    )
+
+
+def _network_bytes(process: ReverseProcess, x: Tensor, keep_activations: bool) -> int:
+    first = ReverseProcess(process.denoiser, process.times[[0, -1]])
+    one, _ = peak_memory(lambda: bare_iteration(first, x, 0, True), x.device)
+    if not keep_activations:
+        return one
+    t = process.times[0].to(x)
+    _, kept = peak_memory(lambda: process.denoiser(x.detach().requires_grad_(), t).mean, x.device)
+    return one + (process.horizon - 1) * kept
+
+
+def _clock(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def flop(prior: Denoiser, shape: Sequence[int]) -> tuple[int, int]:
+    """FLOP of F and of B for states of a shape (B, C, H, W), counted on tensors without memory.
+
+    A multiplication and an addition are two; only matrix products and convolutions count.
+
+    Args:
+        prior: an azula denoiser on the "meta" device.
+        shape: of the states.
+    """
+    x = torch.empty(*shape, device="meta", requires_grad=True)
+    with FlopCounterMode(display=False) as forward:
+        y = prior(x, torch.empty((), device="meta")).mean
+    with FlopCounterMode(display=False) as backward:
+        torch.autograd.grad(y, x, torch.empty_like(y))
+    return forward.get_total_flops(), backward.get_total_flops()
+
+
+@dataclass(frozen=True)
+class Projection:
+    """What Table 1 would take for a network: computed from its FLOP, not measured.
+
+    Attributes:
+        rank, keep_activations: of the controller.
+        nfe: T times the number of iterations.
+        seconds, gpu_hours: of one image, and of the table's.
+    """
+
+    rank: int
+    keep_activations: bool
+    nfe: int
+    seconds: float
+    gpu_hours: float
+
+
+def project(
+    forward: float, product: float, ranks: Sequence[int], teraflops: float
+) -> list[Projection]:
+    r"""Projects Table 1's cost, :math:`NFE \, (F + (1 + k) B)` an image, or 2 F in place of F.
+
+    Args:
+        forward, product: FLOP of F and of B.
+        ranks: k of every projection, with activations kept and recomputed.
+        teraflops: that the device sustains, above 0.
+
+    Raises:
+        ValueError: if `teraflops` is not above 0.
+    """
+    if not teraflops > 0:
+        raise ValueError(f"teraflops is {teraflops}, expected above 0")
+    rows = []
+    for rank, keep, nfe in itertools.product(ranks, (True, False), TABLE_1_NFE):
+        each = (1 if keep else 2) * forward + (1 + rank) * product
+        seconds = nfe * each / (teraflops * 1e12)
+        rows.append(Projection(rank, keep, nfe, seconds, seconds * TABLE_1_IMAGES / 3600))
+    return rows
+
+
+def run(
+    names: Sequence[str],
+    *,
+    steps: int = 10,
+    ranks: Sequence[int] = (0, 1),
+    batch: int = 8,
+    repeats: int = 5,
+    device: str = "cpu",
+    teraflops: float = 50.0,
+    random_weights: bool = False,
+) -> dict:
+    """Measures priors, projects Table 1, prints both, and returns them as numbers for JSON.
+
+    Args:
+        names: of priors, see :func:`diffoc.load_prior`.
+        steps, ranks, repeats: of :func:`measure`.
+        batch: images at once, to compare with as many one after another; 1 for no comparison.
+        device: "cpu", "cuda" or "cuda:i".
+        teraflops: that the projection assumes.
+        random_weights: to measure "ffhq256" or "imagenet256" without their files.
+
+    Raises:
+        ValueError: if an argument is wrong.
+        FileNotFoundError: if a prior's weights are missing.
+    """
+    if batch < 1:
+        raise ValueError(f"batch is {batch}, expected at least 1")
+    with torch.device("meta"):
+        network = untrained_adm("ffhq256")
+    table = project(*flop(network, (1, *network.image_shape)), ranks, teraflops)
+    on_cuda = torch.device(device).type == "cuda"
+    found: dict[str, Any] = {
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name(device) if on_cuda else platform.machine(),
+        "threads": torch.get_num_threads(),
+        "memory": "allocated" if on_cuda else "live tensors",
+        "priors": {},
+        "projected": {"teraflops": teraflops, "table_1": [asdict(row) for row in table]},
+    }
+    print(f"{found['device']}, {found['threads']} threads, torch {found['torch']}")
+    print(f"seconds of an iteration with T = {steps}; MB beyond the weights ({found['memory']})")
+    print(
+        f"{'prior':<12} B rank activations  F/step B/step  bare s  diffoc s  ratio  "
+        "bare MB  diffoc MB  more / (T n)"
+    )
+    for name in names:
+        prior = (untrained_adm(name) if random_weights else load_prior(name)).to(device)
+        rows = []
+        for images, keep in ((1, True), (1, False), *([(batch, True)] if batch > 1 else [])):
+            generator = torch.Generator().manual_seed(0)
+            x = torch.randn(images, *prior.image_shape, generator=generator).to(device)
+            for rank in ranks:
+                rows.append(row := measure(prior, x, steps, rank, keep, repeats))
+                print(_line(name, row), flush=True)
+        for one, many in zip(rows, rows[2 * len(ranks) :], strict=False):
+            print(
+                f"{name}, rank {one.rank}: {batch} images at once {many.seconds:.3f} s, one "
+                f"after another {batch * one.seconds:.3f} s"
+            )
+        found["priors"][name] = [
+            asdict(row) | {"ratio": row.ratio, "beyond": row.beyond} for row in rows
+        ]
+    print("\nPROJECTED from the FLOP of ffhq256, not measured: Table 1 on a device that sustains")
+    print(f"{teraflops:g} TFLOP/s, which is an assumption")
+    for line in table:
+        print(
+            f"NFE {line.nfe}, rank {line.rank}, activations {_kept(line)}: {line.seconds:.1f} s an "
+            f"image, {line.gpu_hours:.0f} GPU-hours for {TABLE_1_IMAGES} images"
+        )
+    return found
+
+
+def _line(name: str, row: Row) -> str:
+    return (
+        f"{name:<12} {row.shape[0]} {row.rank:>4} {_kept(row):<11} "
+        f"{row.evaluations / row.steps:>7g} {row.products / row.steps:>6g} "
+        f"{row.bare_seconds:>7.3f} {row.seconds:>9.3f} {row.ratio:>6.3f} "
+        f"{row.bare_bytes / 1e6:>8.1f} {row.bytes / 1e6:>10.1f} {row.beyond:>13.1f}"
+    )
+
+
+def _kept(row: Row | Projection) -> str:
+    return "kept" if row.keep_activations else "recomputed"

@@ -1,0 +1,130 @@
+r"""Priors that are wrong on purpose, by name: what is left of a method without its network?
+
+- "faces64+noise0.1": Gaussian noise of 0.1 root mean squares of every tensor of weights;
+- "untrained faces64": the network as its library initialises it, of pixel priors;
+- "random ffhq256": the same, but what the library initialises with zeros is drawn as well;
+- "identity faces64": no network at all.
+
+An ADM network's last convolution starts at zero, so untrained it predicts no noise whatever it
+sees: :math:`m(x, t) = x / \alpha_t`, and a step only rescales its state. That is the identity in
+another gauge; hence "random". Of ADM, "ffhq256/32" has 32 channels in place of 128.
+
+The identity is the denoiser :math:`m(x, t) = x` with :math:`\alpha_t = 1`: every first-order step
+is :math:`h_t(x) = x`, and the image is the start plus the sum of all controls. With the control
+cost r and T steps that leaves regularised least squares,
+
+.. math:: \min_{x_0} \; \frac{\|A x_0 - y\|^2}{2 s^2} + \frac{r}{2 T} \|x_0 - x_1\|^2 .
+"""
+
+from __future__ import annotations
+
+import re
+
+import torch
+from azula.denoise import Denoiser, DiracPosterior, KarrasDenoiser
+from azula.noise import VESchedule
+from torch import Tensor, nn
+
+from diffoc.priors.networks import NETWORKS
+from diffoc.priors.pretrained import OURS, default_schedule, load_prior, shape_of, untrained_adm
+
+UNTRAINED, RANDOM, IDENTITY = "untrained ", "random ", "identity "
+"""Before a prior's name."""
+
+_NOISE = re.compile(r"(.+)\+noise([0-9.]+(?:e-?[0-9]+)?)")
+
+
+class IdentityDenoiser(Denoiser):
+    """The denoiser that leaves its input as it is; see the module.
+
+    Args:
+        shape: of an image, (C, H, W).
+    """
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.schedule = VESchedule(sigma_min=1e-2, sigma_max=1e2)
+        self.image_shape = shape
+
+    def forward(self, x_t: Tensor, t: Tensor, **kwargs: object) -> DiracPosterior:
+        """The state (B, C, H, W) itself, at any time t."""
+        return DiracPosterior(x_t.clone())  # another tensor, to which gradients can be hooked
+
+
+def is_inaccurate(name: str) -> bool:
+    """Whether :func:`load_inaccurate` knows a prior of that name."""
+    return name.startswith((UNTRAINED, RANDOM, IDENTITY)) or _NOISE.fullmatch(name) is not None
+
+
+def accurate_name(name: str) -> str:
+    """The name of the prior that a wrong one is made of."""
+    for prefix in (UNTRAINED, RANDOM, IDENTITY):
+        name = name.removeprefix(prefix)
+    found = _NOISE.fullmatch(name)
+    return found[1] if found else name
+
+
+def load_inaccurate(name: str) -> Denoiser:
+    """A prior that is wrong, the same at every call, on the CPU and in evaluation mode.
+
+    Args:
+        name: see the module.
+
+    Raises:
+        ValueError: for another name.
+        FileNotFoundError: if the weights that get noise are missing.
+    """
+    if found := _NOISE.fullmatch(name):
+        return add_noise(load_prior(found[1]), float(found[2]))
+    base = accurate_name(name)
+    if name.startswith(IDENTITY):
+        return IdentityDenoiser(shape_of(base.partition("/")[0]))
+    if not name.startswith((UNTRAINED, RANDOM)):
+        raise ValueError(f"name is {name!r}, expected such as 'faces64+noise0.1'")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        prior = _untrained(base)
+        if name.startswith(RANDOM):
+            draw_zeros(prior)
+    return prior
+
+
+def add_noise(prior: Denoiser, level: float) -> Denoiser:
+    """Adds Gaussian noise to the weights of a prior, in place, and returns it.
+
+    The noise of two levels differs by a factor alone.
+
+    Args:
+        prior: with real weights.
+        level: relative to the root mean square of every tensor, at least 0.
+
+    Raises:
+        ValueError: for a level below 0.
+    """
+    if level < 0:
+        raise ValueError(f"level is {level}, expected at least 0")
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weights in prior.parameters():
+            noise = torch.randn(weights.shape, generator=generator).to(weights)
+            weights += level * weights.square().mean().sqrt() * noise
+    return prior
+
+
+def draw_zeros(network: nn.Module) -> None:
+    """Draws weights that are all zero from N(0, 1 / fan-in), in place; biases stay zero."""
+    with torch.no_grad():
+        for weights in network.parameters():
+            if weights.ndim > 1 and not weights.any():
+                weights.normal_(std=weights[0].numel() ** -0.5)
+
+
+def _untrained(name: str) -> Denoiser:
+    if name in ("mnist", "faces64"):
+        prior = KarrasDenoiser(NETWORKS[name](), default_schedule())
+        prior.image_shape = OURS[name]
+        return prior.eval().requires_grad_(False)
+    network, slash, channels = name.partition("/")
+    if slash and not channels.isdigit():
+        raise ValueError(f"name ends in {channels!r}, expected a number of channels")
+    return untrained_adm(network, int(channels) if slash else None)

@@ -1,0 +1,338 @@
+"""The ledger: the paper's claims, what became of them, and the numbers behind each verdict.
+
+`data/claims.yaml` is a list of claims. A claim has an `id`, its `place` in the paper, what it
+`says`, a `verdict` with its `reason`, and `numbers`; one that was not run has `planned` in place
+of them. A number says `what` it is and in which `unit`, is a `value` or a bound, `at_most`, and
+has one source:
+
+- `notebook`: a text that the cell of this id prints in a file; the number is in the text;
+- `records`: the mean over images of a column of a table, over the rows that agree with `where`, or
+  with `minus` of its differences to the rows that agree with that;
+- `recompute`: the function of that name in :mod:`diffoc.theory.claims` or
+  :mod:`diffoc.experiments.paper_tables`.
+
+A value from records, or recomputed, may be off by as much as `within`.
+"""
+
+from __future__ import annotations
+
+import csv
+import inspect
+import json
+import re
+import textwrap
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, fields, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from diffoc.data.provenance import ROOT
+from diffoc.experiments import paper_tables
+from diffoc.experiments.summary import by_image, mean_and_interval, paired
+from diffoc.theory import claims
+
+LEDGER = ROOT / "data" / "claims.yaml"
+NOTEBOOKS = ROOT / "notebooks"
+RECORDS = ROOT / "data" / "records"
+NOT_RUN = "not run"
+VERDICTS = (
+    "exact",
+    "holds under a condition",
+    "reproduced at small scale",
+    "differs",
+    NOT_RUN,
+)
+_NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?")
+
+
+@dataclass(frozen=True)
+class Printed:
+    """A text in the output of a notebook's cell."""
+
+    file: str
+    cell: str
+    prints: str
+
+    def __str__(self) -> str:
+        return f"{self.file.removesuffix('.ipynb')}, {self.cell}"
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A mean over images in a table of records, or of differences; see the module."""
+
+    file: str
+    column: str
+    where: dict[str, Any]
+    minus: dict[str, Any] | None = None
+
+    def __str__(self) -> str:
+        return f"records, {self.file}"
+
+
+@dataclass(frozen=True)
+class Computed:
+    """What a function returns."""
+
+    name: str
+
+    def __str__(self) -> str:
+        return f"computed, {self.name}"
+
+
+@dataclass(frozen=True)
+class Number:
+    """A number behind a verdict: a value, give or take `within`, or a bound."""
+
+    what: str
+    unit: str
+    source: Printed | Recorded | Computed
+    value: float | None = None
+    at_most: float | None = None
+    within: float | None = None
+
+    def __str__(self) -> str:
+        number = f"at most {self.at_most:g}" if self.value is None else f"{self.value:g}"
+        return f"{number} {self.unit}".rstrip()
+
+    def disagreement(self, found: float) -> str | None:
+        """How the number disagrees with what was found; None if it does not."""
+        # A NaN agrees with nothing.
+        if self.value is not None and self.within is not None:
+            agrees = abs(found - self.value) <= self.within
+        else:
+            agrees = self.at_most is not None and found <= self.at_most
+        return None if agrees else f"the ledger has {self}, {self.source} gives {found:.6g}"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What the paper says, and the verdict."""
+
+    id: str
+    place: str
+    says: str
+    verdict: str
+    reason: str
+    numbers: tuple[Number, ...] = ()
+    planned: str | None = None
+
+
+def read(path: Path = LEDGER) -> list[Claim]:
+    """The claims of a ledger, in its order.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: if it is not as the module describes; the message names the claim.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: expected the ledger there")
+    try:
+        entries = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path.name} is no YAML: {error}") from error
+    if not isinstance(entries, list) or not entries:
+        raise ValueError(f"{path.name} must be a list of claims")
+    ledger = []
+    for position, entry in enumerate(entries, start=1):
+        name = entry.get("id", position) if isinstance(entry, dict) else position
+        try:
+            ledger.append(_claim(entry))
+        except ValueError as error:
+            raise ValueError(f"{path.name}, claim {name}: {error}") from None
+    name, uses = Counter(claim.id for claim in ledger).most_common(1)[0]
+    if uses > 1:
+        raise ValueError(f"{path.name} has the id {name} more than once")
+    return ledger
+
+
+def check(
+    number: Number, notebooks: Path = NOTEBOOKS, records: Path = RECORDS, quick: bool = False
+) -> str | None:
+    """How a number disagrees with its source; None if it does not.
+
+    Args:
+        number: of a ledger.
+        notebooks, records: the folders of executed notebooks and of tables.
+        quick: whether to leave out what would have to be computed.
+    """
+    source = number.source
+    if isinstance(source, Computed):
+        return None if quick else number.disagreement(recomputable()[source.name]())
+    if isinstance(source, Recorded):
+        try:
+            return number.disagreement(_mean(source, records / source.file))
+        except (FileNotFoundError, ValueError) as error:
+            return str(error)
+    path = notebooks / source.file
+    if not path.is_file():
+        return f"there is no notebook {source.file}"
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    texts = [_printed(cell) for cell in cells if cell.get("id") == source.cell]
+    if not texts:
+        return f"{source.file} has no cell {source.cell}"
+    if source.prints not in texts[0]:
+        return f"{source} does not print {source.prints!r}"
+    number_there = number.at_most if number.value is None else number.value
+    if number_there not in _numbers(source.prints):
+        return f"the ledger has {number}, but {source} prints {source.prints!r}"
+    return None
+
+
+@cache
+def recomputable() -> dict[str, Callable[[], float]]:
+    """The functions that a number may name, by name."""
+    return {
+        name: function
+        for module in (claims, paper_tables)
+        for name, function in inspect.getmembers(module, inspect.isfunction)
+        if function.__module__ == module.__name__ and not name.startswith("_")
+    }
+
+
+def counts(ledger: list[Claim]) -> dict[str, int]:
+    """How many claims have each verdict, in the order of :data:`VERDICTS`."""
+    found = Counter(claim.verdict for claim in ledger)
+    return {verdict: found[verdict] for verdict in VERDICTS}
+
+
+def run(
+    path: Path = LEDGER, notebooks: Path = NOTEBOOKS, records: Path = RECORDS, quick: bool = False
+) -> int:
+    """Prints the ledger, and what disagrees with its source: 1 if anything does, else 0.
+
+    Args:
+        path: of the ledger.
+        notebooks, records, quick: as for :func:`check`.
+
+    Raises:
+        FileNotFoundError, ValueError: as :func:`read`.
+    """
+    ledger = read(path)
+    print(f"{len(ledger)} claims")
+    for verdict, count in counts(ledger).items():
+        print(f"{count:4d} {verdict}")
+    compared, wrong = 0, []
+    for claim in ledger:
+        print(f"\n{claim.verdict.upper()}  {claim.place}  [{claim.id}]")
+        _print_wrapped(f"The paper: {claim.says}")
+        if claim.planned:
+            _print_wrapped(f"{claim.reason} Planned: {claim.planned}")
+        else:
+            _print_wrapped(f"Found: {claim.reason}")
+        for number in claim.numbers:
+            problem = check(number, notebooks, records, quick)
+            skipped = quick and isinstance(number.source, Computed)
+            compared += not skipped
+            mark = "  DISAGREES" if problem else "  not recomputed" if skipped else ""
+            print(f"    {number}: {number.what} ({number.source}){mark}", flush=True)
+            if problem:
+                wrong.append(f"{claim.id}, {number.what}: {problem}")
+    print(f"\n{compared - len(wrong)} of {compared} numbers agree with their sources")
+    for line in wrong:
+        print(f"DISAGREES: {line}")
+    return int(bool(wrong))
+
+
+def _claim(entry: object) -> Claim:
+    claim = _build(Claim, entry)
+    for key in ("id", "place", "says", "reason", "planned"):
+        _check_text(key, getattr(claim, key), optional=key == "planned")
+    if claim.verdict not in VERDICTS:
+        raise ValueError(f"verdict is {claim.verdict!r}, expected one of {', '.join(VERDICTS)}")
+    if not isinstance(claim.numbers, list | tuple):
+        raise ValueError("numbers must be a list")
+    if claim.verdict == NOT_RUN and (claim.numbers or not claim.planned):
+        raise ValueError("what was not run has planned, and no numbers")
+    if claim.verdict != NOT_RUN and (claim.planned or not claim.numbers):
+        raise ValueError("a claim with a verdict has numbers, and no planned")
+    return replace(claim, numbers=tuple(map(_number, claim.numbers)))
+
+
+def _number(entry: object) -> Number:
+    if not isinstance(entry, dict):
+        raise ValueError(f"{entry!r} is no number with what, unit and a source")
+    kinds = {"notebook": Printed, "records": Recorded, "recompute": Computed}
+    given = [kind for kind in kinds if kind in entry]
+    if len(given) != 1:
+        raise ValueError("a number needs one source: notebook, records or recompute")
+    kind = given[0]
+    content = {"name": entry[kind]} if kind == "recompute" else entry[kind]
+    source = _build(kinds[kind], content)
+    for field in fields(source):
+        if field.name not in ("where", "minus"):
+            _check_text(field.name, getattr(source, field.name))
+        elif not isinstance(getattr(source, field.name) or {}, dict):
+            raise ValueError(f"{field.name} must have columns and their values")
+    if kind == "recompute" and source.name not in recomputable():
+        raise ValueError(f"recompute is {source.name!r}, which diffoc.theory.claims does not have")
+    rest = {key: value for key, value in entry.items() if key != kind}
+    number = _build(Number, rest | {"source": source})
+    for key in ("value", "at_most", "within"):
+        value = getattr(number, key)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+            # YAML takes 1e-12 for a text.
+            raise ValueError(f"{key} is {value!r}, expected a number such as 1.0e-12")
+    if (number.value is None) == (number.at_most is None):
+        raise ValueError("a number is either a value or at_most something")
+    if (number.within is not None) != (number.value is not None and kind != "notebook"):
+        raise ValueError("within belongs to a value from records or recompute, and only there")
+    return number
+
+
+def _build(kind: type, entry: object) -> Any:
+    """An instance of a dataclass from a mapping, whose keys must be its fields."""
+    if not isinstance(entry, dict):
+        raise ValueError(f"{entry!r} is not a mapping")
+    known = {field.name: field.default is MISSING for field in fields(kind)}
+    missing = [name for name, needed in known.items() if needed and name not in entry]
+    unknown = [str(name) for name in entry if name not in known]
+    if missing:
+        raise ValueError(f"{', '.join(missing)} missing")
+    if unknown:
+        raise ValueError(f"{', '.join(unknown)} unknown, expected {', '.join(known)}")
+    return kind(**entry)
+
+
+def _check_text(key: str, value: object, optional: bool = False) -> None:
+    if not (value is None and optional) and not (isinstance(value, str) and value.strip()):
+        raise ValueError(f"{key} is {value!r}, expected a text")
+
+
+def _mean(source: Recorded, path: Path) -> float:
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no table {path.name} of records")
+    with path.open(newline="", encoding="utf-8") as file:
+        # The oldest table has no status: what failed was not written.
+        rows = [{"status": "ok"} | row for row in csv.DictReader(file)]
+    columns = {source.column, *source.where, *(source.minus or {})}
+    if missing := columns - set(rows[0] if rows else ()):
+        raise ValueError(f"{path.name} has no column {', '.join(sorted(missing))}")
+    first = _select(rows, source.where)
+    if source.minus is not None:
+        return paired(first, _select(rows, source.minus), source.column)[0]
+    images = by_image(first, source.column)
+    if not images:
+        raise ValueError(f"{path.name} has no row where {source.where}")
+    return mean_and_interval(images.values())[0]
+
+
+def _select(rows: list[dict[str, str]], where: dict[str, Any]) -> list[dict[str, str]]:
+    return [row for row in rows if all(row[key] == str(value) for key, value in where.items())]
+
+
+def _printed(cell: dict) -> str:
+    outputs = (output.get("text", "") for output in cell.get("outputs", []))
+    return "".join("".join(text) for text in outputs)
+
+
+def _numbers(text: str) -> list[float]:
+    return [float(number.replace(",", "")) for number in _NUMBER.findall(text)]
+
+
+def _print_wrapped(text: str) -> None:
+    print(textwrap.fill(text, 96, initial_indent="  ", subsequent_indent="    "))

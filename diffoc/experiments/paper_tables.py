@@ -1,0 +1,118 @@
+"""What the cells of the paper's tables say of each other.
+
+The numbers are the paper's, from `data/paper_tables.json`, the functions' results ours;
+`data/claims.yaml` names them, and :mod:`diffoc.experiments.ledger` compares.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+
+from diffoc.data.provenance import ROOT
+
+TASKS = ("super_resolution", "random_inpainting", "box_inpainting", "gaussian_blur", "motion_blur")
+
+
+def table_1_firsts_at_2500() -> float:
+    """In how many of ten columns the paper's method with NFE 2500 is ahead of every other."""
+    return _table_1_firsts("Ours (NFE = 2500)")
+
+
+def table_1_firsts_at_1000() -> float:
+    """The same with NFE 1000, the budget of the other diffusion methods."""
+    return _table_1_firsts("Ours (NFE = 1000)")
+
+
+def table_3_firsts_by_psnr() -> float:
+    """In how many of five tasks the paper's method has the highest PSNR."""
+    return _table_3_firsts("psnr")
+
+
+def table_3_firsts_by_ssim() -> float:
+    """In how many of five tasks it has the highest SSIM."""
+    return _table_3_firsts("ssim")
+
+
+def table_3_gap() -> float:
+    """Largest difference between a printed PSNR and that of the printed MSE, in dB."""
+    return max(abs(gap) for gap in _gaps("table3"))
+
+
+def table_4_gap() -> float:
+    """The same of Table 4, row k = 0."""
+    return max(abs(gap) for gap in _gaps("table4")[:2])
+
+
+def table_4_gap_of_the_rest() -> float:
+    """The same of Table 4's other rows."""
+    return max(abs(gap) for gap in _gaps("table4")[2:])
+
+
+def table_4_gain_by_psnr() -> float:
+    """PSNR from rank 0 to rank 1, super-resolution, in dB."""
+    first, second = (row["super_resolution"]["psnr"] for row in _paper("table4")[:2])
+    return second - first
+
+
+def table_4_gain_by_mse() -> float:
+    """The same from the printed MSE."""
+    first, second = (row["super_resolution"]["mse"] for row in _paper("table4")[:2])
+    return _psnr(second) - _psnr(first)
+
+
+def table_5_spread() -> float:
+    """Largest range of the printed PSNR over Table 5's positive constants, in dB."""
+    columns = ([row[task]["psnr"] for row in _paper("table5")[1:]] for task in TASKS[:2])
+    return max(max(column) - min(column) for column in columns)
+
+
+def table_6_gap() -> float:
+    """As :func:`table_3_gap`, of Table 6."""
+    return max(abs(gap) for gap in _gaps("table6"))
+
+
+def table_6_gap_rotated() -> float:
+    """The same with the second PSNR of a column put last."""
+    worst = 0.0
+    for task in TASKS[:2]:
+        psnr, mse = ([row[task][name] for row in _paper("table6")] for name in ("psnr", "mse"))
+        rotated = [psnr[0], *psnr[2:], psnr[1]]
+        worst = max(worst, *(abs(p - _psnr(m)) for p, m in zip(rotated, mse, strict=True)))
+    return worst
+
+
+def _paper(table: str) -> list[dict]:
+    return json.loads((ROOT / "data" / "paper_tables.json").read_text(encoding="utf-8"))[table]
+
+
+def _psnr(mse: float) -> float:
+    """Of a mean squared error on the scale 0 to 255."""
+    return 10 * math.log10(255**2 / mse)
+
+
+def _gaps(table: str) -> list[float]:
+    """Printed PSNR minus that of the printed MSE, row by row."""
+    cells = [row[task] for row in _paper(table) for task in TASKS if task in row]
+    return [cell["psnr"] - _psnr(cell["mse"]) for cell in cells if cell["psnr"] is not None]
+
+
+def _table_1_firsts(label: str) -> float:
+    rows = _paper("table1")
+    (ours,) = (row for row in rows if row["label"] == label)
+    columns = [(task, metric) for task in TASKS for metric in ("fid", "lpips")]
+
+    def others(task: str, metric: str) -> list[float]:
+        values = (row[task][metric] for row in rows if row["method"] != ours["method"])
+        return [value for value in values if value is not None]
+
+    return float(sum(ours[task][metric] < min(others(task, metric)) for task, metric in columns))
+
+
+def _table_3_firsts(metric: str) -> float:
+    ours, *rest = _paper("table3")
+
+    def others(task: str) -> list[float]:
+        return [row[task][metric] for row in rest if row[task][metric] is not None]
+
+    return float(sum(ours[task][metric] > max(others(task)) for task in TASKS))

@@ -1,0 +1,196 @@
+r"""How far a method's samples are from an exact posterior, and from samples of it.
+
+A posterior with mean :math:`m^*` and covariance :math:`C^*` in n dimensions is known; N samples of
+a method have the mean m and the covariance C. All distances are relative to the posterior's own
+spread:
+
+.. math::
+    \frac{\|m - m^*\|}{\sqrt{\mathrm{tr}\, C^*}}, \qquad
+    \frac{\|C - C^*\|_F}{\|C^*\|_F}, \qquad
+    \frac{\mathrm{tr}\, C}{\mathrm{tr}\, C^*}, \qquad
+    \frac{W_2}{\sqrt{\mathrm{tr}\, C^*}}
+
+with the Wasserstein distance between the Gaussians of these moments (Bures), and the sliced one:
+the root mean square, over random unit vectors, of the one-dimensional distances, relative to
+:math:`\sqrt{\mathrm{tr}\, C^* / n}`, the posterior's root mean square along such a vector. Only the
+last one sees more than moments, so it alone notices a missing mode that they hide.
+
+N exact samples are not at distance zero either. What they score on average is the floor of the
+table; one set of them may be half or twice as far.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from math import nan
+
+import torch
+from torch import Tensor
+
+from diffoc.experiments.known_posteriors import Posterior, Problem
+from diffoc.priors.counting import CountedPrior
+from diffoc.problems.metrics import frechet_between, moments
+from diffoc.problems.tasks import UnsupportedTask
+
+DISTANCES = ("mean", "covariance", "trace", "bures", "sliced")
+_REFERENCE = 4  # exact samples for every sample that they judge
+_FLOORS = 10  # sets of exact samples whose distances make the floor, on average
+
+
+def posterior_distances(
+    samples: Tensor, posterior: Posterior, reference: Tensor, directions: Tensor
+) -> dict[str, float]:
+    """All distances of this module.
+
+    Args:
+        samples: (N, n), N at least 2.
+        posterior: of one measurement, B = 1.
+        reference: exact samples for the sliced distance, (M, n), M a multiple of N.
+        directions: unit vectors, (n, P), as :func:`random_directions` draws them.
+
+    Raises:
+        ValueError: for other shapes, or samples that are not finite.
+    """
+    mean, covariance = moments(samples, "samples")
+    if len(posterior.mean) != 1 or samples.shape[1] != posterior.mean.shape[1]:
+        raise ValueError(
+            f"samples has shape {tuple(samples.shape)}, the posterior's mean "
+            f"{tuple(posterior.mean.shape)}, expected (N, n) and (1, n)"
+        )
+    n = samples.shape[1]
+    exact_mean = posterior.mean[0].double().cpu()
+    exact = posterior.covariance.double().cpu().reshape(n, n)
+    total = exact.trace()
+    squared = frechet_between((mean, covariance), (exact_mean, exact))
+    sliced = sliced_wasserstein(samples, reference, directions)
+    return {
+        "mean": ((mean - exact_mean).norm() / total.sqrt()).item(),
+        "covariance": ((covariance - exact).norm() / exact.norm()).item(),
+        "trace": (covariance.trace() / total).item(),
+        "bures": (max(squared, 0.0) / total.item()) ** 0.5,
+        "sliced": sliced / (total.item() / n) ** 0.5,
+    }
+
+
+def sliced_wasserstein(samples: Tensor, reference: Tensor, directions: Tensor) -> float:
+    """The root mean square over directions of W_2 between projections, coupled by their order.
+
+    Args:
+        samples: (N, n).
+        reference: (M, n), M a multiple of N: each sample is coupled to M / N of them.
+        directions: unit vectors, (n, P).
+
+    Raises:
+        ValueError: if M is no multiple of N.
+
+    Source: Bonneel et al. 2015, doi:10.1007/s10851-014-0506-3.
+    """
+    copies, rest = divmod(len(reference), len(samples))
+    if rest or not copies:
+        raise ValueError(f"reference has {len(reference)} rows, no multiple of {len(samples)}")
+    ours = (samples.double() @ directions.double()).sort(dim=0).values
+    theirs = (reference.double() @ directions.double()).sort(dim=0).values
+    return (ours.repeat_interleave(copies, dim=0) - theirs).square().mean().sqrt().item()
+
+
+def random_directions(n: int, count: int, generator: torch.Generator) -> Tensor:
+    """Unit vectors, uniform on the sphere, (n, count), float64."""
+    drawn = torch.randn(n, count, generator=generator, dtype=torch.float64)
+    return drawn / drawn.norm(dim=0)
+
+
+def distance_table(
+    methods: Mapping[str, tuple[Callable[..., Tensor], Mapping[str, object]]],
+    problems: Sequence[Problem],
+    samples: int,
+    generator: torch.Generator,
+    directions: int = 100,
+) -> list[dict[str, object]]:
+    """One row for every problem and method, the floor first, as method "exact".
+
+    All methods of a problem get the same states at time 1 and generators of the same seed, so that
+    a row does not depend on which others there are.
+
+    Args:
+        methods: functions as :mod:`diffoc.baselines` says, and their settings.
+        problems: with known posteriors.
+        samples: N, for each row.
+        generator: of everything random, on the CPU.
+        directions: P of the sliced distance.
+
+    Returns:
+        Rows with problem, method, settings, the :data:`DISTANCES`, evaluations and products for
+        each sample, seconds for all, and the reason where there are no numbers (nan): a method that
+        cannot do the problem, or samples that are not finite.
+    """
+    rows = []
+    for problem in problems:
+        n, like = problem.posterior.mean.shape[1], problem.posterior.mean
+        axes = random_directions(n, directions, generator)
+        reference = problem.posterior.sample(_REFERENCE * samples, generator)[:, 0]
+        floors = [
+            posterior_distances(
+                problem.posterior.sample(samples, generator)[:, 0],
+                problem.posterior,
+                reference,
+                axes,
+            )
+            for _ in range(_FLOORS)
+        ]
+        _, sigma = problem.prior.schedule(torch.ones((), dtype=like.dtype))
+        noise = torch.randn(samples, n, generator=generator, dtype=torch.float64)
+        x = sigma * noise.to(like)
+        seed = int(torch.randint(2**62, (), generator=generator))
+        rows.append(
+            _row(problem, "exact", {}, 0, 0, 0.0)
+            | {name: sum(floor[name] for floor in floors) / _FLOORS for name in DISTANCES}
+        )
+        for name, (method, settings) in methods.items():
+            prior = CountedPrior(problem.prior)
+            began = time.perf_counter()
+            try:
+                found = method(
+                    prior,
+                    problem.physics,
+                    problem.measurement.y.expand(samples, -1),
+                    x.clone(),
+                    torch.Generator().manual_seed(seed),
+                    noise_std=problem.measurement.noise_std,
+                    **settings,
+                )
+            except UnsupportedTask as error:
+                rows.append(_row(problem, name, settings, 0, 0, 0.0, str(error)))
+                continue
+            seconds = time.perf_counter() - began
+            counts = (prior.evaluations / samples, prior.products / samples, seconds)
+            if bad := int((~found.isfinite()).any(dim=1).sum()):
+                reason = f"{bad} of {samples} samples are not finite"
+                rows.append(_row(problem, name, settings, *counts, reason))
+                continue
+            rows.append(
+                _row(problem, name, settings, *counts)
+                | posterior_distances(found.detach(), problem.posterior, reference, axes)
+            )
+    return rows
+
+
+def _row(
+    problem: Problem,
+    method: str,
+    settings: Mapping[str, object],
+    evaluations: float,
+    products: float,
+    seconds: float,
+    reason: str = "",
+) -> dict[str, object]:
+    return {
+        "problem": problem.name,
+        "method": method,
+        "settings": ", ".join(f"{key} {value}" for key, value in settings.items()),
+        **dict.fromkeys(DISTANCES, nan),
+        "evaluations": evaluations,
+        "products": products,
+        "seconds": seconds,
+        "reason": reason,
+    }

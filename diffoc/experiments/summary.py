@@ -1,0 +1,189 @@
+"""Means of a table of records, with their uncertainty."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+
+import torch
+from scipy.stats import t as student
+
+from diffoc.experiments.methods import METHODS
+from diffoc.experiments.records import METRICS, Row
+
+_FORMATS = {"psnr": "{:.2f} ± {:.2f}", "mse": "{:.4f} ± {:.4f}"}
+
+
+def select(rows: Iterable[Row], **wanted: object) -> list[Row]:
+    """Rows whose columns have these values, or the keywords of whose settings have them.
+
+    Where a settings' keyword has a column's name, the column counts.
+    """
+    found = []
+    for row in rows:
+        settings = json.loads(row["settings"])
+        if all(
+            row[key] == str(value) if key in row else key in settings and settings[key] == value
+            for key, value in wanted.items()
+        ):
+            found.append(row)
+    return found
+
+
+def mean_and_interval(values: Iterable[float]) -> tuple[float, float]:
+    """The mean, and half the width of its 95 % confidence interval; not a number for one value.
+
+    By Student's t, for values that are independent.
+    """
+    x = torch.tensor(list(values), dtype=torch.float64)
+    half = student.ppf(0.975, len(x) - 1) * x.std().item() / len(x) ** 0.5 if len(x) > 1 else None
+    return x.mean().item(), float("nan") if half is None else float(half)
+
+
+def by_image(rows: Iterable[Row], metric: str) -> dict[str, float]:
+    """A metric of each image, averaged over its rows; rows without it are left out."""
+    values = defaultdict(list)
+    for row in rows:
+        if row["status"] == "ok" and row[metric]:
+            values[row["image"]].append(float(row[metric]))
+    return {image: sum(some) / len(some) for image, some in values.items()}
+
+
+def by_method(rows: Iterable[Row], metric: str) -> dict[str, dict[str, tuple[float, float]]]:
+    """Method's label to task to mean and half-width of the interval, of what has a result.
+
+    A label names the budget if the rows have several of its method.
+    """
+    groups = defaultdict(list)
+    for row in rows:
+        groups[row["method"], row["nfe"], row["task"]].append(row)
+    labels = _labels((method, nfe) for method, nfe, _ in groups)
+    found: dict[str, dict[str, tuple[float, float]]] = defaultdict(dict)
+    for (method, nfe, task), group in groups.items():
+        if images := by_image(group, metric):
+            found[labels[method, nfe]][task] = mean_and_interval(images.values())
+    return dict(found)
+
+
+Curve = list[tuple[float, float, float]]
+"""Of (abscissa, mean, half-width of the interval), in ascending order."""
+
+
+def by_budget(rows: Iterable[Row], metric: str) -> dict[str, dict[str, Curve]]:
+    """Task to method's label to its curve over the budget of evaluations."""
+    keyed = ((row["task"], _label(row["method"]), float(row["nfe"]), row) for row in rows)
+    return curves(keyed, metric)
+
+
+def by_setting(rows: Iterable[Row], metric: str) -> dict[str, dict[str, Curve]]:
+    """Method's label and tuned keyword to task to its curve over that keyword's values.
+
+    A label names the budget if the rows have several of its method. Rows of methods that have
+    nothing to tune are left out.
+    """
+    rows, keyed = list(rows), []
+    labels = _labels((row["method"], row["nfe"]) for row in rows)
+    for row in rows:
+        method = METHODS.get(row["method"])
+        if method and method.tuned:
+            keyword = method.tuned[0]
+            value = float(json.loads(row["settings"])[keyword])
+            label = labels[row["method"], row["nfe"]]
+            keyed.append((f"{label}: {keyword}", row["task"], value, row))
+    return curves(keyed, metric)
+
+
+def curves(
+    keyed: Iterable[tuple[str, str, float, Row]], metric: str
+) -> dict[str, dict[str, Curve]]:
+    """Panel to line to its curve, of rows with their panel, line and abscissa."""
+    groups: dict[tuple[str, str], dict[float, list[Row]]] = defaultdict(lambda: defaultdict(list))
+    for panel, line, abscissa, row in keyed:
+        groups[panel, line][abscissa].append(row)
+    found: dict[str, dict[str, Curve]] = defaultdict(dict)
+    for (panel, line), places in groups.items():
+        images = [(x, by_image(places[x], metric)) for x in sorted(places)]
+        curve = [(x, *mean_and_interval(some.values())) for x, some in images if some]
+        if curve:
+            found[panel][line] = curve
+    return dict(found)
+
+
+def _labels(pairs: Iterable[tuple[str, str]]) -> dict[tuple[str, str], str]:
+    """Labels of methods and budgets, which name the budget where a method has several."""
+    unique = set(pairs)
+    count = Counter(method for method, _ in unique)
+    return {
+        (method, nfe): _label(method) + f" (NFE {nfe})" * (count[method] > 1)
+        for method, nfe in unique
+    }
+
+
+def _label(method: str) -> str:
+    return METHODS[method].label if method in METHODS else method
+
+
+def paired(first: Iterable[Row], second: Iterable[Row], metric: str) -> tuple[float, float]:
+    """The mean difference, first minus second, on the images of both, and its 95 % interval.
+
+    Raises:
+        ValueError: if they have no image in common.
+    """
+    one, two = by_image(first, metric), by_image(second, metric)
+    both = one.keys() & two.keys()
+    if not both:
+        raise ValueError("first and second have no image in common")
+    return mean_and_interval(one[image] - two[image] for image in sorted(both))
+
+
+def summarise(rows: list[Row], metrics: Iterable[str] = METRICS) -> str:
+    """A table in Markdown for each metric: methods by tasks, mean ± 95 % interval over images.
+
+    Seeds of an image are averaged first. A dash is a task that a method cannot do, an empty place
+    one that was not run. Failures, and fewer images than elsewhere, are counted in brackets.
+    """
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    several = {}
+    for column in ("prior", "settings"):
+        tried = defaultdict(set)
+        for row in rows:
+            tried[row["task"], row["method"], row["nfe"]].add(row[column])
+        several[column] = {key[1:] for key, values in tried.items() if len(values) > 1}
+    groups: dict[tuple[str, str], list[Row]] = defaultdict(list)
+    for row in rows:
+        label = f"{_label(row['method'])} (NFE {row['nfe']})"
+        for column, keys in several.items():
+            if (row["method"], row["nfe"]) in keys:
+                label += f" {row[column]}"
+        groups[label, row["task"]].append(row)
+    labels = list(dict.fromkeys(label for label, _ in groups))
+    most = max((len({r["image"] for r in group}) for group in groups.values()), default=0)
+    parts = []
+    for metric in metrics:
+        if not any(row[metric] for row in rows):
+            continue
+        lines = [f"{metric}, {most} images", ""]
+        lines += ["| method | " + " | ".join(tasks) + " |", "| --- " * (len(tasks) + 1) + "|"]
+        for label in labels:
+            places = [_place(groups.get((label, task), []), metric, most) for task in tasks]
+            lines.append(f"| {label} | " + " | ".join(places) + " |")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts) or "no results"
+
+
+def _place(rows: list[Row], metric: str, most: int) -> str:
+    if not rows:
+        return ""
+    if all(row["status"] == "unsupported" for row in rows):
+        return "-"
+    images = by_image(rows, metric)
+    failed = sum(row["status"] == "failed" for row in rows)
+    notes = [f"{failed} failed"] if failed else []
+    if not images:
+        return ", ".join(notes)
+    if len(images) < most:
+        notes.append(f"{len(images)} images")
+    mean, half = mean_and_interval(images.values())
+    text = _FORMATS.get(metric, "{:.3f} ± {:.3f}").format(mean, half)
+    return text + (f" ({', '.join(notes)})" if notes else "")

@@ -1,0 +1,186 @@
+r"""The terminal Hessian by products: its low-rank approximation, and the products themselves.
+
+Nothing here forms the Hessian. A batch of square matrices (B, n, n) is a function that maps vectors
+(B, n, c) to products (B, n, c). The approximations are those of Halko, Martinsson & Tropp 2011
+(doi:10.1137/090771806); each needs `rank + oversampling` random directions, and its cost is counted
+in products with one column.
+
+For a cost :math:`\frac12 \|z(x)\|^2` with the Jacobian J of z, the full Hessian and its
+Gauss-Newton part are
+
+.. math:: H = J^T J + \sum_i z_i \nabla^2 z_i , \qquad H_{GN} = J^T J .
+
+They agree where z is linear, or zero; the second is positive semidefinite everywhere, and the
+first need not be (Nocedal & Wright 2006, doi:10.1007/978-0-387-40065-5, Sec. 10.3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Product = Callable[[Tensor], Tensor]
+
+
+def range_finder(product: Product, directions: Tensor, power: int = 0) -> Tensor:
+    """Orthonormal columns whose span nearly contains the range of a matrix, (B, n, c).
+
+    Algorithm 4.1, or 4.4 with `power` iterations for a symmetric matrix.
+
+    Args:
+        product: with the matrix.
+        directions: standard normal, (B, n, c), c at most n.
+        power: each iteration takes c products more.
+    """
+    Q = torch.linalg.qr(product(directions)).Q
+    for _ in range(power):
+        Q = torch.linalg.qr(product(Q)).Q
+    return Q
+
+
+def symmetric_eigen(
+    product: Product, directions: Tensor, rank: int, power: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Approximate eigenvectors (B, n, rank) and eigenvalues (B, rank), largest in magnitude first.
+
+    Algorithm 5.3: the matrix is compressed to its approximate range; (2 + power) c products.
+
+    Args:
+        product: with the symmetric matrix.
+        directions: standard normal, (B, n, c), c at least `rank`.
+        rank: how many to keep.
+        power: of :func:`range_finder`.
+    """
+    Q = range_finder(product, directions, power)
+    small = Q.mT @ product(Q)
+    values, vectors = torch.linalg.eigh((small + small.mT) / 2)
+    keep = values.abs().topk(rank, dim=-1).indices
+    vectors = vectors.gather(-1, keep.unsqueeze(-2).expand(*vectors.shape[:-1], rank))
+    return Q @ vectors, values.gather(-1, keep)
+
+
+def nystrom(product: Product, directions: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    r"""As :func:`symmetric_eigen`, of a positive semidefinite matrix, in c products.
+
+    The matrix is approximated by :math:`Y (\Omega^T Y)^+ Y^T`, :math:`Y = H \Omega`, after a shift
+    that keeps the core positive definite in floating point, which is taken back at the end.
+
+    Args:
+        product, directions, rank: as for :func:`symmetric_eigen`.
+
+    Source: Halko et al., Algorithm 5.5; the shift is of Tropp, Yurtsever, Udell & Cevher 2017
+    (arXiv:1706.05736), Algorithm 3.
+    """
+    basis = torch.linalg.qr(directions).Q
+    Y = product(basis)
+    # The core is inverted: its rounding errors must stay below the shift.
+    shift = 10 * torch.finfo(Y.dtype).eps * torch.linalg.matrix_norm(Y, ord="fro")[..., None, None]
+    # Of a zero matrix too, even where denormal numbers are flushed to zero.
+    shift = shift.clamp(min=torch.finfo(Y.dtype).tiny ** 0.5)
+    shifted = Y + shift * basis
+    core = basis.mT @ shifted
+    L = torch.linalg.cholesky((core + core.mT) / 2)
+    half = torch.linalg.solve_triangular(L, shifted.mT, upper=False).mT
+    U, s, _ = torch.linalg.svd(half, full_matrices=False)
+    values = (s.square() - shift[..., 0]).clamp(min=0)
+    return U[..., :rank], values[..., :rank]
+
+
+def range_error_bound(next_singular_value: float, n: int, rank: int, oversampling: int) -> float:
+    r"""The bound of Theorem 1.1 on the mean spectral error of :func:`range_finder`.
+
+    .. math:: E\|A - Q Q^T A\| \le
+        \Big(1 + \frac{4 \sqrt{k + p}}{p - 1} \sqrt{n}\Big) \sigma_{k + 1}
+
+    Args:
+        next_singular_value: :math:`\sigma_{k+1}` of the (n, n) matrix.
+        n: its size.
+        rank: k, at least 2.
+        oversampling: p, at least 2, with k + p at most n.
+
+    Raises:
+        ValueError: outside those ranges.
+    """
+    if rank < 2 or oversampling < 2 or rank + oversampling > n:
+        raise ValueError(
+            f"rank and oversampling are {rank} and {oversampling}, expected at least 2 and "
+            f"together at most {n}"
+        )
+    factor = 1 + 4 * (rank + oversampling) ** 0.5 / (oversampling - 1) * n**0.5
+    return factor * next_singular_value
+
+
+HESSIANS = ("full", "gauss_newton")
+
+
+def terminal_products(
+    cost: Callable[[Tensor], Tensor], x: Tensor, hessian: str = "full"
+) -> tuple[Tensor, Product]:
+    """The gradient of a terminal cost, and the function that multiplies by its Hessian.
+
+    A product takes one backward pass through the gradient ("full"), or one through the residual
+    for J v, by differentiating its transpose, and one for J^T ("gauss_newton").
+
+    Args:
+        cost: maps states (B, ...) to (B,), twice differentiable; for "gauss_newton" it needs a
+            method `whitened_residual`, from states to z (B, ...), half of whose square is the
+            cost, as :class:`diffoc.costs.GaussianLikelihood` has.
+        x: states, (B, ...), with n numbers each.
+        hessian: a member of :data:`HESSIANS`.
+
+    Returns:
+        The gradient, (B, n), and the product.
+
+    Raises:
+        ValueError: if `hessian` is unknown, or "gauss_newton" of a cost without
+            `whitened_residual`.
+    """
+    if hessian not in HESSIANS:
+        raise ValueError(f"hessian is {hessian!r}, expected one of {', '.join(HESSIANS)}")
+    x = x.detach().requires_grad_()
+    if hessian == "gauss_newton":
+        return _gauss_newton(cost, x)
+    with torch.enable_grad():
+        (gradient,) = torch.autograd.grad(cost(x).sum(), x, create_graph=True)
+    flat = gradient.detach().flatten(1)
+    if not gradient.requires_grad:  # of a linear cost
+        return flat, torch.zeros_like
+    return flat, lambda X: _columns(gradient, x, _rows(X, x))
+
+
+def _gauss_newton(cost: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Product]:
+    residual = getattr(cost, "whitened_residual", None)
+    if not callable(residual):
+        raise ValueError(
+            f"hessian is 'gauss_newton', but the terminal cost, {type(cost).__name__}, has no "
+            "method whitened_residual: expected a GaussianLikelihood or its like"
+        )
+    with torch.enable_grad():
+        z = residual(x)
+        # J^T w is linear in w, so that its derivative in w, whatever w, is J.
+        w = torch.zeros_like(z, requires_grad=True)
+        (transposed,) = torch.autograd.grad(z, x, w, create_graph=True)
+    (gradient,) = torch.autograd.grad(z, x, z.detach(), retain_graph=True)
+
+    def product(X: Tensor) -> Tensor:
+        (JX,) = torch.autograd.grad(
+            transposed, w, _rows(X, x), is_grads_batched=True, retain_graph=True
+        )
+        return _columns(z, x, JX)
+
+    return gradient.flatten(1), product
+
+
+def _rows(X: Tensor, x: Tensor) -> Tensor:
+    """Vectors (B, n, c) as (c, B, ...), in the shape of x."""
+    return X.movedim(-1, 0).reshape(-1, *x.shape)
+
+
+def _columns(output: Tensor, x: Tensor, cotangents: Tensor) -> Tensor:
+    """Transposed Jacobian times cotangents (c, B, ...), in one backward pass, (B, n, c)."""
+    (grads,) = torch.autograd.grad(
+        output, x, cotangents, is_grads_batched=True, retain_graph=True, materialize_grads=True
+    )
+    return grads.flatten(2).movedim(0, -1)

@@ -1,0 +1,1 @@
+"""Priors: Gaussians and mixtures with exact posteriors, and trained networks by name."""

@@ -1,0 +1,147 @@
+r"""A small autoencoder of grey faces, which gives a latent diffusion model its space.
+
+Images are folded (every square of pixels becomes one of as many channels), so that all layers work
+on the latents' grid; the blocks are those of `diffusers.AutoencoderKL`, without attention. Beside
+them runs a linear path, which begins as the squares' lowest cosines, so that the blocks need to
+learn no more than what those miss. It is trained as a variational autoencoder whose decoder has
+noise of standard deviation s,
+
+.. math:: E \|x - D(z)\|^2 + 2 s^2 \, KL(q(z | x) \,\|\, N(0, I)), \qquad z \sim q(z | x),
+
+and with a small s: the divergence only keeps the latents from growing and from carrying what the
+decoder does not need. Latents are standardised channel by channel.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy.fft import dct
+from torch import Tensor, nn
+
+from diffoc.data.manifest import load_weights
+
+NOISE_STD = 0.01  # s, of the decoder
+
+
+class Autoencoder(nn.Module):
+    """Maps images (B, 1, H, W) in [-1, 1] to latents (B, channels, H / fold, W / fold) and back.
+
+    Args:
+        width: channels of the hidden layers, a multiple of 32.
+        channels: of the latents.
+        fold: side of the squares of pixels that become channels.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, width: int = 64, channels: int = 4, fold: int = 4) -> None:
+        super().__init__()
+        from diffusers import AutoencoderKL  # slow to import
+
+        self.fold = fold
+        self.blocks = AutoencoderKL(
+            in_channels=fold**2,
+            out_channels=fold**2,
+            down_block_types=("DownEncoderBlock2D",),
+            up_block_types=("UpDecoderBlock2D",),
+            block_out_channels=(width,),
+            layers_per_block=1,
+            latent_channels=channels,
+            mid_block_add_attention=False,
+        )
+        self.down = nn.Conv2d(fold**2, channels, 1)
+        self.up = nn.Conv2d(channels, fold**2, 1)
+        with torch.no_grad():
+            basis = _lowest_cosines(fold)[:channels]
+            self.down.weight.copy_(basis[:, :, None, None])
+            self.up.weight.copy_(basis.mT[:, :, None, None])
+            silent = (self.blocks.quant_conv, self.blocks.decoder.conv_out)
+            for parameter in (
+                self.down.bias,
+                self.up.bias,
+                *(p for c in silent for p in c.parameters()),
+            ):
+                parameter.zero_()
+            self.blocks.quant_conv.bias[channels:] = -6  # the log-variance of z
+        self.register_buffer("mean", torch.zeros(channels, 1, 1))
+        self.register_buffer("std", torch.ones(channels, 1, 1))
+
+    def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance of the latents given images, not standardised."""
+        folded = nn.functional.pixel_unshuffle(x, self.fold)
+        moments = self.blocks.encode(folded).latent_dist
+        return self.down(folded) + moments.mean, moments.logvar
+
+    def encode(self, x: Tensor) -> Tensor:
+        """The standardised latents' means."""
+        return (self.posterior(x)[0] - self.mean) / self.std
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Images of standardised latents, not clipped."""
+        latents = z * self.std + self.mean
+        folded = self.up(latents) + self.blocks.decode(latents).sample
+        return nn.functional.pixel_shuffle(folded, self.fold)
+
+    @torch.no_grad()
+    def standardise(self, x: Tensor) -> None:
+        """Sets the latents' mean and standard deviation to those of images (B, 1, H, W)."""
+        self.mean.zero_(), self.std.fill_(1)
+        latents = torch.cat([self.encode(part) for part in x.split(64)])
+        self.mean.copy_(latents.mean((0, 2, 3)).reshape(-1, 1, 1))
+        self.std.copy_(latents.std((0, 2, 3)).reshape(-1, 1, 1))
+
+
+def autoencoding_loss(network: Autoencoder, x: Tensor, generator: torch.Generator) -> Tensor:
+    """The module's loss per pixel; `generator` draws z."""
+    mean, log_variance = network.posterior(x)
+    noise = torch.randn(mean.shape, generator=generator).to(mean)
+    z = mean + (log_variance / 2).exp() * noise
+    divergence = (mean.square() + log_variance.exp() - 1 - log_variance).sum() / 2
+    error = (network.decode((z - network.mean) / network.std) - x).square().mean()
+    return error + 2 * NOISE_STD**2 * divergence / x.numel()
+
+
+@torch.no_grad()
+def reconstruction_psnr(network: Autoencoder, images: np.ndarray) -> float:
+    """Mean PSNR in dB (peak 2) of images (N, H, W), uint8, that went through an autoencoder."""
+    device, errors = next(network.parameters()).device, []
+    for part in torch.from_numpy(images).unsqueeze(1).split(64):
+        x = part.to(device).float() / 127.5 - 1
+        errors.append((network.decode(network.encode(x)) - x).square().flatten(1).mean(1))
+    return (10 * torch.log10(4 / torch.cat(errors))).mean().item()
+
+
+@torch.no_grad()
+def encoded(network: Autoencoder, images: np.ndarray) -> np.ndarray:
+    """The standardised latents (N, channels, h, w), float32, of images (N, H, W), uint8."""
+    parts = torch.from_numpy(np.ascontiguousarray(images)).unsqueeze(1).split(64)
+    return torch.cat([network.encode(part.float() / 127.5 - 1) for part in parts]).numpy()
+
+
+def load_autoencoder(folder: Path | None = None) -> Autoencoder:
+    """The trained autoencoder of "faces64", in evaluation mode, float32.
+
+    Args:
+        folder: where its weights lie, by default the repository's `data/`.
+
+    Raises:
+        ValueError: if the weights are not those of the manifest.
+        FileNotFoundError: if they are missing.
+    """
+    network = Autoencoder()
+    weights = load_weights("faces64_autoencoder", folder)
+    network.load_state_dict({name: value.float() for name, value in weights.items()})
+    return network.eval().requires_grad_(False)
+
+
+def _lowest_cosines(side: int) -> Tensor:
+    """The orthonormal cosine transform of side x side squares, (side^2, side^2), low rows first."""
+    rows = torch.from_numpy(dct(torch.eye(side, dtype=torch.float64).numpy(), axis=0, norm="ortho"))
+    basis = torch.kron(rows, rows)
+    index = torch.arange(side).float()
+    frequency = index[:, None].square() + index.square()
+    return basis[frequency.flatten().argsort(stable=True)].float()

@@ -1,0 +1,293 @@
+r"""Priors whose every conditional is known: Gaussians and Gaussian mixtures.
+
+Both are azula denoisers, so whatever works on a network works on them; and both have oracles for
+linear Gaussian measurements :math:`y \sim N(A x_0, s^2 I)`, so that whatever approximates a
+posterior can be compared with it. The identities behind them, for
+:math:`x_0 \sim N(\mu, \Sigma)` and :math:`x_t \sim N(\alpha x_0, \sigma^2 I)`:
+
+.. math::
+    x_t &\sim N(\alpha \mu, \; \Sigma_t), \qquad \Sigma_t = \alpha^2 \Sigma + \sigma^2 I \\
+    x_0 \mid x_t &\sim N(\mu + \alpha \Sigma \Sigma_t^{-1} (x_t - \alpha \mu), \;
+        \sigma^2 \Sigma \Sigma_t^{-1}) \\
+    y \mid x_0 \sim N(m, C) &\sim N(A m, \; A C A^T + s^2 I) .
+
+A mixture adds responsibilities, computed as differences of log-densities.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from azula.denoise import Denoiser, DiracPosterior
+from azula.linalg.covariance import Covariance, FullCovariance, IsotropicCovariance
+from azula.noise import Schedule
+from torch import Tensor
+
+from diffoc.checks import check_alike, check_tensor
+from diffoc.priors.mixture import GaussianMixture, MixturePosterior, log_normal, with_noise
+from diffoc.problems.operators import LinearMeasurement
+
+
+class GaussianPrior(Denoiser):
+    r"""The prior :math:`x_0 \sim N(\mu, \Sigma)` of flat states (B, n), with its oracles.
+
+    Args:
+        mean: :math:`\mu`, shape (n,).
+        covariance: :math:`\Sigma`, a positive definite matrix (n, n), or one of azula's
+            structured covariances over (n,), such as `DPLRCovariance` (diagonal + low rank).
+        schedule: the noise schedule.
+
+    Raises:
+        ValueError: if the shapes disagree, or a matrix is not symmetric and positive definite.
+    """
+
+    def __init__(self, mean: Tensor, covariance: Tensor | Covariance, schedule: Schedule) -> None:
+        super().__init__()
+        check_tensor("mean", mean)
+        if mean.ndim != 1:
+            raise ValueError(f"mean has shape {tuple(mean.shape)}, expected (n,)")
+        if isinstance(covariance, Tensor):
+            check_tensor("covariance", covariance)
+            check_alike(mean=mean, covariance=covariance)
+            n = len(mean)
+            if covariance.shape != (n, n):
+                raise ValueError(
+                    f"covariance has shape {tuple(covariance.shape)}, expected ({n}, {n})"
+                )
+            if not (covariance - covariance.mT).abs().max() <= 1e-5 * covariance.abs().max():
+                raise ValueError("covariance is not symmetric")
+            L, Q = torch.linalg.eigh(covariance)
+            if not L[0] > 0:
+                raise ValueError(f"covariance has the eigenvalue {L[0]:g}, expected above 0")
+            covariance = FullCovariance(Q, L)
+        elif not isinstance(covariance, IsotropicCovariance) and covariance.shape != mean.shape:
+            raise ValueError(
+                f"covariance is over {tuple(covariance.shape)}, mean over {tuple(mean.shape)}"
+            )
+        self.mean = mean
+        self.covariance = covariance
+        self.schedule = schedule
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GaussianPrior:
+        # What .to(), .float() and .cuda() call: the covariance's tensors are no buffers.
+        super()._apply(fn, recurse=recurse)
+        self.mean = fn(self.mean)
+        moved = {k: fn(v) for k, v in vars(self.covariance).items() if isinstance(v, Tensor)}
+        self.covariance = copy.copy(self.covariance)
+        vars(self.covariance).update(moved)
+        return self
+
+    def _centred(self, x_t: Tensor, alpha: Tensor) -> Tensor:
+        """x_t - alpha mu; broadcast shapes would be taken for states."""
+        if x_t.shape[-1:] != self.mean.shape:
+            raise ValueError(f"x_t has shape {tuple(x_t.shape)}, expected (B, {len(self.mean)})")
+        return x_t - alpha * self.mean
+
+    def _marginal(self, t: Tensor) -> tuple[Tensor, Tensor, Covariance]:
+        """alpha, sigma and the covariance of x_t."""
+        alpha, sigma = self.schedule(torch.as_tensor(t, dtype=self.mean.dtype))
+        scaled = IsotropicCovariance(alpha**2) * self.covariance
+        return alpha, sigma, scaled + IsotropicCovariance(sigma**2)
+
+    def forward(self, x_t: Tensor, t: Tensor, **kwargs: object) -> DiracPosterior:
+        """The posterior mean of x_0 given x_t (B, n) at time t, a scalar."""
+        alpha, _, cov_t = self._marginal(t)
+        whitened = cov_t.inv(self._centred(x_t, alpha))
+        return DiracPosterior(self.mean + alpha * self.covariance(whitened))
+
+    def log_prob(self, x_t: Tensor, t: Tensor) -> Tensor:
+        """log p(x_t), (B,), for x_t (B, n) at time t, a scalar."""
+        alpha, _, cov_t = self._marginal(t)
+        d = self._centred(x_t, alpha)
+        constant = d.shape[-1] * math.log(2 * math.pi) + cov_t.logdet()
+        return -((d * cov_t.inv(d)).sum(-1) + constant) / 2
+
+    def score(self, x_t: Tensor, t: Tensor) -> Tensor:
+        """grad log p(x_t), (B, n), for x_t (B, n) at time t, a scalar."""
+        alpha, _, cov_t = self._marginal(t)
+        return -cov_t.inv(self._centred(x_t, alpha))
+
+    def conditional_score(self, x_t: Tensor, t: Tensor, measurement: LinearMeasurement) -> Tensor:
+        r"""The exact :math:`\nabla_{x_t} \log p(y \mid x_t)` of Eq. 7, (B, n).
+
+        .. math:: \alpha \Sigma_t^{-1} \Sigma A^T (A C A^T + s^2 I)^{-1} (y - A m(x_t)), \quad
+                  C = \sigma^2 \Sigma \Sigma_t^{-1}
+
+        Args:
+            x_t: (B, n).
+            t: a scalar time.
+            measurement: of x_0.
+        """
+        alpha, sigma, cov_t = self._marginal(t)
+        A = measurement.matrix
+        gain = self.covariance(cov_t.inv(A))  # rows of A Sigma_t^-1 Sigma; the two commute
+        S = with_noise(sigma**2 * gain @ A.mT, measurement.noise_std)
+        residual = measurement.y - self(x_t, t).mean @ A.mT
+        return alpha * torch.linalg.solve(S, residual.mT).mT @ gain
+
+    def posterior(self, measurement: LinearMeasurement) -> GaussianPosterior:
+        """The exact posterior of x_0 given measurements, and their evidence."""
+        A = measurement.matrix
+        if A.shape[1] != len(self.mean):
+            raise ValueError(f"matrix has {A.shape[1]} columns, expected {len(self.mean)}")
+        gain = self.covariance(A)
+        S = with_noise(gain @ A.mT, measurement.noise_std)
+        residual = measurement.y - self.mean @ A.mT
+        L = torch.linalg.cholesky(S)
+        mean = self.mean + torch.cholesky_solve(residual.mT, L).mT @ gain
+        covariance = self.matrix - gain.mT @ torch.cholesky_solve(gain, L)
+        return GaussianPosterior(mean, covariance, log_normal(residual, L))
+
+    @property
+    def matrix(self) -> Tensor:
+        """The covariance as a dense matrix, (n, n)."""
+        return self.covariance(torch.eye(len(self.mean)).to(self.mean))
+
+    def _eigen(self, t: float, s: float) -> tuple[Tensor, Tensor, tuple, tuple]:
+        """Eigenvalues and eigenvectors of the covariance, and the schedule at t and s."""
+        L, Q = torch.linalg.eigh(self.matrix)
+        times = torch.tensor([t, s], dtype=L.dtype, device=L.device)
+        return L, Q, self.schedule(times[0]), self.schedule(times[1])
+
+    def flow(self, x: Tensor, t: float, s: float) -> Tensor:
+        r"""The probability-flow ODE (Eq. 2) solved exactly from time t to s, (B, n).
+
+        .. math:: x_s = \alpha_s \mu + \Sigma_s^{1/2} \Sigma_t^{-1/2} (x_t - \alpha_t \mu)
+
+        Args:
+            x: states at t, (B, n).
+            t, s: times in [0, 1].
+        """
+        L, Q, (alpha_t, sigma_t), (alpha_s, sigma_s) = self._eigen(t, s)
+        scale = ((alpha_s**2 * L + sigma_s**2) / (alpha_t**2 * L + sigma_t**2)).sqrt()
+        return alpha_s * self.mean + (self._centred(x, alpha_t) @ Q * scale) @ Q.mT
+
+    def reverse_kernel(self, t: float, s: float) -> tuple[Tensor, Tensor, Tensor]:
+        r"""The exact transition :math:`x_s \mid x_t \sim N(F x_t + b, C)` of the reverse SDE.
+
+        The forward chain gives :math:`x_t = a x_s + N(0, q I)` with
+        :math:`a = \alpha_t / \alpha_s` and :math:`q = \sigma_t^2 - a^2 \sigma_s^2`; Bayes' rule
+        does the rest:
+
+        .. math:: F = a \Sigma_s \Sigma_t^{-1}, \quad C = q \, \Sigma_s \Sigma_t^{-1}, \quad
+                  b = \alpha_s \mu - F \alpha_t \mu .
+
+        Args:
+            t, s: times, 0 <= s < t <= 1.
+
+        Returns:
+            F (n, n), b (n,) and C (n, n).
+        """
+        L, Q, (alpha_t, sigma_t), (alpha_s, sigma_s) = self._eigen(t, s)
+        a = alpha_t / alpha_s
+        q = sigma_t**2 - a**2 * sigma_s**2
+        # In the eigenbasis: products of dense factors would lose two digits over 1000 steps.
+        ratio = (alpha_s**2 * L + sigma_s**2) / (alpha_t**2 * L + sigma_t**2)
+        F = (Q * (a * ratio)) @ Q.mT
+        return F, alpha_s * self.mean - F @ (alpha_t * self.mean), (Q * (q * ratio)) @ Q.mT
+
+
+@dataclass(frozen=True)
+class GaussianPosterior:
+    """The posterior of a Gaussian prior under a linear Gaussian measurement.
+
+    Attributes:
+        mean: (B, n).
+        covariance: the same for all measurements, (n, n).
+        log_evidence: log p(y), (B,).
+    """
+
+    mean: Tensor
+    covariance: Tensor
+    log_evidence: Tensor
+
+    def sample(self, count: int, generator: torch.Generator) -> Tensor:
+        """Independent exact samples, (count, B, n)."""
+        values, vectors = torch.linalg.eigh(self.covariance)
+        root = vectors * values.clamp(min=0).sqrt()
+        z = torch.randn(
+            count, *self.mean.shape, generator=generator, dtype=root.dtype, device=root.device
+        )
+        return self.mean + z @ root.mT
+
+
+class GaussianMixturePrior(Denoiser):
+    r"""A Gaussian mixture as a diffusion prior, exact at every noise level, with its oracles.
+
+    Args:
+        mixture: of flat vectors of n numbers, with B = 1.
+        schedule: the noise schedule.
+        shape: the shape of one state, of n numbers; (n,) by default.
+
+    Raises:
+        ValueError: if the shape does not have n numbers.
+    """
+
+    def __init__(
+        self, mixture: GaussianMixture, schedule: Schedule, shape: Sequence[int] | None = None
+    ) -> None:
+        super().__init__()
+        n = mixture.means.shape[-1]
+        self.shape = torch.Size([n] if shape is None else shape)
+        if self.shape.numel() != n:
+            raise ValueError(f"shape is {tuple(self.shape)}, but the mixture has {n} numbers")
+        for name in ("log_weights", "means", "basis", "variances", "floor"):
+            self.register_buffer(name, getattr(mixture, name))
+        self.schedule = schedule
+
+    @property
+    def mixture(self) -> GaussianMixture:
+        """The prior of x_0, flat."""
+        return GaussianMixture(self.log_weights, self.means, self.basis, self.variances, self.floor)
+
+    def _flat(self, x_t: Tensor) -> Tensor:
+        if x_t.shape[1:].numel() != self.shape.numel():
+            raise ValueError(f"x_t has shape {tuple(x_t.shape)}, expected {('B', *self.shape)}")
+        return x_t.flatten(1)
+
+    def _scales(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        return self.schedule(torch.as_tensor(t, dtype=self.means.dtype, device=self.means.device))
+
+    def forward(self, x_t: Tensor, t: Tensor, **kwargs: object) -> DiracPosterior:
+        """The posterior mean of x_0 given x_t (B, ...) at time t, a scalar."""
+        mean = self.mixture.posterior_mean(self._flat(x_t), *self._scales(t))
+        return DiracPosterior(mean.reshape(x_t.shape))
+
+    def log_prob(self, x_t: Tensor, t: Tensor) -> Tensor:
+        """log p(x_t), (B,), for x_t (B, ...) at time t, a scalar."""
+        return self.mixture.log_prob(self._flat(x_t), *self._scales(t))
+
+    def score(self, x_t: Tensor, t: Tensor) -> Tensor:
+        """grad log p(x_t), shape of x_t (B, ...), at time t, a scalar."""
+        return self.mixture.score(self._flat(x_t), *self._scales(t)).reshape(x_t.shape)
+
+    def conditional_score(self, x_t: Tensor, t: Tensor, measurement: LinearMeasurement) -> Tensor:
+        r"""The exact :math:`\nabla_{x_t} \log p(y \mid x_t)` of Eq. 7, shape of x_t (B, ...).
+
+        The evidence of y under p(x_0 | x_t), differentiated automatically.
+
+        Args:
+            x_t: (B, ...).
+            t: a scalar time.
+            measurement: of x_0.
+        """
+        x = x_t.detach().requires_grad_()
+        with torch.enable_grad():
+            posterior = self.mixture.given_noisy(self._flat(x), *self._scales(t))
+            log_evidence = posterior.given(measurement).log_evidence
+            return torch.autograd.grad(log_evidence.sum(), x)[0]
+
+    def posterior(self, measurement: LinearMeasurement) -> MixturePosterior:
+        """The exact posterior of flat x_0 given measurements, and their evidence."""
+        return self.mixture.given(measurement)
+
+    def sample(self, count: int, generator: torch.Generator) -> Tensor:
+        """Independent samples of x_0, (count, ...)."""
+        weights = self.log_weights[0].exp()
+        components = torch.multinomial(weights, count, replacement=True, generator=generator)
+        flat = self.mixture.sample_components(components, generator)
+        return flat.reshape(count, *self.shape)

@@ -1,0 +1,185 @@
+r"""Latent diffusion: a prior of latents z, and an autoencoder that makes images of them.
+
+A `LatentPrior` is an azula denoiser like any other, :math:`z_t = \alpha_t z_0 + \sigma_t n` with
+the posterior mean :math:`m(z_t, t)`; beside it are the encoder E and the decoder D, and images are
+:math:`x_0 = D(z_0)`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from azula.denoise import Denoiser, DiracPosterior
+from azula.noise import Schedule
+from torch import Tensor, nn
+
+from diffoc.priors.counting import CountedPrior
+from diffoc.priors.pipelines import (
+    DiffusersDenoiser,
+    alphas_cumprod_of,
+    load_network,
+    read_json,
+    sides_of,
+)
+
+if TYPE_CHECKING:
+    from diffusers import ModelMixin
+
+    from diffoc.priors.autoencoder import Autoencoder
+
+
+class LatentPrior(Denoiser):
+    """A denoiser of latents with the autoencoder that they belong to.
+
+    Args:
+        denoiser: of latents (B, c, h, w).
+        autoencoder: has differentiable methods `encode`, images to latents, and `decode`.
+
+    Attributes:
+        image_shape: of a latent, (c, h, w): the prior's states are latents.
+        decoded_shape: of an image, (C, H, W). Both are set by `load_prior`.
+    """
+
+    def __init__(self, denoiser: Denoiser, autoencoder: Autoencoder | DiffusersAutoencoder) -> None:
+        super().__init__()
+        self.denoiser = denoiser
+        self.autoencoder = autoencoder
+        self.schedule = denoiser.schedule
+
+    def forward(self, x_t: Tensor, t: Tensor, **kwargs: object) -> DiracPosterior:
+        """The estimate of z_0 given z_t (B, c, h, w) at time t, () or (B,)."""
+        return DiracPosterior(self.denoiser(x_t, t, **kwargs).mean)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Latents (B, c, h, w) of images (B, C, H, W) in [-1, 1], nothing drawn at random."""
+        return self.autoencoder.encode(images)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images (B, C, H, W), not clipped, of latents (B, c, h, w)."""
+        return self.autoencoder.decode(latents)
+
+
+def latent_prior(prior: Denoiser) -> LatentPrior:
+    """The latent prior that `prior` is, or that it counts the evaluations of.
+
+    Raises:
+        ValueError: for a prior of images.
+    """
+    inner = prior.prior if isinstance(prior, CountedPrior) else prior
+    if not isinstance(inner, LatentPrior):
+        raise ValueError(
+            f"prior is a {type(inner).__name__}, a prior of images: expected a LatentPrior, "
+            "such as load_prior('faces64_latent')"
+        )
+    return inner
+
+
+class DiffusersAutoencoder(nn.Module):
+    r"""A `diffusers.AutoencoderKL` or `VQModel`, its latents scaled as its pipeline scales them.
+
+    A decoder of a VQModel moves latents to the nearest codewords, and passes gradients straight
+    through that.
+    """
+
+    def __init__(self, network: ModelMixin) -> None:
+        super().__init__()
+        self.network = network
+        # A shift is what later models than Stable Diffusion 1.5 have; None where they have none.
+        self.shift = getattr(network.config, "shift_factor", None) or 0.0
+        self.scale = network.config.scaling_factor
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Scaled latents; of a KL model the posterior's mean."""
+        output = self.network.encode(images)
+        latents = output.latents if "latents" in output else output.latent_dist.mean
+        return (latents - self.shift) * self.scale
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images of scaled latents."""
+        return self.network.decode(latents / self.scale + self.shift).sample
+
+
+class EmptyPrompt(nn.Module):
+    """A `diffusers.UNet2DConditionModel` that is asked for nothing: Stable Diffusion as a prior.
+
+    Args:
+        network: the conditional network.
+        embedding: of the empty prompt, (1, tokens, features).
+    """
+
+    embedding: Tensor
+
+    def __init__(self, network: ModelMixin, embedding: Tensor) -> None:
+        super().__init__()
+        self.network = network
+        self.config = network.config
+        self.register_buffer("embedding", embedding, persistent=False)
+
+    def forward(self, x: Tensor, timestep: Tensor) -> object:
+        """The network's output, with its attribute `sample`."""
+        return self.network(x, timestep, self.embedding.to(x).expand(len(x), -1, -1))
+
+
+def load_pipeline(folder: Path, schedule: Schedule) -> LatentPrior:
+    """An unconditional `LDMPipeline`, or a `StableDiffusionPipeline` without a prompt.
+
+    Latent diffusion on FFHQ, as PSLD uses it, comes in the first form (vqvae, unet, scheduler),
+    Stable Diffusion 1.5 in the second (vae, unet, scheduler, tokenizer, text_encoder).
+
+    Args:
+        folder: of the pipeline, as `save_pretrained` writes it.
+        schedule: of the noise.
+
+    Raises:
+        FileNotFoundError: if a part is missing.
+        ValueError: if a part is damaged or of another kind.
+        ModuleNotFoundError: for Stable Diffusion without the package `transformers`.
+    """
+    import diffusers  # slow to import
+
+    first_stage = folder / ("vqvae" if (folder / "vqvae").is_dir() else "vae")
+    kinds = {"VQModel": diffusers.VQModel, "AutoencoderKL": diffusers.AutoencoderKL}
+    networks = {
+        "UNet2DModel": diffusers.UNet2DModel,
+        "UNet2DConditionModel": diffusers.UNet2DConditionModel,
+    }
+    autoencoder = DiffusersAutoencoder(_load(first_stage, kinds))
+    backbone = _load(folder / "unet", networks)
+    if isinstance(backbone, diffusers.UNet2DConditionModel):
+        backbone = EmptyPrompt(backbone, _embed_nothing(folder))
+    denoiser = DiffusersDenoiser(backbone, *alphas_cumprod_of(folder), schedule)
+    prior = LatentPrior(denoiser, autoencoder)
+    height, width = sides_of(backbone)
+    config = autoencoder.network.config
+    factor = 2 ** (len(config.block_out_channels) - 1)
+    prior.image_shape = (backbone.config.in_channels, height, width)
+    prior.decoded_shape = (config.out_channels, factor * height, factor * width)
+    return prior
+
+
+def _load(folder: Path, kinds: dict[str, type[ModelMixin]]) -> ModelMixin:
+    found = read_json(folder / "config.json").get("_class_name")
+    if found not in kinds:
+        raise ValueError(f"{folder} holds a {found}, expected one of {', '.join(kinds)}")
+    return load_network(folder, kinds[found])
+
+
+@torch.no_grad()
+def _embed_nothing(folder: Path) -> Tensor:
+    """The text encoder's output for an empty prompt, (1, tokens, features)."""
+    try:
+        from transformers import CLIPTextModel, CLIPTokenizer
+    except ImportError as error:
+        raise ModuleNotFoundError(
+            f"{folder} needs its text encoder once, for the empty prompt: pip install transformers",
+            name="transformers",
+        ) from error
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+        encoder = CLIPTextModel.from_pretrained(folder / "text_encoder")
+    except OSError as error:
+        raise FileNotFoundError(f"{folder} has no tokenizer or text encoder: {error}") from error
+    tokens = tokenizer("", padding="max_length", truncation=True, return_tensors="pt").input_ids
+    return encoder(tokens)[0]

@@ -1,0 +1,154 @@
+r"""The small networks: two denoisers' backbones and a digit classifier.
+
+A backbone maps a scaled noisy image and :math:`\log(\sigma_t / \alpha_t)` to an image; azula's
+`KarrasDenoiser` makes a denoiser of it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+from azula.nn.layers import SineEncoding
+from azula.nn.unet import UNet
+from torch import Tensor, nn
+
+# The noise levels, relative to the signal's scale, that the backbones are trained for.
+SIGMA_MIN, SIGMA_MAX = 2e-3, 80.0
+
+
+class UNetBackbone(nn.Module):
+    """An `azula.nn.unet.UNet` on images that may be folded, as a backbone for azula's denoisers.
+
+    Folding trades resolution for channels (pixel-unshuffle): a 2 x 2 fold makes a 64 x 64 image
+    cost what a 32 x 32 one costs. Noise levels beyond the trained ones are treated as the
+    nearest of those.
+
+    Args:
+        channels: of every level; each level halves the resolution of the one before.
+        blocks: residual blocks of every level, each way.
+        fold: side of the squares of pixels that become channels.
+        in_channels: of the images.
+        features: of the noise level's embedding.
+    """
+
+    def __init__(
+        self,
+        channels: Sequence[int],
+        blocks: Sequence[int],
+        fold: int = 1,
+        in_channels: int = 1,
+        features: int = 64,
+    ) -> None:
+        super().__init__()
+        self.fold = fold
+        folded = in_channels * fold**2
+        self.embedding = nn.Sequential(
+            SineEncoding(features, omega=1e2),
+            nn.Linear(features, features),
+            nn.SiLU(),
+            nn.Linear(features, features),
+        )
+        self.unet = UNet(
+            folded,
+            folded,
+            hid_channels=channels,
+            hid_blocks=blocks,
+            mod_features=features,
+            norm="group",
+        )
+
+    def forward(self, x: Tensor, log_sigma: Tensor, **kwargs: object) -> Tensor:
+        """Maps images (B, C, H, W) and log-noise-levels, () or (B,), to images.
+
+        Raises:
+            ValueError: if height or width is not a multiple of the fold.
+        """
+        if x.shape[-2] % self.fold or x.shape[-1] % self.fold:
+            raise ValueError(
+                f"x has shape {tuple(x.shape)}, expected sides that {self.fold} divides"
+            )
+        x = nn.functional.pixel_unshuffle(x, self.fold)
+        level = log_sigma.clamp(math.log(SIGMA_MIN), math.log(SIGMA_MAX))
+        y = self.unet(x, self.embedding(level.expand(len(x))))
+        return nn.functional.pixel_shuffle(y, self.fold)
+
+
+class DigitClassifier(nn.Module):
+    """Two convolutional and two linear layers, as in the paper's Appendix D; 0.42 M parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(
+            nn.Conv2d(1, 32, 3, padding=1),
+            nn.SiLU(),
+            nn.AvgPool2d(2),
+            nn.Conv2d(32, 64, 3, padding=1),
+            nn.SiLU(),
+            nn.AvgPool2d(2),
+            nn.Flatten(),
+            nn.Linear(64 * 7 * 7, 128),
+            nn.SiLU(),
+        )
+        self.head = nn.Linear(128, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (B, 10) of images (B, 1, 28, 28) in [-1, 1]."""
+        return self.head(self.features(x))
+
+
+class ResidualClassifier(nn.Module):
+    """A residual network with global pooling, to judge what :class:`DigitClassifier` guided."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(
+            nn.Conv2d(1, 32, 5, stride=2, padding=2),
+            ResidualBlock(32),
+            ResidualBlock(32),
+            nn.Conv2d(32, 64, 3, stride=2, padding=1),
+            ResidualBlock(64),
+            ResidualBlock(64),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+        )
+        self.head = nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (B, 10) of images (B, 1, 28, 28) in [-1, 1]."""
+        return self.head(self.features(x))
+
+
+class ResidualBlock(nn.Module):
+    """Two 3 x 3 convolutions of normalised activations, added to the input."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        layers = [
+            layer
+            for _ in range(2)
+            for layer in (
+                nn.GroupNorm(8, channels),
+                nn.ReLU(),
+                nn.Conv2d(channels, channels, 3, padding=1),
+            )
+        ]
+        self.branch = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, channels, H, W) to the same shape."""
+        return x + self.branch(x)
+
+
+NETWORKS: dict[str, Callable[[], UNetBackbone]] = {
+    "mnist": lambda: UNetBackbone((48, 80, 96), (1, 2, 2), fold=2),
+    "faces64": lambda: UNetBackbone((96, 160), (2, 3), fold=4),
+    "faces64_rgb": lambda: UNetBackbone((96, 160), (2, 3), fold=4, in_channels=3),
+    "faces64_latent": lambda: UNetBackbone((96, 160), (2, 3), in_channels=4),
+}
+"""What builds the backbone of each denoiser that ships, with random weights."""
+
+
+def parameter_count(network: nn.Module) -> int:
+    """The number of parameters."""
+    return sum(p.numel() for p in network.parameters())

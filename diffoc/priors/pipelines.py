@@ -1,0 +1,193 @@
+"""Models of `diffusers`, from folders or the Hugging Face hub, as azula denoisers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import httpx2
+import torch
+from azula.denoise import Denoiser, DiracPosterior
+from azula.noise import Schedule
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from torch import Tensor, nn
+
+from diffoc.data.downloads import cache_folder
+
+if TYPE_CHECKING:
+    from diffusers import ModelMixin
+
+
+class DiffusersDenoiser(Denoiser):
+    r"""An unconditional `diffusers` network as azula denoiser.
+
+    The network expects :math:`\sqrt{\bar\alpha_i} x_0 + \sqrt{1 - \bar\alpha_i} z` and the
+    timestep i; a noise level between two timesteps gets a fractional one, by linear
+    interpolation in the logarithm of the signal-to-noise ratio.
+
+    Args:
+        backbone: a `diffusers.UNet2DModel`.
+        alphas_cumprod: :math:`\bar\alpha_i`, decreasing, shape (steps,).
+        prediction_type: "epsilon", "sample" (of x_0) or "v_prediction".
+        schedule: of the noise.
+
+    Raises:
+        ValueError: for another prediction type.
+    """
+
+    def __init__(
+        self, backbone: nn.Module, alphas_cumprod: Tensor, prediction_type: str, schedule: Schedule
+    ) -> None:
+        super().__init__()
+        if prediction_type not in ("epsilon", "sample", "v_prediction"):
+            raise ValueError(
+                f"prediction_type is {prediction_type!r}, expected 'epsilon', 'sample' or "
+                "'v_prediction'"
+            )
+        self.backbone = backbone
+        self.prediction_type = prediction_type
+        self.schedule = schedule
+        bar = alphas_cumprod.double()
+        self.register_buffer("log_snr", (bar / (1 - bar)).log(), persistent=False)
+
+    def timestep(self, log_snr: Tensor) -> Tensor:
+        """The fractional timestep of a log-SNR, between the first and the last one."""
+        increasing = self.log_snr.flip(0)
+        index = torch.searchsorted(increasing, log_snr.to(increasing)).clamp(1, len(increasing) - 1)
+        below, above = increasing[index - 1], increasing[index]
+        fraction = ((log_snr - below) / (above - below)).clamp(0, 1)
+        return len(increasing) - 1 - (index - 1 + fraction)
+
+    def forward(self, x_t: Tensor, t: Tensor, **kwargs: object) -> DiracPosterior:
+        """The estimate of x_0 given x_t (B, C, H, W) at time t, () or (B,)."""
+        alpha, sigma = scales_of_images(self.schedule, t, x_t)
+        scale = torch.rsqrt(alpha**2 + sigma**2)
+        signal, noise, x = scale * alpha, scale * sigma, scale * x_t
+        timestep = self.timestep(2 * torch.log(alpha / sigma).flatten().double())
+        output = self.backbone(x, timestep.to(x).expand(len(x))).sample
+        # A head for the variance would be the second half of the channels.
+        output = output[:, : x.shape[1]]
+        if self.prediction_type == "epsilon":
+            return DiracPosterior((x - noise * output) / signal)
+        if self.prediction_type == "sample":
+            return DiracPosterior(output)
+        return DiracPosterior(signal * x - noise * output)
+
+
+def from_hub(name: str) -> Path:
+    """The folder of a model "owner/name", downloaded now or earlier; raises as `load_prior`."""
+    folder = cache_folder() / "hub"
+    try:
+        return Path(
+            snapshot_download(
+                name,
+                cache_dir=folder,
+                allow_patterns=["*.json", "*.txt", "*.safetensors", "*.bin"],
+                # Of Stable Diffusion: the same weights in other forms, and a filter of images.
+                ignore_patterns=["v1-5-*", "*.fp16.*", "*.non_ema.*", "safety_checker/*"],
+            )
+        )
+    except HFValidationError as error:
+        raise ValueError(
+            f"name_or_path is {name!r}, which is no name on the hub: {error}"
+        ) from error
+    except (HfHubHTTPError, LocalEntryNotFoundError, httpx2.TransportError) as error:
+        raise FileNotFoundError(
+            f"{name} is not in {folder} and cannot be downloaded ({error}): fetch the files of "
+            f"https://huggingface.co/{name}/tree/main (as a rule 1 to 500 MB) by hand, and pass "
+            "the folder you put them in as name_or_path"
+        ) from error
+
+
+def load_pixel_model(folder: Path, schedule: Schedule) -> DiffusersDenoiser:
+    """The unconditional `UNet2DModel` of a folder, or of the pipeline in it.
+
+    Raises as `load_prior`.
+    """
+    from diffusers import UNet2DModel  # slow to import
+
+    unet = folder / "unet" if (folder / "unet").is_dir() else folder
+    found = read_json(unet / "config.json")
+    if found.get("_class_name") != "UNet2DModel":
+        raise ValueError(f"{unet} holds a {found.get('_class_name')}, expected a UNet2DModel")
+    if found.get("num_class_embeds") or found.get("class_embed_type"):
+        raise ValueError(f"{unet} holds a class-conditional network, expected an unconditional one")
+    scheduler = alphas_cumprod_of(folder)
+    return DiffusersDenoiser(load_network(unet, UNet2DModel), *scheduler, schedule)
+
+
+def load_network(folder: Path, kind: type[ModelMixin]) -> ModelMixin:
+    """A network of `diffusers` from its folder; no code in it is run.
+
+    Raises:
+        FileNotFoundError: if the weights are missing.
+        ValueError: if they are damaged, or settings or weights are those of another network.
+    """
+    try:
+        network, found = kind.from_pretrained(folder, output_loading_info=True)
+    except Exception as error:  # settings of any kind make it fail anywhere
+        if not any(folder.glob("diffusion_pytorch_model*")):
+            raise FileNotFoundError(f"{folder} has no weights of the network: {error}") from error
+        raise ValueError(f"{folder} holds no {kind.__name__}, or is damaged: {error}") from error
+    if found["missing_keys"]:  # diffusers would leave them at random
+        raise ValueError(f"{folder} is damaged: {found['missing_keys'][0]} is not in the weights")
+    return network
+
+
+def sides_of(network: ModelMixin) -> tuple[int, int]:
+    """Height and width of what a network of `diffusers` was made for.
+
+    Raises:
+        ValueError: if its settings do not say.
+    """
+    size = network.config.sample_size
+    sides = (size, size) if isinstance(size, int) else tuple(size or ())
+    if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
+        raise ValueError(f"sample_size is {size!r} in config.json, expected one or two numbers")
+    return sides
+
+
+def alphas_cumprod_of(folder: Path) -> tuple[Tensor, str]:
+    """What a pipeline's scheduler says: the levels of noise (steps,), and the prediction type.
+
+    Raises:
+        FileNotFoundError, ValueError: as for :func:`load_prior`.
+    """
+    from diffusers import DDPMScheduler
+
+    home = folder / "scheduler" if (folder / "scheduler").is_dir() else folder
+    config = read_json(home / "scheduler_config.json")
+    if "beta_schedule" not in config:
+        raise ValueError(
+            f"{home} has the scheduler {config.get('_class_name')}, expected one with discrete "
+            "timesteps and betas, such as DDPMScheduler or DDIMScheduler"
+        )
+    try:
+        bar = DDPMScheduler.from_config(config).alphas_cumprod
+    except Exception as error:  # settings of any kind make it fail anywhere
+        raise ValueError(f"{home} has settings that make no scheduler: {error}") from error
+    if len(bar) < 2 or not (bar.diff() < 0).all() or not (bar[0] < 1 and bar[-1] > 0):
+        raise ValueError(f"{home} has betas whose noise does not grow step by step")
+    return bar, config.get("prediction_type", "epsilon")
+
+
+def read_json(path: Path) -> dict:
+    """The content of one of a pipeline's json files; raises as :func:`load_prior`."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: expected a diffusers model or pipeline there")
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is damaged: expected settings by name")
+    return content
+
+
+def scales_of_images(schedule: Schedule, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Signal and noise scales at t, shaped to multiply images."""
+    alpha, sigma = schedule(t)
+    shape = alpha.shape + (1,) * (x.ndim - max(1, alpha.ndim))
+    return alpha.reshape(shape), sigma.reshape(shape)

@@ -1,0 +1,255 @@
+r"""Pretrained priors by name: ours from `data/`, those of others from the cache or the hub.
+
+Every prior is an azula denoiser on images in [-1, 1]. A network depends on the noise only
+through the ratio :math:`\sigma_t / \alpha_t`, so the schedule it is used with need not be the one
+it was trained with: with :math:`c = (\alpha_t^2 + \sigma_t^2)^{-1/2}`, :math:`c x_t` is a sample
+of the variance-preserving process at :math:`\bar\alpha = (c \alpha_t)^2`.
+"""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+from azula.denoise import Denoiser, DiracPosterior, KarrasDenoiser
+from azula.noise import Schedule, VPSchedule
+from azula.plugins import adm
+from azula.plugins.adm._src.unet import AttentionBlock, ResBlock
+from azula.plugins.utils import load_cards
+from torch import Tensor, nn
+
+from diffoc.data import manifest
+from diffoc.data.downloads import RemoteFile, fetch
+from diffoc.priors.autoencoder import load_autoencoder
+from diffoc.priors.latent import LatentPrior, load_pipeline
+from diffoc.priors.networks import NETWORKS
+from diffoc.priors.pipelines import from_hub, load_pixel_model, scales_of_images, sides_of
+from diffoc.priors.weights import read_checkpoint, read_torch_file
+
+OURS = {"mnist": (1, 28, 28), "faces64": (1, 64, 64), "faces64_latent": (4, 16, 16)}
+
+# Sizes: the imagenet256 file's is exact, as its checksum is; ffhq256's is four bytes a parameter,
+# ffhq64's a rough one.
+REMOTE = {
+    "ffhq256": RemoteFile(
+        "ffhq_10m.pt",
+        "https://drive.google.com/uc?id=1BGwhRWUoguF-D8wlZ65tf227gp3cDUDh",
+        374_000_000,
+    ),
+    "imagenet256": RemoteFile(
+        "256x256_diffusion_uncond.pt",
+        "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/256x256_diffusion_uncond.pt",
+        2_211_383_297,
+        "a37c32fffd316cd494cf3f35b339936debdc1576dad13fe57c42399a5dbc78b1",
+    ),
+    "ffhq64": RemoteFile(
+        "edm-ffhq-64x64-uncond-vp.pkl",
+        "https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/edm-ffhq-64x64-uncond-vp.pkl",
+        250_000_000,
+    ),
+}
+_SHAPES = OURS | {"ffhq256": (3, 256, 256), "imagenet256": (3, 256, 256), "ffhq64": (3, 64, 64)}
+_ADM_CARDS = {"ffhq256": "ffhq_256x256", "imagenet256": "imagenet_256x256"}
+
+
+def default_schedule() -> Schedule:
+    """azula's variance-preserving one with sigma / alpha from 0.01 to 100."""
+    return VPSchedule(alpha_min=1e-2, sigma_min=1e-2)
+
+
+def shape_of(name: str) -> tuple[int, ...]:
+    """The shape (C, H, W) of the states of a prior that we know by name.
+
+    Raises:
+        ValueError: for another name.
+    """
+    if name not in _SHAPES:
+        raise ValueError(f"name is {name!r}, expected one of {', '.join(sorted(_SHAPES))}")
+    return _SHAPES[name]
+
+
+def load_prior(
+    name_or_path: str | Path, schedule: Schedule | None = None, *, allow_pickle: bool = False
+) -> Denoiser:
+    """A pretrained prior: an azula denoiser on images in [-1, 1], in evaluation mode, float32.
+
+    Its attribute `image_shape` is the shape (C, H, W) of its images. Latent models are loaded as a
+    :class:`diffoc.priors.latent.LatentPrior`, whose states are latents.
+
+    Args:
+        name_or_path: one of
+
+            - "mnist" (1, 28, 28), "faces64" (1, 64, 64) and "faces64_latent", of the same faces'
+              latents (4, 16, 16): ours, in the repository;
+            - "ffhq256" (3, 256, 256), the weights of Chung et al. 2023 that the paper uses, and
+              "imagenet256" (3, 256, 256), of Dhariwal & Nichol 2021, both ADM networks; their
+              heads for the variance are cut off, and means are not clipped to [-1, 1], because
+              a controller needs the derivatives;
+            - "ffhq64" (3, 64, 64), of Karras et al. 2022, for which see `allow_pickle`;
+            - an unconditional pixel model of `diffusers`: "owner/name" on the Hugging Face hub,
+              such as "1aurent/mnist-28", or a local folder; or a latent one, such as
+              "CompVis/ldm-celebahq-256", or Stable Diffusion 1.5, to which no prompt is given;
+            - a checkpoint of our trainer, a path ending in .pt.
+        schedule: of the noise; by default azula's variance-preserving one with
+            sigma / alpha from 0.01 to 100, about what all these networks were trained for.
+        allow_pickle: whether the file of "ffhq64", which is Python code as much as data, may be
+            run. It also needs a clone of https://github.com/NVlabs/edm on the Python path.
+
+    Raises:
+        FileNotFoundError: if a file is missing and cannot be downloaded.
+        ValueError: for an unknown name, a file that is damaged or of another kind, and for
+            "ffhq64" without `allow_pickle`.
+    """
+    if schedule is None:
+        schedule = default_schedule()
+    name, path = str(name_or_path), Path(name_or_path)
+    shape = _SHAPES.get(name)
+    if name in OURS:
+        weights = {key: value.float() for key, value in manifest.load_weights(name).items()}
+        network: nn.Module = NETWORKS[name]()
+        network.load_state_dict(weights)
+        prior: Denoiser = KarrasDenoiser(network, schedule)
+    elif name in _ADM_CARDS:
+        prior = _load_adm(name, schedule)
+    elif name == "ffhq64":
+        prior = _load_edm(schedule, allow_pickle)
+    elif path.suffix == ".pt":
+        network, name = _network_of_checkpoint(path)
+        shape = OURS[name]
+        prior = KarrasDenoiser(network, schedule)
+    elif path.is_dir():
+        prior = _load_folder(path, schedule)
+    elif name.count("/") == 1 and all(name.split("/")) and not name.startswith("."):
+        prior = _load_folder(from_hub(name), schedule)
+    else:
+        raise ValueError(
+            f"name_or_path is {name!r}, expected one of {sorted([*OURS, *REMOTE])}, the name "
+            "owner/name of a diffusers model, a folder that holds one, or a checkpoint "
+            "of `python -m diffoc train`, ending in .pt"
+        )
+    if name == "faces64_latent":
+        prior = _with_autoencoder(prior)
+    elif hasattr(prior, "image_shape"):
+        shape = prior.image_shape
+    if shape is None:
+        shape = (prior.backbone.config.in_channels, *sides_of(prior.backbone))
+    prior.image_shape = shape
+    return prior.eval().requires_grad_(False)
+
+
+# --- ours -----------------------------------------------------------------------------------------
+
+
+def _with_autoencoder(denoiser: Denoiser) -> Denoiser:
+    prior = LatentPrior(denoiser, load_autoencoder())
+    prior.decoded_shape = OURS["faces64"]
+    return prior
+
+
+def _network_of_checkpoint(path: Path) -> tuple[nn.Module, str]:
+    state = read_checkpoint(path)
+    for name in OURS:
+        network = NETWORKS[name]()
+        try:
+            network.load_state_dict(state["average"])
+        except RuntimeError:
+            continue
+        return network, name
+    raise ValueError(f"path {path} holds another network than those of {', '.join(OURS)}")
+
+
+def _load_folder(folder: Path, schedule: Schedule) -> Denoiser:
+    latent = (folder / "vae").is_dir() or (folder / "vqvae").is_dir()
+    return (load_pipeline if latent else load_pixel_model)(folder, schedule)
+
+
+# --- ADM and EDM ----------------------------------------------------------------------------------
+
+
+def untrained_adm(name: str, channels: int | None = None) -> Denoiser:
+    """The network of "ffhq256" or "imagenet256" as initialised: its last convolution is zero.
+
+    Its schedule is azula's own for these networks; under `torch.device("meta")` it takes no memory.
+
+    Args:
+        name: of the two.
+        channels: of the first level, a multiple of 32; those of the others are in proportion. By
+            default as many as the weights have.
+
+    Raises:
+        ValueError: for another name or number.
+    """
+    if name not in _ADM_CARDS:
+        raise ValueError(f"name is {name!r}, expected one of {sorted(_ADM_CARDS)}")
+    config = dict(load_cards(adm)[_ADM_CARDS[name]].config)
+    if channels is not None:
+        if channels < 32 or channels % 32:  # ADM's norms have 32 groups
+            raise ValueError(f"channels is {channels}, expected a multiple of 32")
+        config["num_channels"] = channels
+    prior = adm.make_model(**config, clip_mean=False, learn_var=False)
+    for block in prior.backbone.modules():
+        if isinstance(block, ResBlock | AttentionBlock):
+            # azula's checkpoints evaluate the block again in every backward pass, 0.74 F each;
+            # the controller recomputes whole steps instead, once for all products.
+            block.forward = block._forward
+    prior.image_shape = _SHAPES[name]
+    return prior.eval().requires_grad_(False)
+
+
+def _load_adm(name: str, schedule: Schedule) -> Denoiser:
+    path = fetch(REMOTE[name])
+    state = read_torch_file(path)
+    prior = untrained_adm(name)
+    # The second half of the output channels is the interpolation of the variance.
+    for key, value in prior.backbone.state_dict().items():
+        if key in ("out.2.weight", "out.2.bias") and key in state:
+            state[key] = state[key][: len(value)]
+    try:
+        prior.backbone.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(f"{path} holds another network than {name}: {error}") from error
+    prior.schedule = schedule
+    return prior
+
+
+class EDMDenoiser(Denoiser):
+    r"""A network :math:`D(x_0 + \sigma z; \sigma)` of Karras et al. 2022 as azula denoiser.
+
+    azula's own `ElucidatedDenoiser` asks for a class label, which these networks have not.
+
+    Args:
+        backbone: called with images (B, C, H, W) and sigma (B,).
+        schedule: of the noise.
+    """
+
+    def __init__(self, backbone: nn.Module, schedule: Schedule) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.schedule = schedule
+
+    def forward(self, x_t: Tensor, t: Tensor, **kwargs: object) -> DiracPosterior:
+        """The estimate of x_0 given x_t (B, C, H, W) at time t, () or (B,)."""
+        alpha, sigma = scales_of_images(self.schedule, t, x_t)
+        ratio = (sigma / alpha).flatten().expand(len(x_t))
+        return DiracPosterior(self.backbone(x_t / alpha, ratio).to(x_t))
+
+
+def _load_edm(schedule: Schedule, allow_pickle: bool) -> Denoiser:
+    file = REMOTE["ffhq64"]
+    if not allow_pickle:
+        raise ValueError(
+            f"allow_pickle is False, but {file.name} is a pickle that runs code when it is read: "
+            "pass allow_pickle=True if you trust it"
+        )
+    path = fetch(file)
+    try:
+        with path.open("rb") as content:
+            backbone = pickle.load(content)["ema"]
+    except ModuleNotFoundError as error:
+        raise FileNotFoundError(
+            f"{path} needs the module {error.name!r}: clone https://github.com/NVlabs/edm and add "
+            "the folder to PYTHONPATH"
+        ) from error
+    except Exception as error:  # a damaged pickle fails anywhere
+        raise ValueError(f"{path} is damaged ({error!r}): remove it and try again") from error
+    return EDMDenoiser(backbone, schedule)

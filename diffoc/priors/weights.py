@@ -1,0 +1,133 @@
+"""Weights on disk: ours as safetensors in half precision, those of others as torch files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from diffoc.data.files import replacing
+from diffoc.data.manifest import LICENSES, load_weights, register_file
+from diffoc.priors.networks import DigitClassifier, ResidualClassifier
+
+# What each network was trained on.
+TRAINED_ON = {
+    "mnist": "mnist",
+    "classifier": "mnist",
+    "judge": "mnist",
+    "faces64": "faces",
+    "faces64_rgb": "faces",
+    "faces64_autoencoder": "faces",
+    "faces64_latent": "faces",
+    "faces64_severity": "faces",
+}
+
+
+def write_weights(network: nn.Module, name: str, folder: Path) -> Path:
+    """Writes a network's weights as `name`.safetensors and its entry in the manifest.
+
+    Args:
+        network: whose weights.
+        name: a key of :data:`TRAINED_ON`.
+        folder: an existing folder.
+
+    Raises:
+        ValueError: for another name.
+        OSError: if the file cannot be written; an older one is then as it was.
+    """
+    if name not in TRAINED_ON:
+        raise ValueError(f"name is {name!r}, expected one of {', '.join(TRAINED_ON)}")
+    state = {k: v.half().contiguous() for k, v in network.state_dict().items()}
+    path = folder / f"{name}.safetensors"
+    with replacing(path) as part:
+        save_file(state, part)
+    license = LICENSES[TRAINED_ON[name]]
+    register_file(path.name, license, f"python -m diffoc train {name}", folder)
+    return path
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The float32 weights in a file of :func:`write_weights`, wherever it lies.
+
+    Args:
+        path: of the safetensors file.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: if it is damaged or of another kind.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"path {path} is no file: name the weights of an earlier training")
+    try:
+        return {k: v.float() for k, v in load_file(path).items()}
+    except SafetensorError as error:
+        raise ValueError(f"path {path} is damaged or no safetensors file") from error
+
+
+def read_torch_file(path: Path) -> dict[str, Tensor | dict]:
+    """The content of a torch file, on the CPU; no code in it is run.
+
+    Args:
+        path: an existing file.
+
+    Raises:
+        ValueError: if it is damaged, holds more than tensors and numbers, or no names.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # a damaged file makes the reader fail anywhere
+        raise ValueError(
+            f"{path} is damaged or no file of tensors ({error!r}): remove it and try again"
+        ) from error
+    if not isinstance(state, Mapping):
+        raise ValueError(f"{path} is no file of named tensors: remove it and try again")
+    return dict(state)
+
+
+def read_checkpoint(path: Path) -> dict:
+    """The content of a checkpoint that :func:`diffoc.training.trainer.save` wrote, on the CPU.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: if the file is damaged or something else.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"path {path} is no checkpoint: call start() for a new run")
+    state = read_torch_file(path)
+    if {"network", "average", "seen"} - state.keys():
+        raise ValueError(f"path {path} is no checkpoint of this trainer")
+    return state
+
+
+_CLASSIFIERS: dict[str, tuple[str, type[DigitClassifier | ResidualClassifier]]] = {
+    "mnist": ("classifier", DigitClassifier),
+    "judge": ("judge", ResidualClassifier),
+}
+
+
+def classifier(
+    name: str = "mnist", folder: Path | None = None
+) -> DigitClassifier | ResidualClassifier:
+    """A trained classifier of handwritten digits, in evaluation mode, float32.
+
+    Args:
+        name: "mnist", the paper's, which guides and whose features measure; or "judge", of another
+            architecture and seed, which has no part in what it judges.
+        folder: where its weights lie, by default the repository's `data/`.
+
+    Raises:
+        ValueError: for another name, or weights that are not those of the manifest.
+        FileNotFoundError: if the weights are missing.
+    """
+    if name not in _CLASSIFIERS:
+        raise ValueError(f"name is {name!r}, expected one of {', '.join(_CLASSIFIERS)}")
+    file, build = _CLASSIFIERS[name]
+    network = build()
+    network.load_state_dict({k: v.float() for k, v in load_weights(file, folder).items()})
+    return network.eval().requires_grad_(False)

@@ -1,0 +1,1 @@
+"""Inverse problems: operators, how they measure, and how a reconstruction is judged."""

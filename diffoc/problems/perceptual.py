@@ -1,0 +1,229 @@
+"""Metrics in the features of trained networks: LPIPS of images, FID of sets of images.
+
+The networks' weights belong to others. They are looked for in the cache and, as other programs
+share them, in the folder of torch's hub, and are never downloaded in the middle of a run:
+:func:`download` does that, on request. What cannot be computed is missing, with the reason, and
+tables show a dash; no other number ever takes its name. The packages come with
+`pip install -e '.[metrics]'`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from diffoc.data.downloads import RemoteFile, fetch, find
+from diffoc.data.files import replacing
+from diffoc.priors.weights import read_torch_file
+from diffoc.problems.metrics import frechet_distance
+
+# Names carry the first eight digits of the checksum; sizes are rough.
+WEIGHTS = {
+    "alex": RemoteFile(
+        "alexnet-owt-7be5be79.pth",
+        "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth",
+        244_000_000,
+        "7be5be79",
+    ),
+    "vgg": RemoteFile(
+        "vgg16-397923af.pth",
+        "https://download.pytorch.org/models/vgg16-397923af.pth",
+        553_000_000,
+        "397923af",
+    ),
+    "inception": RemoteFile(
+        "weights-inception-2015-12-05-6726825d.pth",
+        "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
+        "weights-inception-2015-12-05-6726825d.pth",
+        96_000_000,
+        "6726825d",
+    ),
+}
+
+LPIPS = {
+    "lpips_alex": ("alex", False),
+    "lpips_vgg": ("vgg", False),
+    "lpips_alex_01": ("alex", True),
+    "lpips_vgg_01": ("vgg", True),
+}
+"""Network, and whether it sees images in [0, 1]. The package asks for [-1, 1]; the released code of
+the paper's authors gives it [0, 1], which halves all contrasts and makes another number."""
+
+SMALLEST = 32  # side of an image of which AlexNet leaves a pixel in its last layer
+
+
+def download() -> list[Path]:
+    """Fetches the weights of all networks into the cache, 0.9 GB; raises as `fetch` does."""
+    return [fetch(file) for file in WEIGHTS.values()]
+
+
+def perceptual_metrics(
+    images: Tensor,
+    truth: Tensor,
+    names: Sequence[str] = ("lpips_alex", "lpips_vgg"),
+    batch: int = 16,
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """LPIPS of images in [-1, 1], clipped to that range, for all networks whose weights are there.
+
+    Args:
+        images, truth: (B, C, H, W), C 1 or 3, H and W at least 32; grey becomes three channels.
+        names: keys of :data:`LPIPS`.
+        batch: how many images a network sees at once.
+
+    Returns:
+        The values, (B,) each and on the CPU, and for every other name why there is none.
+
+    Raises:
+        ValueError: for other shapes or names, values that are not finite, damaged weights.
+
+    Source: Zhang et al. 2018, arXiv:1801.03924, version 0.1 of the package.
+    """
+    if unknown := set(names) - set(LPIPS):
+        raise ValueError(f"names has {sorted(unknown)}, expected some of {', '.join(LPIPS)}")
+    if images.shape != truth.shape:
+        raise ValueError(f"images and truth have shapes {images.shape} and {truth.shape}")
+    images, truth = _as_colour(images, "images"), _as_colour(truth, "truth")
+    if min(images.shape[-2:]) < SMALLEST:
+        raise ValueError(f"images are {tuple(images.shape)}, expected sides of {SMALLEST} or more")
+    values, missing = {}, {}
+    for name in names:
+        net, unit_range = LPIPS[name]
+        try:
+            distance = lpips_network(net).to(images.device)
+        except (FileNotFoundError, ModuleNotFoundError) as error:
+            missing[name] = str(error)
+            continue
+        pairs = [((x + 1) / 2 if unit_range else x).split(batch) for x in (images, truth)]
+        with torch.no_grad():
+            found = [distance(a, b).flatten() for a, b in zip(*pairs, strict=True)]
+        values[name] = torch.cat(found).cpu()
+    return values, missing
+
+
+def lpips_network(net: str) -> nn.Module:
+    """The package's LPIPS, of images (B, 3, H, W) in [-1, 1], with trained weights.
+
+    Args:
+        net: "alex" or "vgg".
+
+    Raises:
+        FileNotFoundError: if the weights are missing; it says which, from where and where to.
+        ValueError: if they are damaged.
+        ModuleNotFoundError: if the package is.
+    """
+    return _lpips_network(net, find(WEIGHTS[net], _hub_folder()))
+
+
+@cache
+def _lpips_network(net: str, path: Path) -> nn.Module:
+    import lpips
+
+    # The package would download the trunk, so it gets a random one first; it warns of its own use
+    # of torchvision.
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        warnings.simplefilter("ignore")
+        network = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
+    state = read_torch_file(path)
+    # slice2.3.weight of the trunk is torchvision's features.3.weight.
+    names = {key: "features." + key.split(".", 1)[1] for key in network.net.state_dict()}
+    if missing := set(names.values()) - set(state):
+        raise ValueError(f"{path} has no {min(missing)}: remove it and try again")
+    network.net.load_state_dict({key: state[name] for key, name in names.items()})
+    return network.eval().requires_grad_(False)
+
+
+def inception() -> nn.Module:
+    """The network of FID: images (B, 3, H, W) uint8 to features (B, 2048).
+
+    It is torchmetrics', resizing to 299 x 299 as the original TensorFlow code does.
+
+    Raises:
+        FileNotFoundError: if the weights are missing; it says which, from where and where to.
+        ValueError: if they are damaged.
+        ModuleNotFoundError: if torch-fidelity, which has the network, is.
+    """
+    path = find(WEIGHTS["inception"], _hub_folder())
+    read_torch_file(path)  # refuses a file with code in it, which torch-fidelity would run
+    from torchmetrics.image.fid import NoTrainInceptionV3
+
+    network = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(path), antialias=False)
+    return network.requires_grad_(False)
+
+
+@torch.no_grad()
+def features(network: Callable[[Tensor], Tensor], images: Tensor, batch: int = 32) -> Tensor:
+    """Features (N, d) on the CPU of images in [-1, 1], which the network gets as FID's does.
+
+    That is as 8 bits (N, 3, H, W), rounded to the nearest; grey becomes three channels.
+
+    Args:
+        network: such as :func:`inception`.
+        images: (N, C, H, W), C 1 or 3.
+        batch: how many images it sees at once.
+
+    Raises:
+        ValueError: for other shapes, or values that are not finite.
+    """
+    pixels = ((_as_colour(images, "images") + 1) * 127.5).round().byte()
+    return torch.cat([network(part).cpu() for part in pixels.split(batch)])
+
+
+def write_features(path: Path, network: str, values: Tensor) -> None:
+    """Keeps features (N, d) of one shard of a set of images, with their network's name."""
+    with replacing(path) as part:
+        save_file({"features": values.contiguous()}, part, {"network": network})
+
+
+def read_features(paths: Sequence[Path], network: str) -> Tensor:
+    """The features (N, d) of all shards, in this order: FID is a function of the whole set.
+
+    Raises:
+        FileNotFoundError: if a shard is missing.
+        ValueError: if there is none, or one is damaged or has features of another network.
+    """
+    if not paths:
+        raise ValueError("paths is empty, expected the files of the shards")
+    shards = []
+    for path in paths:
+        try:
+            with safe_open(path, "pt") as file:
+                other, values = file.metadata()["network"], file.get_tensor("features")
+        except (SafetensorError, KeyError, TypeError) as error:  # no metadata are None
+            raise ValueError(f"{path} is damaged or no file of features: {error}") from error
+        if other != network:
+            raise ValueError(f"{path} has features of {other!r}, expected {network!r}")
+        shards.append(values)
+    return torch.cat(shards)
+
+
+def fid(images: Tensor, reference: Tensor) -> float:
+    """The Fréchet Inception distance of two sets of images in [-1, 1].
+
+    Args:
+        images, reference: (N, C, H, W) and (M, C, H, W); fewer than some ten thousand bias it
+            upwards, so that only distances of sets of equal sizes can be compared.
+
+    Raises:
+        FileNotFoundError, ModuleNotFoundError: as :func:`inception`; there is no substitute.
+    """
+    network = inception().to(images.device)
+    return frechet_distance(features(network, images), features(network, reference))
+
+
+def _as_colour(images: Tensor, name: str) -> Tensor:
+    if images.ndim != 4 or images.shape[1] not in (1, 3):
+        raise ValueError(f"{name} has shape {tuple(images.shape)}, expected (B, 1 or 3, H, W)")
+    if not images.isfinite().all():
+        raise ValueError(f"{name} has values that are not finite")
+    return images.float().clamp(-1, 1).expand(-1, 3, -1, -1)
+
+
+def _hub_folder() -> Path:
+    return Path(torch.hub.get_dir()) / "checkpoints"

@@ -1,0 +1,271 @@
+r"""The paper's statements that take seconds to check, each as one number, in float64.
+
+`data/claims.yaml` names these functions; :mod:`diffoc.experiments.ledger` compares what they return
+with what is written there. Most are the distance between the controller and a computation that does
+not use it: gradients through whole rollouts, closed forms of Gaussians, a dense solve.
+"""
+
+from __future__ import annotations
+
+import torch
+from azula.noise import VPSchedule
+from torch import Tensor
+from torch.distributions import MultivariateNormal
+
+from diffoc.hessian import range_finder
+from diffoc.ilqr import ilqr
+from diffoc.lowrank import low_rank_step
+from diffoc.priors.gaussian import GaussianPrior
+from diffoc.process import ReverseProcess, drift_and_diffusion
+from diffoc.rules import Adam
+from diffoc.solve import solve
+from diffoc.system import ControlProblem
+from diffoc.theory.identities import one_sweep, posterior_by_control, standard_normal_scores
+from diffoc.theory.linear_gaussian import (
+    LinearGaussian,
+    exact_kernel_problem,
+    fitted_slope,
+    linear_gaussian,
+    relative_error,
+)
+
+STEPS = 20
+CONSTANTS = (1e-2, 1.0, 1e4)
+
+
+# Section 4
+
+
+def theorem_4_1() -> float:
+    """Worst relative error of first-order output controls against gradients at h(x_t) / a."""
+    return _first_order_error("output")
+
+
+def theorem_4_1_second_order() -> float:
+    """Slope of the error against a, in logarithms, with V_xx kept in output mode."""
+    return _second_order_slope("output")
+
+
+def theorem_4_3() -> float:
+    """Worst relative error of first-order input controls against gradients at x_t / a."""
+    return _first_order_error("input")
+
+
+def theorem_4_3_second_order() -> float:
+    """As :func:`theorem_4_1_second_order`, in input mode."""
+    return _second_order_slope("input")
+
+
+def predictor_corrector() -> float:
+    """Worst relative error of input-mode states against a loop of predictions and corrections."""
+    setting, process, nominal = _nominal("input")
+    a = 100.0
+    states = one_sweep(setting, process, nominal[0], a, hessian_rank=0).states
+    corrected = nominal[0] + setting.gradient(process, 0, nominal[0]) / a
+    worst = 0.0
+    for i in range(STEPS):
+        predicted = process.step(i, corrected)
+        worst = max(worst, relative_error(states[i + 1], predicted))
+        if i + 1 < STEPS:
+            corrected = predicted + setting.gradient(process, i + 1, nominal[i + 1]) / a
+    return worst
+
+
+def lemma_4_2() -> float:
+    """Worst relative error of Eq. 18 against Eq. 9, the rollout's gradient taken at h(x_t).
+
+    The constant of Eq. 9 is that of the schedule's central differences.
+    """
+    setting, process, nominal = _nominal("output")
+    t, dt = process.times[:-1], -process.times.diff()
+    _, g2 = drift_and_diffusion(setting.prior.schedule, t)
+    controls = one_sweep(setting, process, nominal[0], 2 / (g2 * dt), hessian_rank=0).controls
+    h = 1e-5
+    (alpha, sigma), (before, less), (after, more) = map(setting.prior.schedule, (t, t - h, t + h))
+    g2 = (more**2 - less**2 - 2 * sigma**2 / alpha * (after - before)) / (2 * h)
+    worst = 0.0
+    for i, x in enumerate(nominal[:-1]):
+        guidance = g2[i] * dt[i] / 2 * setting.gradient(process, i + 1, nominal[i + 1])
+        guided = process.step(i, x) + guidance
+        worst = max(worst, relative_error(process.step(i, x, controls[i]), guided))
+    return worst
+
+
+def kl_control() -> float:
+    """Worst relative error of F' C^-1 u* against autograd's gradient of log p(y | x_t), T = 10."""
+    setting = linear_gaussian()
+    problem, kernels, times = exact_kernel_problem(setting, 10)
+    x = torch.randn(1, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    found = ilqr(problem, x, regularization=0.0, max_iterations=1)
+    errors = []
+    for i, (F, _, C) in enumerate(kernels):
+        control = torch.linalg.solve(C, found.controls[i].mT).mT @ F
+        errors.append(relative_error(control, _score(setting, found.states[i], times[i])))
+    return max(errors)
+
+
+def posterior_of_exact_kernels() -> float:
+    """Worst relative error of the mean and covariance that control with exact kernels ends in."""
+    return max(row.error for row in posterior_by_control())
+
+
+def scores_in_one_dimension() -> float:
+    """Worst relative error of the scores of N(0, 1): true, by rollout, by Tweedie (DPS)."""
+    return max(row.error for row in standard_normal_scores())
+
+
+def rollout_score_ratio() -> float:
+    """How much longer the rollout's gradient is than the conditional score: N(0, 1), t = 1/2."""
+    s, y, time = 0.1, 0.7, 0.5
+    one = torch.ones(1, 1, dtype=torch.float64)
+    prior = GaussianPrior(torch.zeros(1, dtype=torch.float64), one, VPSchedule(sigma_min=0.0))
+    x = torch.full((1, 1), 0.3, dtype=torch.float64, requires_grad=True)
+    log_likelihood = -((y - prior.flow(x, time, 0.0)) ** 2).sum() / (2 * s**2)
+    (gradient,) = torch.autograd.grad(log_likelihood, x)
+    alpha = prior.schedule(torch.tensor(time, dtype=torch.float64))[0].item()
+    return gradient.item() * (1 - alpha**2 + s**2) / (alpha * (y - alpha * x.item()))
+
+
+# Sections 2 and 3, Appendices B and D
+
+
+def riccati() -> float:
+    """Relative error of iLQR on a random linear-quadratic problem against a solve in all u."""
+    n, m, steps = 4, 3, 6
+    g = torch.Generator().manual_seed(0)
+    F, G, R, L, z = (
+        torch.randn(*shape, generator=g, dtype=torch.float64)
+        for shape in ((steps, n, n), (steps, n, m), (steps, n + m, n + m), (n, n), (1, n))
+    )
+
+    def running_cost(i: int, x: Tensor, u: Tensor) -> Tensor:
+        both = torch.cat([x, u], dim=-1)
+        return (both @ R[i]).square().sum(-1) / 2 + both.sum(-1)
+
+    problem = ControlProblem(
+        lambda i, x, u: x @ F[i].mT / n**0.5 + u @ G[i].mT,
+        running_cost,
+        lambda x: ((x - 1) @ L).square().sum(-1) / 2,
+        steps,
+    )
+
+    def total(flat: Tensor) -> Tensor:
+        u = flat.reshape(steps, 1, m)
+        return problem.cost(problem.rollout(z, u), u).sum()
+
+    zero = torch.zeros(steps * m, dtype=torch.float64)
+    slope = torch.autograd.functional.jacobian(total, zero)
+    best = torch.linalg.solve(torch.autograd.functional.hessian(total, zero), -slope)
+    start = torch.zeros(steps, 1, m, dtype=torch.float64)
+    found = ilqr(problem, z, start, regularization=0.0, max_iterations=1)
+    return relative_error(found.controls.flatten(), best)
+
+
+def mode_shift() -> float:
+    """Relative error of output control against input control one step later (Eqs. 17, 18)."""
+    _, output, nominal = _nominal("output")
+    shifted = ReverseProcess(output.denoiser, STEPS, "euler", "input")
+    g = torch.Generator().manual_seed(2)
+    u = torch.randn(STEPS, 1, 8, generator=g, dtype=torch.float64)
+    u[-1] = 0  # after the last step there is no step to perturb the input of
+    later = torch.cat([torch.zeros_like(u[:1]), u[:-1]])
+    return relative_error(output.rollout(nominal[0], u)[-1], shifted.rollout(nominal[0], later)[-1])
+
+
+def woodbury() -> float:
+    """Relative error of Eq. 85's inverse against a dense solve, n = 40, rank 5."""
+    g = torch.Generator().manual_seed(0)
+    U, root, Qu = (
+        torch.randn(1, *shape, generator=g, dtype=torch.float64)
+        for shape in ((40, 5), (5, 5), (40,))
+    )
+    S, r, a = root @ root.mT, 0.3, torch.tensor([0.2], dtype=torch.float64)
+    gains, _, _ = low_rank_step(Qu, U, U, S, r, a, "full")
+    Quu = (r + a) * torch.eye(40, dtype=torch.float64) + U @ S @ U.mT
+    return relative_error(gains.k, -torch.linalg.solve(Quu, Qu))
+
+
+def range_of_low_rank() -> float:
+    """Relative error of a range finder with 5 directions on a 40 x 40 matrix of rank 5."""
+    g = torch.Generator().manual_seed(0)
+    left, right, directions = (
+        torch.randn(1, 40, 5, generator=g, dtype=torch.float64) for _ in range(3)
+    )
+    J = left @ right.mT
+    Q = range_finder(lambda v: J @ v, directions)
+    return relative_error(Q @ (Q.mT @ J), J)
+
+
+def evaluations_of_table_2() -> float:
+    """Denoiser evaluations of 100 iterations with T = 50, counted on a prior of one pixel."""
+    one = torch.ones(1, 1, dtype=torch.float64)
+    prior = GaussianPrior(one[0], one, VPSchedule(sigma_min=0.0))
+    process = ReverseProcess(prior, 50)
+
+    def evaluations(iterations: int) -> int:
+        return solve(
+            process,
+            lambda x: x.square().flatten(1).sum(1),
+            one,
+            rank=0,
+            iterations=iterations,
+            update=Adam(1e-3),
+        ).evaluations
+
+    # The first rollout is no iteration.
+    return 100.0 * (evaluations(2) - evaluations(1))
+
+
+def megabytes_of_an_image() -> float:
+    """A 3 x 256 x 256 image in single precision."""
+    return torch.empty(3, 256, 256).nbytes / 1e6
+
+
+def _nominal(mode: str) -> tuple[LinearGaussian, ReverseProcess, Tensor]:
+    """A random Gaussian setting, its Euler process, and the uncontrolled trajectory."""
+    setting = linear_gaussian()
+    process = ReverseProcess(setting.prior, STEPS, "euler", mode)
+    x = process.initial_state((1, 8), torch.Generator().manual_seed(1))
+    return setting, process, process.rollout(x)
+
+
+def _gradients(setting: LinearGaussian, process: ReverseProcess, nominal: Tensor) -> Tensor:
+    """Autograd's, through the rollout from the state that a control is added to."""
+    where = int(process.mode == "output")
+    return torch.stack(
+        [setting.gradient(process, i + where, nominal[i + where]) for i in range(STEPS)]
+    )
+
+
+def _first_order_error(mode: str) -> float:
+    setting, process, nominal = _nominal(mode)
+    gradients = _gradients(setting, process, nominal)
+    worst = 0.0
+    for a in CONSTANTS:
+        controls = one_sweep(setting, process, nominal[0], a, hessian_rank=0).controls
+        worst = max(worst, *map(relative_error, controls, gradients / a))
+    return worst
+
+
+def _second_order_slope(mode: str) -> float:
+    setting, process, nominal = _nominal(mode)
+    gradients = _gradients(setting, process, nominal)
+    constants, errors = [1e7, 1e8, 1e9], []
+    for a in constants:
+        gains = one_sweep(setting, process, nominal[0], a).gains
+        errors.append(relative_error(a * torch.stack([g.k for g in gains]), gradients))
+    return fitted_slope(constants, errors)
+
+
+def _score(setting: LinearGaussian, x: Tensor, t: Tensor) -> Tensor:
+    """grad log p(y | x_t) of a Gaussian prior: p(y | x_t) from the joint, then autograd."""
+    x = x.detach().requires_grad_()
+    m, C = setting.prior.mean, setting.prior.matrix
+    alpha, sigma = setting.prior.schedule(t)
+    noisy = alpha**2 * C + sigma**2 * torch.eye(len(m), dtype=C.dtype)
+    gain = alpha * torch.linalg.solve(noisy, C).mT
+    A, s = setting.measurement.matrix, setting.measurement.noise_std
+    mean = (m + (x - alpha * m) @ gain.mT) @ A.mT
+    spread = A @ (C - alpha * gain @ C) @ A.mT + s**2 * torch.eye(len(A), dtype=C.dtype)
+    log_p = MultivariateNormal(mean, spread).log_prob(setting.measurement.y)
+    return torch.autograd.grad(log_p.sum(), x)[0]

@@ -1,0 +1,291 @@
+r"""The paper's theory as numbers: identities in float64, each with an error and a bound.
+
+Every row compares the controller with a computation that does not use it: gradients through
+whole rollouts, closed forms of Gaussians, an independently written loop. Notebooks 03 to 05 and
+14 derive them; `python -m diffoc verify` prints them. The setting, unless a row says otherwise, is
+a random Gaussian prior in 8 dimensions, measured in 4, under a variance-preserving schedule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from azula.noise import VPSchedule
+from torch import Tensor
+
+from diffoc.costs import ControlCost, GaussianLikelihood
+from diffoc.ilqr import ILQRResult, ilqr
+from diffoc.priors.gaussian import GaussianPrior
+from diffoc.problems.operators import LinearMeasurement
+from diffoc.process import ReverseProcess, drift_and_diffusion
+from diffoc.system import ControlProblem
+from diffoc.theory.doob_identities import DOOB_IDENTITIES
+from diffoc.theory.identity import EXACT, SLOPE, Identity
+from diffoc.theory.linear_gaussian import (
+    LinearGaussian,
+    as_mixture,
+    exact_kernel_problem,
+    fitted_slope,
+    linear_gaussian,
+    relative_error,
+)
+
+CONSTANTS = (1e-2, 1.0, 1e4)
+
+
+def one_sweep(
+    setting: LinearGaussian,
+    process: ReverseProcess,
+    x: Tensor,
+    regularization: float | Tensor,
+    hessian_rank: int | None = None,
+) -> ILQRResult:
+    """One iteration of iLQR without running cost (Eq. 28) at full step, from zero controls."""
+    problem = ControlProblem(process.step, ControlCost(0.0), setting.likelihood, process.horizon)
+    return ilqr(
+        problem,
+        x,
+        regularization=regularization,
+        hessian_rank=hessian_rank,
+        line_search=None,
+        max_iterations=1,
+    )
+
+
+def first_order() -> Iterator[Identity]:
+    """Theorems 4.1 and 4.3 without second-order terms: the controls are rollout gradients / a."""
+    setting = linear_gaussian()
+    for mode, where in (("output", 1), ("input", 0)):
+        theorem = "4.1, Eq. 29" if mode == "output" else "4.3, Eq. 32"
+        process, x, nominal = _start(setting, mode)
+        gradients = torch.stack(
+            [setting.gradient(process, i + where, nominal[i + where]) for i in range(50)]
+        )
+        for a in CONSTANTS:
+            controls = one_sweep(setting, process, x, a, hessian_rank=0).controls
+            worst = max(map(relative_error, controls, gradients / a))
+            yield Identity(
+                f"Theorem {theorem}: u = grad log p(y|x_0(x)) / a",
+                f"{mode} mode, first order, a = {a:g}, T = 50",
+                worst,
+                EXACT,
+            )
+
+
+def second_order() -> Iterator[Identity]:
+    """The same with second-order terms: only as a grows, with an error of order 1 / a."""
+    setting = linear_gaussian()
+    constants = [1e7, 1e8, 1e9]
+    for mode, where in (("output", 1), ("input", 0)):
+        process, x, nominal = _start(setting, mode)
+        gradients = torch.stack(
+            [setting.gradient(process, i + where, nominal[i + where]) for i in range(50)]
+        )
+        errors = []
+        for a in constants:
+            gains = one_sweep(setting, process, x, a).gains
+            k = torch.stack([g.k for g in gains])
+            errors.append(relative_error(a * k, gradients))
+        yield Identity(
+            f"Theorem {'4.1' if mode == 'output' else '4.3'}, V_xx kept: error ~ 1/a",
+            f"{mode} mode, slope over a = 1e7 ... 1e9",
+            abs(fitted_slope(constants, errors) + 1),
+            SLOPE,
+        )
+
+
+def lemma_4_2() -> Iterator[Identity]:
+    """Output mode with a_t = 2 / (g^2 dt) is the Euler step of Eq. 9 with the rollout's score."""
+    setting = linear_gaussian()
+    process, x, nominal = _start(setting, "output")
+    t, dt = process.times[:-1], -process.times.diff()
+    _, g2 = drift_and_diffusion(setting.prior.schedule, t)
+    result = one_sweep(setting, process, x, 2 / (g2 * dt), hessian_rank=0)
+    steps = [
+        process.step(i, nominal[i])
+        + g2[i] * dt[i] / 2 * setting.gradient(process, i + 1, nominal[i + 1])
+        for i in range(process.horizon)
+    ]
+    controlled = [process.step(i, nominal[i], result.controls[i]) for i in range(process.horizon)]
+    yield Identity(
+        "Lemma 4.2: Eq. 18 is Eq. 9, constant g^2 dt / 2",
+        "output mode, gradient at h(x_t), T = 50",
+        max(map(relative_error, controlled, steps)),
+        EXACT,
+    )
+
+
+def predictor_corrector() -> Iterator[Identity]:
+    """Theorem 4.3: the controlled rollout against a loop of predictions and corrections."""
+    setting = linear_gaussian()
+    process, x, nominal = _start(setting, "input")
+    plain = ReverseProcess(setting.prior, process.horizon, "euler")
+    for a in (1e2, 1e4):
+        result = one_sweep(setting, process, x, a, hessian_rank=0)
+        corrected = x + setting.gradient(plain, 0, nominal[0]) / a  # x~ of Eq. 77
+        errors = []
+        for i in range(plain.horizon):
+            predicted = plain.step(i, corrected)
+            errors.append(relative_error(result.states[i + 1], predicted))
+            if i + 1 < plain.horizon:
+                corrected = predicted + setting.gradient(plain, i + 1, nominal[i + 1]) / a
+        yield Identity(
+            "Theorem 4.3: input mode is predictor-corrector",
+            f"states of every step, a = {a:g}, T = 50",
+            max(errors),
+            EXACT,
+        )
+
+
+def kl_control() -> Iterator[Identity]:
+    """The statement that needs no limit: V_t = -log p(y | x_t) for the exact stochastic process."""
+    setting = linear_gaussian()
+    g = torch.Generator().manual_seed(1)
+    x = torch.randn(1, 8, generator=g, dtype=torch.float64)
+    for steps in (10, 100, 1000):
+        problem, kernels, times = exact_kernel_problem(setting, steps)
+        result = ilqr(problem, x, regularization=0.0, max_iterations=1)
+        errors = []
+        for i, (F, _, C) in enumerate(kernels):
+            exact = setting.prior.conditional_score(result.states[i], times[i], setting.measurement)
+            errors.append(
+                relative_error(torch.linalg.solve(C, result.controls[i].mT).mT @ F, exact)
+            )
+        yield Identity(
+            "KL control: F' C^-1 u* = grad log p(y|x_t)",
+            f"every step, T = {steps}",
+            max(errors),
+            EXACT,
+        )
+
+    problem, _, times = exact_kernel_problem(setting, 100, start=0.5)
+    states = torch.randn(5, 8, generator=g, dtype=torch.float64)
+    value = ilqr(problem, states, regularization=0.0, max_iterations=1).cost
+    evidence = (
+        as_mixture(setting.prior)
+        .given_noisy(states, *setting.prior.schedule(times[0]))
+        .given(setting.measurement)
+    ).log_evidence
+    # Their constants differ: LQR's value lacks log-determinants that no control can change.
+    yield Identity(
+        "KL control: V_t(x) = -log p(y|x) + const",
+        "differences among five states at t = 1/2, T = 100",
+        relative_error(value - value.mean(), evidence.mean() - evidence),
+        EXACT,
+    )
+
+
+def small_step_limit() -> Iterator[Identity]:
+    """As dt -> 0 the optimal control tends to g^2 dt grad log p(y | x_t), first order in dt."""
+    setting = linear_gaussian()
+    x = torch.randn(1, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    counts, errors = [100, 200, 400, 800], []
+    for steps in counts:
+        problem, _, times = exact_kernel_problem(setting, steps)
+        result = ilqr(problem, x, regularization=0.0, max_iterations=1)
+        i = steps // 2
+        score = setting.prior.conditional_score(result.states[i], times[i], setting.measurement)
+        _, g2 = drift_and_diffusion(setting.prior.schedule, times[i])
+        errors.append(relative_error(result.controls[i], g2 / steps * score))
+    yield Identity(
+        "KL control: u* -> g^2 dt grad log p(y|x_t)",
+        "t = 1/2, slope over T = 100 ... 800",
+        abs(fitted_slope([float(c) for c in counts], errors) + 1),
+        SLOPE,
+    )
+
+
+def posterior_by_control() -> Iterator[Identity]:
+    """Without noise the controlled process ends in the posterior mean; with noise, in a sample."""
+    setting = linear_gaussian(n=4, m=2)
+    n, m, steps = 4, 2, 10
+    s = setting.measurement.noise_std
+    A, y = setting.measurement.matrix, setting.measurement.y
+    x = torch.randn(1, n, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    problem, _, times = exact_kernel_problem(setting, steps)
+    mean = ilqr(problem, x, regularization=0.0, max_iterations=1).states[-1]
+    belief = as_mixture(setting.prior).given_noisy(x, *setting.prior.schedule(times[0]))
+    exact = belief.given(setting.measurement)
+    yield Identity(
+        "Control without noise ends in E[x_0|x_T, y]",
+        "exact kernels, n = 4, T = 10",
+        relative_error(mean, exact.mean),
+        EXACT,
+    )
+
+    # x_0 is affine in all noises (T n of the process, m of the measurement): push unit vectors.
+    count = steps * n + m
+    unit = torch.eye(count, dtype=torch.float64)
+    noise = unit[:, : steps * n].reshape(count, steps, n).movedim(1, 0)
+    perturbed = LinearGaussian(
+        setting.prior,
+        setting.measurement,
+        GaussianLikelihood(lambda z: z @ A.mT, y + s * unit[:, steps * n :], s),
+    )
+    problem, _, _ = exact_kernel_problem(perturbed, steps, noise)
+    ends = ilqr(problem, x.expand(count, n), regularization=0.0, max_iterations=1).states[-1]
+    columns = ends - mean
+    yield Identity(
+        "Control with frozen noise and y + noise: Cov[x_0|x_T, y]",
+        "exact kernels, n = 4, T = 10, all noises pushed through",
+        relative_error(columns.mT @ columns, exact.covariances[0]),
+        EXACT,
+    )
+
+
+def standard_normal_scores() -> Iterator[Identity]:
+    """Three scores of one case known in closed form: true, through the flow, through Tweedie."""
+    s, y, time = 0.1, 0.7, 0.5
+    one = torch.ones(1, 1, dtype=torch.float64)
+    prior = GaussianPrior(torch.zeros(1, dtype=torch.float64), one, VPSchedule(sigma_min=0.0))
+    alpha, _ = prior.schedule(torch.tensor(time, dtype=torch.float64))
+    x = torch.tensor([[0.3]], dtype=torch.float64)
+    measurement = LinearMeasurement(one, y * one, s)
+
+    def through(estimate: Callable[[Tensor], Tensor]) -> Tensor:
+        z = x.clone().requires_grad_()
+        log_likelihood = -((y - estimate(z)) ** 2).sum() / (2 * s**2)
+        return torch.autograd.grad(log_likelihood, z)[0]
+
+    rows = (
+        (
+            "conditional score: alpha (y - alpha x) / (1 - alpha^2 + s^2)",
+            prior.conditional_score(x, torch.tensor(time), measurement),
+            alpha * (y - alpha * x) / (1 - alpha**2 + s**2),
+        ),
+        (
+            "through the flow, the identity: (y - x) / s^2",
+            through(lambda z: prior.flow(z, time, 0.0)),
+            (y - x) / s**2,
+        ),
+        (
+            "through Tweedie (DPS): alpha (y - alpha x) / s^2",
+            through(lambda z: prior(z, time).mean),
+            alpha * (y - alpha * x) / s**2,
+        ),
+    )
+    for name, value, closed_form in rows:
+        yield Identity(
+            f"N(0,1): {name}", "t = 1/2, s = 0.1", relative_error(value, closed_form), EXACT
+        )
+
+
+IDENTITIES: tuple[Callable[[], Iterator[Identity]], ...] = (
+    first_order,
+    second_order,
+    lemma_4_2,
+    predictor_corrector,
+    kl_control,
+    small_step_limit,
+    posterior_by_control,
+    standard_normal_scores,
+    *DOOB_IDENTITIES,
+)
+
+
+def _start(setting: LinearGaussian, mode: str) -> tuple[ReverseProcess, Tensor, Tensor]:
+    """Fifty Euler steps in a mode, an initial state, and the uncontrolled trajectory from it."""
+    process = ReverseProcess(setting.prior, 50, "euler", mode)
+    x = process.initial_state((1, len(setting.prior.mean)), torch.Generator().manual_seed(1))
+    return process, x, process.rollout(x)

@@ -1,0 +1,119 @@
+r"""The linear-Gaussian setting, where control and conditional scores are known exactly.
+
+One Gaussian prior, one linear measurement with Gaussian noise, and the LQR problem of its exact
+reverse kernels: what the identities and the theory notebooks are tried on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from azula.noise import VPSchedule
+from torch import Tensor
+
+from diffoc.costs import GaussianLikelihood
+from diffoc.priors.gaussian import GaussianPrior
+from diffoc.priors.mixture import GaussianMixture
+from diffoc.problems.operators import LinearMeasurement
+from diffoc.process import ReverseProcess
+from diffoc.system import ControlProblem
+
+
+@dataclass(frozen=True)
+class LinearGaussian:
+    """A Gaussian prior with one linear Gaussian measurement of a state drawn from it."""
+
+    prior: GaussianPrior
+    measurement: LinearMeasurement
+    likelihood: GaussianLikelihood
+
+    def gradient(self, process: ReverseProcess, i: int, x: Tensor) -> Tensor:
+        """grad log p(y | x_0(x)) at states x (B, n) of step i, through the whole rollout."""
+        x = x.detach().requires_grad_()
+        cost = self.likelihood(process.rollout(x, start=i)[-1])
+        return -torch.autograd.grad(cost.sum(), x)[0]
+
+
+def linear_gaussian(
+    n: int = 8, m: int = 4, noise_std: float = 0.1, seed: int = 0
+) -> LinearGaussian:
+    """A random setting of n dimensions and m measurements.
+
+    Args:
+        n, m: dimensions, at least 1.
+        noise_std: of the measurement.
+        seed: of everything drawn.
+    """
+    g = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+    root = draw(n, n) / n**0.5
+    covariance = root @ root.mT + 0.1 * torch.eye(n, dtype=torch.float64)
+    # Without residual noise at t = 0 the final state is x_0 itself, which is what y measures.
+    prior = GaussianPrior(draw(n), covariance, VPSchedule(sigma_min=0.0))
+    A = draw(m, n) / n**0.5
+    x_0 = prior.mean + torch.linalg.cholesky(covariance) @ draw(n)
+    y = (A @ x_0 + noise_std * draw(m)).unsqueeze(0)
+    return LinearGaussian(
+        prior,
+        LinearMeasurement(A, y, noise_std),
+        GaussianLikelihood(lambda x: x @ A.mT, y, noise_std),
+    )
+
+
+def exact_kernel_problem(
+    setting: LinearGaussian, steps: int, noise: Tensor | None = None, start: float = 1.0
+) -> tuple[ControlProblem, list[tuple[Tensor, Tensor, Tensor]], Tensor]:
+    r"""LQR for the reverse SDE's exact kernels, with the control cost of KL control.
+
+    .. math:: x_{i+1} = F_i x_i + b_i + C_i^{1/2} \varepsilon_i + u_i, \quad
+              \ell_i = \tfrac12 u_i^T C_i^{-1} u_i
+
+    Args:
+        setting: prior and measurement.
+        steps: the number T of steps, uniform in time.
+        noise: frozen, (T, B, n), or None for none.
+        start: the time to start from, in ]0, 1].
+
+    Returns:
+        The problem, the kernels (F, b, C) of its steps, and the times (T + 1,).
+    """
+    times = torch.linspace(start, 0, steps + 1, dtype=torch.float64)
+    kernels = [
+        setting.prior.reverse_kernel(times[i].item(), times[i + 1].item()) for i in range(steps)
+    ]
+    precisions = [torch.linalg.inv(C) for _, _, C in kernels]
+    roots = [torch.linalg.cholesky(C) for _, _, C in kernels]
+
+    def dynamics(i: int, x: Tensor, u: Tensor) -> Tensor:
+        F, b, _ = kernels[i]
+        x = x @ F.mT + b + u
+        return x if noise is None else x + noise[i] @ roots[i].mT
+
+    def running_cost(i: int, x: Tensor, u: Tensor) -> Tensor:
+        return 0.5 * ((u @ precisions[i]) * u).sum(-1)
+
+    return ControlProblem(dynamics, running_cost, setting.likelihood, steps), kernels, times
+
+
+def as_mixture(prior: GaussianPrior) -> GaussianMixture:
+    """The prior as a mixture of one: another implementation of the same oracles."""
+    L, Q = torch.linalg.eigh(prior.matrix)
+    return GaussianMixture(
+        torch.zeros(1, 1, dtype=L.dtype), prior.mean[None, None], Q[None], L[None], L[:1]
+    )
+
+
+def relative_error(value: Tensor, reference: Tensor) -> float:
+    """`|value - reference| / |reference|` in the Euclidean norm."""
+    return (torch.linalg.norm(value - reference) / torch.linalg.norm(reference)).item()
+
+
+def fitted_slope(x: list[float], y: list[float]) -> float:
+    """The slope of log y against log x by least squares."""
+    log_x, log_y = torch.tensor([x, y], dtype=torch.float64).log()
+    d = log_x - log_x.mean()
+    return ((d @ log_y) / (d @ d)).item()

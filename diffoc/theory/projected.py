@@ -1,0 +1,207 @@
+r"""The paper's own high-dimensional recursion, Appendix D.1: Jacobians of rank r, by sketches.
+
+Eq. 79 keeps a matrix A as a basis P of its range, (n, r) with orthonormal columns, and the
+projection :math:`P^T A`, so that :math:`A \approx P P^T A`; the basis is that of a randomised SVD
+(Halko et al. 2011, doi:10.1137/090771806). With P of the step's Jacobian :math:`h_x`, the value
+Hessian :math:`V'_{xx} = Z S Z^T` at the next state, :math:`\rho = r_t + a`, and
+:math:`h_u = h_x` (input mode) or I (output mode),
+
+.. math::
+    Q_x &= h_x^T V'_x, \qquad Q_u = r_t u + h_u^T V'_x, \text{ exact,} \\
+    P^T Q_{xx} P &= (P^T h_x P)^T \, C \, (P^T h_x P), \qquad C = P^T V'_{xx} P, \\
+    P^T (Q_{uu} - r_t I) P &= (P^T h_u P)^T \, C \, (P^T h_u P), \\
+    P^T Q_{ux} P &= (P^T h_u P)^T \, C \, (P^T h_x P), \\
+    (Q_{uu} + a I)^{-1} &= \tfrac1\rho (I - P P^T)
+        + P \, (\rho I + P^T (Q_{uu} - r_t I) P)^{-1} P^T .
+
+The first four are Eqs. 81-84, the fifth is Eq. 85. Eqs. 86-89 are Eqs. 46-49 with these: k, K and
+:math:`V_x` take the exact gradients, and :math:`V_{xx}` is kept as P and :math:`P^T V_{xx} P`.
+
+What the paper leaves open, and what is done here:
+
+- *Whose P?* The equations write one P and say that it "need not be" one. With two passes every
+  matrix has its own, as Eq. 79 asks: that of step i spans :math:`h_x \Omega`, that of the terminal
+  Hessian H spans :math:`H \Omega`. With one pass P spans the random :math:`\Omega` itself, as in
+  the released code by default, and here it serves all matrices, as the equations are written: a
+  new random P in each step would forget all but some r / n of V at each.
+- *The dropped leading factor.* "We drop the leading P" keeps a product of matrices as a pair.
+  The next product projects it again: C needs :math:`P^T Z`, and what of Z lies outside the span of
+  P is lost. That is an approximation in every step, of which the paper gives no bound.
+- *One side or two?* Eq. 79 projects from the left, :math:`h_x \approx P P^T h_x`, Eqs. 81-84 from
+  both sides, :math:`h_x \approx P (P^T h_x P) P^T`, which makes their matrices r x r. `sides=1` is
+  the former, `sides=2` the latter; both take the same products.
+
+The recursion of :mod:`diffoc.lowrank` needs none of these choices: a value Hessian of rank k stays
+one. Everything here is that recursion with :math:`h_x^T Z` replaced by its projection, so what the
+two give differs by the projections alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from diffoc.hessian import HESSIANS, range_finder, terminal_products
+from diffoc.lowrank import (
+    Counts,
+    LowRankGains,
+    check_rank,
+    control_weight,
+    linearize_step,
+    low_rank_step,
+    random_directions,
+)
+from diffoc.riccati import System
+
+
+@dataclass(frozen=True)
+class ProjectedStep:
+    """Dynamics and control cost at one step of the trajectory, for projected products.
+
+    Attributes:
+        basis: computes P, (B, n, r), orthonormal.
+        pullback: as of :class:`diffoc.lowrank.MatrixFreeStep`.
+        u: the nominal control, flat, (B, m).
+        r: weight of the control cost.
+        sides: from which the Jacobians are projected.
+    """
+
+    basis: Callable[[], Tensor]
+    pullback: Callable[[Tensor], tuple[Tensor, Tensor]]
+    u: Tensor
+    r: float
+    sides: int
+
+
+@dataclass(frozen=True)
+class ProjectedValue:
+    """The value function's gradient Vx (B, n) and Hessian Z S Z^T, (B, n, k) and (B, k, k)."""
+
+    Vx: Tensor
+    Z: Tensor
+    S: Tensor
+
+    def step_back(
+        self, e: ProjectedStep, a: Tensor, update: str
+    ) -> tuple[LowRankGains, ProjectedValue]:
+        """One step, Eqs. 81-89; arguments as for :meth:`diffoc.riccati.DenseValue.step_back`."""
+        P = e.basis()
+        PTZ = P.mT @ self.Z
+        C = PTZ @ self.S @ PTZ.mT
+        Qx, Qu = (g[0] for g in e.pullback(self.Vx.unsqueeze(0)))
+        W, U = (g.movedim(0, -1) for g in e.pullback(P.movedim(-1, 0)))
+        if e.sides == 2:
+            W, U = P @ (P.mT @ W), P @ (P.mT @ U)
+        gains, c, S = low_rank_step(e.r * e.u + Qu, W, U, C, e.r, a, update)
+        return gains, ProjectedValue(Qx + (W @ c.unsqueeze(-1))[..., 0], W, S)
+
+
+@dataclass(frozen=True)
+class Projected:
+    r"""Derivatives as Appendix D.1 has them, for the controller; for comparison.
+
+    An iteration costs :math:`T (2 F + r J + (1 + r) B)` with two passes, J being one
+    Jacobian-vector product, and :math:`T (F + (1 + r) B)` with one. The running cost must be a
+    :class:`diffoc.costs.ControlCost`. The terminal Hessian is projected in the same way as the
+    Jacobians, on as many columns as `hessian_rank` says; with one pass, give the two ranks the same
+    number for the same P.
+
+    Attributes:
+        rank: r, the number of columns of P, from 0, which is the first order, to n.
+        passes: 2 for a range finder, 1 for a random projection.
+        sides: 2 for Eqs. 81-84, 1 for Eq. 79.
+        hessian: "full" or "gauss_newton", see :mod:`diffoc.hessian`.
+        seed: of the random directions, which are the same for every matrix and iteration.
+        counts: of the work done with this object.
+
+    Raises:
+        ValueError: if an argument is out of its range.
+    """
+
+    rank: int
+    passes: int = 2
+    sides: int = 2
+    hessian: str = "full"
+    seed: int = 0
+    counts: Counts = field(default_factory=Counts)
+
+    def __post_init__(self) -> None:
+        if self.rank < 0:
+            raise ValueError(f"rank is {self.rank}, expected at least 0")
+        for name in ("passes", "sides"):
+            if getattr(self, name) not in (1, 2):
+                raise ValueError(f"{name} is {getattr(self, name)}, expected 1 or 2")
+        if self.hessian not in HESSIANS:
+            raise ValueError(f"hessian is {self.hessian!r}, expected one of {', '.join(HESSIANS)}")
+
+    def step(
+        self, problem: System, i: int, x: Tensor, u: Tensor
+    ) -> tuple[Tensor, Callable[[], ProjectedStep]]:
+        """The next states, and what expands this step from the activations that are kept."""
+        r, n = control_weight(problem, i), x[0].numel()
+        if self.rank > n:
+            raise ValueError(f"rank is {self.rank}, but the states have {n} numbers")
+        self.counts.evaluations += 1
+        y, pull = linearize_step(problem.dynamics, i, x, u)
+
+        def pullback(cotangents: Tensor) -> tuple[Tensor, Tensor]:
+            self.counts.products += len(cotangents)
+            return pull(cotangents)
+
+        def push(X: Tensor) -> Tensor:
+            self.counts.evaluations += 1
+            self.counts.tangents += X.shape[-1]
+            return push_forward(lambda x: problem.dynamics(i, x, u), x, X)
+
+        def basis() -> Tensor:
+            return self._basis(push, x, self.rank)
+
+        step = ProjectedStep(basis, pullback, u.flatten(1), r, self.sides)
+        return y, lambda: step
+
+    def terminal(self, problem: System, x: Tensor, rank: int | None) -> ProjectedValue:
+        """The value at the final states (B, ...), its Hessian H projected: P (P^T H P) P^T.
+
+        Raises:
+            ValueError: if `rank` is missing, or not between 0 and n.
+        """
+        rank = check_rank(x, rank)
+        Vx, product = terminal_products(problem.terminal_cost, x, self.hessian)
+        P = self._basis(product, x, rank)
+        if rank == 0:
+            return ProjectedValue(Vx, P, x.new_zeros(len(x), 0, 0))
+        S = P.mT @ product(P)
+        return ProjectedValue(Vx, P, (S + S.mT) / 2)
+
+    def expand(
+        self, steps: list[Callable[[], ProjectedStep]], value: ProjectedValue
+    ) -> list[ProjectedStep]:
+        """The steps themselves: what they pull back depends on the gains of those after them."""
+        return [step() for step in steps]
+
+    def gradients(self, expansions: list[ProjectedStep], value: ProjectedValue) -> list[Tensor]:
+        """NaN (B, m) of every step: they would cost another vector-Jacobian product each."""
+        return [torch.full_like(e.u, torch.nan) for e in expansions]
+
+    def _basis(self, product: Callable[[Tensor], Tensor], x: Tensor, rank: int) -> Tensor:
+        """Orthonormal columns (B, n, rank) for the range of a matrix, or random ones."""
+        omega = random_directions(x, rank, self.seed)
+        if rank and self.passes == 2:
+            return range_finder(product, omega)
+        return torch.linalg.qr(omega).Q
+
+
+def push_forward(f: Callable[[Tensor], Tensor], x: Tensor, X: Tensor) -> Tensor:
+    """Jacobian-vector products of a batched function, by forward differentiation, (B, p, c).
+
+    Args:
+        f: maps (B, ...) to (B, ...), of p numbers each.
+        x: where, (B, ...), of n numbers each.
+        X: directions, (B, n, c).
+    """
+    tangents = X.movedim(-1, 0).reshape(-1, *x.shape)
+    columns = torch.func.vmap(lambda v: torch.func.jvp(f, (x,), (v,))[1])(tangents)
+    return columns.flatten(2).movedim(0, -1)

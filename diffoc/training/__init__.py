@@ -1,0 +1,1 @@
+"""How the shipped networks and mixtures are trained and judged."""

@@ -1,0 +1,66 @@
+r"""How the severity encoder of Flash-Diffusion is trained, and judged.
+
+With :math:`\bar\sigma = \|\hat z - z_0\| / \sqrt n` the true error of the latents' estimate, the
+loss is
+
+.. math:: \bar\sigma^2 + \lambda \, (\log \hat\sigma - \log \bar\sigma)^2,
+
+with no gradient through :math:`\log \bar\sigma`. (Fabian et al. compare variances; logarithms weigh
+easy and hard pictures alike.)
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from diffoc.priors.autoencoder import Autoencoder, load_autoencoder
+from diffoc.priors.severity import SeverityEncoder
+from diffoc.problems import tasks
+
+TRAINED_TASKS = (
+    "super_resolution",
+    "random_inpainting",
+    "box_inpainting",
+    "gaussian_blur",
+    "motion_blur",
+    "nonlinear_blur",
+)
+ERROR_WEIGHT = 0.1  # lambda
+_GROUP = 4  # images of a batch that share a task and its operator
+
+
+def severity_loss(network: SeverityEncoder, x: Tensor, generator: torch.Generator) -> Tensor:
+    """The module's loss of images (B, 1, H, W), a task and an operator drawn for every four.
+
+    The noise of the measurements is that of :data:`diffoc.problems.tasks.NOISE_STD`.
+    """
+    pictures = torch.cat([_degraded(part, generator) for part in x.split(_GROUP)])
+    with torch.no_grad():
+        truth = _autoencoder().to(x).encode(x)
+    estimate, log_severity = network(pictures)
+    error = (estimate - truth).square().flatten(1).mean(1)
+    prediction_error = (log_severity - error.detach().log() / 2).square()
+    return (error + ERROR_WEIGHT * prediction_error).mean()
+
+
+@torch.no_grad()
+def severities(network: SeverityEncoder, x: Tensor, generator: torch.Generator) -> Tensor:
+    """Predicted and true severities, (2, B), of images (B, 1, H, W), degraded as in training."""
+    pictures = torch.cat([_degraded(part, generator) for part in x.split(_GROUP)])
+    estimate, log_severity = network(pictures)
+    truth = _autoencoder().to(x).encode(x)
+    return torch.stack([log_severity.exp(), (estimate - truth).square().flatten(1).mean(1).sqrt()])
+
+
+def _degraded(x: Tensor, generator: torch.Generator) -> Tensor:
+    index = int(torch.randint(len(TRAINED_TASKS), (), generator=generator))
+    physics = tasks.task(TRAINED_TASKS[index], x.shape[1:], generator)
+    return tasks.as_picture(tasks.measure(physics.to(x.device), x, generator), x.shape[1:])
+
+
+@cache
+def _autoencoder() -> Autoencoder:
+    return load_autoencoder()

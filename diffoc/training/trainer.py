@@ -1,0 +1,356 @@
+r"""The trainer of the small denoisers and of the digit classifier.
+
+A training run is a function of its recipe and seed: every random number comes from one generator
+whose state is part of the checkpoint, so a run that was stopped and resumed ends with the same
+weights, bit for bit on one machine, as one that was not. Denoisers are preconditioned as in EDM
+(Karras et al. 2022, arXiv:2206.00364) by azula's `KarrasDenoiser`; the noise level is log-normal,
+and the weights that count are an exponential moving average.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from azula.denoise import KarrasDenoiser
+from azula.noise import VESchedule
+from torch import Tensor, nn
+
+from diffoc.data.files import replacing
+from diffoc.priors.autoencoder import Autoencoder, autoencoding_loss
+from diffoc.priors.networks import (
+    NETWORKS,
+    SIGMA_MAX,
+    SIGMA_MIN,
+    DigitClassifier,
+    ResidualClassifier,
+)
+from diffoc.priors.severity import SeverityEncoder
+from diffoc.priors.weights import read_checkpoint
+from diffoc.training.severity import severity_loss
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a training run depends on besides its data and seed.
+
+    Attributes:
+        build: makes the network.
+        images: the number of images to see.
+        batch: images of a step.
+        rate: the learning rate after warm-up; it decays to zero as a cosine.
+        warmup: images of the linear warm-up.
+        decay: of the moving average, per step.
+        log_sigma: mean and standard deviation of log sigma (denoisers).
+        flip: whether to mirror images at random.
+        loss: of the network that `build` makes, a batch and the generator, for what is no denoiser
+            and no classifier.
+    """
+
+    build: Callable[[], nn.Module]
+    images: int
+    batch: int = 64
+    rate: float = 1e-3
+    warmup: int = 10_000
+    decay: float = 0.999
+    log_sigma: tuple[float, float] = (-1.0, 1.4)
+    flip: bool = False
+    loss: Callable[[Any, Tensor, torch.Generator], Tensor] | None = None
+
+
+RECIPES = {
+    "mnist": Recipe(
+        NETWORKS["mnist"],
+        images=2_700_000,
+        rate=2e-3,
+        decay=0.9995,
+        log_sigma=(-0.3, 1.2),  # around 1, where the digit is decided
+    ),
+    "faces64": Recipe(
+        NETWORKS["faces64"],
+        images=225_000,
+        batch=32,
+        rate=2e-3,
+        flip=True,
+    ),
+    "faces64_rgb": Recipe(
+        NETWORKS["faces64_rgb"],
+        images=700_000,
+        batch=32,
+        rate=2e-3,
+        flip=True,
+    ),
+    "faces64_autoencoder": Recipe(
+        Autoencoder, images=50_000, batch=32, rate=2e-3, flip=True, loss=autoencoding_loss
+    ),
+    "faces64_severity": Recipe(
+        SeverityEncoder, images=24_000, batch=32, flip=True, loss=severity_loss
+    ),
+    # Latents are twice as wide as images: the noise levels move with them.
+    "faces64_latent": Recipe(
+        NETWORKS["faces64_latent"],
+        images=225_000,
+        batch=32,
+        rate=2e-3,
+        log_sigma=(-0.4, 1.4),
+    ),
+    "classifier": Recipe(DigitClassifier, images=900_000, batch=128, decay=0.998),
+    "judge": Recipe(ResidualClassifier, images=600_000, batch=128, decay=0.998),
+}
+
+
+@dataclass
+class Run:
+    """A training run in progress.
+
+    Attributes:
+        recipe: what is done.
+        network: the weights that are optimised.
+        average: their moving average, the result.
+        optimizer: AdamW.
+        generator: the source of all randomness after the initialisation, on the CPU so that every
+            device sees the same numbers.
+        precision: of the forward and backward passes, torch.float32 or torch.bfloat16; weights,
+            optimiser and loss stay in float32.
+        seen: images so far.
+        losses: of the steps since they were last read.
+    """
+
+    recipe: Recipe
+    network: nn.Module
+    average: nn.Module
+    optimizer: torch.optim.Optimizer
+    generator: torch.Generator
+    precision: torch.dtype = torch.float32
+    seen: int = 0
+    losses: list[float] = field(default_factory=list)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.network.parameters()).device
+
+
+def start(
+    recipe: Recipe,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    precision: torch.dtype = torch.float32,
+    weights: Mapping[str, Tensor] | None = None,
+) -> Run:
+    """A run that has seen nothing yet.
+
+    Args:
+        recipe: what to train.
+        seed: of the initialisation and of everything drawn later.
+        device: where to train.
+        precision: torch.float32, or torch.bfloat16 for autocast.
+        weights: to begin with, those of an earlier run's average, say; random by default.
+
+    Raises:
+        ValueError: for another precision, or weights of another network.
+    """
+    if precision not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"precision is {precision}, expected torch.float32 or torch.bfloat16")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = recipe.build()
+    if weights is not None:
+        try:
+            network.load_state_dict(weights)
+        except RuntimeError as error:
+            raise ValueError("weights belong to another network than the recipe's") from error
+    # On a CPU neither memory format is faster; tensor cores want the channels last.
+    on_cpu = torch.device(device).type == "cpu"
+    layout = torch.contiguous_format if on_cpu else torch.channels_last
+    network = network.to(device).to(memory_format=layout)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=recipe.rate, weight_decay=1e-2)
+    average = copy.deepcopy(network).requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed)
+    return Run(recipe, network, average, optimizer, generator, precision)
+
+
+def save(run: Run, path: Path) -> None:
+    """Writes a checkpoint; the old one is replaced only by a complete new one."""
+    state = {
+        "network": run.network.state_dict(),
+        "average": run.average.state_dict(),
+        "optimizer": run.optimizer.state_dict(),
+        "generator": run.generator.get_state(),
+        "seen": run.seen,
+    }
+    with replacing(path) as part:
+        torch.save(state, part)
+
+
+def resume(
+    recipe: Recipe,
+    path: Path,
+    device: torch.device | str = "cpu",
+    precision: torch.dtype = torch.float32,
+) -> Run:
+    """The run whose checkpoint lies at `path`; device and precision as for :func:`start`.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: if it is damaged or belongs to another network.
+    """
+    state = read_checkpoint(path)
+    run = start(recipe, device=device, precision=precision)
+    try:
+        run.network.load_state_dict(state["network"])
+        run.average.load_state_dict(state["average"])
+    except RuntimeError as error:
+        raise ValueError(f"path {path} is a checkpoint of another network") from error
+    run.optimizer.load_state_dict(state["optimizer"])
+    run.generator.set_state(state["generator"])
+    run.seen = state["seen"]
+    return run
+
+
+def learning_rate(recipe: Recipe, seen: int) -> float:
+    """Linear warm-up, then a cosine to zero at the recipe's last image."""
+    if seen < recipe.warmup:
+        return recipe.rate * (seen + recipe.batch) / (recipe.warmup + recipe.batch)
+    progress = (seen - recipe.warmup) / max(1, recipe.images - recipe.warmup)
+    return recipe.rate * (1 + math.cos(math.pi * min(1.0, progress))) / 2
+
+
+def denoising_loss(network: nn.Module, x: Tensor, run: Run) -> Tensor:
+    r"""EDM's loss :math:`E[(1/\sigma^2 + 1) \|m(x + \sigma z, \sigma) - x\|^2]` per pixel.
+
+    Args:
+        network: a backbone.
+        x: clean images in [-1, 1], (B, C, H, W).
+        run: gives the noise's distribution and generator.
+    """
+    mean, std = run.recipe.log_sigma
+    log_sigma = mean + std * torch.randn(len(x), generator=run.generator)
+    sigma = log_sigma.exp().clamp(SIGMA_MIN, SIGMA_MAX).to(x.device)
+    z = torch.randn(x.shape, generator=run.generator).to(x.device)
+    expanded = sigma.reshape(-1, 1, 1, 1)
+    estimate = denoiser(network)(x + expanded * z, time_of(sigma)).mean
+    return ((1 / expanded**2 + 1) * (estimate - x).square()).mean()
+
+
+def denoiser(network: nn.Module) -> KarrasDenoiser:
+    """A backbone as azula denoiser, with sigma from 0.002 to 80; its schedule may be exchanged."""
+    return KarrasDenoiser(network, VESchedule(SIGMA_MIN, SIGMA_MAX))
+
+
+def time_of(sigma: Tensor) -> Tensor:
+    """The time at which the schedule of :func:`denoiser` has the noise level sigma."""
+    return torch.log(sigma / SIGMA_MIN) / math.log(SIGMA_MAX / SIGMA_MIN)
+
+
+def step(
+    run: Run,
+    images: np.ndarray,
+    labels: np.ndarray | None = None,
+    forward: nn.Module | None = None,
+) -> float:
+    """One optimisation step on a random batch; returns its loss.
+
+    Args:
+        run: changed in place.
+        images: the training set, as :func:`as_states` takes it.
+        labels: of the images, for a classifier; None for a denoiser.
+        forward: the run's network, compiled; the network itself by default.
+    """
+    recipe, forward = run.recipe, run.network if forward is None else forward
+    index = torch.randint(len(images), (recipe.batch,), generator=run.generator).numpy()
+    x = as_states(images[index])
+    if recipe.flip:
+        mirrored = torch.rand(len(x), generator=run.generator) < 0.5
+        x = torch.where(mirrored.reshape(-1, 1, 1, 1), x.flip(-1), x)
+    for group in run.optimizer.param_groups:
+        group["lr"] = learning_rate(recipe, run.seen)
+    device = run.device
+    with torch.autocast(device.type, torch.bfloat16, enabled=run.precision == torch.bfloat16):
+        if labels is None:
+            if recipe.loss:
+                loss = recipe.loss(forward, x.to(device), run.generator)
+            else:
+                loss = denoising_loss(forward, x.to(device), run)
+        else:
+            target = torch.from_numpy(labels[index]).long().to(device)
+            logits = forward(shift(x, run.generator).to(device))
+            loss = nn.functional.cross_entropy(logits.float(), target)
+    run.optimizer.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(run.network.parameters(), 1.0)
+    run.optimizer.step()
+    run.seen += recipe.batch
+    # A young average forgets its random start faster.
+    decay = min(recipe.decay, run.seen / (run.seen + 10 * recipe.batch))
+    with torch.no_grad():
+        torch._foreach_lerp_(
+            list(run.average.parameters()), list(run.network.parameters()), 1 - decay
+        )
+    return loss.item()
+
+
+def as_states(images: np.ndarray) -> Tensor:
+    """Returns images as the networks take them, and latents (N, C, H, W) as they are.
+
+    Args:
+        images: uint8, grey (N, H, W) or colour (N, H, W, 3); or latents, float32.
+
+    Returns:
+        Images (N, 1, H, W) or (N, 3, H, W) in [-1, 1].
+    """
+    x = torch.from_numpy(images)
+    if x.dtype != torch.uint8:
+        return x
+    channels_first = x.unsqueeze(1) if x.ndim == 3 else x.movedim(-1, 1)
+    return channels_first.float() / 127.5 - 1
+
+
+def shift(x: Tensor, generator: torch.Generator, most: int = 2) -> Tensor:
+    """Images moved by up to `most` pixels each way, the gap filled with black."""
+    down, right = torch.randint(0, 2 * most + 1, (2,), generator=generator).tolist()
+    height, width = x.shape[-2:]
+    padded = nn.functional.pad(x, (most,) * 4, value=-1.0)
+    return padded[..., down : down + height, right : right + width]
+
+
+def train(
+    run: Run,
+    images: np.ndarray,
+    labels: np.ndarray | None = None,
+    checkpoint: Path | None = None,
+    every_seconds: float = 120.0,
+    report: Callable[[Run, float], None] | None = None,
+    compile: bool = False,
+) -> None:
+    """Trains until the recipe's last image, writing checkpoints on the way.
+
+    Args:
+        run: changed in place.
+        images, labels: as in :func:`step`.
+        checkpoint: where to write them, every so many seconds and at the end.
+        every_seconds: between checkpoints and reports.
+        report: called with the run and the images per second at the same rhythm.
+        compile: whether to compile the network (it pays on a GPU).
+    """
+    forward = run.network
+    if compile:
+        forward = torch.compile(run.network)  # type: ignore[assignment]  # a module, typed as function
+    mark, seen = time.monotonic(), run.seen
+    while run.seen < run.recipe.images:
+        run.losses.append(step(run, images, labels, forward))
+        elapsed = time.monotonic() - mark
+        if elapsed > every_seconds or run.seen >= run.recipe.images:
+            if checkpoint:
+                save(run, checkpoint)
+            if report:
+                report(run, (run.seen - seen) / elapsed)
+            run.losses.clear()
+            mark, seen = time.monotonic(), run.seen

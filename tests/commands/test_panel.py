@@ -1,0 +1,62 @@
+"""The quickstart's panel: every choice runs, and what goes wrong is said."""
+
+import io
+
+import pytest
+from PIL import Image
+
+from diffoc.commands.panel import _IMAGES, Panel, _image
+from diffoc.priors.pretrained import OURS
+from diffoc.problems.tasks import TASKS
+
+
+@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("update", ["lbfgs", "adam"])
+def test_every_task_runs_and_is_shown(name, update):
+    panel = Panel(steps=2)
+    panel.image.value, panel.task.value = "digit 3", name
+    panel.iterations.value, panel.update.value, panel.rank.value = 2, update, 1
+    panel.button.click()
+    panel.worker.join()
+    assert "iteration 2" in panel.status.value
+    assert panel.status.value.endswith("done")
+    assert not panel.button.disabled
+    with Image.open(io.BytesIO(panel.picture.value)) as picture:
+        assert picture.width > 600
+
+
+@pytest.mark.parametrize("error", [ValueError, RuntimeError, FileNotFoundError])
+@pytest.mark.parametrize("where", ["solve", "load_prior"])
+def test_what_goes_wrong_is_said(where, error, monkeypatch):
+    def fail(*args, **options):
+        raise error("no such thing")
+
+    monkeypatch.setattr(f"diffoc.commands.panel.{where}", fail)
+    panel = Panel(steps=2)
+    panel.run()
+    assert panel.status.value == "no such thing"
+    assert not panel.button.disabled
+
+
+def test_a_reconstruction_can_be_cancelled_and_begun_again():
+    panel = Panel(steps=2)
+    panel.image.value, panel.iterations.value = "digit 3", 200
+    panel.noise.value, panel.update.value = 0.01, "adam"
+    panel.status.observe(lambda change: panel.cancel.click(), "value")  # at the first sign of life
+    panel.button.click()
+    panel.worker.join()
+    assert panel.status.value.startswith("iteration 1:")
+    assert panel.status.value.endswith(", cancelled")
+    assert panel.picture.value
+    assert (panel.button.disabled, panel.cancel.disabled) == (False, True)
+
+    panel.status.unobserve_all()
+    panel.iterations.value = 2
+    panel.button.click()
+    panel.worker.join()
+    assert panel.status.value.endswith("done")
+
+
+def test_images_fit_their_priors():
+    for name, prior in _IMAGES.items():
+        assert tuple(_image(name).shape[1:]) == OURS[prior]

@@ -1,0 +1,123 @@
+"""The command line: from pictures and measurements of every kind to files that agree."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from diffoc.commands import main as command_line
+from diffoc.commands.solve import FROM_PICTURES, Settings, from_measurement, from_picture
+from diffoc.data import images as data
+from diffoc.data.pictures import read_picture
+from diffoc.experiments.controllers import STEPS
+from diffoc.greedy import greedy_controls
+from diffoc.priors.pretrained import load_prior
+from diffoc.problems.metrics import image_metrics
+from diffoc.problems.tasks import NOISE_STD, TASKS, measured, task
+from diffoc.process import ReverseProcess
+
+SHAPE = (1, 28, 28)
+
+
+@pytest.fixture
+def picture(tmp_path):
+    pixels = ((data.digits()[0][6, 0] + 1) * 127.5).round().byte().numpy()
+    Image.fromarray(pixels).resize((70, 56)).convert("RGB").save(tmp_path / "digit.jpg")
+    return tmp_path / "digit.jpg"
+
+
+def command(*arguments):
+    fast = ["--prior", "mnist", "--steps", "3", "--iterations", "2"]
+    return command_line.main(["solve", *map(str, arguments), *fast])
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_every_task_from_a_picture_and_again_from_its_measurement(name, picture, tmp_path, capsys):
+    out, again = tmp_path / "out", tmp_path / "again"
+    assert command(picture, "--task", name, "--out", out) == 0
+    printed = capsys.readouterr().out
+    assert "note: cut from 70x56 to 56x56" in printed
+    assert "note: grey made from colour" in printed
+    report = json.loads((out / "report.json").read_text())
+    assert report["evaluations"] >= 3
+    assert report["vector_jacobian_products"] <= 6
+    # What the report says is what lies beside it, up to 8 bits.
+    truth, _ = read_picture(picture, SHAPE)
+    image, _ = read_picture(out / "reconstruction.png", SHAPE)
+    found = image_metrics(image, truth)
+    assert found["psnr"].item() == pytest.approx(report["metrics"]["psnr"], abs=0.1)
+    with Image.open(out / "comparison.png") as comparison:
+        assert comparison.width > 600
+    measurement = out / "measurement.npz"
+    assert command("--measurement", measurement, "--task", name, "--out", again) == 0
+    assert json.loads((again / "report.json").read_text())["metrics"] is None
+    same = (again / "reconstruction.png").read_bytes() == (out / "reconstruction.png").read_bytes()
+    assert same
+
+
+@pytest.mark.parametrize("name", FROM_PICTURES)
+def test_measurements_may_be_pictures(name, picture, tmp_path):
+    settings = Settings(name, "mnist")
+    case = from_picture(picture, SHAPE, settings)
+    assert command(picture, "--task", name, "--out", tmp_path) == 0
+    # Another seed has another mask: that of the picture counts.
+    other = Settings(name, "mnist", seed=1)
+    found = from_measurement(tmp_path / "measurement.png", SHAPE, other)
+    # Eight bits, and the noise that leaves [-1, 1] is cut.
+    assert (found.y - case.y.clamp(-1, 1)).abs().max() < 1 / 127
+    x = torch.rand(1, *SHAPE)
+    torch.testing.assert_close(found.physics.A(x), case.physics.A(x))
+    assert torch.equal(measured(found.physics, found.y), measured(case.physics, case.y))
+
+
+def test_the_paper_s_update_can_be_asked_for(picture, tmp_path):
+    adam = ["--update", "adam", "--rank", "1", "--rate", "0.01", "--out", tmp_path]
+    assert command(picture, "--task", "phase_retrieval", *adam) == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["evaluations"] == 9
+    assert report["vector_jacobian_products"] == 12  # rank 1: two a step and iteration
+    with pytest.raises(ValueError, match="update is 'sgd'"):
+        Settings("phase_retrieval", "mnist", update="sgd")
+
+
+def test_unfit_measurements_are_refused(picture, tmp_path, capsys):
+    assert command("--measurement", tmp_path / "no.npz", "--task", "motion_blur") == 2
+    assert "missing" in capsys.readouterr().err
+    assert command("--measurement", picture, "--task", "motion_blur") == 2
+    assert "not an .npz file" in capsys.readouterr().err
+    assert command("--measurement", picture, "--task", "super_resolution") == 2
+    assert "expected 7 x 7" in capsys.readouterr().err
+    path = tmp_path / "y.npz"
+    np.savez(path, y=np.zeros((1, 1, 7, 7)), task="super_resolution", seed=0)
+    assert command("--measurement", path, "--task", "gaussian_blur") == 2
+    assert "of the task 'super_resolution'" in capsys.readouterr().err
+    np.savez(path, y=np.zeros((1, 1, 8, 8)), task="super_resolution", seed=0)
+    assert command("--measurement", path, "--task", "super_resolution") == 2
+    assert "has shape (1, 1, 8, 8)" in capsys.readouterr().err
+    path.write_bytes(b"nothing")
+    assert command("--measurement", path, "--task", "super_resolution") == 2
+    assert "damaged" in capsys.readouterr().err
+    assert command(picture, "--task", "sharpening") == 2
+    assert "task is 'sharpening', expected one of super_resolution" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        command("--task", "super_resolution")
+
+
+@pytest.mark.parametrize("name", ["nonlinear_blur", "gaussian_blur"])
+def test_the_controller_starts_from_the_most_probable_noise(name, picture, tmp_path):
+    """Without iterations the image is that of zeros, of linear tasks under the greedy guess."""
+    arguments = ["--prior", "mnist", "--iterations", "0", "--out", str(tmp_path), "--task", name]
+    assert command_line.main(["solve", str(picture), *arguments]) == 0
+
+    process, start = ReverseProcess(load_prior("mnist"), STEPS), torch.zeros(1, *SHAPE)
+    guess = None
+    if name == "gaussian_blur":
+        y = torch.from_numpy(np.load(tmp_path / "measurement.npz")["y"])
+        physics = task(name, SHAPE, torch.Generator().manual_seed(0))
+        guess = greedy_controls(process, physics, y, start, NOISE_STD)
+        assert guess.abs().amax() > 0.1
+    expected = process.rollout(start, guess)[-1].detach().clamp(-1, 1)
+    image, _ = read_picture(tmp_path / "reconstruction.png", SHAPE)
+    torch.testing.assert_close(image, expected, rtol=0, atol=1 / 127)

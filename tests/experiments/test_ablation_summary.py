@@ -1,0 +1,131 @@
+"""Records of the grids become the curves that they were made for, and no others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from diffoc.data.provenance import ROOT
+from diffoc.experiments import ablation_summary as summary
+from diffoc.experiments.ablations import REGULARIZATIONS, ablation_cells
+from diffoc.experiments.records import COLUMNS
+from diffoc.experiments.summary import select
+from diffoc.figures.ablations import from_ablations
+
+TASK = "random_inpainting"
+
+
+def rows(table, prior="faces64", **options):
+    """Every cell of a grid with a PSNR that tells it apart: its place in the grid."""
+    cells = ablation_cells(table, prior, ["a"], 1, "float32", tasks=[TASK], **options)
+    found = []
+    for place, cell in enumerate(cells):
+        result = {"status": "ok", "psnr": str(place)}
+        found += [dict.fromkeys(COLUMNS, "") | row | result for row in cell.rows()]
+    return found
+
+
+def row_of(found, place):
+    """The row that a point of a curve was made of."""
+    (row,) = [row for row in found if float(row["psnr"]) == place]
+    return row
+
+
+def test_equal_budgets_and_equal_steps_are_told_apart():
+    found = rows("few_steps")
+    budgets = summary.equal_budgets(found, "psnr")[TASK]
+    assert set(budgets) == {"DPS", "Ours", "Ours, from zero", "Ours, not stopped"}
+    usual = {"Ours": 10, "Ours, from zero": 10, "Ours, not stopped": 15}
+    for label, curve in budgets.items():
+        assert [x for x, _, _ in curve] == [20, 50, 100, 200, 300]
+        for x, place, _ in curve:
+            row = row_of(found, place)
+            assert row["nfe"] == str(int(x))
+            expected = x if label == "DPS" else min(usual[label], x // 4)
+            assert select([row], steps=expected) == [row]
+    horizons = summary.equal_horizons(found, "psnr")[TASK]
+    for label, curve in horizons.items():
+        assert [x for x, _, _ in curve] == [5, 10, 20, 50, 100, 200]
+        for x, place, _ in curve:
+            row = row_of(found, place)
+            assert select([row], steps=x) == [row]
+            assert row["nfe"] == str(int(x if label == "DPS" else max(300, 4 * x)))
+
+
+def test_parts_are_named_by_what_was_taken_away():
+    found = summary.by_part(rows("parts") + rows("few_steps", methods=["dps"]))
+    assert list(found) == [TASK]
+    assert {label: len(some) for label, some in found[TASK].items()} == {
+        summary.WHOLE: 1,
+        "units of the state": 1,
+        "stopped at the noise": 1,
+        "next to no cost": 1,
+        **{f"constant cost {r}": 1 for r in ("0.3", "3", "30", "300")},
+        "T of the stopped one": 1,
+    }
+    assert select(found[TASK]["constant cost 30"], weighted=False, weight=30.0)
+    assert select(found[TASK]["T of the stopped one"], steps=10)
+
+
+def test_without_the_budget_that_tells_the_steps_there_are_no_curves():
+    found = [row for row in rows("few_steps") if row["nfe"] != "200"]
+    assert summary.equal_budgets(found, "psnr") == {}
+
+
+def test_rank_and_constant_vary_alone():
+    found = rows("rank")
+    ranks = summary.by_rank(found, "psnr")[TASK]
+    for label, curve in ranks.items():
+        assert [x for x, _, _ in curve] == [0, 1, 4, 16]
+        for x, place, _ in curve:
+            wanted = {"rank": x, "regularization": 1e-3, "weight_scale": 1e-6}
+            projected = label == summary.PROJECTED and x > 0
+            assert select([row_of(found, place)], projected=projected, **wanted)
+    constants = summary.by_constant(found, "psnr")[TASK]
+    assert [x for x, _, _ in constants["rank 1"]] == list(range(len(REGULARIZATIONS)))
+    assert summary.CONSTANTS[-1] == "Lemma 4.2"
+    for x, place, _ in constants["rank 1"]:
+        wanted = {"regularization": REGULARIZATIONS[int(x)], "weight_scale": 1e-6}
+        assert select([row_of(found, place)], rank=1, projected=False, **wanted)
+    assert [x for x, _, _ in constants["rank 0"]] == [0, 4, 7]
+
+
+def test_priors_in_their_order():
+    found = rows("robustness")
+    curves = summary.by_prior(found, "psnr")[TASK]
+    assert [x for x, _, _ in curves["DPS"]] == [0, 1, 2, 3, 4]
+    assert [x for x, _, _ in curves["Deep image prior"]] == [6]
+    for x, place, _ in curves["Ours"]:
+        assert summary.prior_label(row_of(found, place)["prior"]) == summary.PRIORS[int(x)]
+    bare = summary.by_prior(rows("robustness", trained=False), "psnr", ["random", "none"])[TASK]
+    assert [x for x, _, _ in bare["Ours"]] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("name", "label"),
+    [
+        ("faces64", "trained"),
+        ("faces64+noise0.05", "noise 0.05"),
+        ("untrained faces64", "untrained"),
+        ("random ffhq256/32", "random"),
+        ("identity faces64", "none"),
+    ],
+)
+def test_what_a_prior_is_called(name, label):
+    assert summary.prior_label(name) == label
+
+
+def test_rows_are_selected_by_columns_and_by_settings():
+    found = rows("few_steps")
+    some = select(found, method="control", nfe=300, steps=5)
+    assert {row["settings"] for row in some} == {'{"budget": 300, "steps": 5}'}
+    assert select(found, method="control", guidance=1.0) == []
+
+
+def test_todays_records_are_drawn(tmp_path: Path):
+    assert list(from_ablations(tmp_path)) == []
+    drawn = {name: sources for name, _, sources in from_ablations(ROOT / "data" / "records")}
+    assert drawn["few_steps_faces64_budget"] == ("few_steps_faces64.csv",)
+    assert {"few_steps_faces64_horizon", "rank_faces64", "rank_faces64_constant"} <= drawn.keys()
+    assert drawn["robustness_faces64"] == ("robustness_faces64.csv",)

@@ -1,0 +1,141 @@
+"""Priors that are wrong on purpose: how wrong, always the same, and what is left without one."""
+
+import pytest
+import torch
+
+from diffoc.data import digits
+from diffoc.experiments.cells import load_once
+from diffoc.experiments.controllers import control
+from diffoc.experiments.inaccurate import (
+    IdentityDenoiser,
+    accurate_name,
+    add_noise,
+    draw_zeros,
+    is_inaccurate,
+    load_inaccurate,
+)
+from diffoc.priors.pretrained import load_prior, untrained_adm
+from diffoc.problems.tasks import likelihood, measure, task
+from diffoc.process import ReverseProcess
+from diffoc.rules import LBFGS
+from diffoc.solve import solve
+from diffoc.training.evaluation import denoising_psnr
+
+
+def parameters(prior):
+    return torch.cat([p.flatten() for p in prior.parameters()])
+
+
+def test_names():
+    names = ["faces64+noise0.1", "untrained faces64", "random ffhq256/32", "identity faces64"]
+    assert [accurate_name(name) for name in names] == [
+        "faces64",
+        "faces64",
+        "ffhq256/32",
+        "faces64",
+    ]
+    assert all(is_inaccurate(name) for name in names)
+    assert accurate_name("faces64") == "faces64"
+    assert not is_inaccurate("faces64")
+    for name, message in (
+        ("faces64", "name is 'faces64'"),
+        ("identity nobody", "name is 'nobody'"),
+        ("untrained faces64_latent", "name is 'faces64_latent'"),
+        ("untrained ffhq256/33", "channels is 33"),
+        ("untrained ffhq256/wide", "name ends in 'wide'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_inaccurate(name)
+
+
+def test_noise_in_weights_has_the_level_it_says_and_none_at_zero():
+    true = parameters(load_prior("mnist"))
+    assert torch.equal(parameters(add_noise(load_prior("mnist"), 0.0)), true)
+    noises = {
+        level: parameters(load_inaccurate(f"mnist+noise{level}")) - true for level in (0.1, 0.2)
+    }
+    torch.testing.assert_close(noises[0.2], 2 * noises[0.1], rtol=1e-3, atol=1e-5)
+    assert noises[0.1].norm() / true.norm() == pytest.approx(0.1, rel=0.05)
+    with pytest.raises(ValueError, match="level is -1"):
+        add_noise(load_prior("mnist"), -1)
+
+
+def test_the_more_noise_in_the_weights_the_worse_it_denoises():
+    images = digits()[0][:20]
+    as_bytes = ((images[:, 0] + 1) * 127.5).round().byte().numpy()
+    names = ("mnist", "mnist+noise0.1", "mnist+noise0.3", "untrained mnist")
+    priors = [load_once(name, "cpu")[0] for name in names]
+    scores = [denoising_psnr(prior, as_bytes, 0.3) for prior in priors]
+    assert scores == sorted(scores, reverse=True)
+
+
+def test_a_wrong_prior_is_the_same_every_time_and_its_digest_tells_it():
+    names = ("mnist", "mnist+noise0.1", "mnist+noise0.2", "untrained mnist", "identity mnist")
+    digests = []
+    for name in names:
+        torch.manual_seed(len(name))  # of no influence
+        digests.append(load_once(name, "cpu")[1])
+    assert len(set(digests)) == len(names)
+    load_once.cache_clear()
+    assert [load_once(name, "cpu")[1] for name in names] == digests
+
+
+def test_an_untrained_adm_predicts_no_noise_and_a_random_one_does():
+    prior = untrained_adm("ffhq256", 32)
+    x, t = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)), torch.tensor(0.5)
+    alpha, sigma = prior.schedule(t)
+    torch.testing.assert_close(prior(x, t).mean, x / alpha)
+    draw_zeros(prior.requires_grad_(True))
+    noise = (x - alpha * prior(x, t).mean) / sigma
+    assert 0.1 < noise.std() < 10
+
+
+def test_the_identity_s_process_moves_nothing_but_by_controls():
+    prior = load_inaccurate("identity mnist")
+    assert prior.image_shape == (1, 28, 28)
+    x, u = torch.randn(2, 1, 1, 28, 28), torch.randn(4, 1, 1, 28, 28)
+    for method in ("ddim", "euler"):
+        states = ReverseProcess(prior, 4, method).rollout(x[0], u)
+        torch.testing.assert_close(states[-1], x[0] + u.sum(0), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["super_resolution", "random_inpainting"])
+def test_control_without_a_network_is_regularised_least_squares(name):
+    shape, noise_std, steps, r = (1, 8, 12), 0.05, 4, 1.0
+    g = torch.Generator().manual_seed(0)
+    truth = torch.randn(2, *shape, generator=g, dtype=torch.float64)
+    physics = task(name, shape, g).double()
+    y = measure(physics, truth, g, noise_std)
+    prior = IdentityDenoiser(shape)
+    process = ReverseProcess(prior, steps)
+    found = solve(
+        process,
+        likelihood(physics, y, noise_std),
+        torch.zeros_like(truth),
+        control_cost=r,
+        rank=0,
+        iterations=100,
+        update=LBFGS(),
+    )
+    eye = torch.eye(96, dtype=torch.float64).reshape(96, *shape)
+    A = physics.A(eye).flatten(1).mT
+    b = y.flatten(1).mT
+    dense = torch.linalg.solve(
+        A.mT @ A / noise_std**2 + r / steps * eye.flatten(1), A.mT @ b / noise_std**2
+    )
+    torch.testing.assert_close(found.x0.flatten(1).mT, dense, rtol=1e-4, atol=1e-4)
+
+
+def test_the_tables_controller_without_a_network_ends_at_the_noise():
+    g = torch.Generator().manual_seed(0)
+    truth = digits()[0][:2]
+    physics = task("random_inpainting", (1, 28, 28), g)
+    y = measure(physics, truth, g)
+    x = torch.zeros_like(truth)
+    prior = load_inaccurate("identity mnist")
+    for greedy in (True, False):
+        x0 = control(prior, physics, y, x, g, noise_std=0.05, steps=4, iterations=40, greedy=greedy)
+        known = physics.A(torch.ones_like(truth)) > 0
+        # Nothing is known of the others, and least squares leaves them as they were.
+        assert x0[~known].abs().max() < 1e-5
+        assert (x0 - y)[known].square().mean().sqrt() < 0.06

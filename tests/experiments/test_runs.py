@@ -1,0 +1,265 @@
+"""Grids that are killed, sharded, spread over workers, and checked; with a method of no cost."""
+
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from diffoc.experiments import runs
+from diffoc.experiments.records import METRICS, Cell, read, shard_path
+from diffoc.experiments.runs import check, run_cells, unfinished
+from diffoc.problems.tasks import UnsupportedTask
+
+CELLS = [
+    Cell("none", "float32", task, "fake", 5, "{}", seed, tuple("abc"[: 1 + seed % 3]))
+    for task in ("one", "two")
+    for seed in range(6)
+]
+
+
+def fake(cell):
+    """Numbers that depend on the cell alone."""
+    if (cell.task, cell.seed) == ("two", 3):
+        raise UnsupportedTask("not this one")
+    rows = []
+    for name in cell.images:
+        number = cell.seed + len(cell.task + name) / 7
+        rows.append({key: f"{number:.9g}" for key in METRICS} | {"evaluations": str(cell.nfe)})
+    return rows, torch.full((len(cell.images), 1), float(cell.seed))
+
+
+def run(path, compute=fake, cells=CELLS, **options):
+    return run_cells(cells, compute, path, progress=False, **options)
+
+
+def results(path):
+    return {
+        cell: [[row["status"], *(row[key] for key in METRICS)] for row in rows]
+        for cell, rows in read(path).items()
+    }
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory):
+    path = tmp_path_factory.mktemp("expected") / "table.csv"
+    assert run(path) == {"ok": 11, "failed": 0, "unsupported": 1}
+    found = results(path)
+    assert list(found) == CELLS
+    assert found[CELLS[9]] == [["unsupported"] + [""] * len(METRICS)]
+    assert float(found[CELLS[1]][1][1]) == pytest.approx(1 + 4 / 7)
+    return found
+
+
+def test_what_is_there_is_not_computed_again(tmp_path, expected):
+    calls = []
+
+    def counted(cell):
+        calls.append(cell)
+        return fake(cell)
+
+    path = tmp_path / "table.csv"
+    assert unfinished(CELLS, path) == CELLS
+    run(path, counted, CELLS[:5])
+    before = path.read_bytes()
+    assert unfinished(CELLS, path) == CELLS[5:]
+    run(path, counted)
+    run(path, counted)
+    assert calls == CELLS
+    assert path.read_bytes().startswith(before)
+    assert results(path) == expected
+
+
+def test_a_failure_is_recorded_and_stops_nothing(tmp_path):
+    broken = {CELLS[2], CELLS[4]}
+
+    def fragile(cell):
+        if cell in broken:
+            raise RuntimeError("it broke")
+        return fake(cell)
+
+    path = tmp_path / "table.csv"
+    assert run(path, fragile) == {"ok": 9, "failed": 2, "unsupported": 1}
+    row = read(path)[CELLS[2]][0]
+    assert (row["status"], row["error"]) == ("failed", "RuntimeError('it broke')")
+    assert row["versions"]
+    assert row["device"]
+    broken.clear()
+    assert run(path, fragile)["failed"] == 2, "not tried again unless asked for"
+    assert run(path, fragile, retry_failed=True) == {"ok": 11, "failed": 0, "unsupported": 1}
+
+
+def test_images_are_kept_before_their_rows_are_written(tmp_path):
+    path, kept = tmp_path / "table.csv", {}
+
+    def keep(cell, images):
+        assert cell not in read(path)
+        kept[cell] = images
+
+    run(path, keep=keep)
+    assert list(kept) == [*CELLS[:9], *CELLS[10:]]
+    assert kept[CELLS[5]].flatten().tolist() == [5.0, 5.0, 5.0]
+
+
+SCRIPT = """
+import sys, time
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+import test_runs
+
+def slow(cell):
+    time.sleep(0.3)
+    return test_runs.fake(cell)
+
+print("ready", flush=True)
+test_runs.run(Path({path!r}), slow)
+"""
+
+
+def test_a_killed_process_goes_on_where_it_was(tmp_path, expected):
+    path = tmp_path / "table.csv"
+    script = SCRIPT.format(tests=str(Path(__file__).parent), path=str(path))
+    known = 0
+    for _ in range(3):
+        process = subprocess.Popen(
+            [sys.executable, "-c", script],
+            stdout=subprocess.PIPE,
+            cwd=Path(__file__).parent.parent,
+        )
+        process.stdout.readline()
+        size = path.stat().st_size if path.exists() else 0
+        while process.poll() is None and (not path.exists() or path.stat().st_size <= size):
+            time.sleep(0.005)
+        time.sleep(0.07)
+        assert process.poll() is None, "it was to be killed while it works"
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+        found = results(path)
+        assert all(found[cell] == expected[cell] for cell in found)
+        assert known < len(found) < len(CELLS)
+        known = len(found)
+    run(path)
+    assert results(path) == expected
+    assert len(path.read_text().splitlines()) == 1 + sum(len(cell.images) for cell in CELLS)
+
+
+def test_shards_make_the_table(tmp_path, expected):
+    path = tmp_path / "table.csv"
+    counts = [run(path, shard=(i, 3)) for i in (1, 2, 3)]
+    assert [sum(count.values()) for count in counts] == [4, 4, 4]
+    assert not path.exists()
+    assert shard_path(path, (2, 3)).exists()
+    assert results(path) == expected
+    assert unfinished(CELLS, path) == []
+
+
+def in_workers(cell):
+    rows, images = fake(cell)
+    return [row | {"error": f"{os.getpid()} {torch.get_num_threads()}"} for row in rows], images
+
+
+@pytest.mark.parametrize(
+    "backend",
+    [
+        "loky",
+        pytest.param(
+            "ray",
+            marks=pytest.mark.skipif(
+                importlib.util.find_spec("ray") is None,
+                reason="ray is not installed: pip install -e '.[cluster]'",
+            ),
+        ),
+    ],
+)
+def test_two_workers_make_the_same_table(tmp_path, expected, backend, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    if backend == "ray":
+        import ray
+
+        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    try:
+        path = tmp_path / "table.csv"
+        run(path, in_workers, jobs=2, backend=backend)
+    finally:
+        if backend == "ray":
+            ray.shutdown()
+    assert results(path) == expected
+    rows = [row for cell in read(path).values() for row in cell if row["status"] == "ok"]
+    assert str(os.getpid()) not in {row["error"].split()[0] for row in rows}
+    assert {row["error"].split()[1] for row in rows} == {"1"}
+    assert {row["threads"] for row in rows} == {"1"}
+
+
+def test_ray_that_is_missing_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"pip install -e '.\[cluster\]'"):
+        run(tmp_path / "table.csv", jobs=2, backend="ray")
+
+
+@pytest.mark.parametrize("wrong", [{"jobs": 0}, {"backend": "threads"}])
+def test_wrong_arguments(tmp_path, wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        run(tmp_path / "table.csv", **wrong)
+
+
+def test_check_agrees_with_the_truth_and_finds_the_smallest_change(tmp_path):
+    path = tmp_path / "table.csv"
+    run(path, cells=CELLS[:6])
+    rows = sum(len(cell.images) for cell in CELLS[:6])
+    found = check(path, fake, rows=rows)
+    assert (found.rows, found.exact, found.differences) == (rows, rows, [])
+
+    def changed(cell):
+        found, images = fake(cell)
+        found[0]["ssim"] = f"{float(found[0]['ssim']) + 1e-7:.9g}"
+        return found, images
+
+    found = check(path, changed, rows=rows)
+    assert len(found.differences) == 6
+    assert all("ssim is" in line and "in the record" in line for line in found.differences)
+    assert len(check(path, changed, rows=1).differences) == 1
+    one = check(path, changed, rows=rows, only=lambda cell: cell == CELLS[2])
+    assert (one.rows, len(one.differences)) == (len(CELLS[2].images), 1)
+
+
+def test_check_tolerates_rounding_only_on_another_machine(tmp_path, monkeypatch):
+    path = tmp_path / "table.csv"
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(runs, "environment", lambda device: {"device": "another"})
+        run(path, cells=CELLS[:1])
+
+    def off_by(amount):
+        def compute(cell):
+            found, images = fake(cell)
+            return [row | {"psnr": str(float(row["psnr"]) + amount)} for row in found], images
+
+        return compute
+
+    near = check(path, off_by(0.2), rows=1)
+    assert (near.exact, near.differences) == (0, [])
+    assert "psnr" in check(path, off_by(-0.4), rows=1).differences[0]
+
+
+def test_check_says_that_inputs_differ(tmp_path):
+    path = tmp_path / "table.csv"
+    run(path, lambda cell: ([{"psnr": "1", "image_sha256": "a"}], None), CELLS[:1])
+    other = check(path, lambda cell: ([{"psnr": "1", "image_sha256": "b"}], None))
+    assert other.differences == ["fake, one, image a: image_sha256 is b now, a in the record"]
+
+
+def test_check_needs_something_to_check(tmp_path):
+    path = tmp_path / "table.csv"
+    run(path, cells=[CELLS[9]])
+    with pytest.raises(ValueError, match="no row that could be checked"):
+        check(path, fake)
+    with pytest.raises(ValueError, match="rows is 0"):
+        check(path, fake, rows=0)
+    run(path, cells=CELLS[:1])
+    with pytest.raises(ValueError, match="no row that could be checked"):
+        check(path, fake, only=lambda cell: False)

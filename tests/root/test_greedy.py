@@ -1,0 +1,176 @@
+"""Greedy controls against dense linear algebra and deepinv, and what they are good for."""
+
+import pytest
+import torch
+from azula.noise import VPSchedule
+from deepinv.physics import LinearPhysics
+
+from diffoc.experiments.controllers import control, control_planned, control_unstopped
+from diffoc.greedy import PIXEL_VARIANCE, correction, greedy_controls
+from diffoc.priors.counting import CountedPrior
+from diffoc.priors.gaussian import GaussianPrior
+from diffoc.priors.pretrained import load_prior
+from diffoc.problems.metrics import image_metrics
+from diffoc.problems.tasks import measure, task
+from diffoc.process import ReverseProcess, draw_noise
+
+TASKS = ("super_resolution", "random_inpainting", "box_inpainting", "gaussian_blur", "motion_blur")
+
+
+def seeded():
+    return torch.Generator().manual_seed(0)
+
+
+def physics_of(matrix):
+    return LinearPhysics(A=lambda x, **_: x @ matrix.mT, A_adjoint=lambda y, **_: y @ matrix)
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.3, 1e3])
+def test_the_correction_is_the_normal_equations_solution(ratio):
+    generator = seeded()
+    matrix = torch.randn(4, 7, generator=generator, dtype=torch.float64)
+    x = torch.randn(3, 7, generator=generator, dtype=torch.float64)
+    y = torch.randn(3, 4, generator=generator, dtype=torch.float64)
+    found = correction(physics_of(matrix), y, x, ratio, tol=1e-12)
+    normal = torch.eye(7, dtype=torch.float64) + ratio * matrix.mT @ matrix
+    expected = torch.linalg.solve(normal, ratio * matrix.mT @ (y - x @ matrix.mT).mT).mT
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_the_correction_is_deepinv_s_proximal_map(name):
+    generator = seeded()
+    physics = task(name, (1, 64, 64), generator)
+    x, truth = torch.randn(2, 3, 1, 64, 64, generator=generator)
+    y = measure(physics, truth, generator)
+    found = x + correction(physics, y, x, 50.0, tol=1e-5)
+    one_by_one = zip(x.split(1), y.split(1), strict=True)
+    expected = [physics.prox_l2(z, w, 50.0, max_iter=200, tol=1e-6) for z, w in one_by_one]
+    torch.testing.assert_close(found, torch.cat(expected), rtol=1e-3, atol=1e-3)
+
+
+def test_no_image_decides_for_another():
+    generator = seeded()
+    physics = task("motion_blur", (1, 64, 64), generator)
+    x = torch.randn(2, 1, 64, 64, generator=generator) * torch.tensor([1.0, 1e4]).view(2, 1, 1, 1)
+    y = measure(physics, x, generator)
+    both = correction(physics, y, 0 * x, 10.0)
+    alone = correction(physics, y[:1], 0 * x[:1], 10.0)
+    torch.testing.assert_close(both[:1], alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["ddim", "ddpm"])
+def test_the_controls_move_the_posterior_mean_of_every_step(method):
+    # The whole trajectory by dense algebra, with the flow written out for images moved by d.
+    generator = seeded()
+    n, noise = 5, 0.3
+    mean = torch.randn(n, generator=generator, dtype=torch.float64)
+    prior = GaussianPrior(mean, torch.eye(n, dtype=torch.float64), VPSchedule())
+    matrix = torch.randn(2, n, generator=generator, dtype=torch.float64)
+    y = torch.randn(3, 2, generator=generator, dtype=torch.float64)
+    x = torch.randn(3, n, generator=generator, dtype=torch.float64)
+    frozen = draw_noise(6, x.shape, generator) if method == "ddpm" else None
+    process = ReverseProcess(prior, 6, method=method, noise=frozen)
+    controls = greedy_controls(process, physics_of(matrix), y, x, noise)
+    states = process.rollout(x, controls)
+
+    at = x
+    for i in range(5):
+        t = process.times[i]
+        alpha, sigma = prior.schedule(t)
+        mean = prior(at, t).mean
+        ratio = 1 / (alpha**2 / sigma**2 + 1 / PIXEL_VARIANCE) / noise**2
+        normal = torch.eye(n, dtype=torch.float64) + ratio * matrix.mT @ matrix
+        moved = mean + torch.linalg.solve(normal, ratio * matrix.mT @ (y - mean @ matrix.mT).mT).mT
+        a, b, c = process.coefficients[i]
+        at = a * at + b * moved + (0 if frozen is None else c * frozen[i])
+        torch.testing.assert_close(states[i + 1] + controls[i + 1], at, rtol=1e-3, atol=1e-3)
+
+
+def test_bad_arguments():
+    prior = load_prior("mnist")
+    physics = task("gaussian_blur", (1, 28, 28), seeded())
+    x = torch.zeros(1, 1, 28, 28)
+    with pytest.raises(ValueError, match="noise_std is 0"):
+        greedy_controls(ReverseProcess(prior, 2), physics, x, x, 0)
+    with pytest.raises(ValueError, match="output mode"):
+        greedy_controls(ReverseProcess(prior, 2, mode="output"), physics, x, x, 0.1)
+    with pytest.raises(ValueError, match="budget is 10"):
+        control_planned(prior, physics, x, x, seeded(), noise_std=0.1, steps=10, budget=10)
+
+
+@pytest.mark.parametrize("name", ["gaussian_blur", "box_inpainting"])
+def test_the_greedy_guess_saves_evaluations(name):
+    # Digits that no training set has seen are not at hand everywhere: a blurred square will do.
+    truth = -torch.ones(1, 1, 28, 28)
+    truth[..., 6:22, 12:16] = 1
+    generator = seeded()
+    physics = task(name, (1, 28, 28), generator)
+    y = measure(physics, truth, generator)
+    scores = {}
+    for greedy in (False, True):
+        counted = CountedPrior(load_prior("mnist"), None)
+        x0 = control(
+            counted, physics, y, truth, generator, noise_std=0.05, iterations=8, greedy=greedy
+        )
+        scores[greedy] = image_metrics(x0, truth)["psnr"].item()
+    assert scores[True] > scores[False] + 1
+
+
+@pytest.mark.parametrize(
+    ("weight", "changes"),
+    [(0.2, {}), (5.0, {}), (5.0, {"in_units": False}), (0.5, {"weighted": False})],
+)
+def test_unstopped_it_reaches_the_minimum_of_the_cost(weight, changes):
+    # Of a Gaussian prior the image is affine in the controls, so that the cost is a quadratic.
+    generator = seeded()
+    n, steps, noise = 4, 5, 0.3
+    root = torch.randn(n, n, generator=generator, dtype=torch.float64)
+    prior = GaussianPrior(torch.ones(n, dtype=torch.float64), root @ root.mT, VPSchedule())
+    matrix = torch.randn(2, n, generator=generator, dtype=torch.float64)
+    physics, y = physics_of(matrix), torch.randn(1, 2, generator=generator, dtype=torch.float64)
+    x = torch.zeros(1, n, dtype=torch.float64)
+
+    process = ReverseProcess(prior, steps)
+    still = process.rollout(x)[-1][0]
+    unit = torch.eye(steps * n, dtype=torch.float64).reshape(steps * n, steps, n).movedim(0, 1)
+    columns = process.rollout(x.expand(steps * n, n), unit)[-1] - still
+    M = matrix @ columns.mT
+    alpha, sigma = prior.schedule(process.times[:-1])
+    weights = alpha**2 / sigma**2 if changes.get("weighted", True) else torch.ones_like(alpha)
+    costs = weight * weights.repeat_interleave(n)
+    u = torch.linalg.solve(
+        M.mT @ M / noise**2 + torch.diag(costs), M.mT @ (y[0] - matrix @ still) / noise**2
+    )
+    best = still + columns.mT @ u
+
+    settings = {"noise_std": noise, "steps": steps, "budget": 2000}
+    settings |= {"weight": weight} | changes
+    found = control_unstopped(prior, physics, y, x, seeded(), **settings)
+    torch.testing.assert_close(found[0], best, rtol=1e-6, atol=1e-6)
+    counted = CountedPrior(prior)
+    stopped = control_unstopped(counted, physics, y, x, seeded(), stopped=True, **settings)
+    assert (stopped[0] - best).norm() > 1e-2 * best.norm()
+    assert counted.evaluations < 100
+
+
+@pytest.mark.parametrize("weight", [0.0, -1.0, float("inf"), float("nan")])
+def test_unstopped_needs_a_cost(weight):
+    x = torch.zeros(1, 1, 28, 28)
+    physics = task("super_resolution", (1, 28, 28), seeded())
+    settings = {"noise_std": 0.05, "budget": 80, "weight": weight}
+    with pytest.raises(ValueError, match="weight is"):
+        control_unstopped(load_prior("mnist"), physics, physics.A(x), x, seeded(), **settings)
+
+
+@pytest.mark.parametrize("budget", [20, 33, 60])
+def test_unstopped_it_uses_up_its_budget(budget):
+    generator = seeded()
+    prior = CountedPrior(load_prior("mnist"))
+    physics = task("super_resolution", (1, 28, 28), generator)
+    x = -torch.ones(2, 1, 28, 28)
+    x[..., 6:22, 12:16] = 1
+    y = measure(physics, x, generator)
+    control_unstopped(prior, physics, y, x, generator, noise_std=0.05, steps=5, budget=budget)
+    # A line search of the last iteration may have tried once more.
+    assert budget - 5 < prior.evaluations / 2 <= budget + 5

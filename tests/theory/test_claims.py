@@ -1,0 +1,73 @@
+"""Every recomputed number of the ledger is right, and would not be if the theory were wrong."""
+
+import math
+
+import pytest
+
+from diffoc.experiments import ledger, paper_tables
+from diffoc.experiments.ledger import Computed
+from diffoc.theory import claims, linear_gaussian
+
+COMPUTED = [
+    (claim.id, number)
+    for claim in ledger.read()
+    for number in claim.numbers
+    if isinstance(number.source, Computed)
+]
+
+
+@pytest.mark.parametrize(("name", "number"), COMPUTED, ids=lambda value: str(value))
+def test_the_ledger_has_what_is_recomputed(name, number):
+    assert ledger.check(number) is None
+
+
+def test_the_ledger_uses_every_function():
+    assert {number.source.name for _, number in COMPUTED} == ledger.recomputable().keys()
+
+
+def test_a_wrong_constant_of_the_lemma_is_noticed(monkeypatch):
+    def doubled(schedule, t, drift_and_diffusion=claims.drift_and_diffusion):
+        phi, g2 = drift_and_diffusion(schedule, t)
+        return phi, 2 * g2
+
+    monkeypatch.setattr(claims, "drift_and_diffusion", doubled)
+    assert claims.lemma_4_2() > 1e-4
+
+
+def test_a_wrong_gradient_is_noticed(monkeypatch):
+    gradient = linear_gaussian.LinearGaussian.gradient
+    monkeypatch.setattr(
+        linear_gaussian.LinearGaussian, "gradient", lambda *arguments: 1.01 * gradient(*arguments)
+    )
+    assert math.isclose(claims.theorem_4_1(), 0.01 / 1.01, rel_tol=1e-9)
+    assert claims.predictor_corrector() > 1e-6
+
+
+def test_the_score_is_that_of_the_prior():
+    setting = linear_gaussian.linear_gaussian()
+    x = setting.prior.mean[None] + 0.3
+    t = setting.prior.mean.new_tensor(0.4)
+    expected = setting.prior.conditional_score(x, t, setting.measurement)
+    assert linear_gaussian.relative_error(claims._score(setting, x, t), expected) < 1e-12
+
+
+def test_the_ratio_of_scores_in_numbers_of_notebook_03():
+    assert math.isclose(claims.rollout_score_ratio(), 40.0 / 0.118, rel_tol=0.005)
+
+
+def test_psnr_of_an_mse():
+    assert math.isclose(paper_tables._psnr(255**2), 0)
+    assert math.isclose(paper_tables._psnr(141.2), 26.6, abs_tol=0.05)
+    assert math.isclose(paper_tables._psnr(117.0), 27.4, abs_tol=0.05)
+
+
+def test_a_changed_cell_of_the_papers_tables_is_noticed(monkeypatch):
+    def changed(table, paper=paper_tables._paper):
+        rows = paper(table)
+        rows[0]["super_resolution"]["psnr"] = 26.6
+        return rows
+
+    monkeypatch.setattr(paper_tables, "_paper", changed)
+    assert math.isclose(paper_tables.table_3_gap(), 0.849, abs_tol=1e-3)
+    assert paper_tables.table_3_firsts_by_psnr() == 5
+    assert math.isclose(paper_tables.table_4_gap(), 2.262, abs_tol=1e-3)
