@@ -1,4 +1,4 @@
-r"""Estimates of grad log p(y | x_t), side by side, for linear Gaussian measurements of few numbers.
+r"""Estimates of grad log p(y | x_t), side by side.
 
 With :math:`m = E[x_0 \mid x_t]`, its Jacobian J and Tweedie's covariance
 :math:`\mathrm{Cov}[x_0 \mid x_t] = (\sigma^2 / \alpha) J`, which is symmetric for an exact prior:
@@ -23,23 +23,37 @@ from azula.denoise import Denoiser
 from torch import Tensor
 
 from diffoc.priors.gaussian import GaussianMixturePrior
-from diffoc.priors.mixture import GaussianMixture
+from diffoc.priors.mixture import GaussianMixture, with_noise
 from diffoc.problems.operators import LinearMeasurement
 from diffoc.process import ReverseProcess
 
 Score = Callable[[Tensor, Tensor], Tensor]
-"""Maps states (B, n) and a scalar time to estimates of grad log p(y | x_t), (B, n)."""
+"""Maps states (B, ...) and a scalar time to estimates of grad log p(y | x_t), (B, ...)."""
 
 
-def tweedie_score(
-    prior: Denoiser, measurement: LinearMeasurement, covariance: bool = False
-) -> Score:
-    """The gradient that takes x_0 for its mean, or for a Gaussian of the right covariance.
+def tweedie_score(prior: Denoiser, cost: Callable[[Tensor], Tensor]) -> Score:
+    """The gradient of DPS, which takes x_0 for its mean.
+
+    Args:
+        prior: of states of any shape, a network too.
+        cost: maps x_0 (B, ...) to -log p(y | x_0), (B,).
+    """
+
+    def score(x: Tensor, t: Tensor) -> Tensor:
+        x = x.detach().requires_grad_()
+        with torch.enable_grad():
+            total = cost(prior(x, t).mean).sum()
+        return -torch.autograd.grad(total, x)[0]
+
+    return score
+
+
+def covariance_score(prior: Denoiser, measurement: LinearMeasurement) -> Score:
+    """The gradient that takes x_0 for a Gaussian of its mean and covariance.
 
     Args:
         prior: of states (B, n).
         measurement: of m numbers, y (1, m); a call costs m vector-Jacobian products.
-        covariance: whether to use it.
     """
     A, y, s = measurement.matrix, measurement.y, measurement.noise_std
 
@@ -49,22 +63,20 @@ def tweedie_score(
             m = prior(x, t).mean
         rows = A.unsqueeze(1).expand(-1, *x.shape)
         AJ = torch.autograd.grad(m, x, rows, is_grads_batched=True)[0].movedim(0, 1)  # (B, m, n)
-        noise = s**2 * torch.eye(len(A), dtype=A.dtype).expand(len(x), -1, -1)
-        if covariance:
-            alpha, sigma = prior.schedule(t)
-            noise = noise + sigma**2 / alpha * AJ @ A.mT
-        whitened = torch.linalg.solve(noise, (y - m.detach() @ A.mT).unsqueeze(-1))
+        alpha, sigma = prior.schedule(t)
+        S = with_noise(sigma**2 / alpha * AJ @ A.mT, s)
+        whitened = torch.linalg.solve(S, (y - m.detach() @ A.mT).unsqueeze(-1))
         return (AJ.mT @ whitened).squeeze(-1)
 
     return score
 
 
 def rollout_score(prior: Denoiser, cost: Callable[[Tensor], Tensor], steps: int = 20) -> Score:
-    """The gradient through DDIM steps from t to the image, the paper's; 0 at t = 0 excluded.
+    """The paper's gradient, through DDIM steps from t > 0 to the image.
 
     Args:
-        prior: of states (B, n).
-        cost: maps x_0 (B, n) to -log p(y | x_0), (B,).
+        prior: of states of any shape.
+        cost: maps x_0 (B, ...) to -log p(y | x_0), (B,).
         steps: of the rollout.
     """
 
@@ -145,7 +157,7 @@ def label_score(prior: GaussianMixturePrior, labels: Sequence[int]) -> Score:
 
 @torch.no_grad()
 def conditional_rollout(process: ReverseProcess, score: Score, x: Tensor) -> Tensor:
-    r"""The end of the process with E[x_0 | x_t, y] in the place of E[x_0 | x_t], (B, n).
+    r"""The end of the process with E[x_0 | x_t, y] in the place of E[x_0 | x_t], (B, ...).
 
     .. math:: E[x_0 \mid x_t, y] = E[x_0 \mid x_t] + \frac{\sigma^2}{\alpha}
               \nabla \log p(y \mid x_t)
@@ -155,7 +167,7 @@ def conditional_rollout(process: ReverseProcess, score: Score, x: Tensor) -> Ten
     Args:
         process: of any method.
         score: an estimate of the gradient.
-        x: states at the process's first time, (B, n).
+        x: states at the process's first time, (B, ...).
     """
     for i, t in enumerate(process.times[:-1]):
         alpha, sigma = process.denoiser.schedule(t)

@@ -11,7 +11,7 @@ from diffoc.experiments.known_posteriors import small_problems
 from diffoc.process import ReverseProcess, draw_noise
 from diffoc.theory.certificate import certify, noise_priced
 from diffoc.theory.doob_identities import gaussian_certificate, guided_gaussian
-from diffoc.theory.guidance import tweedie_score
+from diffoc.theory.guidance import covariance_score, tweedie_score
 
 
 @pytest.fixture(scope="module")
@@ -81,8 +81,8 @@ def test_better_estimates_have_smaller_certificates(ring):
     problem, cost = ring
     process, x = runs(problem, 60, 1500)
     scores = {
-        "DPS": tweedie_score(problem.prior, problem.measurement),
-        "covariance": tweedie_score(problem.prior, problem.measurement, covariance=True),
+        "DPS": tweedie_score(problem.prior, cost),
+        "covariance": covariance_score(problem.prior, problem.measurement),
         "exact": lambda x, t: problem.prior.conditional_score(x, t, problem.measurement),
     }
     found = {k: certify(process, cost, noise_priced(process, v), x) for k, v in scores.items()}

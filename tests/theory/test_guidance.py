@@ -8,6 +8,7 @@ from diffoc.experiments.known_posteriors import small_problems
 from diffoc.process import ReverseProcess
 from diffoc.theory.guidance import (
     conditional_rollout,
+    covariance_score,
     feynman_kac,
     label_score,
     members,
@@ -32,9 +33,9 @@ def differences(f, x, d=1e-5):
 def test_with_covariance_it_is_exact_for_a_gaussian():
     setting, x = linear_gaussian(), states(4, 8)
     exact = setting.prior.conditional_score(x, T, setting.measurement)
-    found = tweedie_score(setting.prior, setting.measurement, covariance=True)(x, T)
+    found = covariance_score(setting.prior, setting.measurement)(x, T)
     assert relative_error(found, exact) < 1e-12
-    assert relative_error(tweedie_score(setting.prior, setting.measurement)(x, T), exact) > 0.1
+    assert relative_error(tweedie_score(setting.prior, setting.likelihood)(x, T), exact) > 0.1
 
 
 def test_tweedie_and_rollout_are_gradients_of_their_likelihoods():
@@ -45,7 +46,7 @@ def test_tweedie_and_rollout_are_gradients_of_their_likelihoods():
         problem.measurement.noise_std,
     )
     expected = differences(lambda z: -cost(problem.prior(z, T).mean), x)
-    found = tweedie_score(problem.prior, problem.measurement)(x, T)
+    found = tweedie_score(problem.prior, cost)(x, T)
     assert relative_error(found, expected) < 1e-6
     process = ReverseProcess(problem.prior, torch.linspace(0.4, 0, 9, dtype=torch.float64))
     expected = differences(lambda z: -cost(process.rollout(z)[-1]), x)
