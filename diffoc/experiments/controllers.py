@@ -91,7 +91,7 @@ def control(
         control_cost=control_cost,
         rank=0,
         iterations=iterations,
-        update=LBFGS() if guess is None else LBFGS(first=FIRST_FROM_GUESS),
+        rule=LBFGS() if guess is None else LBFGS(first=FIRST_FROM_GUESS),
         residual=lambda x0: physics.A(x0) - y,
         noise_level=noise_level(physics, y, noise_std),
     ).x0
@@ -205,7 +205,7 @@ def control_unstopped(
         control_cost=ControlCost(weight * (alpha / sigma).square()) if weighted else weight,
         rank=0,
         iterations=budget // steps,
-        update=update,
+        rule=update,
         callback=spare,
         **principle,
     ).x0
@@ -276,7 +276,7 @@ def control_paper(
         control_cost=ControlCost(weights),
         rank=rank,
         iterations=iterations,
-        update=Adam(rate),
+        rule=Adam(rate),
         regularization=constant,
         derivatives=Projected(rank, hessian="gauss_newton")
         if projected
