@@ -311,7 +311,7 @@ def flow_push_forward() -> Iterator[Identity]:
         ("second moment", second, exact.covariance[0, 0, 0] + exact.mean[0, 0] ** 2),
     ):
         yield Identity(
-            f"D-Flow's density on x_T, carried by the flow: posterior {name}",
+            f"D-Flow's density, carried by the flow: posterior {name}",
             "bimodal prior, linear measurement, quadrature",
             relative_error(value, reference),
             QUADRATURE,

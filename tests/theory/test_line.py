@@ -87,6 +87,22 @@ def test_panels_end_at_kinks():
     assert log_w.exp() @ (points - 0.3).abs() == pytest.approx((1.3**2 + 1.7**2) / 2, rel=1e-14)
 
 
+def test_densities_are_bayes_rule_on_a_mixture():
+    t, s = 0.5, 0.2
+    problem, prior = (
+        LineProblem(line.bimodal(1.0, 0.2, 0.5), line.linear()),
+        bimodal_prior(1.0, 0.2),
+    )
+    step, (f, v) = problem.reverse_step(X, t, s), problem.forward_kernel(t, s)
+    at, before = (torch.tensor(time, dtype=torch.float64) for time in (s, t))
+    forward = torch.distributions.Normal(f * step.points, v**0.5).log_prob(X[:, None])
+    log_p = prior.log_prob(step.points[:, None], at) + forward
+    expected = (log_p - prior.log_prob(X[:, None], before)[:, None]).exp()
+    assert relative_error(step.density, expected) < 1e-10
+    tilt = problem.log_h(step.points, s) - problem.log_h(X, t)[:, None]
+    assert relative_error(step.conditional_density, expected * tilt.exp()) < 1e-10
+
+
 @pytest.mark.parametrize("prior", PRIORS)
 def test_no_kernel_is_cheaper_than_the_h_transform(prior):
     problem = LineProblem(prior(), line.linear())
