@@ -271,7 +271,7 @@ def believed_prior() -> Iterator[Identity]:
     for mode in ("input", "output"):
         process = ReverseProcess(setting.prior, 10, "ddim", mode)
         problem = ControlProblem(process.step, ControlCost(costs), setting.likelihood, 10)
-        plan = ilqr(problem, x, regularization=0.0, max_iterations=1).states[-1]
+        plan = ilqr(problem, x, regularization=0.0, iterations=1).states[-1]
         S = believed_covariance(process, costs, x)
         believed = GaussianPrior(process.rollout(x)[-1][0], S, setting.prior.schedule)
         exact = believed.posterior(LinearMeasurement(A, y, s)).mean

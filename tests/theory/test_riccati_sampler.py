@@ -25,7 +25,7 @@ def test_policies_are_those_of_ilqr():
     setting, x = linear_gaussian(n=5, m=2), random(1, 5, seed=1)
     problem, kernels, _ = exact_kernel_problem(setting, 7)
     policies = riccati_policies(kernels, setting.measurement)
-    result = ilqr(problem, x, regularization=0.0, max_iterations=1)
+    result = ilqr(problem, x, regularization=0.0, iterations=1)
     for i, policy in enumerate(policies):
         assert relative_error(policy.K, result.gains[i].K[0]) < 1e-10
         planned = policy.k + policy.K @ result.states[i, 0]
