@@ -1,15 +1,14 @@
 r"""The paper's theory as numbers: identities in float64, each with an error and a bound.
 
 Every row compares the controller with a computation that does not use it: gradients through
-whole rollouts, closed forms of Gaussians, an independently written loop. Notebooks 03 to 05 derive
-them; `python -m diffoc verify` prints them. The setting, unless a row says otherwise, is a random
-Gaussian prior in 8 dimensions, measured in 4, under a variance-preserving schedule.
+whole rollouts, closed forms of Gaussians, an independently written loop. Notebooks 03 to 05 and
+14 derive them; `python -m diffoc verify` prints them. The setting, unless a row says otherwise, is
+a random Gaussian prior in 8 dimensions, measured in 4, under a variance-preserving schedule.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import torch
 from azula.noise import VPSchedule
@@ -22,6 +21,8 @@ from diffoc.problems.operators import LinearMeasurement
 from diffoc.process import ReverseProcess, drift_and_diffusion
 from diffoc.rules import FullStep
 from diffoc.system import ControlProblem
+from diffoc.theory.doob_identities import DOOB_IDENTITIES
+from diffoc.theory.identity import EXACT, SLOPE, Identity
 from diffoc.theory.linear_gaussian import (
     LinearGaussian,
     as_mixture,
@@ -31,35 +32,7 @@ from diffoc.theory.linear_gaussian import (
     relative_error,
 )
 
-EXACT = 1e-12
-"""The bound on the relative error of what is equal in exact arithmetic."""
-
-SLOPE = 0.05
-"""The bound on the relative deviation of a fitted slope from the theory's."""
-
 CONSTANTS = (1e-2, 1.0, 1e4)
-
-
-@dataclass(frozen=True)
-class Identity:
-    """One statement and how far the computation is from it.
-
-    Attributes:
-        name: the statement.
-        setting: where it was tried.
-        error: relative, not negative.
-        bound: of the error.
-    """
-
-    name: str
-    setting: str
-    error: float
-    bound: float
-
-    @property
-    def holds(self) -> bool:
-        """Whether the error is within the bound (a NaN is not)."""
-        return self.error <= self.bound
 
 
 def one_sweep(
@@ -308,6 +281,7 @@ IDENTITIES: tuple[Callable[[], Iterator[Identity]], ...] = (
     small_step_limit,
     posterior_by_control,
     standard_normal_scores,
+    *DOOB_IDENTITIES,
 )
 
 
