@@ -31,14 +31,14 @@ is done.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from diffoc.costs import ControlCost
 from diffoc.hessian import HESSIANS, nystrom, symmetric_eigen, terminal_products
-from diffoc.riccati import System
+from diffoc.riccati import Counts, System
 
 
 @dataclass(frozen=True)
@@ -187,22 +187,6 @@ def _times(A: Tensor, v: Tensor) -> Tensor:
     return (A @ v.unsqueeze(-1)).squeeze(-1)
 
 
-@dataclass
-class Counts:
-    """Work done so far, per problem: the unit of the cost model.
-
-    Attributes:
-        evaluations: of the dynamics.
-        products: vector-Jacobian products of the dynamics.
-        tangents: Jacobian-vector products of the dynamics, which only
-            :class:`diffoc.theory.projected.Projected` takes.
-    """
-
-    evaluations: int = 0
-    products: int = 0
-    tangents: int = 0
-
-
 @dataclass(frozen=True)
 class MatrixFreeStep:
     """Dynamics and control cost at one step of the trajectory, for products only.
@@ -257,6 +241,10 @@ class MatrixFree:
     def __post_init__(self) -> None:
         if self.hessian not in HESSIANS:
             raise ValueError(f"hessian is {self.hessian!r}, expected one of {', '.join(HESSIANS)}")
+
+    def fresh(self) -> MatrixFree:
+        """The same, with counts of its own that begin at zero."""
+        return replace(self, counts=Counts())
 
     def step(
         self, problem: System, i: int, x: Tensor, u: Tensor
@@ -322,7 +310,7 @@ def check_rank(x: Tensor, rank: int | None) -> int:
     """The rank; a ValueError if the Hessian at states (B, ...) cannot have it."""
     n = x[0].numel()
     if rank is None or not 0 <= rank <= n:
-        raise ValueError(f"hessian_rank is {rank}, expected 0 to {n}")
+        raise ValueError(f"rank is {rank}, expected 0 to {n}")
     return rank
 
 

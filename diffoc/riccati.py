@@ -17,7 +17,7 @@ batch everywhere, no problem of which depends on another.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -40,6 +40,22 @@ class System(Protocol):
     @property
     def terminal_cost(self) -> Callable[[Tensor], Tensor]:
         """The cost of final states."""
+
+
+@dataclass
+class Counts:
+    """Work done by a batch, in units of one problem: evaluations and products are those of a batch.
+
+    Attributes:
+        evaluations: of the dynamics.
+        products: vector-Jacobian products of the dynamics.
+        tangents: Jacobian-vector products of the dynamics, which only
+            :class:`diffoc.theory.projected.Projected` takes.
+    """
+
+    evaluations: int = 0
+    products: int = 0
+    tangents: int = 0
 
 
 class SingularControlHessianError(torch.linalg.LinAlgError):
@@ -136,12 +152,23 @@ class DenseValue:
 
 @dataclass(frozen=True)
 class Dense:
-    """Derivatives as matrices, for the controller; suits some thousand states at most."""
+    """Derivatives as matrices, for the controller; suits some thousand states at most.
+
+    Attributes:
+        counts: of the evaluations done with this object; Jacobians are not counted.
+    """
+
+    counts: Counts = field(default_factory=Counts)
+
+    def fresh(self) -> Dense:
+        """The same, with counts of its own that begin at zero."""
+        return replace(self, counts=Counts())
 
     def step(
         self, problem: System, i: int, x: Tensor, u: Tensor
     ) -> tuple[Tensor, Callable[[], Expansion]]:
         """The next states, and what expands this step."""
+        self.counts.evaluations += 1
 
         def expand() -> Expansion:
             return expand_step(problem.dynamics, problem.running_cost, i, x, u)

@@ -1,63 +1,127 @@
-"""How far a step goes: regularisation, line search, and Adam or L-BFGS beyond it."""
+"""How a step is made of the gains, and how far it goes.
+
+A *rule* answers four questions of an iteration: what it remembers (`start`), which change of the
+controls it tries first (`direction`), which trial is good enough (`accept`), and what is left where
+all trials were refused (`retry`). It is a frozen value; what changes in a run is in the memory that
+it returns. Nothing of one problem of a batch depends on another.
+"""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.optim.adam import adam
 
 
-@dataclass(frozen=True)
-class Tikhonov:
-    """The quadratic schedule of Tassa et al. 2012 (doi:10.1109/IROS.2012.6386025, Sec. II-F).
+class Direction(NamedTuple):
+    """The change of the controls that a rule tries first.
 
-    After a success the constant shrinks faster and faster, to zero below `minimum`; after a
-    failed factorisation or line search it grows faster and faster, up to `maximum`.
+    Attributes:
+        change: of the controls of every step, (B, m) each.
+        slope, curvature: s and c of the cost's expected change :math:`\\epsilon s + \\epsilon^2 c
+            / 2` after a step :math:`\\epsilon`, (B,) each.
     """
 
-    initial: float = 0.0
-    minimum: float = 1e-8
-    maximum: float = 1e12
-    factor: float = 2.0
+    change: list[Tensor]
+    slope: Tensor
+    curvature: Tensor
 
-    def __post_init__(self) -> None:
-        bounds = 0 <= self.initial <= self.maximum and 0 < self.minimum <= self.maximum
-        if not bounds or not self.maximum < math.inf:
-            raise ValueError(
-                f"initial, minimum and maximum are {self.initial}, {self.minimum} and "
-                f"{self.maximum}: expected 0 <= initial <= maximum and 0 < minimum <= maximum, "
-                "all finite"
-            )
-        if not 1 < self.factor < math.inf:
-            raise ValueError(f"factor is {self.factor}, expected finite and above 1")
+    def decrease(self, step: float) -> Tensor:
+        """The decrease of the cost that a step is expected to bring, (B,)."""
+        return -(step * self.slope + step**2 * self.curvature / 2)
 
-    def shrink(self, a: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
-        """The next constant and its factor, after a success; (B,) each."""
-        delta = (delta / self.factor).clamp(max=1 / self.factor)
-        a = a * delta
-        return torch.where(a >= self.minimum, a, 0), delta
 
-    def grow(self, a: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
-        """The next constant and its factor, after a failure; (B,) each."""
-        delta = (delta * self.factor).clamp(min=self.factor)
-        return (a * delta).clamp(self.minimum, self.maximum), delta
+class Rule:
+    """A rule that takes every full step, whatever it costs, as long as the cost is finite.
+
+    The other rules are made of it by changing some of its answers.
+
+    Attributes:
+        trials, contraction: how many steps are tried, from 1 down, each `contraction` times the one
+            before.
+        searches: whether trials may be refused though their cost is finite.
+        keeps_best: whether the cheapest iterate is the result, because costs go up and down.
+        adapts: whether `direction` uses the gradients, and `retry` may find another one for the
+            same expansion.
+    """
+
+    trials: int = 1
+    contraction: float = 1.0
+    searches: bool = False
+    keeps_best: bool = False
+    adapts: bool = False
+
+    def start(self, horizon: int, iterations: int) -> Any:
+        """The memory of a run of at most so many iterations over T steps.
+
+        Raises:
+            ValueError: if the rule is for another T.
+        """
+
+    def direction(
+        self, memory: Any, newton: Direction, gradients: list[Tensor], controls: list[Tensor]
+    ) -> Direction:
+        """The change to try first.
+
+        Args:
+            memory: of `start`; it may be changed.
+            newton: the feedforward gains k, and what a full step of them is expected to bring.
+            gradients: of the total cost in the controls of every step, (B, m) each; none unless
+                the rule `adapts`.
+            controls: where they were taken, (B, ...) each.
+        """
+        return newton
+
+    def accept(self, decrease: Tensor, expected: Tensor, negligible: Tensor) -> Tensor:
+        """Says which trials are good enough, (B,) bool.
+
+        Args:
+            decrease: of the cost, (B,); not finite where the new cost is not.
+            expected: the decrease that the step was expected to bring, (B,).
+            negligible: where even a full step's drowns in rounding, (B,) bool.
+        """
+        return decrease.isfinite()
+
+    def retry(self, memory: Any, refused: Tensor) -> Tensor:
+        """Prepares another direction where all trials were refused.
+
+        Args:
+            memory: of `start`; it may be changed.
+            refused: those problems, (B,) bool.
+
+        Returns:
+            Those of them for which nothing is left to try, (B,) bool.
+        """
+        return refused
 
 
 @dataclass(frozen=True)
-class LineSearch:
+class FullStep(Rule):
+    """Takes every full step, whatever it costs, as long as the cost is finite."""
+
+
+@dataclass(frozen=True)
+class LineSearch(Rule):
     """Backtracking: the first step, from 1 down, whose decrease is a fraction of the expected.
 
     Attributes:
         sufficient: the fraction, in ]0, 1/2[.
         contraction: the ratio of a step to the one before, in ]0, 1[.
         trials: the number of steps tried.
+
+    Raises:
+        ValueError: if one is out of its range.
     """
 
     sufficient: float = 1e-4
     contraction: float = 0.5
     trials: int = 20
+
+    searches = True
 
     def __post_init__(self) -> None:
         if not 0 < self.sufficient < 0.5:
@@ -67,10 +131,14 @@ class LineSearch:
         if self.trials < 1:
             raise ValueError(f"trials is {self.trials}, expected at least 1")
 
+    def accept(self, decrease: Tensor, expected: Tensor, negligible: Tensor) -> Tensor:
+        """Takes a sufficient decrease; where the expected one drowns in rounding, no increase."""
+        return ((decrease >= self.sufficient * expected) | negligible) & (decrease >= 0)
+
 
 @dataclass(frozen=True)
-class Adam:
-    r"""Adam on the feedforward gains in place of a line search, Eq. 80.
+class Adam(Rule):
+    r"""Adam on the feedforward gains in place of a line search, Eq. 80, by torch's own function.
 
     A gain k is treated as a negative gradient: :math:`k \to \eta\, \hat m / (\sqrt{\hat v} +
     \varepsilon)` with running means m of k and v of its square, for every step and component on
@@ -83,14 +151,22 @@ class Adam:
         anneal: whether the rate falls to zero, as half a cosine over the iterations. At a constant
             rate, as in the paper, every control keeps moving by about the rate, and a cost that
             all T steps act on does not settle.
+        weight_decay: the share of a control, times the rate, that an iteration takes from it, as
+            AdamW does; not negative.
+        keeps_best: whether the cheapest iterate is the result, or the last whatever it costs.
 
-    Source: Kingma & Ba 2015, arXiv:1412.6980.
+    Raises:
+        ValueError: if one is out of its range.
+
+    Source: Kingma & Ba 2015, arXiv:1412.6980; Loshchilov & Hutter 2019, arXiv:1711.05101.
     """
 
     rate: float = 5e-3
     betas: tuple[float, float] = (0.9, 0.999)
     epsilon: float = 1e-8
     anneal: bool = False
+    weight_decay: float = 0.0
+    keeps_best: bool = True
 
     def __post_init__(self) -> None:
         if not 0 < self.rate < math.inf:
@@ -99,48 +175,69 @@ class Adam:
             raise ValueError(f"betas are {self.betas}, expected in [0, 1[")
         if not 0 < self.epsilon < math.inf:
             raise ValueError(f"epsilon is {self.epsilon}, expected finite and above 0")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"weight_decay is {self.weight_decay}, expected finite and at least 0")
+
+    def start(self, horizon: int, iterations: int) -> AdamMemory:
+        """Remembers the two means, and how many iterations there will be."""
+        return AdamMemory(iterations)
+
+    def direction(
+        self, memory: AdamMemory, newton: Direction, gradients: list[Tensor], controls: list[Tensor]
+    ) -> Direction:
+        """Preconditions the gains; what they were expected to bring says nothing of that."""
+        gains, rate = newton.change, self.rate
+        if not memory.count:
+            memory.means = [torch.zeros_like(k) for k in gains]
+            memory.squares = [torch.zeros_like(k) for k in gains]
+        if self.anneal:
+            rate *= (1 + math.cos(math.pi * memory.count / memory.iterations)) / 2
+        changes = [torch.zeros_like(k) for k in gains]
+        adam(
+            changes,
+            gains,
+            memory.means,
+            memory.squares,
+            max_exp_avg_sqs=[],
+            state_steps=[torch.tensor(float(memory.count)) for _ in gains],
+            foreach=False,
+            amsgrad=False,
+            beta1=self.betas[0],
+            beta2=self.betas[1],
+            lr=rate,
+            weight_decay=0.0,
+            eps=self.epsilon,
+            maximize=True,
+        )
+        memory.count += 1
+        if decay := rate * self.weight_decay:
+            for change, u in zip(changes, controls, strict=True):
+                change.sub_(u.flatten(1), alpha=decay)
+        return newton._replace(change=changes)
 
 
-class AdamState:
-    """The running means of the gains of all steps.
+@dataclass
+class AdamMemory:
+    """What Adam remembers of a run.
 
-    Args:
-        rule: its parameters.
+    Attributes:
         iterations: how many there will be.
+        count: of the iterations so far.
+        means, squares: running means of the gains and of their squares, of every step.
     """
 
-    def __init__(self, rule: Adam, iterations: int) -> None:
-        self.rule = rule
-        self.iterations = iterations
-        self.count = 0
-        self.first: list[Tensor] = []
-        self.second: list[Tensor] = []
-
-    def precondition(self, gains: list[Tensor]) -> list[Tensor]:
-        """The changes of the controls for the feedforward gains of every step, (B, m) each."""
-        if not self.first:
-            self.first = [torch.zeros_like(k) for k in gains]
-            self.second = [torch.zeros_like(k) for k in gains]
-        rate = self.rule.rate
-        if self.rule.anneal:
-            rate *= (1 + math.cos(math.pi * self.count / self.iterations)) / 2
-        self.count += 1
-        one, two = self.rule.betas
-        changes = []
-        for k, m, v in zip(gains, self.first, self.second, strict=True):
-            m.lerp_(k, 1 - one)
-            v.lerp_(k.square(), 1 - two)
-            scale = (v / (1 - two**self.count)).sqrt() + self.rule.epsilon
-            changes.append(rate * m / (1 - one**self.count) / scale)
-        return changes
+    iterations: int
+    count: int = 0
+    means: list[Tensor] = field(default_factory=list)
+    squares: list[Tensor] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
-class LBFGS:
+class LBFGS(Rule):
     """Limited-memory BFGS on the controls, with a backtracking line search.
 
     The feedforward gains are replaced by a quasi-Newton direction. Where a terminal Hessian of
-    rank k knows k directions at k products a step, this learns one a iteration, for nothing, from
+    rank k knows k directions at k products a step, this learns one an iteration, for nothing, from
     how the gradient changed; rank 0 is what it is for.
 
     Attributes:
@@ -154,6 +251,9 @@ class LBFGS:
             measured in units of its step, in `first` as well: until something is learnt, that is a
             change of variables. It does not move the optimum.
 
+    Raises:
+        ValueError: if one is out of its range.
+
     Source: Nocedal & Wright 2006 (doi:10.1007/978-0-387-40065-5), Algorithm 7.4.
     """
 
@@ -161,6 +261,9 @@ class LBFGS:
     first: float | None = None
     search: LineSearch = field(default_factory=lambda: LineSearch(trials=8))
     units: tuple[float, ...] | None = None
+
+    searches = True
+    adapts = True
 
     def __post_init__(self) -> None:
         if self.units is not None and not all(0 < unit < math.inf for unit in self.units):
@@ -171,12 +274,55 @@ class LBFGS:
             raise ValueError(f"first is {self.first}, expected finite and above 0")
 
     @property
+    def trials(self) -> int:  # type: ignore[override]
+        """Of the line search."""
+        return self.search.trials
+
+    @property
+    def contraction(self) -> float:  # type: ignore[override]
+        """Of the line search."""
+        return self.search.contraction
+
+    @property
     def length(self) -> float:
         """Of the first change: what `first` says or means."""
         return self.first or (1e-3 if self.units is None else 1e-2)
 
+    def start(self, horizon: int, iterations: int) -> LBFGSMemory:
+        """Remembers changes of controls and gradients."""
+        if self.units is not None and len(self.units) != horizon:
+            raise ValueError(f"rule has {len(self.units)} units, expected {horizon}")
+        return LBFGSMemory(self)
 
-class LBFGSState:
+    def direction(
+        self,
+        memory: LBFGSMemory,
+        newton: Direction,
+        gradients: list[Tensor],
+        controls: list[Tensor],
+    ) -> Direction:
+        """The quasi-Newton direction of all controls together."""
+        gradient = torch.cat(gradients, dim=1)
+        if gradient.isnan().any():
+            raise ValueError(
+                "rule is LBFGS, which needs the gradient: derivatives must be Dense or MatrixFree"
+            )
+        change = memory.direction(gradient, torch.cat([u.flatten(1) for u in controls], dim=1))
+        slope = _dot(gradient, change)
+        return Direction(
+            list(change.split([k.shape[1] for k in newton.change], dim=1)), slope, 0 * slope
+        )
+
+    def accept(self, decrease: Tensor, expected: Tensor, negligible: Tensor) -> Tensor:
+        """Accepts as its line search does."""
+        return self.search.accept(decrease, expected, negligible)
+
+    def retry(self, memory: LBFGSMemory, refused: Tensor) -> Tensor:
+        """Forgets what it remembers; who had nothing to forget has nothing left."""
+        return memory.forget(refused)
+
+
+class LBFGSMemory:
     """What L-BFGS remembers, of each problem of the batch on its own.
 
     Args:

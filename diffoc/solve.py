@@ -7,9 +7,9 @@ the denoiser, B one vector-Jacobian product, k the rank of the terminal Hessian.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
 
 import torch
 from azula.noise import Schedule
@@ -18,41 +18,12 @@ from tqdm.auto import tqdm
 
 from diffoc.checks import check_tensor
 from diffoc.costs import ControlCost
-from diffoc.ilqr import ILQRResult, ilqr
-from diffoc.lowrank import Counts, MatrixFree
+from diffoc.damping import Damping
+from diffoc.ilqr import Result, ilqr
+from diffoc.lowrank import MatrixFree
 from diffoc.process import ReverseProcess, drift_and_diffusion
-from diffoc.rules import LBFGS, Adam, LineSearch, Tikhonov
-from diffoc.system import ControlProblem
-from diffoc.theory.projected import Projected
-
-
-@dataclass(frozen=True)
-class Result:
-    """What :func:`solve` found.
-
-    Attributes:
-        x0: the images, (B, C, H, W).
-        controls: (T, B, C, H, W).
-        states: (T + 1, B, C, H, W), or None if they were not asked for.
-        cost: the total cost of `x0` and `controls`, (B,).
-        costs: before every iteration, (iterations, B).
-        terminal_costs: the terminal cost's part of `costs`.
-        status: of each problem, see :class:`diffoc.ilqr.ILQRResult`.
-        evaluations: of the denoiser, for each image.
-        products: vector-Jacobian products of the process's steps, for each image.
-        tangents: Jacobian-vector products of them, for each image.
-    """
-
-    x0: Tensor
-    controls: Tensor
-    states: Tensor | None
-    cost: Tensor
-    costs: Tensor
-    terminal_costs: Tensor
-    status: list[str]
-    evaluations: int
-    products: int
-    tangents: int
+from diffoc.rules import Adam, Rule
+from diffoc.system import ControlProblem, Derivatives
 
 
 def solve(
@@ -64,15 +35,15 @@ def solve(
     control_cost: ControlCost | float = 1.0,
     rank: int = 1,
     iterations: int = 50,
-    update: Adam | LBFGS | LineSearch = Adam(),
-    regularization: Tikhonov | float | Tensor = 0.0,
+    rule: Rule = Adam(),
+    regularization: Damping | float | Tensor = 0.0,
     feedback: bool = True,
     residual: Callable[[Tensor], Tensor] | None = None,
     noise_level: float | None = None,
+    budget: int | None = None,
     keep_activations: bool = True,
-    derivatives: MatrixFree | Projected | None = None,
+    derivatives: Derivatives | None = None,
     precision: str | None = None,
-    keep_states: bool = False,
     progress: bool = False,
     callback: Callable[[int, Tensor, Tensor], None] | None = None,
 ) -> Result:
@@ -88,20 +59,18 @@ def solve(
             zeros by default.
         control_cost: weights of :math:`\frac12 r_i \|u_i\|^2`; see also :func:`snr_weights`.
         rank: k of the terminal Hessian, at least 0, which is the first order.
-        iterations: at least 0.
-        update: Adam (Eq. 80), L-BFGS, or a backtracking line search.
+        iterations: at most so many, at least 0.
+        rule: Adam (Eq. 80), L-BFGS, or a backtracking line search.
         regularization: Tikhonov's constant, or one for each step, (T,), or a schedule.
         feedback: whether to use the gains K.
         residual, noise_level: where the mean of the squared `residual` of the images (B, ...)
             falls below `noise_level` squared, a problem is stopped (the discrepancy principle).
+        budget: of evaluations by each problem, see :func:`diffoc.ilqr.ilqr`; None for no limit.
         keep_activations: of the forward sweep, for speed; otherwise they are recomputed, for
             memory.
         derivatives: how they are represented: None for `MatrixFree(keep_activations)`, or such as
-            `MatrixFree(hessian="gauss_newton")` or the paper's `Projected(rank)`. The object is
-            not changed: its counts are in the result.
-        precision: "bfloat16" for autocast of the process's steps; "tf32" for float32 products
-            in TF32, where the GPU has it.
-        keep_states: whether the result has the trajectory.
+            `MatrixFree(hessian="gauss_newton")` or the paper's projections.
+        precision: "bfloat16" for autocast of the process's steps, or None.
         progress: whether to show a bar.
         callback: called after each iteration with its number, the costs (B,) and the images
             (B, C, H, W); if it raises StopIteration, the run ends there.
@@ -112,8 +81,8 @@ def solve(
     """
     if not isinstance(control_cost, ControlCost):
         control_cost = ControlCost(control_cost)
-    if precision not in (None, "bfloat16", "tf32"):
-        raise ValueError(f"precision is {precision!r}, expected None, 'bfloat16' or 'tf32'")
+    if precision not in (None, "bfloat16"):
+        raise ValueError(f"precision is {precision!r}, expected None or 'bfloat16'")
     if derivatives is None:
         derivatives = MatrixFree(keep_activations=keep_activations)
     elif not keep_activations:
@@ -138,7 +107,6 @@ def solve(
         with torch.autocast(x.device.type, torch.bfloat16) if half else nullcontext():
             return process.step(i, x, u).to(x.dtype)
 
-    counts = Counts()
     bar = tqdm(total=iterations, disable=not progress, leave=False, unit="iteration")
 
     def report(iteration: int, costs: Tensor, x0: Tensor) -> None:
@@ -147,22 +115,23 @@ def solve(
         if callback:
             callback(iteration, costs, x0)
 
-    with bar, _tensor_float() if precision == "tf32" else nullcontext():
-        found = ilqr(
+    with bar:
+        result = ilqr(
             ControlProblem(dynamics, control_cost, cost, process.horizon),
             x,
             controls,
-            derivatives=replace(derivatives, counts=counts),
-            hessian_rank=rank,
+            derivatives=derivatives,
             regularization=regularization,
-            line_search=update,
+            rank=rank,
+            rule=rule,
             feedback=feedback,
-            max_iterations=iterations,
+            iterations=iterations,
             gradient_tolerance=0.0,
+            budget=budget,
             stop=_small(residual, noise_level) if residual and noise_level else None,
             callback=report,
         )
-    return _as_result(found, counts, keep_states)
+    return replace(result, gains=[])  # they take memory
 
 
 def _small(residual: Callable[[Tensor], Tensor], noise_level: float) -> Callable[[Tensor], Tensor]:
@@ -170,44 +139,15 @@ def _small(residual: Callable[[Tensor], Tensor], noise_level: float) -> Callable
     return lambda x0: residual(x0).flatten(1).square().mean(dim=1) < noise_level**2
 
 
-@contextmanager
-def _tensor_float() -> Iterator[None]:
-    """Lets a GPU take matrix products and convolutions of float32 in TF32, for a while."""
-    conv = torch.backends.cudnn.conv  # type: ignore[attr-defined]  # made when torch is imported
-    places = (torch.backends.cuda.matmul, conv)
-    before = [place.fp32_precision for place in places]
-    try:
-        for place in places:
-            place.fp32_precision = "tf32"
-        yield
-    finally:
-        for place, value in zip(places, before, strict=True):
-            place.fp32_precision = value
-
-
-def _as_result(found: ILQRResult, counts: Counts, keep_states: bool) -> Result:
-    empty = found.cost.new_zeros(0, len(found.cost))
-    history = found.history
-    return Result(
-        x0=found.states[-1],
-        controls=found.controls,
-        states=found.states if keep_states else None,
-        cost=found.cost,
-        costs=torch.stack(history.cost) if history.cost else empty,
-        terminal_costs=torch.stack(history.terminal) if history.terminal else empty,
-        status=found.status,
-        evaluations=counts.evaluations,
-        products=counts.products,
-        tangents=counts.tangents,
-    )
-
-
 def snr_weights(schedule: Schedule, times: Tensor, scale: float = 1e-6) -> Tensor:
-    r"""Weights of the control cost as in the authors' released code, (T,).
+    r"""Weights of the control cost by the signal-to-noise ratio, (T,).
 
     .. math:: r_i = s \, \frac{\alpha_i}{\sigma_i} \frac{1}{dt^2}, \qquad dt = 1 / T
 
-    The signal-to-noise ratio is the one at the state that the control acts on, `times[i]`.
+    The ratio is the one at the state that the control acts on, `times[i]`. The authors' released
+    code has this formula with the ratio of a single noising step in place of all: its weights,
+    :func:`diffoc.ancestral.released_weights`, are hundreds of times these in the first of 20 steps
+    and five to ten times in the last.
 
     Args:
         schedule: of the prior.

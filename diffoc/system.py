@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from diffoc.lowrank import LowRankGains
-from diffoc.riccati import Gains, System
+from diffoc.riccati import Counts, Gains, System
 
 StepGains = Gains | LowRankGains
 """The locally optimal control of one step."""
@@ -33,6 +33,13 @@ class Derivatives(Protocol):
 
     It only passes on what they return, steps, expansions and values, each to the one it is from.
     """
+
+    @property
+    def counts(self) -> Counts:
+        """Of the work done with this object."""
+
+    def fresh(self) -> Derivatives:
+        """The same, with counts of its own that begin at zero."""
 
     def step(
         self, problem: System, i: int, x: Tensor, u: Tensor

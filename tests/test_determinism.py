@@ -10,6 +10,7 @@ from azula.denoise import KarrasDenoiser
 from azula.noise import VPSchedule
 
 from diffoc.costs import GaussianLikelihood
+from diffoc.damping import Tikhonov
 from diffoc.data.provenance import digest
 from diffoc.lowrank import MatrixFree
 from diffoc.priors.gaussian import GaussianMixturePrior
@@ -17,19 +18,19 @@ from diffoc.priors.mixture import mixture_from_loadings
 from diffoc.priors.networks import UNetBackbone
 from diffoc.problems.operators import average_pool
 from diffoc.process import ReverseProcess, draw_noise
-from diffoc.rules import LBFGS, Adam, LineSearch, Tikhonov
+from diffoc.rules import LBFGS, Adam, LineSearch
 from diffoc.solve import solve
 from diffoc.theory.projected import Projected
 
 SHAPE = (1, 8, 8)
 RULES = {
-    "Adam": {"update": Adam(0.05), "rank": 1},
-    "annealed Adam": {"update": Adam(0.05, anneal=True), "rank": 0},
-    "L-BFGS": {"update": LBFGS(), "rank": 0},
-    "line search": {"update": LineSearch(), "rank": 3},
-    "Tikhonov": {"update": LineSearch(), "rank": 1, "regularization": Tikhonov(1.0)},
+    "Adam": {"rule": Adam(0.05), "rank": 1},
+    "annealed Adam": {"rule": Adam(0.05, anneal=True), "rank": 0},
+    "L-BFGS": {"rule": LBFGS(), "rank": 0},
+    "line search": {"rule": LineSearch(), "rank": 3},
+    "Tikhonov": {"rule": LineSearch(), "rank": 1, "regularization": Tikhonov(1.0)},
     "Gauss-Newton": {"derivatives": MatrixFree(hessian="gauss_newton"), "rank": 2},
-    "projections": {"derivatives": Projected(2), "update": Adam(0.05), "rank": 2},
+    "projections": {"derivatives": Projected(2), "rule": Adam(0.05), "rank": 2},
 }
 
 

@@ -16,12 +16,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
 from diffoc.costs import GaussianLikelihood
+from diffoc.damping import Tikhonov
 from diffoc.experiments.memory import LiveTensors
 from diffoc.priors.networks import UNetBackbone
 from diffoc.priors.pretrained import untrained_adm
 from diffoc.problems.operators import average_pool
 from diffoc.process import ReverseProcess, draw_noise
-from diffoc.rules import Adam, LineSearch, Tikhonov
+from diffoc.rules import Adam, LineSearch
 from diffoc.solve import snr_weights, solve
 
 DEVICE = torch.device("cuda:0" if torch.cuda.is_available() else "lazy:0")
@@ -96,11 +97,10 @@ def pipeline(
         x,
         control_cost=snr_weights(prior.schedule, process.times, 1e-2)[0].item(),
         rank=rank,
-        update=update,
+        rule=update,
         regularization=Tikhonov() if isinstance(update, LineSearch) else 1.0,
         iterations=iterations,
         keep_activations=keep,
-        keep_states=True,
         residual=lambda x0: operator(x0) - y,
         noise_level=1e-3,
     )
@@ -125,13 +125,13 @@ def on_fake_device(prior=small_network, shape=(1, 8, 8), **options):
 @pytest.mark.parametrize("update", [Adam(0.05), LineSearch(trials=3)])
 @pytest.mark.parametrize("rank", [0, 1])
 def test_everything_stays_on_the_device(rank, update, keep):
-    for tensor in on_fake_device(rank=rank, update=update, keep=keep):
+    for tensor in on_fake_device(rank=rank, rule=update, keep=keep):
         assert tensor.device == DEVICE
         assert tensor.dtype == torch.float32
 
 
 def test_frozen_noise_is_there_too():
-    for tensor in on_fake_device(rank=1, update=Adam(), keep=True, method="ddpm"):
+    for tensor in on_fake_device(rank=1, rule=Adam(), keep=True, method="ddpm"):
         assert tensor.device == DEVICE
 
 
@@ -140,7 +140,7 @@ def test_the_network_of_the_paper_at_full_size():
     with LiveTensors() as tensors:
         found = on_fake_device(
             rank=1,
-            update=Adam(),
+            rule=Adam(),
             keep=False,  # as it has to be run: the activations of all steps fit nowhere
             prior=lambda: untrained_adm("ffhq256"),
             shape=(3, 256, 256),
@@ -159,4 +159,4 @@ def test_the_network_of_the_paper_at_full_size():
 @pytest.mark.parametrize("misplaced", ["y", "noise"])
 def test_what_is_on_another_device_is_found(misplaced):
     with pytest.raises(ValueError, match=rf"{misplaced} .*cpu"):
-        on_fake_device(rank=1, update=Adam(), keep=True, method="ddpm", misplaced=misplaced)
+        on_fake_device(rank=1, rule=Adam(), keep=True, method="ddpm", misplaced=misplaced)

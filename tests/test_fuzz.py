@@ -25,6 +25,7 @@ from PIL import Image
 
 import diffoc
 from diffoc.costs import ClassLikelihood, ControlCost, GaussianLikelihood, ResidualNorm
+from diffoc.damping import Tikhonov
 from diffoc.data import faces, mnist, portrait
 from diffoc.data.manifest import checked_bytes, load_weights
 from diffoc.data.pictures import picture_size, read_picture, read_transparency
@@ -52,7 +53,7 @@ from diffoc.problems.tasks import (
     task,
 )
 from diffoc.process import ReverseProcess, draw_noise
-from diffoc.rules import LBFGS, Adam, LineSearch, Tikhonov
+from diffoc.rules import LBFGS, Adam, LineSearch
 from diffoc.system import ControlProblem
 
 SHAPE = (1, 4, 4)
@@ -126,15 +127,15 @@ DOORS = [
             "regularization": 0.1,
             "noise_level": 1e-3,
         },
-        {"control_cost": "weights", "rank": "hessian_rank", "iterations": "max_iterations"},
+        {"control_cost": "weights", "rank": "rank", "iterations": "iterations"},
         diffoc.solve,
     ),
     Door(ancestral, {"x": X, "noise": draw_noise(2, X.shape, generator())}, {}, ReverseProcess),
     Door(
-        lambda x, regularization, max_iterations: ilqr(
-            PROBLEM, x, regularization=regularization, max_iterations=max_iterations
+        lambda x, regularization, iterations: ilqr(
+            PROBLEM, x, regularization=regularization, iterations=iterations
         ),
-        {"x": X, "regularization": torch.ones(2), "max_iterations": 1},
+        {"x": X, "regularization": torch.ones(2), "iterations": 1},
         {"x": "x_t|y"},
         ilqr,
     ),
@@ -438,7 +439,9 @@ def settings_by_name(name):
     """A method's settings for few evaluations."""
     method = METHODS[name]
     # Ours from the guess has to have four evaluations for each of its thirty steps.
-    nfe = {"control_paper": 1000, "control": 120, "control_unstopped": 120}.get(name, 12)
+    budgets = {"control": 120, "control_unstopped": 120}
+    budgets |= {"control_paper": 1000, "control_released": 1000}
+    nfe = budgets.get(name, 12)
     found = method.settings("random_inpainting", nfe)
     return found | ({method.tuned[0]: method.tuned[1][-1]} if method.tuned else {})
 
@@ -486,7 +489,7 @@ def test_methods_refuse_settings_out_of_their_range(name):
                 run_method(name, **{key: wrong})
 
 
-SAID = {"control_cost": "weights|control_cost", "weight_scale": "weights", "rank": "hessian_rank"}
+SAID = {"control_cost": "weights|control_cost", "weight_scale": "weights", "rank": "rank"}
 SAID |= {"iterations": "iterations"}
 
 # Images that are not images
@@ -540,6 +543,7 @@ def test_whatever_is_no_picture_is_refused(content, read):
 MODULES = [
     "diffoc.baselines",
     "diffoc.costs",
+    "diffoc.damping",
     "diffoc.data.images",
     "diffoc.data.pictures",
     "diffoc.experiments.cells",
@@ -560,8 +564,20 @@ MODULES = [
 OTHERS = {
     "DivergenceError": "an error",
     "History": "a result",
-    "ILQRResult": "a result",
     "Result": "a result",
+    "Method": "behind ilqr",
+    "State": "behind ilqr",
+    "choose": "behind ilqr",
+    "converged": "behind ilqr",
+    "expand": "behind ilqr",
+    "init": "behind ilqr",
+    "result": "behind ilqr",
+    "step": "behind ilqr",
+    "terminate": "behind ilqr",
+    "Rule": "behind ilqr",
+    "Direction": "behind ilqr",
+    "FullStep": "has no setting",
+    "Constant": "test_ilqr, as regularization",
     "GaussianPosterior": "a result",
     "UnsupportedTask": "an error",
     "as_picture": "test_latent_baselines",
@@ -595,9 +611,10 @@ OTHERS = {
     "untrained_adm": "test_benchmark",
     "drift_and_diffusion": "behind the process",
     "draw_noise": "torch.randn",
-    "AdamState": "behind ilqr",
+    "AdamMemory": "behind ilqr",
+    "times_of_levels": "test_ancestral and test_pixel_baselines",
     "guidance_controls": "test_greedy",
-    "LBFGSState": "behind ilqr",
+    "LBFGSMemory": "behind ilqr",
     "snr_weights": "of a process's times, which it has checked",
     "image_units": "of a process's times, which it has checked",
     "guidance_regularization": "of a process's times, which it has checked",

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from diffoc.baselines import method
 from diffoc.process import ReverseProcess
-from diffoc.rules import LBFGS, LBFGSState
+from diffoc.rules import LBFGS, LBFGSMemory
 
 
 @method
@@ -85,7 +85,7 @@ def d_flow(
             cost = cost + regularization * typical
         return cost.detach(), torch.autograd.grad(cost.sum(), flat)[0], x0.detach()
 
-    state = LBFGSState(LBFGS(first=0.1))
+    state = LBFGSMemory(LBFGS(first=0.1))
     at = x.flatten(1)
     cost, gradient, x0 = evaluate(at)
     step = torch.ones_like(cost)

@@ -133,7 +133,7 @@ class Panel:
             iterations=self.iterations.value,
             residual=lambda x0: physics.A(x0) - y,
             noise_level=noise_level(physics, y, noise),
-            update=lbfgs if self.update.value == "lbfgs" else Adam(0.02, anneal=True),
+            rule=lbfgs if self.update.value == "lbfgs" else Adam(0.02, anneal=True),
             callback=show,
         )
         self.status.value += ", done"

@@ -175,7 +175,7 @@ def reconstruct(
         rank=settings.rank,
         derivatives=MatrixFree(hessian="gauss_newton"),
         iterations=settings.iterations,
-        update=lbfgs if settings.update == "lbfgs" else Adam(settings.rate, anneal=True),
+        rule=lbfgs if settings.update == "lbfgs" else Adam(settings.rate, anneal=True),
         residual=lambda x0: physics.A(x0) - y,
         noise_level=level,
         progress=progress,
@@ -188,8 +188,8 @@ def reconstruct(
         "metrics": None,
         "residual_over_noise": round(residual / level, 4),
         "cost": round(result.cost.item(), 4),
-        "evaluations": evaluations + result.evaluations,
-        "vector_jacobian_products": result.products,
+        "evaluations": evaluations + result.evaluations.item(),
+        "vector_jacobian_products": result.products.item(),
         "seconds": round(seconds, 2),
     }
     if case.truth is not None:

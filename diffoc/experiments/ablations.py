@@ -66,7 +66,7 @@ def rank(prior: str, tasks: Sequence[str]) -> Iterator[Choice]:
 
     The terminal Hessian of rank k, propagated exactly or by the projections of Appendix D.1, and
     Tikhonov's constant a. With a = 0 and no control cost, Eq. 28, Quu has the rank k alone: that
-    cell fails, as the paper says. The control cost of the released code keeps Quu regular. The
+    cell fails, as the paper says. With the control cost Quu stays regular. The
     first order has nothing to project, and Adam makes its constant irrelevant, see
     :func:`diffoc.experiments.controllers.control_paper`.
     """

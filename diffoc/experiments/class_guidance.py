@@ -118,7 +118,7 @@ def planned(
         control_cost=ControlCost(weights),
         rank=0,
         iterations=iterations,
-        update=LineSearch(trials=3, contraction=0.25),
+        rule=LineSearch(trials=3, contraction=0.25),
         regularization=DAMPING * weights,
     )
 

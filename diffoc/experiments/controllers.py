@@ -1,9 +1,10 @@
-r"""The controller as the tables run it: ours, and the paper's settings of it.
+r"""The controller as the tables run it: ours, the paper's settings of it, and its released code's.
 
 It minimises over the controls of the reverse process
 
-.. math:: \frac{\|A(x_0) - y\|^2}{2 s^2} + \frac12 \sum_i r_i \|u_i\|^2 .
+.. math:: \frac{\|A(x_0) - y\|^2}{2 s^2} + \frac12 \sum_i r_i \|u_i\|^2 ,
 
+the released code the norm :math:`\|A(x_0) - y\|` in place of the first term.
 The functions have the signature that :mod:`diffoc.baselines` describes.
 """
 
@@ -17,13 +18,14 @@ from azula.denoise import Denoiser
 from deepinv.physics import LinearPhysics, Physics
 from torch import Tensor
 
+from diffoc.ancestral import AncestralProcess, released_weights
 from diffoc.baselines import method
-from diffoc.costs import ControlCost
+from diffoc.costs import ControlCost, ResidualNorm
 from diffoc.greedy import greedy_controls
 from diffoc.lowrank import MatrixFree
 from diffoc.priors.counting import CountedPrior
 from diffoc.problems.tasks import likelihood, noise_level
-from diffoc.process import ReverseProcess
+from diffoc.process import ReverseProcess, draw_noise
 from diffoc.rules import LBFGS, Adam
 from diffoc.solve import guidance_regularization, image_units, snr_weights, solve
 from diffoc.theory.projected import Projected
@@ -91,7 +93,7 @@ def control(
         control_cost=control_cost,
         rank=0,
         iterations=iterations,
-        update=LBFGS() if guess is None else LBFGS(first=FIRST_FROM_GUESS),
+        rule=LBFGS() if guess is None else LBFGS(first=FIRST_FROM_GUESS),
         residual=lambda x0: physics.A(x0) - y,
         noise_level=noise_level(physics, y, noise_std),
     ).x0
@@ -205,7 +207,7 @@ def control_unstopped(
         control_cost=ControlCost(weight * (alpha / sigma).square()) if weighted else weight,
         rank=0,
         iterations=budget // steps,
-        update=update,
+        rule=update,
         callback=spare,
         **principle,
     ).x0
@@ -276,9 +278,78 @@ def control_paper(
         control_cost=ControlCost(weights),
         rank=rank,
         iterations=iterations,
-        update=Adam(rate),
+        rule=Adam(rate),
         regularization=constant,
         derivatives=Projected(rank, hessian="gauss_newton")
         if projected
         else MatrixFree(keep_activations=False, hessian="gauss_newton"),
+    ).x0
+
+
+@method
+def released(
+    prior: Denoiser,
+    physics: Physics,
+    y: Tensor,
+    x: Tensor,
+    generator: torch.Generator,
+    *,
+    noise_std: float,
+    steps: int = 20,
+    iterations: int = 50,
+    rate: float = 5e-3,
+    weight_scale: float = 1e-6,
+    learned_variance: bool = False,
+    keep_activations: bool = True,
+) -> Tensor:
+    r"""Images (B, ...) by what the authors' released code does by default; the paper differs.
+
+    =============  ===================================  =========================================
+    .              the paper                            the released code
+    =============  ===================================  =========================================
+    process        T deterministic steps                T - 1 ancestral ones with frozen noise and
+                                                        clipped image
+    terminal cost  half the squared residual over s^2   the norm of the residual
+    control cost   none (Eq. 28)                        :func:`diffoc.ancestral.released_weights`
+    derivatives    rank 1                               rank 0, so that all feedback vanishes
+    update         Adam on the gains                    AdamW on the gains, weight decay 0.01
+    result         not said                             the last iterate
+    =============  ===================================  =========================================
+
+    A step's gain is :math:`k = -Q_u / (r + 0.001)`; Adam divides it by its own size, so that only
+    the direction of :math:`Q_u = r u + f_u^T p` counts. The released code inverts the matrix
+    :math:`r I` of rank 0 by Woodbury's identity with 0 + 0.001 I for the part of rank 16, on a
+    random subspace of that dimension: there it takes from the gain the share
+
+    .. math:: \Big(1 + \frac{\rho}{0.001} + 0.001 \rho\Big)^{-1}, \qquad \rho = r + 0.001 ,
+
+    a fifth in the first step and a fourteenth in the last of T = 20. This is left out here.
+
+    Args:
+        noise_std: of the measurements, which the released code does not use.
+        steps: T, 2 to 1000; at most 22 where the prior's schedule ends at 100 times as much noise
+            as image, as the usual one does.
+        iterations: their number, at least 0: evaluations are (T - 1)(1 + iterations), products
+            (T - 1) iterations. The released code evaluates the prior three times an iteration.
+        rate: of AdamW.
+        weight_scale: of the control cost.
+        learned_variance: of the steps, see :class:`diffoc.ancestral.AncestralProcess`.
+        keep_activations: as for :func:`diffoc.solve.solve`.
+
+    Source: github.com/lihenryhfl/diffusion_optimal_control, commit f20ebff.
+    """
+    weights = released_weights(steps, weight_scale)
+    noise = draw_noise(steps - 1, x.shape, generator).to(x)
+    _, sigma = prior.schedule(torch.ones((), dtype=torch.float64))
+    return solve(
+        AncestralProcess(prior, steps, noise, learned_variance),
+        ResidualNorm(physics.A, y),
+        x / sigma.item(),
+        control_cost=ControlCost(weights),
+        rank=0,
+        iterations=iterations,
+        rule=Adam(rate, weight_decay=0.01, keeps_best=False),
+        regularization=1e-3,
+        feedback=False,
+        keep_activations=keep_activations,
     ).x0

@@ -179,7 +179,7 @@ def control_frozen_noise(
     perturbed = y + noise_std * _normal(y.shape, generator).to(y)
     likelihood = GaussianLikelihood(physics.A, perturbed, noise_std)
     system = ControlProblem(process.step, ControlCost(weights), likelihood, steps)
-    return ilqr(system, x, max_iterations=iterations).states[-1]
+    return ilqr(system, x, iterations=iterations).states[-1]
 
 
 def exact_kernels(
@@ -214,7 +214,7 @@ def exact_kernels(
     noise = draw_noise(steps, x.shape, generator).to(x)
     problem, _, _ = exact_kernel_problem(setting, steps, noise)
     # Linear dynamics and quadratic costs: one iteration is exact.
-    return ilqr(problem, x, regularization=0.0, max_iterations=1).states[-1]
+    return ilqr(problem, x, regularization=0.0, iterations=1).states[-1]
 
 
 def _known(prior: Denoiser, *kinds: type[Denoiser]) -> Denoiser:

@@ -138,7 +138,7 @@ def _steering() -> Figure:
         process = ReverseProcess(prior, 20, "ddim", mode)
         start = torch.randn(6, 2, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
         problem = ControlProblem(process.step, ControlCost(30.0), cost, 20)
-        result = ilqr(problem, start, max_iterations=25, gradient_tolerance=1e-5)
+        result = ilqr(problem, start, iterations=25, gradient_tolerance=1e-5)
         paths[f"{mode} perturbation"] = result.states
     side = torch.linspace(-3, 3, 120, dtype=torch.float64)
     plane = torch.cartesian_prod(side, side)

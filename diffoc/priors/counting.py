@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import nullcontext
 
 import torch
-from azula.denoise import Denoiser, DiracPosterior
+from azula.denoise import Denoiser, DiracPosterior, GaussianPosterior, Posterior
 from torch import Tensor
 
 
@@ -30,15 +30,18 @@ class CountedPrior(Denoiser):
         self.precision = precision
         self.evaluations = self.products = 0
 
-    def forward(self, x_t: Tensor, t: Tensor, **kwargs: object) -> DiracPosterior:
-        """The posterior's mean, in the precision of `x_t`; shapes as for any denoiser."""
+    def forward(self, x_t: Tensor, t: Tensor, **kwargs: object) -> Posterior:
+        """The posterior's mean, and its variance where it has one, in the precision of `x_t`."""
         self.evaluations += len(x_t)
         half = self.precision == "bfloat16"
         with torch.autocast(x_t.device.type, torch.bfloat16) if half else nullcontext():
-            mean = self.prior(x_t, t, **kwargs).mean.to(x_t.dtype)
+            posterior = self.prior(x_t, t, **kwargs)
+            mean = posterior.mean.to(x_t.dtype)
         if mean.grad_fn is not None:
             # Of the function, not of the tensor: gradients that end at the mean are no products.
             mean.grad_fn.register_prehook(lambda cotangents: self._count_product(len(x_t)))
+        if isinstance(posterior, GaussianPosterior):
+            return GaussianPosterior(mean, posterior.var.to(x_t.dtype))
         return DiracPosterior(mean)
 
     def _count_product(self, images: int) -> None:

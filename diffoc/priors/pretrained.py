@@ -69,7 +69,11 @@ def shape_of(name: str) -> tuple[int, ...]:
 
 
 def load_prior(
-    name_or_path: str | Path, schedule: Schedule | None = None, *, allow_pickle: bool = False
+    name_or_path: str | Path,
+    schedule: Schedule | None = None,
+    *,
+    allow_pickle: bool = False,
+    learned_variance: bool = False,
 ) -> Denoiser:
     """A pretrained prior: an azula denoiser on images in [-1, 1], in evaluation mode, float32.
 
@@ -92,16 +96,20 @@ def load_prior(
             - a checkpoint of our trainer, a path ending in .pt.
         schedule: of the noise; by default azula's variance-preserving one with
             sigma / alpha from 0.01 to 100, about what all these networks were trained for.
+        learned_variance: whether "ffhq256" or "imagenet256" keeps its head for the variance of
+            ancestral steps, see :class:`diffoc.ancestral.AncestralProcess`.
         allow_pickle: whether the file of "ffhq64", which is Python code as much as data, may be
             run. It also needs a clone of https://github.com/NVlabs/edm on the Python path.
 
     Raises:
         FileNotFoundError: if a file is missing and cannot be downloaded.
-        ValueError: for an unknown name, a file that is damaged or of another kind, and for
-            "ffhq64" without `allow_pickle`.
+        ValueError: for an unknown name, a file that is damaged or of another kind, for "ffhq64"
+            without `allow_pickle`, and for `learned_variance` of others.
     """
     if schedule is None:
         schedule = default_schedule()
+    if learned_variance and str(name_or_path) not in _ADM_CARDS:
+        raise ValueError(f"learned_variance is for {' and '.join(_ADM_CARDS)} only")
     name, path = str(name_or_path), Path(name_or_path)
     shape = _SHAPES.get(name)
     if name in OURS:
@@ -110,7 +118,7 @@ def load_prior(
         network.load_state_dict(weights)
         prior: Denoiser = KarrasDenoiser(network, schedule)
     elif name in _ADM_CARDS:
-        prior = _load_adm(name, schedule)
+        prior = _load_adm(name, schedule, learned_variance)
     elif name == "ffhq64":
         prior = _load_edm(schedule, allow_pickle)
     elif path.suffix == ".pt":
@@ -166,7 +174,9 @@ def _load_folder(folder: Path, schedule: Schedule) -> Denoiser:
 # --- ADM and EDM ----------------------------------------------------------------------------------
 
 
-def untrained_adm(name: str, channels: int | None = None) -> Denoiser:
+def untrained_adm(
+    name: str, channels: int | None = None, learned_variance: bool = False
+) -> Denoiser:
     """The network of "ffhq256" or "imagenet256" as initialised: its last convolution is zero.
 
     Its schedule is azula's own for these networks; under `torch.device("meta")` it takes no memory.
@@ -175,6 +185,7 @@ def untrained_adm(name: str, channels: int | None = None) -> Denoiser:
         name: of the two.
         channels: of the first level, a multiple of 32; those of the others are in proportion. By
             default as many as the weights have.
+        learned_variance: whether it has the head for the variance, too.
 
     Raises:
         ValueError: for another name or number.
@@ -186,7 +197,7 @@ def untrained_adm(name: str, channels: int | None = None) -> Denoiser:
         if channels < 32 or channels % 32:  # ADM's norms have 32 groups
             raise ValueError(f"channels is {channels}, expected a multiple of 32")
         config["num_channels"] = channels
-    prior = adm.make_model(**config, clip_mean=False, learn_var=False)
+    prior = adm.make_model(**config, clip_mean=False, learn_var=learned_variance)
     for block in prior.backbone.modules():
         if isinstance(block, ResBlock | AttentionBlock):
             # azula's checkpoints evaluate the block again in every backward pass, 0.74 F each;
@@ -196,10 +207,10 @@ def untrained_adm(name: str, channels: int | None = None) -> Denoiser:
     return prior.eval().requires_grad_(False)
 
 
-def _load_adm(name: str, schedule: Schedule) -> Denoiser:
+def _load_adm(name: str, schedule: Schedule, learned_variance: bool) -> Denoiser:
     path = fetch(REMOTE[name])
     state = read_torch_file(path)
-    prior = untrained_adm(name)
+    prior = untrained_adm(name, learned_variance=learned_variance)
     # The second half of the output channels is the interpolation of the variance.
     for key, value in prior.backbone.state_dict().items():
         if key in ("out.2.weight", "out.2.bias") and key in state:

@@ -60,7 +60,7 @@ def predictor_corrector() -> float:
     """Worst relative error of input-mode states against a loop of predictions and corrections."""
     setting, process, nominal = _nominal("input")
     a = 100.0
-    states = one_sweep(setting, process, nominal[0], a, hessian_rank=0).states
+    states = one_sweep(setting, process, nominal[0], a, rank=0).states
     corrected = nominal[0] + setting.gradient(process, 0, nominal[0]) / a
     worst = 0.0
     for i in range(STEPS):
@@ -79,7 +79,7 @@ def lemma_4_2() -> float:
     setting, process, nominal = _nominal("output")
     t, dt = process.times[:-1], -process.times.diff()
     _, g2 = drift_and_diffusion(setting.prior.schedule, t)
-    controls = one_sweep(setting, process, nominal[0], 2 / (g2 * dt), hessian_rank=0).controls
+    controls = one_sweep(setting, process, nominal[0], 2 / (g2 * dt), rank=0).controls
     h = 1e-5
     (alpha, sigma), (before, less), (after, more) = map(setting.prior.schedule, (t, t - h, t + h))
     g2 = (more**2 - less**2 - 2 * sigma**2 / alpha * (after - before)) / (2 * h)
@@ -96,7 +96,7 @@ def kl_control() -> float:
     setting = linear_gaussian()
     problem, kernels, times = exact_kernel_problem(setting, 10)
     x = torch.randn(1, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    found = ilqr(problem, x, regularization=0.0, max_iterations=1)
+    found = ilqr(problem, x, regularization=0.0, iterations=1)
     errors = []
     for i, (F, _, C) in enumerate(kernels):
         control = torch.linalg.solve(C, found.controls[i].mT).mT @ F
@@ -157,7 +157,7 @@ def riccati() -> float:
     slope = torch.autograd.functional.jacobian(total, zero)
     best = torch.linalg.solve(torch.autograd.functional.hessian(total, zero), -slope)
     start = torch.zeros(steps, 1, m, dtype=torch.float64)
-    found = ilqr(problem, z, start, regularization=0.0, max_iterations=1)
+    found = ilqr(problem, z, start, regularization=0.0, iterations=1)
     return relative_error(found.controls.flatten(), best)
 
 
@@ -202,15 +202,15 @@ def evaluations_of_table_2() -> float:
     prior = GaussianPrior(one[0], one, VPSchedule(sigma_min=0.0))
     process = ReverseProcess(prior, 50)
 
-    def evaluations(iterations: int) -> int:
+    def evaluations(iterations: int) -> float:
         return solve(
             process,
             lambda x: x.square().flatten(1).sum(1),
             one,
             rank=0,
             iterations=iterations,
-            update=Adam(1e-3),
-        ).evaluations
+            rule=Adam(1e-3),
+        ).evaluations.item()
 
     # The first rollout is no iteration.
     return 100.0 * (evaluations(2) - evaluations(1))
@@ -242,7 +242,7 @@ def _first_order_error(mode: str) -> float:
     gradients = _gradients(setting, process, nominal)
     worst = 0.0
     for a in CONSTANTS:
-        controls = one_sweep(setting, process, nominal[0], a, hessian_rank=0).controls
+        controls = one_sweep(setting, process, nominal[0], a, rank=0).controls
         worst = max(worst, *map(relative_error, controls, gradients / a))
     return worst
 

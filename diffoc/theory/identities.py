@@ -1,26 +1,28 @@
 r"""The paper's theory as numbers: identities in float64, each with an error and a bound.
 
 Every row compares the controller with a computation that does not use it: gradients through
-whole rollouts, closed forms of Gaussians, an independently written loop. Notebooks 03 to 05 derive
-them; `python -m diffoc verify` prints them. The setting, unless a row says otherwise, is a random
-Gaussian prior in 8 dimensions, measured in 4, under a variance-preserving schedule.
+whole rollouts, closed forms of Gaussians, an independently written loop. Notebooks 03 to 05 and
+14 derive them; `python -m diffoc verify` prints them. The setting, unless a row says otherwise, is
+a random Gaussian prior in 8 dimensions, measured in 4, under a variance-preserving schedule.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import torch
 from azula.noise import VPSchedule
 from torch import Tensor
 
 from diffoc.costs import ControlCost, GaussianLikelihood
-from diffoc.ilqr import ILQRResult, ilqr
+from diffoc.ilqr import Result, ilqr
 from diffoc.priors.gaussian import GaussianPrior
 from diffoc.problems.operators import LinearMeasurement
 from diffoc.process import ReverseProcess, drift_and_diffusion
+from diffoc.rules import FullStep
 from diffoc.system import ControlProblem
+from diffoc.theory.doob_identities import DOOB_IDENTITIES
+from diffoc.theory.identity import EXACT, SLOPE, Identity
 from diffoc.theory.linear_gaussian import (
     LinearGaussian,
     as_mixture,
@@ -30,35 +32,7 @@ from diffoc.theory.linear_gaussian import (
     relative_error,
 )
 
-EXACT = 1e-12
-"""The bound on the relative error of what is equal in exact arithmetic."""
-
-SLOPE = 0.05
-"""The bound on the relative deviation of a fitted slope from the theory's."""
-
 CONSTANTS = (1e-2, 1.0, 1e4)
-
-
-@dataclass(frozen=True)
-class Identity:
-    """One statement and how far the computation is from it.
-
-    Attributes:
-        name: the statement.
-        setting: where it was tried.
-        error: relative, not negative.
-        bound: of the error.
-    """
-
-    name: str
-    setting: str
-    error: float
-    bound: float
-
-    @property
-    def holds(self) -> bool:
-        """Whether the error is within the bound (a NaN is not)."""
-        return self.error <= self.bound
 
 
 def one_sweep(
@@ -66,17 +40,17 @@ def one_sweep(
     process: ReverseProcess,
     x: Tensor,
     regularization: float | Tensor,
-    hessian_rank: int | None = None,
-) -> ILQRResult:
+    rank: int | None = None,
+) -> Result:
     """One iteration of iLQR without running cost (Eq. 28) at full step, from zero controls."""
     problem = ControlProblem(process.step, ControlCost(0.0), setting.likelihood, process.horizon)
     return ilqr(
         problem,
         x,
         regularization=regularization,
-        hessian_rank=hessian_rank,
-        line_search=None,
-        max_iterations=1,
+        rank=rank,
+        rule=FullStep(),
+        iterations=1,
     )
 
 
@@ -90,7 +64,7 @@ def first_order() -> Iterator[Identity]:
             [setting.gradient(process, i + where, nominal[i + where]) for i in range(50)]
         )
         for a in CONSTANTS:
-            controls = one_sweep(setting, process, x, a, hessian_rank=0).controls
+            controls = one_sweep(setting, process, x, a, rank=0).controls
             worst = max(map(relative_error, controls, gradients / a))
             yield Identity(
                 f"Theorem {theorem}: u = grad log p(y|x_0(x)) / a",
@@ -128,7 +102,7 @@ def lemma_4_2() -> Iterator[Identity]:
     process, x, nominal = _start(setting, "output")
     t, dt = process.times[:-1], -process.times.diff()
     _, g2 = drift_and_diffusion(setting.prior.schedule, t)
-    result = one_sweep(setting, process, x, 2 / (g2 * dt), hessian_rank=0)
+    result = one_sweep(setting, process, x, 2 / (g2 * dt), rank=0)
     steps = [
         process.step(i, nominal[i])
         + g2[i] * dt[i] / 2 * setting.gradient(process, i + 1, nominal[i + 1])
@@ -149,7 +123,7 @@ def predictor_corrector() -> Iterator[Identity]:
     process, x, nominal = _start(setting, "input")
     plain = ReverseProcess(setting.prior, process.horizon, "euler")
     for a in (1e2, 1e4):
-        result = one_sweep(setting, process, x, a, hessian_rank=0)
+        result = one_sweep(setting, process, x, a, rank=0)
         corrected = x + setting.gradient(plain, 0, nominal[0]) / a  # x~ of Eq. 77
         errors = []
         for i in range(plain.horizon):
@@ -172,7 +146,7 @@ def kl_control() -> Iterator[Identity]:
     x = torch.randn(1, 8, generator=g, dtype=torch.float64)
     for steps in (10, 100, 1000):
         problem, kernels, times = exact_kernel_problem(setting, steps)
-        result = ilqr(problem, x, regularization=0.0, max_iterations=1)
+        result = ilqr(problem, x, regularization=0.0, iterations=1)
         errors = []
         for i, (F, _, C) in enumerate(kernels):
             exact = setting.prior.conditional_score(result.states[i], times[i], setting.measurement)
@@ -188,7 +162,7 @@ def kl_control() -> Iterator[Identity]:
 
     problem, _, times = exact_kernel_problem(setting, 100, start=0.5)
     states = torch.randn(5, 8, generator=g, dtype=torch.float64)
-    value = ilqr(problem, states, regularization=0.0, max_iterations=1).cost
+    value = ilqr(problem, states, regularization=0.0, iterations=1).cost
     evidence = (
         as_mixture(setting.prior)
         .given_noisy(states, *setting.prior.schedule(times[0]))
@@ -210,7 +184,7 @@ def small_step_limit() -> Iterator[Identity]:
     counts, errors = [100, 200, 400, 800], []
     for steps in counts:
         problem, _, times = exact_kernel_problem(setting, steps)
-        result = ilqr(problem, x, regularization=0.0, max_iterations=1)
+        result = ilqr(problem, x, regularization=0.0, iterations=1)
         i = steps // 2
         score = setting.prior.conditional_score(result.states[i], times[i], setting.measurement)
         _, g2 = drift_and_diffusion(setting.prior.schedule, times[i])
@@ -231,7 +205,7 @@ def posterior_by_control() -> Iterator[Identity]:
     A, y = setting.measurement.matrix, setting.measurement.y
     x = torch.randn(1, n, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     problem, _, times = exact_kernel_problem(setting, steps)
-    mean = ilqr(problem, x, regularization=0.0, max_iterations=1).states[-1]
+    mean = ilqr(problem, x, regularization=0.0, iterations=1).states[-1]
     belief = as_mixture(setting.prior).given_noisy(x, *setting.prior.schedule(times[0]))
     exact = belief.given(setting.measurement)
     yield Identity(
@@ -251,7 +225,7 @@ def posterior_by_control() -> Iterator[Identity]:
         GaussianLikelihood(lambda z: z @ A.mT, y + s * unit[:, steps * n :], s),
     )
     problem, _, _ = exact_kernel_problem(perturbed, steps, noise)
-    ends = ilqr(problem, x.expand(count, n), regularization=0.0, max_iterations=1).states[-1]
+    ends = ilqr(problem, x.expand(count, n), regularization=0.0, iterations=1).states[-1]
     columns = ends - mean
     yield Identity(
         "Control with frozen noise and y + noise: Cov[x_0|x_T, y]",
@@ -307,6 +281,7 @@ IDENTITIES: tuple[Callable[[], Iterator[Identity]], ...] = (
     small_step_limit,
     posterior_by_control,
     standard_normal_scores,
+    *DOOB_IDENTITIES,
 )
 
 

@@ -39,14 +39,13 @@ two give differs by the projections alone.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from diffoc.hessian import HESSIANS, range_finder, terminal_products
 from diffoc.lowrank import (
-    Counts,
     LowRankGains,
     check_rank,
     control_weight,
@@ -54,7 +53,7 @@ from diffoc.lowrank import (
     low_rank_step,
     random_directions,
 )
-from diffoc.riccati import System
+from diffoc.riccati import Counts, System
 
 
 @dataclass(frozen=True)
@@ -106,7 +105,7 @@ class Projected:
     An iteration costs :math:`T (2 F + r J + (1 + r) B)` with two passes, J being one
     Jacobian-vector product, and :math:`T (F + (1 + r) B)` with one. The running cost must be a
     :class:`diffoc.costs.ControlCost`. The terminal Hessian is projected in the same way as the
-    Jacobians, on as many columns as `hessian_rank` says; with one pass, give the two ranks the same
+    Jacobians, on as many columns as `rank` says; with one pass, give the two ranks the same
     number for the same P.
 
     Attributes:
@@ -136,6 +135,10 @@ class Projected:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected 1 or 2")
         if self.hessian not in HESSIANS:
             raise ValueError(f"hessian is {self.hessian!r}, expected one of {', '.join(HESSIANS)}")
+
+    def fresh(self) -> Projected:
+        """The same, with counts of its own that begin at zero."""
+        return replace(self, counts=Counts())
 
     def step(
         self, problem: System, i: int, x: Tensor, u: Tensor

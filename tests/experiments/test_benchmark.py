@@ -17,7 +17,7 @@ from diffoc.lowrank import MatrixFree
 from diffoc.priors.pretrained import untrained_adm
 from diffoc.problems.operators import average_pool
 from diffoc.process import ReverseProcess
-from diffoc.rules import Adam, LineSearch
+from diffoc.rules import Adam, FullStep, LineSearch
 from diffoc.system import ControlProblem
 
 
@@ -74,10 +74,10 @@ def test_an_iteration_of_the_controller_takes_no_more(keep, rank):
             ControlProblem(process.step, ControlCost(1.0), likelihood, 5),
             x,
             derivatives=MatrixFree(keep_activations=keep),
-            hessian_rank=rank,
+            rank=rank,
             regularization=0.0,
-            line_search=None,
-            max_iterations=iterations,
+            rule=FullStep(),
+            iterations=iterations,
             gradient_tolerance=0.0,
         )
         found.append((Scale.evaluations, Scale.products))
@@ -118,10 +118,10 @@ def most_numbers(side, steps, rank, rule, keep):
             ControlProblem(process.step, ControlCost(1.0), likelihood, steps),
             x,
             derivatives=MatrixFree(keep_activations=keep),
-            hessian_rank=rank,
+            rank=rank,
             regularization=0.0,
-            line_search=rule,
-            max_iterations=3,
+            rule=rule,
+            iterations=3,
             gradient_tolerance=0.0,
         )
 

@@ -148,7 +148,7 @@ def test_control_without_a_network_is_regularised_least_squares(name):
         control_cost=r,
         rank=0,
         iterations=100,
-        update=LBFGS(),
+        rule=LBFGS(),
     )
     eye = torch.eye(96, dtype=torch.float64).reshape(96, *shape)
     A = physics.A(eye).flatten(1).mT

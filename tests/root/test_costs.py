@@ -172,7 +172,7 @@ def test_a_classifier_guides_the_digit_prior():
     uncontrolled = process.rollout(x)[-1]
     cost = ClassLikelihood(network, network(uncontrolled).argmin(1))
     before = cost(uncontrolled)
-    found = solve(process, cost, x, control_cost=0.01, rank=0, iterations=40, update=LBFGS())
+    found = solve(process, cost, x, control_cost=0.01, rank=0, iterations=40, rule=LBFGS())
     after = cost(found.x0)
     assert (after < 0.1 * before).all()
     assert (after < 0.1).all()  # above 90 %

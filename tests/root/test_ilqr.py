@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize
 
 from diffoc.costs import ControlCost, GaussianLikelihood
+from diffoc.damping import Tikhonov
 from diffoc.ilqr import ilqr
 from diffoc.priors.gaussian import GaussianPrior
 from diffoc.process import ReverseProcess
 from diffoc.riccati import Dense, SingularControlHessianError, expand_step, terminal_value
-from diffoc.rules import LineSearch, Tikhonov
+from diffoc.rules import FullStep, LineSearch
 from diffoc.system import ControlProblem, backward_sweep, forward_sweep, roll_out
 
 
@@ -198,7 +199,7 @@ def test_forward_sweep_is_the_policy():
     lq = LQ(4, 2, 5, seed=5)
     problem, x, controls = lq.problem(), normal(2, 4, seed=91), normal(5, 2, 2, seed=92)
     states = problem.rollout(x, controls)
-    gains = ilqr(problem, x, controls, max_iterations=1).gains  # of the first sweep
+    gains = ilqr(problem, x, controls, iterations=1).gains  # of the first sweep
     step = torch.tensor([0.25, 0.0], dtype=torch.float64)
     nominal = roll_out(problem, x, controls, Dense())
     new = forward_sweep(problem, nominal, gains, step, Dense())
@@ -282,7 +283,7 @@ def swing_up(request):
         problem,
         x,
         controls,
-        max_iterations=500,
+        iterations=500,
         callback=lambda i, cost, x: seen.append((i, cost.clone())),
     )
     return problem, x, controls, seen, result
@@ -324,10 +325,10 @@ def test_the_history_descends_and_tells_the_truth(swing_up):
 
 def test_no_problem_of_a_batch_depends_on_another(swing_up):
     problem, x, controls, *_ = swing_up
-    together = ilqr(problem, x, controls, max_iterations=12)
+    together = ilqr(problem, x, controls, iterations=12)
     for b in range(len(x)):
         one = slice(b, b + 1)
-        alone = ilqr(problem, x[one], controls[:, one], max_iterations=12)
+        alone = ilqr(problem, x[one], controls[:, one], iterations=12)
         assert alone.status[0] == together.status[b]
         torch.testing.assert_close(alone.cost[0], together.cost[b], rtol=1e-9, atol=1e-9)
         torch.testing.assert_close(
@@ -359,7 +360,7 @@ def test_regularization_never_exceeds_the_schedule_s_maximum(swing_up):
 def test_gains_of_a_converged_problem_do_not_depend_on_the_others():
     """The unregularised problem's own gains at its optimum, from numpy's Riccati recursion."""
     problem, x = fast_and_slow()
-    result = ilqr(problem, x, max_iterations=15)
+    result = ilqr(problem, x, iterations=15)
     assert len(result.history.cost) > 3
     assert result.history.step[1][0] == 0
     V = 10.0
@@ -391,7 +392,7 @@ def test_costs_never_rise(seed, n, m, T, strength, update):
         T,
     )
     x, controls = normal(2, n, seed=seed + 4), normal(T, 2, m, seed=seed + 5)
-    result = ilqr(problem, x, controls, value_update=update, max_iterations=15)
+    result = ilqr(problem, x, controls, value_update=update, iterations=15)
     costs = torch.stack([shooting_gradient(problem, x, controls)[0], *result.history.cost[1:]])
     costs = torch.cat([costs, shooting_gradient(problem, x, result.controls)[0][None]])
     assert (costs.diff(dim=0) <= 1e-12 * costs[:-1].abs()).all()
@@ -503,7 +504,7 @@ def test_fixed_regularization_damps_the_step():
     )
     x = torch.tensor([[2.0], [-3.0]], dtype=torch.float64)
     for constant in (0.7, torch.tensor([0.7])):
-        result = ilqr(problem, x, regularization=constant, max_iterations=1)
+        result = ilqr(problem, x, regularization=constant, iterations=1)
         torch.testing.assert_close(result.controls[0], -x / 3.7, rtol=1e-7, atol=0)
         assert result.status == ["iterations", "iterations"]
         torch.testing.assert_close(
@@ -516,13 +517,13 @@ def test_fixed_regularization_damps_the_step():
 
 def test_one_constant_per_step_is_the_same_as_one_for_all():
     problem, x, controls = pendulum()
-    one = ilqr(problem, x, controls, regularization=0.3, max_iterations=3)
+    one = ilqr(problem, x, controls, regularization=0.3, iterations=3)
     many = ilqr(
         problem,
         x,
         controls,
         regularization=torch.full((22,), 0.3, dtype=torch.float64),
-        max_iterations=3,
+        iterations=3,
     )
     torch.testing.assert_close(one.controls, many.controls, rtol=0, atol=0)
 
@@ -540,7 +541,7 @@ def test_no_line_search_takes_every_full_step():
     for iterations in range(1, 5):
         u -= (math.sinh(u) + 0.2 * u) / (math.cosh(u) + 0.2)
         result = ilqr(
-            problem, x, controls, regularization=0.0, line_search=None, max_iterations=iterations
+            problem, x, controls, regularization=0.0, rule=FullStep(), iterations=iterations
         )
         assert result.controls.item() == pytest.approx(u, rel=1e-9, abs=1e-12)
         assert all(step.item() == 1 for step in result.history.step)
@@ -557,7 +558,7 @@ def test_the_line_search_backtracks_by_its_contraction():
     x = torch.zeros(2, 1, dtype=torch.float64)
     controls = torch.tensor([[[2.0], [0.5]]], dtype=torch.float64)
     search = LineSearch(sufficient=1e-4, contraction=0.3)
-    result = ilqr(problem, x, controls, line_search=search, max_iterations=1)
+    result = ilqr(problem, x, controls, rule=search, iterations=1)
     full = -(2.0 + 2.0**3)
     step = 1.0
     while (
@@ -574,23 +575,21 @@ def test_the_line_search_backtracks_by_its_contraction():
 def test_hessian_rank_zero_is_gradient_descent_through_the_control_cost():
     """Without curvature: k = -(lu + fu^T Vx) / (luu + a), K from the running cost alone."""
     problem, x = diffusion("output", T=1, weights=0.0)
-    result = ilqr(
-        problem, x, hessian_rank=0, regularization=50.0, max_iterations=1, line_search=None
-    )
+    result = ilqr(problem, x, rank=0, regularization=50.0, iterations=1, rule=FullStep())
     gradient = shooting_gradient(problem, x, torch.zeros(1, 2, 3, dtype=torch.float64))[1]
     torch.testing.assert_close(result.controls, -gradient / 50, rtol=1e-10, atol=1e-12)
 
 
 def test_a_full_hessian_rank_changes_nothing():
     problem, x = diffusion("input", weights=0.3)
-    whole, truncated, one = (ilqr(problem, x, hessian_rank=r) for r in (None, 3, 1))
+    whole, truncated, one = (ilqr(problem, x, rank=r) for r in (None, 3, 1))
     torch.testing.assert_close(truncated.controls, whole.controls, rtol=1e-9, atol=1e-10)
     torch.testing.assert_close(one.controls, whole.controls, rtol=1e-9, atol=1e-10)  # rank one
 
 
 def test_no_iterations_return_the_start():
     problem, x, controls = pendulum()
-    result = ilqr(problem, x, controls, max_iterations=0)
+    result = ilqr(problem, x, controls, iterations=0)
     assert torch.equal(result.controls, controls)
     assert torch.equal(result.states, problem.rollout(x, controls))
     assert result.status == ["iterations"] * 3
@@ -619,7 +618,7 @@ def test_a_problem_converged_in_a_batch_keeps_its_trajectory(swing_up):
     problem, x, controls, _, solved = swing_up
     start = controls.clone()
     start[:, 1] = solved.controls[:, 1]
-    result = ilqr(problem, x, start, max_iterations=5, gradient_tolerance=1e-6)
+    result = ilqr(problem, x, start, iterations=5, gradient_tolerance=1e-6)
     assert result.status[1] == "gradient"
     assert torch.equal(result.controls[:, 1], start[:, 1])
     assert not torch.equal(result.controls[:, 0], start[:, 0])
@@ -657,7 +656,7 @@ def test_float32_runs_of_the_controlled_diffusion_stay_float32():
         GaussianLikelihood(lambda x: x @ A.mT, y, 0.5),
         4,
     )
-    result = ilqr(single, x.float(), max_iterations=20, gradient_tolerance=1e-4)
+    result = ilqr(single, x.float(), iterations=20, gradient_tolerance=1e-4)
     assert set(result.status) <= {"gradient", "cost"}
     assert result.controls.dtype == result.states.dtype == result.cost.dtype == torch.float32
     torch.testing.assert_close(
@@ -668,7 +667,7 @@ def test_float32_runs_of_the_controlled_diffusion_stay_float32():
 def test_float32_runs_of_the_swing_ups_reach_the_cost(swing_up):
     problem, x, controls, _, double = swing_up
     start = double.controls + 0.01 * normal(*controls.shape, seed=85)
-    result = ilqr(problem, x.float(), start.float(), max_iterations=20)
+    result = ilqr(problem, x.float(), start.float(), iterations=20)
     assert result.controls.dtype == result.states.dtype == result.cost.dtype == torch.float32
     torch.testing.assert_close(result.cost.double(), double.cost, rtol=1e-4, atol=1e-5)
 
@@ -732,7 +731,7 @@ def simple(T: int = 3) -> ControlProblem:
         ("regularization", {"regularization": math.nan}),
         ("regularization", {"regularization": torch.zeros(2)}),
         ("regularization", {"regularization": torch.tensor([0.0, -1.0, 0.0])}),
-        ("max_iterations", {"max_iterations": -1}),
+        ("iterations", {"iterations": -1}),
     ],
 )
 def test_doors(named, change):

@@ -38,11 +38,9 @@ def setting(n=12, T=6, mode="input"):
 @pytest.mark.parametrize("mode", ["input", "output"])
 def test_solve_is_the_controller_of_the_theory(mode):
     process, likelihood, x = setting(mode=mode)
-    found = solve(
-        process, likelihood, x, rank=4, update=LineSearch(), iterations=5, keep_states=True
-    )
+    found = solve(process, likelihood, x, rank=4, rule=LineSearch(), iterations=5)
     problem = ControlProblem(process.step, ControlCost(1.0), likelihood, 6)
-    expected = ilqr(problem, x, hessian_rank=4, regularization=0.0, max_iterations=5)
+    expected = ilqr(problem, x, rank=4, regularization=0.0, iterations=5)
     torch.testing.assert_close(found.controls, expected.controls, rtol=1e-7, atol=1e-8)
     torch.testing.assert_close(found.cost, expected.cost)
     torch.testing.assert_close(found.x0, found.states[-1])
@@ -60,15 +58,16 @@ def test_the_counts_are_those_of_the_network(keep, rank):
     calls = []
     process.denoiser.register_forward_hook(lambda *a: calls.append(1))
     found = solve(process, likelihood, x, rank=rank, iterations=4, keep_activations=keep)
-    assert found.evaluations <= len(calls) <= found.evaluations + 6  # the best iterate, once more
-    assert found.evaluations == 6 + (4 if keep else 8) * 6
-    assert found.products == 4 * 6 * (1 + rank)
+    evaluations = 6 + (4 if keep else 8) * 6
+    assert evaluations <= len(calls) <= evaluations + 6  # the best iterate, once more
+    assert found.evaluations.tolist() == [evaluations] * len(x)
+    assert found.products.tolist() == [4 * 6 * (1 + rank)] * len(x)
 
 
 def test_derivatives_may_be_represented_otherwise():
     """With as many columns as numbers the paper's projections change nothing."""
     process, likelihood, x = setting()
-    options = {"rank": 4, "update": LineSearch(), "iterations": 3}
+    options = {"rank": 4, "rule": LineSearch(), "iterations": 3}
     expected = solve(process, likelihood, x, **options)
     for derivatives, evaluations, products, tangents in (
         (Projected(12), 2, 13, 12),
@@ -77,9 +76,9 @@ def test_derivatives_may_be_represented_otherwise():
         found = solve(process, likelihood, x, derivatives=derivatives, **options)
         torch.testing.assert_close(found.controls, expected.controls, rtol=1e-7, atol=1e-8)
         iterations = len(found.costs)
-        assert found.evaluations >= 6 * (1 + evaluations * iterations)
-        assert found.products == 6 * products * iterations
-        assert found.tangents == 6 * tangents * iterations
+        assert (found.evaluations >= 6 * (1 + evaluations * iterations)).all()
+        assert (found.products == 6 * products * iterations).all()
+        assert (found.tangents == 6 * tangents * iterations).all()
         assert derivatives.counts == Counts()
 
 
@@ -89,14 +88,14 @@ def test_the_discrepancy_principle_stops_in_time():
     def residual(x0):
         return likelihood.operator(x0) - likelihood.y
 
-    long = solve(process, likelihood, x, rank=4, update=LineSearch(), iterations=30)
+    long = solve(process, likelihood, x, rank=4, rule=LineSearch(), iterations=30)
     level = 3 * residual(long.x0).square().mean().sqrt().item()
     short = solve(
         process,
         likelihood,
         x,
         rank=4,
-        update=Adam(0.05),
+        rule=Adam(0.05),
         iterations=300,
         residual=residual,
         noise_level=level,
@@ -127,8 +126,8 @@ def test_what_happens_is_reported(capsys):
 
 def test_divergence_names_the_rate():
     process, likelihood, x = setting()
-    with pytest.raises(DivergenceError, match="lower Adam's rate") as caught:
-        solve(process, likelihood, x, update=Adam(1e300), iterations=3)
+    with pytest.raises(DivergenceError, match=r"smaller steps .*rate=1e\+300") as caught:
+        solve(process, likelihood, x, rule=Adam(1e300), iterations=3)
     assert caught.value.result.cost.isfinite().all()
 
 
@@ -139,14 +138,14 @@ def test_wrong_arguments_are_named():
         ({"noise_level": 0.1}, "belong together"),
         ({"residual": likelihood.operator, "noise_level": 0.0}, "noise_level is 0.0"),
         ({"derivatives": MatrixFree(), "keep_activations": False}, "keep_activations is False"),
-        ({"rank": -1}, "hessian_rank is -1"),
-        ({"iterations": -1}, "max_iterations is -1"),
+        ({"rank": -1}, "rank is -1"),
+        ({"iterations": -1}, "iterations is -1"),
     ):
         with pytest.raises(ValueError, match=message):
             solve(process, likelihood, x, **wrong)
 
 
-def test_snr_weights_are_the_released_code_s():
+def test_snr_weights():
     """snr = sqrt(abar / (1 - abar)) for a variance-preserving schedule, weight snr / dt^2."""
     schedule = VPSchedule(alpha_min=1e-2, sigma_min=0.0)
     times = torch.linspace(1, 0, 6, dtype=torch.float64)
@@ -171,7 +170,7 @@ def test_in_units_of_the_image_half_of_the_iterations_do():
             torch.zeros_like(image),
             rank=0,
             iterations=iterations,
-            update=LBFGS(units=measured),
+            rule=LBFGS(units=measured),
         ).cost
         for iterations, measured in ((6, units), (12, None))
     ]
@@ -193,7 +192,7 @@ def test_a_digit_is_reconstructed_by_the_trained_prior():
             GaussianLikelihood(operator, y, 0.05),
             x,
             iterations=12,
-            update=Adam(0.05),
+            rule=Adam(0.05),
             precision=precision,
         )
         assert found.x0.dtype == torch.float32
@@ -201,20 +200,3 @@ def test_a_digit_is_reconstructed_by_the_trained_prior():
         errors[precision] = (found.x0 - image).square().mean().sqrt().item()
     assert errors[None] < 0.35
     assert errors["bfloat16"] < 0.4
-
-
-def test_tf32_is_on_while_the_controller_runs_and_no_longer():
-    process, likelihood, x = setting()
-    matmul, seen = torch.backends.cuda.matmul, []
-    before = matmul.fp32_precision
-    assert before != "tf32"
-
-    def look(i, cost, x0):
-        seen.append(matmul.fp32_precision)
-        if i == 1:
-            raise RuntimeError("enough")
-
-    with pytest.raises(RuntimeError, match="enough"):
-        solve(process, likelihood, x, iterations=3, precision="tf32", callback=look)
-    assert seen == ["tf32", "tf32"]
-    assert matmul.fp32_precision == before

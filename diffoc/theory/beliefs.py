@@ -1,0 +1,103 @@
+r"""What a control cost believes: exp(-J) as a density.
+
+Of the controls :math:`u_i \sim N(0, 1 / r_i)` the process makes a law of :math:`x_0`. It is the
+prior that the plan believes in: :math:`e^{-J}` with :math:`J = \sum_i r_i |u_i|^2 / 2 + l(x_0)` is,
+up to its integral, the density of the controls given the measurement under that prior, and the
+optimal plan is its largest value. If the process is linear, with
+:math:`x_0 = \bar x_0 + \sum_i J_i u_i`, the believed prior is
+
+.. math:: N(\bar x_0, S), \qquad S = \sum_i J_i J_i^T / r_i ,
+
+and the plan ends in the mean of its posterior. With the start :math:`x_T` for the only control, at
+the price :math:`|x_T|^2 / 2` of a standard normal, and the probability flow for the process, the
+believed prior is the prior. :func:`langevin` then samples the posterior with D-Flow's objective
+(arXiv:2402.14017), where descent finds one point.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from diffoc.process import ReverseProcess
+
+
+def believed_covariance(process: ReverseProcess, costs: Tensor, x: Tensor) -> Tensor:
+    """S of a linear process of flat states, (n, n).
+
+    Args:
+        process: linear in state and control.
+        costs: r of every step, (T,), above 0.
+        x: any start, (1, n).
+    """
+    controls = torch.zeros(process.horizon, *x.shape, dtype=x.dtype)
+    J = torch.autograd.functional.jacobian(lambda u: process.rollout(x, u)[-1, 0], controls)
+    J = J[:, :, 0]  # (n, T, n)
+    return torch.einsum("atk,t,btk->ab", J, 1 / costs, J)
+
+
+@torch.no_grad()
+def believed_draws(
+    process: ReverseProcess, costs: Tensor, x: Tensor, generator: torch.Generator
+) -> Tensor:
+    """Draws of the believed prior of any process: its ends under u_i ~ N(0, 1 / r_i), (B, ...).
+
+    Args:
+        process: deterministic, or with its noise frozen.
+        costs: r of every step, (T,), above 0.
+        x: the starts, (B, ...).
+        generator: of the controls.
+    """
+    controls = torch.randn(process.horizon, *x.shape, generator=generator, dtype=x.dtype)
+    shape = (-1, *[1] * x.ndim)
+    return process.rollout(x, controls / costs.sqrt().reshape(shape))[-1]
+
+
+def langevin(
+    log_density: Callable[[Tensor], Tensor],
+    x: Tensor,
+    step: float,
+    count: int,
+    generator: torch.Generator,
+) -> tuple[Tensor, float]:
+    r"""Metropolis-adjusted Langevin chains, one for each row, towards one density.
+
+    .. math:: x' = x + \tau \nabla \log \pi(x) + \sqrt{2 \tau} \, \epsilon , \quad \text{kept with}
+              \quad \min\Big(1, \frac{\pi(x') q(x \mid x')}{\pi(x) q(x' \mid x)}\Big)
+
+    Args:
+        log_density: maps (B, n) to (B,), differentiable, up to a constant.
+        x: the starts, (B, n).
+        step: tau, above 0.
+        count: of steps.
+        generator: of proposals and decisions.
+
+    Returns:
+        The ends, (B, n), and the share of proposals that were kept.
+
+    Source: Roberts & Tweedie 1996, doi:10.2307/3318418.
+    """
+    value, gradient = _with_gradient(log_density, x)
+    kept = 0.0
+    for _ in range(count):
+        noise = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x)
+        trial = x + step * gradient + (2 * step) ** 0.5 * noise
+        new_value, new_gradient = _with_gradient(log_density, trial)
+        back = (x - trial - step * new_gradient).square().sum(1) / (4 * step)
+        forth = noise.square().sum(1) / 2
+        odds = new_value - back - value + forth
+        decision = torch.rand(len(x), generator=generator, dtype=torch.float64).to(x).log() < odds
+        kept += decision.double().mean().item() / count
+        x = torch.where(decision[:, None], trial, x)
+        gradient = torch.where(decision[:, None], new_gradient, gradient)
+        value = torch.where(decision, new_value, value)
+    return x, kept
+
+
+def _with_gradient(log_density: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+    x = x.detach().requires_grad_()
+    with torch.enable_grad():
+        value = log_density(x)
+    return value.detach(), torch.autograd.grad(value.sum(), x)[0]

@@ -1,0 +1,36 @@
+"""What a checked statement is: its name, its setting, its error and the bound of that error."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+EXACT = 1e-12
+"""The bound on the relative error of what is equal in exact arithmetic."""
+
+QUADRATURE = 1e-8
+"""The bound on the relative error of what is equal but for two different quadratures."""
+
+SLOPE = 0.05
+"""The bound on the relative deviation of a fitted slope from the theory's."""
+
+
+@dataclass(frozen=True)
+class Identity:
+    """One statement and how far the computation is from it.
+
+    Attributes:
+        name: the statement.
+        setting: where it was tried.
+        error: relative, not negative.
+        bound: of the error.
+    """
+
+    name: str
+    setting: str
+    error: float
+    bound: float
+
+    @property
+    def holds(self) -> bool:
+        """Whether the error is within the bound (a NaN is not)."""
+        return self.error <= self.bound

@@ -1,0 +1,155 @@
+r"""The Riccati sampler: the optimal policy of KL control, noise included, in the Gaussian case.
+
+For kernels :math:`x_{i+1} \sim N(F_i x + b_i, C_i)` and a value
+:math:`V_{i+1}(z) = \frac12 z^T P z + q^T z` + const, the kernel that is optimal for KL control is
+:math:`p(z \mid x) e^{-V_{i+1}(z)}`, normalised: again a Gaussian. Its mean is that of LQR, and its
+covariance is smaller than the process's:
+
+.. math::
+    Q_{uu} = C^{-1} + P, \quad K = -Q_{uu}^{-1} P F, \quad k = -Q_{uu}^{-1} (P b + q), \qquad
+    u \sim N(k + K x, \; Q_{uu}^{-1}) .
+
+No Monte Carlo is needed: the chain's moments are propagated. Meng, Zou, Darbon & Karniadakis 2024
+(arXiv:2409.09614) have a Riccati variant of their sampler for stochastic differential equations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from diffoc.priors.mixture import log_normal
+from diffoc.problems.operators import LinearMeasurement
+from diffoc.theory.linear_gaussian import LinearGaussian
+
+Kernel = tuple[Tensor, Tensor, Tensor]
+"""F (n, n), b (n,) and C (n, n) of one step."""
+
+
+@dataclass(frozen=True)
+class Policy:
+    """The controlled kernel of one step, x + u with u ~ N(k + K x, covariance).
+
+    Attributes:
+        k: (n,).
+        K: (n, n).
+        covariance: of the noise, (n, n).
+    """
+
+    k: Tensor
+    K: Tensor
+    covariance: Tensor
+
+
+def reverse_kernels(setting: LinearGaussian, steps: int, start: float = 1.0) -> list[Kernel]:
+    """The exact kernels of the reverse process at `steps` + 1 times, uniform from start to 0."""
+    times = torch.linspace(start, 0, steps + 1, dtype=torch.float64).tolist()
+    return [setting.prior.reverse_kernel(times[i], times[i + 1]) for i in range(steps)]
+
+
+def riccati_policies(kernels: Sequence[Kernel], measurement: LinearMeasurement) -> list[Policy]:
+    """The optimal policy of every step, for one measurement of the final state, by one sweep."""
+    A, s = measurement.matrix, measurement.noise_std
+    P, q = A.mT @ A / s**2, -A.mT @ measurement.y[0] / s**2
+    identity = torch.eye(len(P), dtype=P.dtype)
+    policies = []
+    for F, b, C in reversed(kernels):
+        covariance = torch.linalg.solve(identity + C @ P, C)  # (C^-1 + P)^-1
+        covariance = (covariance + covariance.mT) / 2
+        K, k = -covariance @ P @ F, -covariance @ (P @ b + q)
+        policies.append(Policy(k, K, covariance))
+        rest = identity - P @ covariance
+        P, q = F.mT @ rest @ P @ F, F.mT @ rest @ (P @ b + q)
+        P = (P + P.mT) / 2
+    return policies[::-1]
+
+
+def shift_alone(kernels: Sequence[Kernel], policies: Sequence[Policy]) -> list[Policy]:
+    """The same feedback with the process's own noise C in place of the optimal one."""
+    return [
+        replace(policy, covariance=C) for (_, _, C), policy in zip(kernels, policies, strict=True)
+    ]
+
+
+def propagate(
+    kernels: Sequence[Kernel], policies: Sequence[Policy], x: Tensor
+) -> list[tuple[Tensor, Tensor]]:
+    """Mean (n,) and covariance (n, n) of every state of the controlled chain from x (n,)."""
+    moments = [(x, torch.zeros(len(x), len(x), dtype=x.dtype))]
+    for (F, b, _), policy in zip(kernels, policies, strict=True):
+        mean, covariance = moments[-1]
+        closed = F + policy.K
+        moments.append(
+            (closed @ mean + b + policy.k, closed @ covariance @ closed.mT + policy.covariance)
+        )
+    return moments
+
+
+def path_divergence(
+    kernels: Sequence[Kernel],
+    policies: Sequence[Policy],
+    measurement: LinearMeasurement,
+    x: Tensor,
+    log_evidence: Tensor,
+) -> Tensor:
+    r"""KL(law of the controlled paths from x || the posterior's), a number, in closed form.
+
+    .. math:: E \sum_i \mathrm{KL}\big(N(k + K x_i, \Sigma_i) \,\|\, N(0, C_i)\big)
+              - E \log p(y \mid x_0) + \log p(y \mid x_T)
+
+    Args:
+        kernels, policies: of the process and of its control.
+        measurement: of the final state, y (1, m).
+        x: the start x_T, (n,).
+        log_evidence: log p(y | x_T), from elsewhere.
+    """
+    moments = propagate(kernels, policies, x)
+    total = torch.zeros((), dtype=x.dtype)
+    for (_, _, C), policy, (mean, covariance) in zip(kernels, policies, moments[:-1], strict=True):
+        u = policy.k + policy.K @ mean
+        spread = policy.K @ covariance @ policy.K.mT + policy.covariance
+        ratio = torch.linalg.solve(C, policy.covariance)
+        total = total + (u @ torch.linalg.solve(C, u) + torch.linalg.solve(C, spread).trace()) / 2
+        total = total - (len(u) + torch.linalg.slogdet(ratio).logabsdet) / 2
+    mean, covariance = moments[-1]
+    A, s = measurement.matrix, measurement.noise_std
+    root = s * torch.eye(len(A), dtype=A.dtype)
+    expected = log_normal(measurement.y - mean @ A.mT, root)[0]
+    expected = expected - (A @ covariance @ A.mT).trace() / (2 * s**2)
+    return total - expected + log_evidence
+
+
+def low_rank_draw(U: Tensor, S: Tensor, r: float, noise: Tensor) -> Tensor:
+    r"""Draws from N(0, Quu^-1) for :math:`Q_{uu} = r I + U S U^T`, without an m x m matrix.
+
+    With :math:`U = Q R` and the eigenvalues :math:`\lambda` and eigenvectors of
+    :math:`R S R^T`, turned by Q into columns W,
+
+    .. math:: Q_{uu}^{-1/2} = r^{-1/2} \big(I - W (I - (1 + \Lambda / r)^{-1/2}) W^T\big) .
+
+    U and S are those of :class:`diffoc.lowrank.LowRankExpansion` and
+    :class:`diffoc.lowrank.LowRankValue`.
+
+    Args:
+        U: (B, m, k), k at most m; its columns may be dependent.
+        S: symmetric, (B, k, k).
+        r: the weight of the control cost, above 0.
+        noise: standard normal, (B, m).
+
+    Returns:
+        The draws, (B, m).
+
+    Raises:
+        ValueError: if r I + U S U^T is not positive definite.
+    """
+    Q, R = torch.linalg.qr(U)
+    values, vectors = torch.linalg.eigh(R @ S @ R.mT)
+    if not r > 0 or not (values > -r).all():
+        raise ValueError("S makes r I + U S U^T indefinite: raise r, or keep what is above 0 of S")
+    W = Q @ vectors
+    inside = (W.mT @ noise.unsqueeze(-1)).squeeze(-1)
+    kept = 1 - (1 + values / r).rsqrt()
+    return (noise - (W @ (kept * inside).unsqueeze(-1)).squeeze(-1)) / r**0.5

@@ -1,0 +1,64 @@
+"""What a control cost believes, against formulas and draws; Langevin steps against known laws."""
+
+import pytest
+import torch
+
+from diffoc.priors.gaussian import GaussianPrior
+from diffoc.process import ReverseProcess
+from diffoc.theory.beliefs import believed_covariance, believed_draws, langevin
+from diffoc.theory.linear_gaussian import linear_gaussian, relative_error
+
+
+def test_one_variance_is_believed_as_notebook_9_says():
+    """S(v) = sum J_i^2 / r_i, with the slopes J_i by rolling out from every step."""
+    setting = linear_gaussian()
+    v = torch.tensor([0.01, 1.0, 100.0], dtype=torch.float64)
+    prior = GaussianPrior(torch.zeros(3, dtype=torch.float64), v.diag(), setting.prior.schedule)
+    process = ReverseProcess(prior, 12)
+    costs = torch.linspace(0.2, 4, 12, dtype=torch.float64)
+    one = torch.ones(1, 3, dtype=torch.float64)
+    slopes = torch.cat([process.rollout(one, start=i)[-1] for i in range(12)])
+    S = believed_covariance(process, costs, 0 * one)
+    assert relative_error(S, (slopes.square() / costs[:, None]).sum(0).diag()) < 1e-12
+
+
+def test_draws_have_the_believed_covariance():
+    setting = linear_gaussian(n=3, m=2)
+    process = ReverseProcess(setting.prior, 5)
+    costs = torch.linspace(0.5, 2, 5, dtype=torch.float64)
+    x = torch.zeros(1, 3, dtype=torch.float64)
+    count = 20000
+    draws = believed_draws(process, costs, x.expand(count, 3), torch.Generator().manual_seed(0))
+    S = believed_covariance(process, costs, x)
+    d = draws - process.rollout(x)[-1]
+    error = (S.square() + S.diagonal()[:, None] * S.diagonal()).sqrt() / count**0.5
+    assert ((d.mT @ d / count - S).abs() < 4 * error).all()
+
+
+@pytest.mark.parametrize("step", [0.1, 0.8])
+def test_langevin_keeps_its_law_whatever_the_step(step):
+    """Without accept and reject the variance would be 1 / (1 - step / 2): 5 and 67 % too large."""
+    generator = torch.Generator().manual_seed(0)
+    count = 40000
+    x = torch.randn(count, 1, generator=generator, dtype=torch.float64)
+    ends, kept = langevin(lambda x: -x.square().sum(1) / 2, x, step, 25, generator)
+    assert 0.5 < kept < 1
+    assert abs(ends.mean().item()) < 4 / count**0.5
+    assert abs(ends.var().item() - 1) < 4 * (2 / count) ** 0.5
+
+
+def test_langevin_finds_a_skewed_law():
+    """Of the density x e^{-x^2/2} on x > 0 (Rayleigh's), from a point."""
+    generator = torch.Generator().manual_seed(0)
+    count = 20000
+
+    def log_density(x):
+        inside = x[:, 0] > 0
+        safe = torch.where(inside, x[:, 0], 1)
+        return torch.where(inside, safe.log() - safe.square() / 2, -torch.inf)
+
+    x = torch.full((count, 1), 1.0, dtype=torch.float64)
+    ends, _ = langevin(log_density, x, 0.3, 40, generator)
+    assert (ends > 0).all()
+    mean, variance = (torch.pi / 2) ** 0.5, 2 - torch.pi / 2
+    assert abs(ends.mean().item() - mean) < 4 * (variance / count) ** 0.5
