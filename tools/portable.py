@@ -217,14 +217,19 @@ HEAD = """# The same on every machine
 
 `make portable` runs every notebook and the tests that iterate in float32 under other instruction
 sets, with two threads, and with shipped weights and measurements multiplied by 1 + 1e-6 z, z from
-N(0, 1). This is what it found on {cpu}: {places} cells and tests fail under some setting.
+N(0, 1). This is what it found on {cpu}: {places} cells and tests fail under some setting. By how
+much rounding moves the tables is in the file `spread_faces64.csv` of the
+[records](records.md).
+
+"as it is" is the CPU's own instruction set; the others but "two threads" have one thread.
 
 """
 CLOSE = """
 ## Bounds that are close
 
 The distance from a bound to what is bounded, least and most over the settings. The last column is
-their mean over their spread; below {margin} the place is listed.
+their mean over their spread; below {margin} the place is listed. What a line search compares
+(`after <= before`) holds by construction, and what a clock measured is no result.
 
 | file | what is asserted | least | most | spread | mean / spread |
 |---|---|---|---|---|---|
