@@ -177,8 +177,11 @@ def run(
     """
     paths = list(paths)
     known = _last_seconds(out)
-    whole = sum(known.get(path.name, 0.0) for path in paths) / jobs
-    _say(f"{len(paths)} notebooks, {jobs} at a time: about {max(1, whole / 60):.0f} min")
+    whole = ""
+    if all(path.name in known for path in paths):
+        minutes = sum(known[path.name] for path in paths) / jobs / 60
+        whole = f": about {max(1, minutes):.0f} min"
+    _say(f"{len(paths)} notebooks, {jobs} at a time{whole}")
     rows = execute(paths, out, in_place, jobs=jobs)
     took = {row.notebook: round(row.seconds, 1) for row in rows if row.error is None}
     with replacing(out / SECONDS.name if out else SECONDS) as part:
