@@ -206,6 +206,9 @@ def main() -> int:
     except (OSError, ValueError) as error:
         print(f"notebooks: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("notebooks: stopped", file=sys.stderr)
+        return 130
 
 
 def table(rows: list[Execution]) -> str:
