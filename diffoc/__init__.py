@@ -3,18 +3,36 @@
 The executable companion of "Solving Inverse Problems via Diffusion Optimal Control"
 (Li & Pereira, NeurIPS 2024, arXiv:2412.16748). The modules beside this file are the controller::
 
-    process -> costs -> system -> riccati, lowrank, hessian -> rules -> ilqr -> solve
+    process -> costs -> system -> riccati, lowrank, hessian -> rules -> ilqr -> solve -> reconstruct
 
 Whatever compares, trains, records, draws or loads lies in a folder of its own: `data`, `problems`,
 `priors`, `baselines`, `theory`, `training`, `experiments`, `figures` and `commands`. Pretrained
-priors come by name, from :func:`load_prior`; :func:`solve` is the entry point for images.
+priors come by name, from :func:`load_prior`; :func:`reconstruct` gives the images of a
+:class:`Problem` by a :class:`Recipe`, and :func:`solve` is the controller that it calls.
 
 Equation numbers in the docstrings are the paper's.
 """
 
+from diffoc.baselines.paper import PAPER
+from diffoc.baselines.released import RELEASED
+from diffoc.ilqr import Result
 from diffoc.priors.pretrained import load_prior
 from diffoc.priors.weights import classifier
-from diffoc.solve import Result, solve
+from diffoc.reconstruct import COLD, OURS, STOPPED, Problem, Recipe, reconstruct
+from diffoc.solve import solve
 
-__all__ = ["Result", "classifier", "load_prior", "solve"]
+__all__ = [
+    "COLD",
+    "OURS",
+    "PAPER",
+    "RELEASED",
+    "STOPPED",
+    "Problem",
+    "Recipe",
+    "Result",
+    "classifier",
+    "load_prior",
+    "reconstruct",
+    "solve",
+]
 __version__ = "0.1.0"

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from diffoc.checks import check_tensor
-from diffoc.problems.operators import Operator
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,7 @@ class GaussianLikelihood:
         noise_std: s > 0.
     """
 
-    operator: Operator
+    operator: Callable[[Tensor], Tensor]
     y: Tensor
     noise_std: float
 
@@ -39,36 +38,10 @@ class GaussianLikelihood:
 
     def whitened_residual(self, x: Tensor) -> Tensor:
         """The residual in units of the noise, (A(x_0) - y) / s; half of its square is the cost."""
-        return _residual(self.operator(x), self.y) / self.noise_std
+        return residual_of(self.operator(x), self.y) / self.noise_std
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.whitened_residual(x).flatten(1).square().sum(dim=1) / 2
-
-
-@dataclass(frozen=True)
-class ResidualNorm:
-    r"""The terminal cost :math:`\|A(x_0) - y\|` of the authors' released code, not its square.
-
-    Its gradient has the length of the operator's derivative however small the residual is, so
-    that an iteration does not slow down towards y, nor does it settle there. It is twice
-    differentiable but for a residual of zero, where its derivatives count as zero.
-
-    Attributes:
-        operator: A, a differentiable callable from (B, ...) to (B, ...).
-        y: the measurements, shape (B, ...), or (1, ...) for one that all problems share.
-    """
-
-    operator: Operator
-    y: Tensor
-
-    def __post_init__(self) -> None:
-        check_tensor("y", self.y)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        squared = _residual(self.operator(x), self.y).flatten(1).square().sum(dim=1)
-        zero = squared == 0
-        # The root's derivative at zero is infinite, and infinity times zero not a number.
-        return torch.where(zero, 0, torch.where(zero, 1, squared).sqrt())
 
 
 @dataclass(frozen=True)
@@ -135,7 +108,7 @@ class ControlCost:
         return 0.5 * self.weight(i) * u.flatten(1).square().sum(dim=1)
 
 
-def _residual(predicted: Tensor, y: Tensor) -> Tensor:
+def residual_of(predicted: Tensor, y: Tensor) -> Tensor:
     """What A(x_0) is off by; broadcast shapes would compare each number with many."""
     shared = y.ndim > 0 and len(y) in (1, len(predicted))
     if not shared or predicted.shape[1:] != y.shape[1:] or predicted.device != y.device:

@@ -21,13 +21,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
-from deepinv.physics import LinearPhysics
 from torch import Tensor
 
 from diffoc.checks import check_tensor
 from diffoc.process import ReverseProcess
+
+if TYPE_CHECKING:
+    from deepinv.physics import LinearPhysics
 
 PIXEL_VARIANCE = 0.25
 """v: half the range of an image in [-1, 1] as a standard deviation."""

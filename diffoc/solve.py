@@ -21,7 +21,7 @@ from diffoc.costs import ControlCost
 from diffoc.damping import Damping
 from diffoc.ilqr import Result, ilqr
 from diffoc.lowrank import MatrixFree
-from diffoc.process import ReverseProcess, drift_and_diffusion
+from diffoc.process import ReverseProcess
 from diffoc.rules import Adam, Rule
 from diffoc.system import ControlProblem, Derivatives
 
@@ -57,7 +57,7 @@ def solve(
             them; their dtype and device are those of the computation.
         controls: the first guess, (T, B, C, H, W), such as :func:`diffoc.greedy.greedy_controls`;
             zeros by default.
-        control_cost: weights of :math:`\frac12 r_i \|u_i\|^2`; see also :func:`snr_weights`.
+        control_cost: weights of :math:`\frac12 r_i \|u_i\|^2`.
         rank: k of the terminal Hessian, at least 0, which is the first order.
         iterations: at most so many, at least 0.
         rule: Adam (Eq. 80), L-BFGS, or a backtracking line search.
@@ -139,26 +139,6 @@ def _small(residual: Callable[[Tensor], Tensor], noise_level: float) -> Callable
     return lambda x0: residual(x0).flatten(1).square().mean(dim=1) < noise_level**2
 
 
-def snr_weights(schedule: Schedule, times: Tensor, scale: float = 1e-6) -> Tensor:
-    r"""Weights of the control cost by the signal-to-noise ratio, (T,).
-
-    .. math:: r_i = s \, \frac{\alpha_i}{\sigma_i} \frac{1}{dt^2}, \qquad dt = 1 / T
-
-    The ratio is the one at the state that the control acts on, `times[i]`. The authors' released
-    code has this formula with the ratio of a single noising step in place of all: its weights,
-    :func:`diffoc.ancestral.released_weights`, are hundreds of times these in the first of 20 steps
-    and five to ten times in the last.
-
-    Args:
-        schedule: of the prior.
-        times: of the process, (T + 1,).
-        scale: s.
-    """
-    alpha, sigma = schedule(times[:-1])
-    steps = len(times) - 1
-    return scale * alpha / sigma * steps**2
-
-
 def image_units(schedule: Schedule, times: Tensor) -> tuple[float, ...]:
     r"""The image's scale :math:`\alpha_i` in the states that controls act on, T numbers.
 
@@ -171,16 +151,3 @@ def image_units(schedule: Schedule, times: Tensor) -> tuple[float, ...]:
         times: of the process, (T + 1,).
     """
     return tuple(schedule(times[:-1])[0].tolist())
-
-
-def guidance_regularization(schedule: Schedule, times: Tensor) -> Tensor:
-    r"""Tikhonov's constants that make the first-order gains those of guidance, Lemma 4.2, (T,).
-
-    .. math:: a_i = \frac{2}{g(t_i)^2 \, dt_i}
-
-    Args:
-        schedule: of the prior.
-        times: of the process, (T + 1,).
-    """
-    _, g2 = drift_and_diffusion(schedule, times[:-1])
-    return 2 / (g2 * -times.diff())

@@ -15,6 +15,7 @@ from azula.noise import VPSchedule
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
+from diffoc.baselines.paper import snr_weights
 from diffoc.costs import GaussianLikelihood
 from diffoc.damping import Tikhonov
 from diffoc.experiments.memory import LiveTensors
@@ -23,7 +24,7 @@ from diffoc.priors.pretrained import untrained_adm
 from diffoc.problems.operators import average_pool
 from diffoc.process import ReverseProcess, draw_noise
 from diffoc.rules import Adam, LineSearch
-from diffoc.solve import snr_weights, solve
+from diffoc.solve import solve
 
 DEVICE = torch.device("cuda:0" if torch.cuda.is_available() else "lazy:0")
 

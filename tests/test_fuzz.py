@@ -24,7 +24,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import diffoc
-from diffoc.costs import ClassLikelihood, ControlCost, GaussianLikelihood, ResidualNorm
+from diffoc.baselines.released import ResidualNorm
+from diffoc.costs import ClassLikelihood, ControlCost, GaussianLikelihood
 from diffoc.damping import Tikhonov
 from diffoc.data import faces, mnist, portrait
 from diffoc.data.manifest import checked_bytes, load_weights

@@ -136,22 +136,21 @@ def evaluate(name: str, samples: int, out: Path) -> int:
 
 def solve(args: argparse.Namespace) -> int:
     """Reconstructs a picture from a measurement of it, and writes what happened."""
-    from diffoc.commands import solve as reconstruct
+    from diffoc.commands import solve as solving
     from diffoc.priors.pretrained import load_prior
 
-    names = ("steps", "iterations", "update", "rank", "rate")
-    given = {name: getattr(args, name) for name in names}
-    given = {name: value for name, value in given.items() if value is not None}
-    settings = reconstruct.Settings(
+    names = ("recipe", "budget", "steps", "iterations", "rank", "starts")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    settings = solving.Settings(
         args.task, args.prior, noise_std=args.noise_std, seed=args.seed, **given
     )
     prior = load_prior(args.prior)
-    read = reconstruct.from_measurement if args.measurement else reconstruct.from_picture
+    read = solving.from_measurement if args.measurement else solving.from_picture
     case = read(args.measurement or args.image, prior.image_shape, settings)
     for note in case.notes:
         print(f"note: {note}")
-    result, report = reconstruct.reconstruct(case, prior, settings, args.device)
-    for path in reconstruct.write(args.out, case, result.x0, report):
+    result, report = solving.run(case, prior, settings, args.device)
+    for path in solving.write(args.out, case, result.x0, report):
         print(path)
     if report["metrics"]:
         print(", ".join(f"{name} {value:g}" for name, value in report["metrics"].items()))
@@ -222,11 +221,12 @@ def main(argv: list[str] | None = None) -> int:
     solver.add_argument("--prior", default="faces64", help="a name or path for load_prior")
     solver.add_argument("--out", type=Path, default=Path("solved"), metavar="DIR")
     solver.add_argument("--noise-std", type=float, default=0.05, help="on the scale [-1, 1]")
-    solver.add_argument("--steps", type=int, help="T of the reverse process")
-    solver.add_argument("--iterations", type=int, help="of the controller")
-    solver.add_argument("--update", choices=["lbfgs", "adam"], help="lbfgs by default")
-    solver.add_argument("--rank", type=int, help="of the terminal Hessian, for adam")
-    solver.add_argument("--rate", type=float, help="of adam")
+    solver.add_argument("--recipe", help="ours by default; or stopped, cold, paper, released")
+    solver.add_argument("--budget", type=int, help="evaluations, in place of the recipe's")
+    solver.add_argument("--steps", type=int, help="T of the reverse process, likewise")
+    solver.add_argument("--iterations", type=int, help="of the controller, likewise")
+    solver.add_argument("--rank", type=int, help="of the terminal Hessian, likewise")
+    solver.add_argument("--starts", type=int, help="1 by default; the cheapest image is written")
     solver.add_argument("--seed", type=int, default=0, help="of mask, kernel and noise")
     solver.add_argument("--device", default="cpu", help="cpu or cuda")
     add_commands(commands)

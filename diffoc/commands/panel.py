@@ -7,6 +7,7 @@ nothing else, not even the button that cancels, before it was done.
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from threading import Event, Thread
 
 import ipywidgets as widgets
@@ -14,15 +15,12 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from diffoc.commands.solve import picture_of
+from diffoc.commands.solve import RECIPES, picture_of
 from diffoc.data import images as data
-from diffoc.lowrank import MatrixFree
 from diffoc.priors.pretrained import load_prior
 from diffoc.problems.metrics import image_metrics
-from diffoc.problems.tasks import TASKS, likelihood, measure, noise_level, task
-from diffoc.process import ReverseProcess
-from diffoc.rules import LBFGS, Adam
-from diffoc.solve import image_units, solve
+from diffoc.problems.tasks import TASKS, measure, task
+from diffoc.reconstruct import OURS, Problem, reconstruct
 
 # What can be chosen: the images that ship with the repository, each with its prior.
 _IMAGES = {
@@ -43,24 +41,24 @@ class _Cancelled(Exception):
 
 
 class Panel:
-    """Image, task, noise, iterations and rank by hand; measurement, image and cost as they move.
+    """Image, task, noise, recipe and budget by hand; measurement, image and cost as they move.
 
     Attributes:
         view: the widget, to be displayed.
-        steps: T of the reverse process.
+        steps: T of the reverse process; None for the recipe's.
         worker: the thread that reconstructs, or did last; None before the first.
     """
 
-    def __init__(self, steps: int = 10) -> None:
+    def __init__(self, steps: int | None = None) -> None:
         self.steps = steps
         self.image = widgets.Dropdown(options=list(_IMAGES), description="image")
         names = [(name.replace("_", " "), name) for name in TASKS]
         self.task = widgets.Dropdown(options=names, description="task")
         self.noise = widgets.FloatSlider(0.05, min=0.01, max=0.5, step=0.01, description="noise")
-        self.iterations = widgets.IntSlider(60, min=1, max=200, description="iterations")
-        updates = [("L-BFGS", "lbfgs"), ("Adam, as in the paper", "adam")]
-        self.update = widgets.Dropdown(options=updates, description="update")
-        self.rank = widgets.IntSlider(0, min=0, max=8, description="rank")
+        self.recipe = widgets.Dropdown(options=list(RECIPES), description="recipe")
+        self.budget = widgets.IntSlider(
+            OURS.budget, min=60, max=1000, step=20, description="evaluations"
+        )
         self.button = widgets.Button(description="Reconstruct", button_style="primary")
         self.cancel = widgets.Button(description="Cancel", disabled=True)
         self.status = widgets.Label()
@@ -69,7 +67,7 @@ class Panel:
         self._cancelled = Event()
         self.button.on_click(lambda _: self.start())
         self.cancel.on_click(lambda _: self._cancelled.set())
-        controls = [self.image, self.task, self.noise, self.iterations, self.update, self.rank]
+        controls = [self.image, self.task, self.noise, self.recipe, self.budget]
         self.view = widgets.VBox(
             [
                 widgets.HBox(controls[:3]),
@@ -122,20 +120,10 @@ class Panel:
             if self._cancelled.is_set():
                 raise _Cancelled
 
-        process = ReverseProcess(prior, self.steps)
-        lbfgs = LBFGS(units=image_units(prior.schedule, process.times))
-        solve(
-            process,
-            likelihood(physics, y, noise),
-            torch.zeros_like(truth),
-            rank=self.rank.value,
-            derivatives=MatrixFree(hessian="gauss_newton"),
-            iterations=self.iterations.value,
-            residual=lambda x0: physics.A(x0) - y,
-            noise_level=noise_level(physics, y, noise),
-            rule=lbfgs if self.update.value == "lbfgs" else Adam(0.02, anneal=True),
-            callback=show,
-        )
+        budget = self.budget.value
+        recipe = RECIPES[self.recipe.value].at(name, budget)
+        recipe = replace(recipe, budget=budget, steps=self.steps or recipe.steps)
+        reconstruct(Problem(physics, y, noise), prior, recipe, callback=show)
         self.status.value += ", done"
 
 

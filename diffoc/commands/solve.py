@@ -4,64 +4,73 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from azula.denoise import Denoiser
-from deepinv.physics import Inpainting, LinearPhysics, Physics
+from deepinv.physics import Inpainting, Physics
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from diffoc.baselines.paper import PAPER
+from diffoc.baselines.released import RELEASED
 from diffoc.data.files import replacing
 from diffoc.data.pictures import picture_size, read_picture, read_transparency, write_picture
-from diffoc.experiments.controllers import ITERATIONS, STEPS
-from diffoc.greedy import greedy_controls
-from diffoc.lowrank import MatrixFree
+from diffoc.ilqr import Result
 from diffoc.problems.metrics import image_metrics
-from diffoc.problems.tasks import NOISE_STD, likelihood, measure, measured, noise_level, task
-from diffoc.process import ReverseProcess
-from diffoc.rules import LBFGS, Adam
-from diffoc.solve import Result, image_units, solve
+from diffoc.problems.tasks import NOISE_STD, measure, measured, task
+from diffoc.reconstruct import COLD, OURS, STOPPED, Problem, Recipe, reconstruct
 
 # Their measurement is a picture that says all that is needed to know A.
 FROM_PICTURES = ("super_resolution", "gaussian_blur", "random_inpainting", "box_inpainting")
 
 
+RECIPES = {recipe.name: recipe for recipe in (OURS, STOPPED, COLD, PAPER, RELEASED)}
+"""What `--recipe` names; the tables run the same ones."""
+
+
 @dataclass(frozen=True)
 class Settings:
-    """What `solve` does: by default as in :mod:`diffoc.experiments.methods`.
+    """What `solve` does.
 
     Attributes:
         task: a key of :data:`diffoc.problems.tasks.TASKS`.
         prior: a name or path for :func:`diffoc.load_prior`.
         noise_std: of the measurement.
-        steps, iterations: of the controller; fewer of these if the residual is the noise's.
-        update: "lbfgs", or the paper's "adam" with its rate, annealed, and the rank of its
-            Gauss-Newton terminal Hessian.
-        rate, rank: see there.
-        control_cost: weight of half the squared norm of the controls.
-        seed: of mask, kernel and noise.
+        recipe: a key of :data:`RECIPES`.
+        budget, steps, iterations, rank: in place of the recipe's; None for those.
+        starts: see :func:`diffoc.reconstruct.reconstruct`; the cheapest image is written.
+        seed: of mask, kernel, noise and whatever else is random.
 
     Raises:
-        ValueError: for another update.
+        ValueError: for another recipe, or a value that it cannot have.
     """
 
     task: str
     prior: str
     noise_std: float = NOISE_STD
-    steps: int = STEPS
-    iterations: int = ITERATIONS
-    update: str = "lbfgs"
-    rate: float = 0.02
-    rank: int = 0
-    control_cost: float = 1.0
+    recipe: str = OURS.name
+    budget: int | None = None
+    steps: int | None = None
+    iterations: int | None = None
+    rank: int | None = None
+    starts: int = 1
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.update not in ("lbfgs", "adam"):
-            raise ValueError(f"update is {self.update!r}, expected 'lbfgs' or 'adam'")
+        if self.recipe not in RECIPES:
+            raise ValueError(f"recipe is {self.recipe!r}, expected one of {', '.join(RECIPES)}")
+        self.changed  # noqa: B018  refuses what the recipe cannot have
+
+    @property
+    def changed(self) -> Recipe:
+        """The recipe with what was given in place of its own, as it was tuned for the task."""
+        names = ("budget", "steps", "iterations", "rank")
+        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return replace(RECIPES[self.recipe].at(self.task, self.budget), **given)
 
 
 @dataclass(frozen=True)
@@ -140,62 +149,56 @@ def _read_measurement(path: Path, shape: torch.Size, settings: Settings) -> Tens
     return torch.from_numpy(y).float()
 
 
-def reconstruct(
+def run(
     case: Case, prior: Denoiser, settings: Settings, device: str = "cpu", progress: bool = True
 ) -> tuple[Result, dict]:
-    """Runs the controller, of linear tasks from the greedy guess, and measures what came out.
+    """Reconstructs a case, and measures what came out.
 
     Args:
         case: the problem.
         prior: with images of its shape.
-        settings: of the controller.
+        settings: of the recipe.
         device: where to compute.
         progress: whether to show a bar.
 
     Returns:
-        The result, and a report that can be written as JSON.
+        The result, whose only image is the cheapest of all starts, and a report that can be written
+        as JSON.
     """
-    prior, physics, y = prior.to(device), case.physics.to(device), case.y.to(device)
-    process = ReverseProcess(prior, settings.steps)
-    # The most probable noise: a random start would only add the texture of a sample.
-    start = torch.zeros(1, *prior.image_shape, device=device)
-    level = noise_level(physics, y, settings.noise_std)
+    problem = Problem(case.physics.to(device), case.y.to(device), settings.noise_std)
     began = time.perf_counter()
-    guess, evaluations = None, 0
-    if isinstance(physics, LinearPhysics):
-        guess = greedy_controls(process, physics, y, start, settings.noise_std)
-        evaluations = settings.steps
-    lbfgs = LBFGS(units=image_units(prior.schedule, process.times))
-    result = solve(
-        process,
-        likelihood(physics, y, settings.noise_std),
-        start,
-        guess,
-        control_cost=settings.control_cost,
-        rank=settings.rank,
-        derivatives=MatrixFree(hessian="gauss_newton"),
-        iterations=settings.iterations,
-        rule=lbfgs if settings.update == "lbfgs" else Adam(settings.rate, anneal=True),
-        residual=lambda x0: physics.A(x0) - y,
-        noise_level=level,
+    result = reconstruct(
+        problem,
+        prior.to(device),
+        settings.changed,
+        generator=torch.Generator().manual_seed(settings.seed),
+        starts=settings.starts,
         progress=progress,
     )
     seconds = time.perf_counter() - began
-    residual = (physics.A(result.x0) - y).square().mean().sqrt().item()
-    report = {
+    best = int(result.cost.argmin())
+    x0 = result.x0[best : best + 1]
+    assert result.residual_over_noise is not None
+    report: dict[str, Any] = {
         "settings": asdict(settings),
         "notes": case.notes,
         "metrics": None,
-        "residual_over_noise": round(residual / level, 4),
-        "cost": round(result.cost.item(), 4),
-        "evaluations": evaluations + result.evaluations.item(),
-        "vector_jacobian_products": result.products.item(),
+        "residual_over_noise": _rounded(result.residual_over_noise, best),
+        "cost": _rounded(result.cost, best),
+        "evaluations": int(result.evaluations.sum()),
+        "vector_jacobian_products": int(result.products.sum()),
         "seconds": round(seconds, 2),
     }
+    if settings.starts > 1:
+        report["costs_of_starts"] = [_rounded(result.cost, i) for i in range(settings.starts)]
     if case.truth is not None:
-        values = image_metrics(result.x0.cpu(), case.truth)
+        values = image_metrics(x0.cpu(), case.truth)
         report["metrics"] = {name: round(v.item(), 4) for name, v in values.items()}
-    return result, report
+    return replace(result, states=result.states[:, best : best + 1]), report
+
+
+def _rounded(values: Tensor, i: int) -> float:
+    return round(values[i].item(), 4)
 
 
 def write(folder: Path, case: Case, image: Tensor, report: dict) -> list[Path]:
@@ -205,7 +208,7 @@ def write(folder: Path, case: Case, image: Tensor, report: dict) -> list[Path]:
         folder: made if it does not exist.
         case: the problem.
         image: the reconstruction, (1, C, H, W).
-        report: of :func:`reconstruct`.
+        report: of :func:`run`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     settings = report["settings"]

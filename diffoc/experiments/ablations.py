@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 
-from diffoc.experiments.controllers import UNSTOPPED_STEPS, iterations_within
+from diffoc.experiments.controllers import iterations_within
 from diffoc.experiments.inaccurate import IDENTITY, RANDOM, UNTRAINED
 from diffoc.experiments.methods import TABLE_2, settings_of
 from diffoc.experiments.records import Cell, as_json
+from diffoc.reconstruct import OURS
 
 TASKS = ("super_resolution", "random_inpainting")
 """Of the paper's Tables 4 to 6 too."""
@@ -54,7 +55,7 @@ def few_steps(prior: str, tasks: Sequence[str]) -> Iterator[Choice]:
             steps = min(_tuned("control", name)["steps"], nfe // 4)
             yield prior, name, "dps", nfe, _tuned("dps", name) | {"steps": nfe}
             yield from _controllers(prior, name, nfe, steps)
-            yield _unstopped(prior, name, nfe, min(UNSTOPPED_STEPS, nfe // 4))
+            yield _unstopped(prior, name, nfe, min(OURS.steps, nfe // 4))
         for steps in HORIZONS:
             yield prior, name, "dps", steps, _tuned("dps", name) | {"steps": steps}
             yield from _controllers(prior, name, max(TUNED[1], 4 * steps), steps)
@@ -103,10 +104,10 @@ def robustness(
         for used in wrong:
             yield used, name, "dps", nfe, _tuned("dps", name) | {"steps": nfe}
             yield from _controllers(used, name, nfe, steps)
-            yield _unstopped(used, name, nfe, min(UNSTOPPED_STEPS, nfe // 4))
+            yield _unstopped(used, name, nfe, min(OURS.steps, nfe // 4))
         none = IDENTITY + prior
         yield from _controllers(none, name, nfe, steps)
-        yield _unstopped(none, name, nfe, min(UNSTOPPED_STEPS, nfe // 4))
+        yield _unstopped(none, name, nfe, min(OURS.steps, nfe // 4))
         yield none, name, "deep_image_prior", nfe, {}
 
 

@@ -25,9 +25,11 @@ from diffoc.baselines.flash_diffusion import flash_diffusion
 from diffoc.baselines.mcg import mcg
 from diffoc.baselines.mmps import mmps
 from diffoc.baselines.ndtm import ndtm
+from diffoc.baselines.paper import PAPER
 from diffoc.baselines.pgdm import pgdm
 from diffoc.baselines.pnp_admm import pnp_admm
 from diffoc.baselines.psld import psld
+from diffoc.baselines.released import RELEASED
 from diffoc.baselines.score_sde import score_sde
 from diffoc.data.files import replacing
 from diffoc.data.manifest import data_folder
@@ -36,10 +38,11 @@ from diffoc.experiments.controllers import (
     control,
     control_paper,
     control_planned,
+    control_released,
     control_unstopped,
     iterations_within,
-    released,
 )
+from diffoc.reconstruct import COLD, OURS, STOPPED, Recipe
 
 TRIALS = 4
 """At most, of the keyword that is tuned: for every method and task alike. Where the best of them is
@@ -65,6 +68,7 @@ class Method:
             where both are the budget.
         largest: that the tuned keyword may be.
         latent: whether it needs a :class:`diffoc.priors.latent.LatentPrior`.
+        recipe: of the controller, which `run` puts the settings into; None for other methods.
 
     Raises:
         ValueError: for more values than all methods have.
@@ -77,6 +81,7 @@ class Method:
     work: Callable[[dict], tuple[int, int]] | None = None
     largest: float = math.inf
     latent: bool = False
+    recipe: Recipe | None = None
 
     def __post_init__(self) -> None:
         if self.tuned and not 1 <= len(self.tuned[1]) <= TRIALS:
@@ -84,7 +89,7 @@ class Method:
 
 
 # Steps, iterations and rank by Table 2, Adam's rate and the cost's scale as in the released code,
-# whose weights are others: diffoc.ancestral.released_weights.
+# whose weights are others: diffoc.baselines.released.released_weights.
 # By Table 5 any regularization does but none: ours is well above the rounding of 1 / s^2 = 400.
 _USUAL: dict[str, float] = {"steps": 50, "iterations": 100, "rank": 1}
 _USUAL |= {"rate": 5e-3, "weight_scale": 1e-6, "regularization": 1e-3}
@@ -154,6 +159,7 @@ METHODS: dict[str, Method] = {
         lambda task, nfe: {"budget": nfe},
         ("steps", (5, 10, 20, 30)),
         lambda settings: (settings["budget"],) * 2,
+        recipe=STOPPED,
     ),
     "control_unstopped": Method(
         "Ours, not stopped",
@@ -161,12 +167,14 @@ METHODS: dict[str, Method] = {
         lambda task, nfe: {"budget": nfe},
         ("weight", (1.0, 4.0, 16.0, 64.0)),
         lambda settings: (settings["budget"],) * 2,
+        recipe=OURS,
     ),
     "control_cold": Method(
         "Ours, from zero",
         control,
         lambda task, nfe: {"steps": STEPS, "iterations": iterations_within(nfe, STEPS)},
         ("control_cost", (0.1, 0.3, 1.0, 3.0)),
+        recipe=COLD,
     ),
     "control_paper": Method(
         "Ours (paper's settings)",
@@ -176,15 +184,17 @@ METHODS: dict[str, Method] = {
             s["steps"] * (1 + 2 * s["iterations"]),
             s["steps"] * (1 + s["rank"]) * s["iterations"],
         ),
+        recipe=PAPER,
     ),
     "control_released": Method(
         "Ours (released code)",
-        released,
+        control_released,
         _released,
         work=lambda s: (
             (s["steps"] - 1) * (1 + s["iterations"]),
             (s["steps"] - 1) * s["iterations"],
         ),
+        recipe=RELEASED,
     ),
     "dps": Method("DPS", dps, _one_a_step, ("guidance", (0.1, 0.3, 1.0, 3.0))),
     "ddrm": Method("DDRM", ddrm, _one_a_step, ("eta", (0.3, 0.6, 0.85, 1.0)), _no_products, 1.0),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,7 +12,6 @@ from azula.noise import VPSchedule
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from diffoc.commands.solve import Case, Settings, reconstruct
 from diffoc.costs import ControlCost, GaussianLikelihood
 from diffoc.data import portrait
 from diffoc.data.provenance import ROOT
@@ -23,9 +23,11 @@ from diffoc.ilqr import ilqr
 from diffoc.priors.gaussian import GaussianMixturePrior, GaussianPrior
 from diffoc.priors.mixture import mixture_from_loadings
 from diffoc.priors.pretrained import load_prior
+from diffoc.problems.metrics import image_metrics
 from diffoc.problems.operators import LinearMeasurement
-from diffoc.problems.tasks import measure, task
+from diffoc.problems.tasks import NOISE_STD, measure, task
 from diffoc.process import ReverseProcess
+from diffoc.reconstruct import OURS, Problem, reconstruct
 from diffoc.riccati import Dense, terminal_value
 from diffoc.system import ControlProblem, backward_sweep, roll_out
 from diffoc.theory.linear_gaussian import linear_gaussian, relative_error
@@ -169,13 +171,13 @@ def _reconstructions() -> Iterator[tuple[str, Figure]]:
     prior, truth = load_prior("faces64"), portrait("astronaut")
 
     def solved(name: str, steps: int) -> tuple[Tensor, Tensor, str]:
-        """Measurement, image and its quality, as `python -m diffoc solve` has them."""
-        settings = Settings(name, "faces64", steps=steps, iterations=ITERATIONS)
-        generator = torch.Generator().manual_seed(settings.seed)
+        """Measurement, image and its quality, by ours with few iterations."""
+        generator = torch.Generator().manual_seed(0)
         physics = task(name, prior.image_shape, generator)
-        y = measure(physics, truth, generator, settings.noise_std)
-        result, report = reconstruct(Case(physics, y, truth, []), prior, settings, progress=False)
-        return y, result.x0, f"{report['metrics']['psnr']:.1f} dB"
+        y = measure(physics, truth, generator)
+        recipe = replace(OURS.at(name), steps=steps, iterations=ITERATIONS)
+        x0 = reconstruct(Problem(physics, y, NOISE_STD), prior, recipe).x0
+        return y, x0, f"{image_metrics(x0, truth)['psnr'].item():.1f} dB"
 
     names = ("super_resolution", "box_inpainting", "gaussian_blur")
     found = {name: solved(name, 10) for name in names}

@@ -97,7 +97,7 @@ def load_prior(
         schedule: of the noise; by default azula's variance-preserving one with
             sigma / alpha from 0.01 to 100, about what all these networks were trained for.
         learned_variance: whether "ffhq256" or "imagenet256" keeps its head for the variance of
-            ancestral steps, see :class:`diffoc.ancestral.AncestralProcess`.
+            ancestral steps, see :class:`diffoc.baselines.released.AncestralProcess`.
         allow_pickle: whether the file of "ffhq64", which is Python code as much as data, may be
             run. It also needs a clone of https://github.com/NVlabs/edm on the Python path.
 

@@ -269,7 +269,7 @@ def measure(
 def measured(physics: Physics, y: Tensor) -> Tensor:
     """1 where `y` has a measurement, 0 where it has a dropped pixel, in the shape of `y`."""
     if isinstance(physics, Inpainting):
-        return physics.mask.to(y).expand_as(y)
+        return (physics.mask != 0).to(y).expand_as(y)
     return torch.ones_like(y)
 
 

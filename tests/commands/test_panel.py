@@ -6,19 +6,21 @@ import pytest
 from PIL import Image
 
 from diffoc.commands.panel import _IMAGES, Panel, _image
+from diffoc.commands.solve import RECIPES
 from diffoc.priors.pretrained import OURS
 from diffoc.problems.tasks import TASKS
 
 
 @pytest.mark.parametrize("name", TASKS)
-@pytest.mark.parametrize("update", ["lbfgs", "adam"])
-def test_every_task_runs_and_is_shown(name, update):
-    panel = Panel(steps=2)
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_task_runs_and_is_shown(name, recipe):
+    panel = Panel(steps=3)  # RELEASED has one step less
     panel.image.value, panel.task.value = "digit 3", name
-    panel.iterations.value, panel.update.value, panel.rank.value = 2, update, 1
+    panel.budget.min = panel.budget.value = 12
+    panel.recipe.value = recipe
     panel.button.click()
     panel.worker.join()
-    assert "iteration 2" in panel.status.value
+    assert panel.status.value.startswith("iteration ")
     assert panel.status.value.endswith("done")
     assert not panel.button.disabled
     with Image.open(io.BytesIO(panel.picture.value)) as picture:
@@ -26,7 +28,7 @@ def test_every_task_runs_and_is_shown(name, update):
 
 
 @pytest.mark.parametrize("error", [ValueError, RuntimeError, FileNotFoundError])
-@pytest.mark.parametrize("where", ["solve", "load_prior"])
+@pytest.mark.parametrize("where", ["reconstruct", "load_prior"])
 def test_what_goes_wrong_is_said(where, error, monkeypatch):
     def fail(*args, **options):
         raise error("no such thing")
@@ -40,8 +42,7 @@ def test_what_goes_wrong_is_said(where, error, monkeypatch):
 
 def test_a_reconstruction_can_be_cancelled_and_begun_again():
     panel = Panel(steps=2)
-    panel.image.value, panel.iterations.value = "digit 3", 200
-    panel.noise.value, panel.update.value = 0.01, "adam"
+    panel.image.value, panel.noise.value = "digit 3", 0.01
     panel.status.observe(lambda change: panel.cancel.click(), "value")  # at the first sign of life
     panel.button.click()
     panel.worker.join()
@@ -51,7 +52,7 @@ def test_a_reconstruction_can_be_cancelled_and_begun_again():
     assert (panel.button.disabled, panel.cancel.disabled) == (False, True)
 
     panel.status.unobserve_all()
-    panel.iterations.value = 2
+    panel.budget.min = panel.budget.value = 8
     panel.button.click()
     panel.worker.join()
     assert panel.status.value.endswith("done")

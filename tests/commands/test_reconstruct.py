@@ -8,10 +8,9 @@ import torch
 from PIL import Image
 
 from diffoc.commands import main as command_line
-from diffoc.commands.solve import FROM_PICTURES, Settings, from_measurement, from_picture
+from diffoc.commands.solve import FROM_PICTURES, OURS, Settings, from_measurement, from_picture
 from diffoc.data import images as data
 from diffoc.data.pictures import read_picture
-from diffoc.experiments.controllers import STEPS
 from diffoc.greedy import greedy_controls
 from diffoc.priors.pretrained import load_prior
 from diffoc.problems.metrics import image_metrics
@@ -72,14 +71,26 @@ def test_measurements_may_be_pictures(name, picture, tmp_path):
     assert torch.equal(measured(found.physics, found.y), measured(case.physics, case.y))
 
 
-def test_the_paper_s_update_can_be_asked_for(picture, tmp_path):
-    adam = ["--update", "adam", "--rank", "1", "--rate", "0.01", "--out", tmp_path]
-    assert command(picture, "--task", "phase_retrieval", *adam) == 0
+def test_the_paper_s_recipe_can_be_asked_for(picture, tmp_path):
+    paper = ["--recipe", "paper", "--rank", "1", "--out", tmp_path]
+    assert command(picture, "--task", "phase_retrieval", *paper) == 0
     report = json.loads((tmp_path / "report.json").read_text())
-    assert report["evaluations"] == 9
+    assert report["evaluations"] == 3 + 2 * 6  # recomputed for the backward sweep
     assert report["vector_jacobian_products"] == 12  # rank 1: two a step and iteration
-    with pytest.raises(ValueError, match="update is 'sgd'"):
-        Settings("phase_retrieval", "mnist", update="sgd")
+
+
+def test_unknown_recipes_and_budgets_are_refused(picture, capsys):
+    assert command(picture, "--task", "phase_retrieval", "--recipe", "sgd") == 2
+    assert "recipe is 'sgd', expected one of ours" in capsys.readouterr().err
+    assert command(picture, "--task", "phase_retrieval", "--budget", "11") == 2
+    assert "budget is 11, expected at least 4 times the 3 steps" in capsys.readouterr().err
+
+
+def test_the_cheapest_of_several_starts_is_written(picture, tmp_path):
+    assert command(picture, "--task", "phase_retrieval", "--starts", "3", "--out", tmp_path) == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert len(report["costs_of_starts"]) == 3
+    assert report["cost"] == min(report["costs_of_starts"])
 
 
 def test_unfit_measurements_are_refused(picture, tmp_path, capsys):
@@ -111,7 +122,7 @@ def test_the_controller_starts_from_the_most_probable_noise(name, picture, tmp_p
     arguments = ["--prior", "mnist", "--iterations", "0", "--out", str(tmp_path), "--task", name]
     assert command_line.main(["solve", str(picture), *arguments]) == 0
 
-    process, start = ReverseProcess(load_prior("mnist"), STEPS), torch.zeros(1, *SHAPE)
+    process, start = ReverseProcess(load_prior("mnist"), OURS.steps), torch.zeros(1, *SHAPE)
     guess = None
     if name == "gaussian_blur":
         y = torch.from_numpy(np.load(tmp_path / "measurement.npz")["y"])

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from diffoc.baselines.deep_image_prior import deep_image_prior
+from diffoc.baselines.paper import guidance_regularization
 from diffoc.commands.main import main
 from diffoc.data import digits
 from diffoc.data.pictures import write_picture
@@ -21,7 +22,6 @@ from diffoc.priors.pretrained import load_prior
 from diffoc.problems.tasks import NOISE_STD, measure, noise_level, task
 from diffoc.process import drift_and_diffusion
 from diffoc.riccati import SingularControlHessianError
-from diffoc.solve import guidance_regularization
 
 PAPER = TABLE_2["super_resolution"] | {"steps": 3, "iterations": 4}
 

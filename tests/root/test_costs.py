@@ -7,7 +7,8 @@ import pytest
 import torch
 from scipy.stats import norm
 
-from diffoc.costs import ClassLikelihood, ControlCost, GaussianLikelihood, ResidualNorm
+from diffoc.baselines.released import ResidualNorm
+from diffoc.costs import ClassLikelihood, ControlCost, GaussianLikelihood
 from diffoc.priors.pretrained import load_prior
 from diffoc.priors.weights import classifier
 from diffoc.problems.operators import average_pool

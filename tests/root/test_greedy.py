@@ -1,11 +1,13 @@
 """Greedy controls against dense linear algebra and deepinv, and what they are good for."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from azula.noise import VPSchedule
 from deepinv.physics import LinearPhysics
 
-from diffoc.experiments.controllers import control, control_planned, control_unstopped
+from diffoc.experiments.controllers import control_planned, control_unstopped
 from diffoc.greedy import PIXEL_VARIANCE, correction, greedy_controls
 from diffoc.priors.counting import CountedPrior
 from diffoc.priors.gaussian import GaussianPrior
@@ -13,6 +15,7 @@ from diffoc.priors.pretrained import load_prior
 from diffoc.problems.metrics import image_metrics
 from diffoc.problems.tasks import measure, task
 from diffoc.process import ReverseProcess, draw_noise
+from diffoc.reconstruct import COLD, Problem, reconstruct
 
 TASKS = ("super_resolution", "random_inpainting", "box_inpainting", "gaussian_blur", "motion_blur")
 
@@ -110,9 +113,8 @@ def test_the_greedy_guess_saves_evaluations(name):
     scores = {}
     for greedy in (False, True):
         counted = CountedPrior(load_prior("mnist"), None)
-        x0 = control(
-            counted, physics, y, truth, generator, noise_std=0.05, iterations=8, greedy=greedy
-        )
+        recipe = replace(COLD, iterations=8, guess=greedy)
+        x0 = reconstruct(Problem(physics, y, 0.05), counted, recipe, x=0 * truth).x0
         scores[greedy] = image_metrics(x0, truth)["psnr"].item()
     assert scores[True] > scores[False] + 1
 

@@ -5,6 +5,7 @@ import torch
 from azula.noise import VPSchedule
 
 import diffoc
+from diffoc.baselines.paper import snr_weights
 from diffoc.costs import ControlCost, GaussianLikelihood
 from diffoc.data import digits
 from diffoc.ilqr import DivergenceError, ilqr
@@ -13,7 +14,7 @@ from diffoc.priors.gaussian import GaussianPrior
 from diffoc.problems.operators import average_pool
 from diffoc.process import ReverseProcess
 from diffoc.rules import LBFGS, Adam, LineSearch
-from diffoc.solve import image_units, snr_weights, solve
+from diffoc.solve import image_units, solve
 from diffoc.system import ControlProblem
 from diffoc.theory.projected import Projected
 

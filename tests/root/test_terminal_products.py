@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from diffoc.costs import GaussianLikelihood, ResidualNorm
+from diffoc.baselines.released import ResidualNorm
+from diffoc.costs import GaussianLikelihood
 from diffoc.data import digits
 from diffoc.hessian import HESSIANS, range_error_bound, range_finder, terminal_products
 from diffoc.lowrank import MatrixFree

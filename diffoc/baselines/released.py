@@ -16,13 +16,20 @@ and for the learned variance.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from azula.denoise import Denoiser, Posterior
+from azula.noise import Schedule
 from torch import Tensor
 
-from diffoc.process import METHODS, ReverseProcess, times_of_levels
+from diffoc.checks import check_tensor
+from diffoc.costs import residual_of
+from diffoc.lowrank import MatrixFree
+from diffoc.process import METHODS, ReverseProcess, draw_noise, times_of_levels
+from diffoc.reconstruct import Problem, Recipe
+from diffoc.rules import Adam
 
 LEVELS = 1000
 """Of the chain that is respaced."""
@@ -141,7 +148,7 @@ def released_weights(steps: int, scale: float = 1e-6) -> Tensor:
 
     :math:`\beta_i` is one of DDPM's 1000 steps, at the time :math:`t_i` of the T from 1 to 0.001.
     What its root is called there is a signal-to-noise ratio, which would have the product of all
-    steps in place of the one: see :func:`diffoc.solve.snr_weights`.
+    steps in place of the one: see :func:`diffoc.baselines.paper.snr_weights`.
 
     Args:
         steps: T, at least 2.
@@ -157,3 +164,99 @@ def released_weights(steps: int, scale: float = 1e-6) -> Tensor:
     beta = torch.linspace(1e-4, 0.02, LEVELS, dtype=torch.float64)[index]
     dt = (1 - 1e-3) / steps
     return scale / dt**2 * ((1 - beta) / (beta + 1e-7)).sqrt()
+
+
+@dataclass(frozen=True)
+class ResidualNorm:
+    r"""The terminal cost :math:`\|A(x_0) - y\|` of the authors' released code, not its square.
+
+    Its gradient has the length of the operator's derivative however small the residual is, so
+    that an iteration does not slow down towards y, nor does it settle there. It is twice
+    differentiable but for a residual of zero, where its derivatives count as zero.
+
+    Attributes:
+        operator: A, a differentiable callable from (B, ...) to (B, ...).
+        y: the measurements, shape (B, ...), or (1, ...) for one that all problems share.
+    """
+
+    operator: Callable[[Tensor], Tensor]
+    y: Tensor
+
+    def __post_init__(self) -> None:
+        check_tensor("y", self.y)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        squared = residual_of(self.operator(x), self.y).flatten(1).square().sum(dim=1)
+        zero = squared == 0
+        # The root's derivative at zero is infinite, and infinity times zero not a number.
+        return torch.where(zero, 0, torch.where(zero, 1, squared).sqrt())
+
+
+def released_process(
+    prior: Denoiser,
+    steps: int,
+    x: Tensor,
+    generator: torch.Generator,
+    learned_variance: bool = False,
+) -> AncestralProcess:
+    """The process with noise of its own for each of the states `x`, (B, ...)."""
+    noise = draw_noise(steps - 1, x.shape, generator).to(x.device)
+    return AncestralProcess(prior, steps, noise, learned_variance)
+
+
+def _weights(schedule: Schedule, times: Tensor) -> Tensor:
+    return released_weights(len(times), 1.0)
+
+
+def _cost(problem: Problem) -> ResidualNorm:
+    return ResidualNorm(problem.operator, problem.y)
+
+
+RELEASED = Recipe(
+    "released",
+    steps=20,
+    iterations=50,
+    rule=Adam(5e-3, weight_decay=0.01, keeps_best=False),
+    derivatives=MatrixFree(),
+    regularization=1e-3,
+    feedback=False,
+    weight=1e-6,
+    weights=_weights,
+    from_noise=True,
+    process=released_process,
+    cost=_cost,
+    by_task={
+        ("gaussian_blur", 1000): {
+            "rule": Adam(1e-2, weight_decay=0.01, keeps_best=False),
+            "weight": 1e-5,
+        },
+        ("nonlinear_blur", 1000): {"rule": Adam(1e-2, weight_decay=0.01, keeps_best=False)},
+        ("phase_retrieval", 1000): {"rule": Adam(1e-2, weight_decay=0.01, keeps_best=False)},
+    },
+)
+r"""What the authors' released code does by default, "NFE 1000"; the paper differs.
+
+=============  ===================================  ===========================================
+.              the paper                            the released code
+=============  ===================================  ===========================================
+process        T deterministic steps                T - 1 ancestral ones with frozen noise and
+                                                    clipped image
+terminal cost  half the squared residual over s^2   the norm of the residual
+control cost   none (Eq. 28)                        :func:`released_weights`
+derivatives    rank 1                               rank 0, so that all feedback vanishes
+update         Adam on the gains                    AdamW on the gains, weight decay 0.01
+result         not said                             the last iterate
+=============  ===================================  ===========================================
+
+A step's gain is :math:`k = -Q_u / (r + 0.001)`; Adam divides it by its own size, so that only the
+direction of :math:`Q_u = r u + f_u^T p` counts. The released code inverts the matrix :math:`r I` of
+rank 0 by Woodbury's identity with 0 + 0.001 I for the part of rank 16, on a random subspace of that
+dimension: there it takes from the gain the share
+
+.. math:: \Big(1 + \frac{\rho}{0.001} + 0.001 \rho\Big)^{-1}, \qquad \rho = r + 0.001 ,
+
+a fifth in the first step and a fourteenth in the last of T = 20. This is left out here. It also
+evaluates the prior three times in each step of an iteration, of which ours needs one.
+
+Source: github.com/lihenryhfl/diffusion_optimal_control, commit f20ebff.
+"""

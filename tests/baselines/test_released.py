@@ -12,7 +12,7 @@ that is not part of this project because it needs that code. For both tasks it
   in_shape=(1, 1, 8, 8), scale_factor=2)` or `get_operator("inpainting")`;
 - makes `solver = MFDDP(env, seed=42, lr=5e-3)` and replaces its method `approx_inverse` by one that
   returns zeros, which leaves out the term of the random subspace that
-  :func:`diffoc.experiments.controllers.released` describes;
+  :data:`diffoc.baselines.released.RELEASED` describes;
 - calls `solver.solve(start.reshape(1, 64), num_iterations=5)`, and keeps the controls that the
   last call of `solver.iterate` returns, and the last state of every call;
 - draws the noise of step i as the code does, `torch.manual_seed(env.seed + 18 - i)` and
@@ -34,15 +34,15 @@ from deepinv.physics import Inpainting
 from diffusers import DDPMScheduler
 from torch import nn
 
-from diffoc.ancestral import AncestralProcess, released_weights
-from diffoc.costs import ControlCost, ResidualNorm
-from diffoc.experiments import controllers
+from diffoc.baselines.released import AncestralProcess, ResidualNorm, released_weights
+from diffoc.costs import ControlCost
 from diffoc.experiments.methods import METHODS
 from diffoc.priors.counting import CountedPrior
 from diffoc.priors.gaussian import GaussianPrior
 from diffoc.priors.pretrained import load_prior, untrained_adm
 from diffoc.problems.tasks import super_resolution
 from diffoc.process import draw_noise
+from diffoc.reconstruct import reconstruct
 from diffoc.rules import Adam
 from diffoc.solve import solve
 
@@ -116,14 +116,14 @@ def physics_of(name, mask):
 
 @pytest.fixture
 def results(monkeypatch):
-    """What `solve` returned to the method: the method returns the image alone."""
+    """What `reconstruct` returned to the method: the method returns the image alone."""
     found = []
 
     def recorded(*args, **settings):
-        found.append(solve(*args, **settings))
+        found.append(reconstruct(*args, **settings))
         return found[-1]
 
-    monkeypatch.setattr(controllers, "solve", recorded)
+    monkeypatch.setattr("diffoc.experiments.controllers.reconstruct", recorded)
     return found
 
 
@@ -133,7 +133,7 @@ def test_controls_and_images_are_the_released_code_s(name, dtype, bound, results
     """After five iterations; images after each of them."""
     with np.load(FIXTURE) as file:
         given = {key: torch.from_numpy(file[key]).to(dtype) for key in file}
-    monkeypatch.setattr(controllers, "draw_noise", lambda *_: given["noise"])
+    monkeypatch.setattr("diffoc.baselines.released.draw_noise", lambda *_: given["noise"])
     for iterations in range(1, 6):
         METHODS["control_released"].run(
             Prior(NoisePredictor().to(dtype)),

@@ -1,0 +1,358 @@
+r"""What users call: a problem and a recipe give a result.
+
+>>> prior = diffoc.load_prior("faces64")
+>>> problem = diffoc.Problem(super_resolution(4), y, noise_std=0.05)
+>>> result = diffoc.reconstruct(problem, prior)
+
+The controls of the reverse process minimise
+
+.. math:: \frac{\|A(x_0) - y\|^2}{2 s^2} + \frac12 \sum_i r_i \|u_i\|^2 ,
+
+and a :class:`Recipe` says how: with how many steps, by which rule, from which guess, at which
+control cost, and until when. `OURS` is the default everywhere.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from azula.denoise import Denoiser
+from azula.noise import Schedule
+from torch import Tensor
+
+from diffoc.checks import check_tensor
+from diffoc.costs import ControlCost, GaussianLikelihood
+from diffoc.damping import Damping
+from diffoc.greedy import greedy_controls
+from diffoc.ilqr import Result
+from diffoc.lowrank import MatrixFree
+from diffoc.process import ReverseProcess
+from diffoc.rules import LBFGS, Adam, FullStep, LineSearch
+from diffoc.solve import image_units, solve
+from diffoc.system import Derivatives
+
+FIRST_FROM_GUESS = 1e-4
+"""L-BFGS's first change from a greedy guess: one of the usual length would undo the guess."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A measurement y = A(x_0) + noise, and what is known of it.
+
+    Attributes:
+        physics: a deepinv physics, or any differentiable callable A that maps images (B, C, H, W)
+            to measurements (B, ...), no image having a part in another's.
+        y: the measurements, (B, ...), finite.
+        noise_std: standard deviation of the Gaussian noise, above 0.
+        task: the name of a task of :data:`diffoc.problems.tasks.TASKS`, for recipes that were tuned
+            for it; None for any other problem.
+
+    Raises:
+        TypeError: if `physics` cannot be called, or `y` is no tensor.
+        ValueError: if `y` or `noise_std` is out of its range.
+    """
+
+    physics: Any
+    y: Tensor
+    noise_std: float
+    task: str | None = None
+
+    def __post_init__(self) -> None:
+        if not callable(self.physics):
+            raise TypeError(
+                f"physics is {self.physics!r}, expected a deepinv physics or a callable"
+            )
+        check_tensor("y", self.y)
+        if not 0 < self.noise_std < math.inf:
+            raise ValueError(f"noise_std is {self.noise_std}, expected finite and above 0")
+
+    @property
+    def operator(self) -> Callable[[Tensor], Tensor]:
+        """A, without noise."""
+        return self.physics.A if self._is("Physics") else self.physics
+
+    @property
+    def linear(self) -> bool:
+        """Whether A is known to be linear, with an adjoint."""
+        return self._is("LinearPhysics")
+
+    @property
+    def noise_level(self) -> float:
+        """The root mean square of the true image's residual.
+
+        Where inpainting has dropped pixels, there is no noise.
+        """
+        kept = self.physics.mask.to(self.y).expand_as(self.y) if self._is("Inpainting") else None
+        return self.noise_std * (1.0 if kept is None else (kept != 0).double().mean().sqrt().item())
+
+    def residual(self, x0: Tensor) -> Tensor:
+        """A(x_0) - y for images (B, C, H, W), of the shape of `y`."""
+        return self.operator(x0) - self.y
+
+    def _is(self, kind: str) -> bool:
+        # Whoever has a physics has imported deepinv; who has none need not wait for it.
+        physics = sys.modules.get("deepinv.physics")
+        return physics is not None and isinstance(self.physics, getattr(physics, kind))
+
+
+def snr_squared(schedule: Schedule, times: Tensor) -> Tensor:
+    r"""The precision :math:`\alpha_i^2 / \sigma_i^2` to which a state knows the image, (T,).
+
+    Args:
+        schedule: of the prior.
+        times: of the process, (T + 1,).
+    """
+    alpha, sigma = schedule(times[:-1])
+    return (alpha / sigma).square()
+
+
+def constant(schedule: Schedule, times: Tensor) -> Tensor:
+    """Ones, (T,); arguments as for :func:`snr_squared`."""
+    return torch.ones(len(times) - 1, dtype=torch.float64)
+
+
+def likelihood(problem: Problem) -> GaussianLikelihood:
+    """The terminal cost -log p(y | x_0)."""
+    return GaussianLikelihood(problem.operator, problem.y, problem.noise_std)
+
+
+def deterministic(
+    prior: Denoiser, steps: int, x: Tensor, generator: torch.Generator
+) -> ReverseProcess:
+    """The process of DDIM's steps, uniform in time; it draws nothing."""
+    return ReverseProcess(prior, steps)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    r"""How a problem is solved; a frozen value with a name.
+
+    Attributes:
+        name: of the recipe.
+        steps: T, at least 1.
+        budget: of evaluations of the prior by each image, the guess included; None for no limit.
+        iterations: at most so many; None for as many as the budget allows.
+        spare: the share of the budget that is left for the line search's trials, and not planned
+            for iterations.
+        rule: see :mod:`diffoc.rules`.
+        preconditioned: whether L-BFGS measures controls in units of the image, see
+            :func:`diffoc.solve.image_units`.
+        rank: of the terminal Hessian.
+        derivatives: how they are represented.
+        regularization: Tikhonov's constant or schedule, or a function of the prior's schedule and
+            the process's times, as :func:`snr_squared` is.
+        feedback: whether the gains K are used.
+        weight: w of the control cost's weights :math:`r_i = w\, \rho_i`.
+        weights: gives :math:`\rho_i`, such as :func:`snr_squared` or :func:`constant`.
+        guess: whether the first controls of a linear problem are the greedy ones, see
+            :mod:`diffoc.greedy`; otherwise they are zero.
+        from_noise: whether the process starts from random noise. The default, zero, is the most
+            probable noise; a random start would only add the texture of a sample.
+        stopped: whether an image is left where its residual is as small as the noise (the
+            discrepancy principle).
+        process: makes the reverse process.
+        cost: makes the terminal cost.
+        by_task: changes for (task, budget): what was tuned for them.
+    """
+
+    name: str
+    steps: int
+    budget: int | None = None
+    iterations: int | None = None
+    spare: float = 0.0
+    rule: LBFGS | Adam | LineSearch | FullStep = field(default_factory=LBFGS)
+    preconditioned: bool = False
+    rank: int = 0
+    derivatives: Derivatives = field(default_factory=MatrixFree)
+    regularization: Damping | float | Callable[[Schedule, Tensor], Tensor] = 0.0
+    feedback: bool = True
+    weight: float = 1.0
+    weights: Callable[[Schedule, Tensor], Tensor] = constant
+    guess: bool = False
+    from_noise: bool = False
+    stopped: bool = False
+    process: Callable[[Denoiser, int, Tensor, torch.Generator], ReverseProcess] = deterministic
+    cost: Callable[[Problem], Callable[[Tensor], Tensor]] = likelihood
+    by_task: Mapping[tuple[str, int], Mapping[str, Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"steps is {self.steps}, expected at least 1")
+        if self.budget is None and self.iterations is None:
+            raise ValueError("budget and iterations are both None: give at least one")
+        if self.budget is not None and self.budget < 4 * self.steps:
+            raise ValueError(
+                f"budget is {self.budget}, expected at least 4 times the {self.steps} steps"
+            )
+        if not 0 < self.weight < math.inf:
+            raise ValueError(f"weight is {self.weight}, expected finite and positive")
+
+    def at(self, task: str | None, budget: int | None = None) -> Recipe:
+        """The recipe as it was tuned for a task, at the nearest budget below, or else above.
+
+        Args:
+            task: a name of :data:`diffoc.problems.tasks.TASKS`; others, and None, change nothing.
+            budget: of evaluations; the recipe's own by default.
+        """
+        most = budget or self.budget or sys.maxsize
+        budgets = sorted(each for name, each in self.by_task if name == task)
+        if not budgets:
+            return self
+        fitting = [each for each in budgets if each <= most]
+        changes = self.by_task[str(task), fitting[-1] if fitting else budgets[0]]
+        return replace(self, **changes, by_task={})
+
+    @property
+    def planned(self) -> int:
+        """How many iterations there are at most."""
+        if self.iterations is not None or self.budget is None:
+            return self.iterations or 0
+        if not self.spare:
+            return self.budget // self.steps
+        left = self.budget - 2 * self.steps * self.guess
+        return max(1, math.floor((1 - self.spare) * left / self.steps + 1e-9))
+
+
+OURS = Recipe(
+    "ours",
+    steps=15,
+    budget=300,
+    preconditioned=True,
+    weight=4.0,
+    weights=snr_squared,
+    guess=True,
+    by_task={
+        ("super_resolution", 300): {"weight": 16.0},
+        ("random_inpainting", 300): {"weight": 4.0},
+        ("box_inpainting", 300): {"weight": 16.0},
+        ("gaussian_blur", 300): {"weight": 4.0},
+        ("motion_blur", 300): {"weight": 4.0},
+        ("super_resolution", 1000): {"weight": 64.0},
+        ("random_inpainting", 1000): {"weight": 64.0},
+        ("box_inpainting", 1000): {"weight": 16.0},
+        ("gaussian_blur", 1000): {"weight": 16.0},
+        ("motion_blur", 1000): {"weight": 16.0},
+    },
+)
+r"""The default: L-BFGS in units of the image from the greedy guess, until the budget is spent.
+
+What keeps most of the noise from being fitted is the control cost :math:`w \alpha_i^2 /
+\sigma_i^2`. Its minimum fits much of the noise unless w is large, so that w belongs to the budget.
+"""
+
+STOPPED = Recipe("stopped", steps=10, budget=300, spare=0.15, weight=0.3, guess=True, stopped=True)
+"""L-BFGS from the greedy guess, ended by the discrepancy principle."""
+
+COLD = replace(STOPPED, name="cold", iterations=25, budget=None, weight=1.0, guess=False)
+"""As `STOPPED`, from controls of zero: without the guess, which the paper does not have."""
+
+
+def reconstruct(
+    problem: Problem,
+    prior: Denoiser,
+    recipe: Recipe = OURS,
+    *,
+    x: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    starts: int = 1,
+    progress: bool = False,
+    callback: Callable[[int, Tensor, Tensor], None] | None = None,
+) -> Result:
+    """Reconstructs the images of a problem.
+
+    Args:
+        problem: what was measured.
+        prior: an azula denoiser on images in [-1, 1], such as :func:`diffoc.load_prior` returns.
+        recipe: how; `recipe.at(problem.task)` is what runs.
+        x: initial states, (B, C, H, W), for a prior without `image_shape`, or a start of one's own;
+            by default zeros, or noise if the recipe starts from noise.
+        generator: of what is random, on the CPU; by default one with the seed 0.
+        starts: from how many states each problem is solved, the first as above, the others random:
+            where the solution is not unique, as in phase retrieval, they end in different images.
+            The result's problems are those of the first start, then those of the second, ...; the
+            cheapest explains the measurement best.
+        progress: whether to show a bar.
+        callback: see :func:`diffoc.solve`.
+
+    Returns:
+        The result, whose evaluations include those of the guess.
+
+    Raises:
+        ValueError: if the operator, the measurements and the prior do not fit each other, or an
+            argument is out of its range.
+    """
+    if starts < 1:
+        raise ValueError(f"starts is {starts}, expected at least 1")
+    recipe = recipe.at(problem.task)
+    generator = generator or torch.Generator().manual_seed(0)
+    given, x = x is not None, _start(problem, prior, x)
+    problem = replace(problem, y=problem.y.repeat(starts, *[1] * (problem.y.ndim - 1)))
+    x = x.repeat(starts, *[1] * (x.ndim - 1))
+    process = recipe.process(prior, recipe.steps, x, generator)
+    first = len(x) // starts if given or not recipe.from_noise else 0
+    x[first:] = process.initial_state(x[first:].shape, generator).to(x)
+    schedule, times = process.denoiser.schedule, process.times
+    rule, guess = recipe.rule, None
+    if recipe.guess and problem.linear:
+        guess = greedy_controls(process, problem.physics, problem.y, x, problem.noise_std)
+    if recipe.preconditioned and isinstance(rule, LBFGS):
+        rule = replace(rule, units=image_units(schedule, times))
+    elif guess is not None and isinstance(rule, LBFGS):
+        rule = replace(rule, first=FIRST_FROM_GUESS)
+    spent = 0 if guess is None else recipe.steps
+    constant_ = recipe.regularization
+    result = solve(
+        process,
+        recipe.cost(problem),
+        x,
+        guess,
+        control_cost=ControlCost(recipe.weight * recipe.weights(schedule, times)),
+        rank=recipe.rank,
+        iterations=recipe.planned,
+        rule=rule,
+        regularization=constant_(schedule, times) if callable(constant_) else constant_,
+        feedback=recipe.feedback,
+        residual=problem.residual if recipe.stopped else None,
+        noise_level=problem.noise_level if recipe.stopped else None,
+        budget=None if recipe.spare or recipe.budget is None else recipe.budget - spent,
+        derivatives=recipe.derivatives,
+        progress=progress,
+        callback=callback,
+    )
+    squares = problem.residual(result.x0).flatten(1).square().mean(dim=1)
+    return replace(
+        result,
+        evaluations=result.evaluations + spent,
+        residual_over_noise=squares.sqrt() / problem.noise_level,
+    )
+
+
+def _start(problem: Problem, prior: Denoiser, x: Tensor | None) -> Tensor:
+    """The initial states, zeros by default, once operator, measurements and prior fit."""
+    y = problem.y
+    if x is None:
+        x = torch.zeros(len(y), *prior.image_shape, dtype=y.dtype, device=y.device)
+    try:
+        found = problem.operator(torch.zeros_like(x)).shape
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"physics cannot measure images of shape {tuple(x.shape)}, the prior's: {error}"
+        ) from error
+    if found != y.shape:
+        raise ValueError(
+            f"y has shape {tuple(y.shape)}, but physics makes {tuple(found)} of images of shape "
+            f"{tuple(x.shape)}"
+        )
+    if problem.linear:
+        back = problem.physics.A_adjoint(y).shape
+        if back != x.shape:
+            raise ValueError(
+                f"physics has an adjoint that makes {tuple(back)} of y, where images have shape "
+                f"{tuple(x.shape)}: the operator does not fit images of this size"
+            )
+    return x

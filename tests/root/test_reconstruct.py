@@ -1,0 +1,174 @@
+"""A problem and a recipe give a result: the same recipe by whatever door, image by image."""
+
+import inspect
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from azula.noise import VPSchedule
+from deepinv.physics import Inpainting
+
+import diffoc
+from diffoc.commands.panel import Panel
+from diffoc.commands.solve import RECIPES, Settings
+from diffoc.data import digits
+from diffoc.data.manifest import data_folder
+from diffoc.experiments import controllers
+from diffoc.experiments.methods import METHODS, settings_of
+from diffoc.priors.gaussian import GaussianPrior
+from diffoc.priors.pretrained import load_prior
+from diffoc.problems.tasks import measure, noise_level, super_resolution, task
+from diffoc.process import ReverseProcess
+from diffoc.reconstruct import COLD, OURS, STOPPED, Problem, Recipe, reconstruct
+from diffoc.rules import LBFGS
+
+TABLE_1 = ["super_resolution", "random_inpainting", "box_inpainting", "gaussian_blur"]
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def digit_problem(name="super_resolution", index=6, noise=0.05):
+    truth = digits()[0][index][None]
+    physics = task(name, truth.shape[1:], seeded())
+    return Problem(physics, measure(physics, truth, seeded(1), noise), noise, name), truth
+
+
+@pytest.mark.parametrize("name", TABLE_1)
+@pytest.mark.parametrize("nfe", [300, 1000])
+def test_rows_of_the_table_run_the_named_recipe(name, nfe, monkeypatch):
+    """What a row hands on is, field by field, the recipe that a reader gets for that task."""
+    ran = []
+    monkeypatch.setattr(
+        controllers, "reconstruct", lambda problem, prior, recipe, **_: ran.append(recipe) or 1 / 0
+    )
+    method = METHODS["control_unstopped"]
+    assert method.recipe is OURS
+    settings = settings_of("faces64", "control_unstopped", name, nfe, {})
+    x = torch.zeros(1, 1, 28, 28)
+    problem, _ = digit_problem(name)
+    with pytest.raises(ZeroDivisionError):
+        method.run(
+            load_prior("mnist"), problem.physics, problem.y, x, seeded(), noise_std=0.05, **settings
+        )
+    assert replace(ran[0], by_task={}) == replace(OURS.at(name, nfe), budget=nfe)
+
+
+def test_every_door_has_the_same_default():
+    assert inspect.signature(diffoc.reconstruct).parameters["recipe"].default is OURS
+    assert RECIPES[Settings("gaussian_blur", "mnist").recipe] is OURS
+    assert RECIPES[Panel().recipe.value] is OURS
+    assert Settings("gaussian_blur", "mnist").changed == OURS.at("gaussian_blur")
+    assert [METHODS[f"control{kind}"].recipe for kind in ("", "_cold", "_paper", "_released")] == [
+        STOPPED,
+        COLD,
+        diffoc.PAPER,
+        diffoc.RELEASED,
+    ]
+
+
+def test_what_ours_has_for_a_task_is_what_was_tuned():
+    tuned = json.loads((data_folder() / "tuned.json").read_text())["faces64"]["control_unstopped"]
+    found = {key: values["weight"] for key, values in OURS.by_task.items()}
+    assert found == {
+        (name, int(nfe)): values["weight"]
+        for name, budgets in tuned.items()
+        for nfe, values in budgets.items()
+    }
+
+
+@pytest.mark.parametrize("recipe", [OURS, STOPPED])
+def test_nothing_of_an_image_depends_on_its_neighbour(recipe):
+    """A digit beside a picture of noise, which needs other steps, trials and evaluations."""
+    recipe = replace(recipe, steps=5, budget=60)
+    problem, truth = digit_problem("gaussian_blur")
+    noise = torch.randn(truth.shape, generator=seeded(3)).clamp(-1, 1)
+    y = torch.cat([problem.y, problem.physics.A(noise)])
+    prior = load_prior("mnist")
+    alone = reconstruct(problem, prior, recipe)
+    both = reconstruct(replace(problem, y=y), prior, recipe)
+    # Equal but for the rounding of sums over a batch of another size, which iterations amplify.
+    assert (both.x0[:1] - alone.x0).abs().max() < 0.02
+    assert both.evaluations[0] == alone.evaluations[0]
+    assert both.status[0] == alone.status[0]
+
+
+def test_the_budget_is_each_image_s_own():
+    recipe = replace(OURS, steps=5, budget=60)
+    problem, _ = digit_problem()
+    found = reconstruct(problem, load_prior("mnist"), recipe)
+    # The last iteration's line search alone may go beyond.
+    assert 55 < found.evaluations.item() <= 60 + 5 * LBFGS().trials
+    assert found.status == ["budget"]
+
+
+def test_a_gaussian_s_minimum_is_found_with_any_callable():
+    """With a callable in place of a physics there is no guess; the minimum is the same."""
+    n, generator = 6, seeded(4)
+    root = torch.randn(n, n, generator=generator, dtype=torch.float64)
+    prior = GaussianPrior(torch.ones(n, dtype=torch.float64), root @ root.mT, VPSchedule())
+    matrix = torch.randn(3, n, generator=generator, dtype=torch.float64)
+    y = torch.randn(1, 3, generator=generator, dtype=torch.float64)
+    recipe = replace(OURS, steps=4, budget=2000)
+    x = torch.zeros(1, n, dtype=torch.float64)
+    found = reconstruct(Problem(lambda x: x @ matrix.mT, y, 0.3), prior, recipe, x=x)
+    # The image is affine in the controls: the least squares of J, solved at once.
+    process = ReverseProcess(prior, 4)
+    still = process.rollout(x)[-1][0]
+    unit = torch.eye(4 * n, dtype=torch.float64).reshape(4 * n, 4, 1, n)
+    J = torch.stack([process.rollout(x, u)[-1][0] - still for u in unit], dim=1)
+    alpha, sigma = prior.schedule(process.times[:-1])
+    R = torch.diag((4.0 * (alpha / sigma).square()).repeat_interleave(n))
+    A = matrix @ J / 0.3
+    u = torch.linalg.solve(A.mT @ A + R, A.mT @ (y[0] - matrix @ still) / 0.3)
+    torch.testing.assert_close(found.x0[0], still + J @ u, rtol=1e-4, atol=1e-4)
+
+
+def test_several_starts_are_as_many_problems():
+    problem, truth = digit_problem("phase_retrieval")
+    recipe = replace(OURS, steps=3, budget=24)
+    prior = load_prior("mnist")
+    many = reconstruct(problem, prior, recipe, starts=3)
+    one = reconstruct(problem, prior, recipe)
+    assert many.x0.shape == (3, *truth.shape[1:])
+    assert (many.x0[:1] - one.x0).abs().max() < 0.02
+    assert (many.x0[1] - many.x0[2]).abs().max() > 0.1
+
+
+def test_a_mask_s_weight_is_no_indicator():
+    """Noise where something is measured, of one strength; none where a pixel was dropped."""
+    x = torch.zeros(1, 1, 8, 8)
+    weights = torch.ones(1, 1, 8, 8)
+    weights[..., :4], weights[..., 0] = 0.5, 0.0
+    physics = Inpainting((1, 8, 8), mask=weights)
+    y = measure(physics, x, seeded(), 0.05)
+    assert (y[..., 0] == 0).all()
+    kept = 7 / 8
+    assert noise_level(physics, y, 0.05) == pytest.approx(0.05 * kept**0.5)
+    assert Problem(physics, y, 0.05).noise_level == pytest.approx(0.05 * kept**0.5)
+    full = Inpainting((1, 64, 64), mask=255 * torch.ones(1, 1, 64, 64))
+    noise = measure(full, torch.zeros(1, 1, 64, 64), seeded(), 0.05)
+    assert noise.std().item() == pytest.approx(0.05, rel=0.05)
+
+
+def test_what_does_not_fit_is_refused():
+    prior = load_prior("mnist")
+    problem, _ = digit_problem()
+    with pytest.raises(ValueError, match="y has shape"):
+        reconstruct(replace(problem, y=torch.zeros(1, 1, 8, 8)), prior)
+    x = torch.zeros(1, 1, 30, 30)
+    y = super_resolution(4).A(x)
+    with pytest.raises(ValueError, match="adjoint that makes"):
+        reconstruct(Problem(super_resolution(4), y, 0.05), prior, x=x)
+    with pytest.raises(ValueError, match="noise_std is 0"):
+        Problem(super_resolution(4), y, 0.0)
+    with pytest.raises(TypeError, match="physics is 3"):
+        Problem(3, y, 0.05)
+    with pytest.raises(ValueError, match="starts is 0"):
+        reconstruct(problem, prior, starts=0)
+    with pytest.raises(ValueError, match="budget is 59"):
+        replace(OURS, budget=59)
+    with pytest.raises(ValueError, match="both None"):
+        Recipe("nothing", steps=3)
