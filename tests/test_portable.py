@@ -82,12 +82,15 @@ def test_asserted_comparisons_are_recorded_and_mean_what_they_did(tmp_path, monk
 
 def test_a_bound_is_measured_in_spreads(tmp_path, monkeypatch):
     monkeypatch.setattr(portable, "BUILD", tmp_path)
+    monkeypatch.setattr(portable, "ROOT", tmp_path)
     for setting, error in (("one", 0.2), ("two", 0.4), ("three", 0.3)):
         (tmp_path / setting).mkdir()
         rows = [["error < 1", "<", error, 1], ["same > 0", ">", 1, 0]]
         text = "".join(json.dumps(row) + "\n" for row in rows)
-        (tmp_path / setting / "a.log").write_text(text)
-    ((ratio, place, least, most, spread),) = portable.bounds(Path("a"), ["one", "two", "three"])
+        (tmp_path / setting / "tests-a.log").write_text(text)
+    ((ratio, place, least, most, spread),) = portable.bounds(
+        tmp_path / "tests" / "a", ["one", "two", "three"]
+    )
     assert place == "error < 1 [<]"
     assert (ratio, least, most, spread) == pytest.approx((0.7 / 0.2, 0.6, 0.8, 0.2))
 

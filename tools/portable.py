@@ -78,7 +78,7 @@ def main() -> int:
         (setting, file)
         for setting in settings
         for file in chosen
-        if not (BUILD / setting / f"{file.name}.xml").exists()
+        if not (BUILD / setting / f"{key(file)}.xml").exists()
     ]
     for number, (setting, file) in enumerate([] if args.report else todo, 1):
         print(f"[{number}/{len(todo)}] {setting}: {file.name} ... ", end="", flush=True)
@@ -87,6 +87,11 @@ def main() -> int:
         failed = [name for name, text in outcomes(setting, file).items() if text is not None]
         print(f"{time.perf_counter() - start:.0f} s" + "".join(f"\n    {f}" for f in failed))
     return report(files)
+
+
+def key(file: Path) -> str:
+    """The name of what is kept of a file, such as notebooks-00_quickstart.ipynb."""
+    return "-".join(file.relative_to(ROOT).parts)
 
 
 def can_run(setting: str) -> bool:
@@ -100,7 +105,7 @@ def run(setting: str, file: Path) -> None:
     """Runs a file of tests or a notebook under a setting, and keeps what it reports."""
     place = BUILD / setting
     place.mkdir(parents=True, exist_ok=True)
-    log = place / f"{file.name}.log"
+    log = place / f"{key(file)}.log"
     log.unlink(missing_ok=True)
     startup = BUILD / "ipython" / "profile_default" / "startup"
     startup.mkdir(parents=True, exist_ok=True)
@@ -117,23 +122,23 @@ def run(setting: str, file: Path) -> None:
         "PORTABLE_LOG": str(log),
         **SETTINGS[setting],
     }
-    part = place / f"{file.name}.part"
+    part = place / f"{key(file)}.part"
     command = [sys.executable, "-m", "pytest", "--quiet", "-p", "portability", "-p", "no:xdist"]
     command += ["--override-ini", "enable_assertion_pass_hook=true", f"--junitxml={part}"]
     command += ["--nbval-lax", "--nbval-current-env", str(file)]
     output = subprocess.run(
         command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
-    (place / f"{file.name}.txt").write_bytes(output.stdout)
+    (place / f"{key(file)}.txt").write_bytes(output.stdout)
     if not part.exists():
         raise RuntimeError(output.stdout.decode())
-    part.rename(place / f"{file.name}.xml")
+    part.rename(place / f"{key(file)}.xml")
 
 
 def outcomes(setting: str, file: Path) -> dict[str, str | None]:
     """What became of every cell or test of a file: the message of its failure, or None."""
     found: dict[str, str | None] = {}
-    for case in ElementTree.parse(BUILD / setting / f"{file.name}.xml").iter("testcase"):
+    for case in ElementTree.parse(BUILD / setting / f"{key(file)}.xml").iter("testcase"):
         bad = [*case.iter("failure"), *case.iter("error")]
         text = (bad[0].get("message") or "") + "\n" + (bad[0].text or "") if bad else None
         found[case.get("name", "")] = text
@@ -142,7 +147,7 @@ def outcomes(setting: str, file: Path) -> dict[str, str | None]:
 
 def seconds(setting: str, file: Path) -> float:
     """How long a file took."""
-    suite = ElementTree.parse(BUILD / setting / f"{file.name}.xml").find("testsuite")
+    suite = ElementTree.parse(BUILD / setting / f"{key(file)}.xml").find("testsuite")
     return float(suite.get("time", 0)) if suite is not None else 0.0
 
 
@@ -154,16 +159,17 @@ def bounds(file: Path, settings: list[str]) -> list[tuple[float, str, float, flo
     """
     found: dict[tuple[str, int], list[tuple[float, float]]] = defaultdict(list)
     for setting in settings:
-        log = BUILD / setting / f"{file.name}.log"
+        log = BUILD / setting / f"{key(file)}.log"
         counted: dict[str, int] = defaultdict(int)
         for line in log.read_text().splitlines() if log.exists() else []:
             place, operator, left, right = json.loads(line)
-            key = (f"{place} [{operator}]", counted[f"{place} [{operator}]"])
-            counted[key[0]] += 1
-            found[key].append((left, right) if operator[0] == "<" else (right, left))
+            text = f"{place} [{operator}]"
+            sides = (left, right) if operator[0] == "<" else (right, left)
+            found[text, counted[text]].append(sides)
+            counted[text] += 1
     rows = []
-    for (place, _), sides in found.items():
-        gaps = [high - low for low, high in sides]
+    for (place, _), pairs in found.items():
+        gaps = [high - low for low, high in pairs]
         spread = max(gaps) - min(gaps)
         if len(gaps) > 1 and spread > 0:
             ratio = sum(gaps) / len(gaps) / spread
@@ -177,9 +183,9 @@ def report(files: list[Path]) -> int:
     lines = [f"| | {' | '.join(settings)} |", f"|---|{'---|' * len(settings)}"]
     failures, close, places = [], [], set()
     for file in files:
-        cells, done = [], []
+        shown, cells, done = file.relative_to(ROOT), [], []
         for setting in settings:
-            if not (BUILD / setting / f"{file.name}.xml").exists():
+            if not (BUILD / setting / f"{key(file)}.xml").exists():
                 cells.append("not run")
                 continue
             done.append(setting)
@@ -187,18 +193,17 @@ def report(files: list[Path]) -> int:
             bad = {name: text for name, text in found.items() if text is not None}
             cells.append(f"**{len(bad)} of {len(found)} fail**" if bad else f"{len(found)} pass")
             for name, text in bad.items():
-                places.add((file.name, name))
+                places.add((file, name))
                 # The lines that pytest and IPython mark, without IPython's colours.
                 plain = re.sub(r"(#x1B|\x1b)\[[\d;]*m", "", text).splitlines()
                 marked = [line for line in plain if re.match(r"E  |>  |-+> \d", line)]
                 reason = " ".join(marked[:2] or plain[:1])
-                failures.append(f"| {file.name} | {name} | {setting} | {_cell(reason)} |")
-        if done:
-            lines.append(f"| {file.name} | {' | '.join(cells)} |")
+                failures.append(f"| {shown} | {name} | {setting} | {_cell(reason)} |")
+        lines.append(f"| {shown} | {' | '.join(cells)} |")
         for ratio, place, least, most, spread in bounds(file, done):
             if ratio < MARGIN:
                 close.append(
-                    f"| {file.name} | {_cell(place)} | {least:.3g} | {most:.3g} | {spread:.3g} | "
+                    f"| {shown} | {_cell(place)} | {least:.3g} | {most:.3g} | {spread:.3g} | "
                     f"{ratio:.1f} |"
                 )
     text = HEAD.format(cpu=cpu(), places=len(places)) + "\n".join(lines) + "\n"
@@ -221,7 +226,7 @@ N(0, 1). This is what it found on {cpu}: {places} cells and tests fail under som
 much rounding moves the tables is in the file `spread_faces64.csv` of the
 [records](records.md).
 
-"as it is" is the CPU's own instruction set; the others but "two threads" have one thread.
+"as it is" is the CPU's own instruction set. Every setting but "two threads" has one thread.
 
 """
 CLOSE = """
