@@ -13,6 +13,8 @@ priors come by name, from :func:`load_prior`; :func:`reconstruct` gives the imag
 Equation numbers in the docstrings are the paper's.
 """
 
+from typing import TYPE_CHECKING
+
 from diffoc.baselines.paper import PAPER
 from diffoc.baselines.released import RELEASED
 from diffoc.ilqr import Result
@@ -20,6 +22,9 @@ from diffoc.priors.pretrained import load_prior
 from diffoc.priors.weights import classifier
 from diffoc.reconstruct import COLD, OURS, STOPPED, Problem, Recipe, reconstruct
 from diffoc.solve import solve
+
+if TYPE_CHECKING:
+    from diffoc.problems.reconstructor import Reconstructor
 
 __all__ = [
     "COLD",
@@ -29,6 +34,7 @@ __all__ = [
     "STOPPED",
     "Problem",
     "Recipe",
+    "Reconstructor",
     "Result",
     "classifier",
     "load_prior",
@@ -36,3 +42,12 @@ __all__ = [
     "solve",
 ]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> object:
+    """`Reconstructor`, when it is asked for: deepinv takes as long to import as all else."""
+    if name == "Reconstructor":
+        from diffoc.problems.reconstructor import Reconstructor
+
+        return Reconstructor
+    raise AttributeError(f"module 'diffoc' has no attribute {name!r}")

@@ -31,7 +31,7 @@ from diffoc.experiments.inaccurate import accurate_name, is_inaccurate, load_ina
 from diffoc.experiments.methods import EDGE_GAIN, METHODS, TRIALS, settings_of
 from diffoc.experiments.records import METRICS, Cell, Row, as_json
 from diffoc.priors.counting import CountedPrior
-from diffoc.priors.pretrained import OURS, REMOTE, load_prior
+from diffoc.priors.pretrained import REMOTE, SHIPPED, load_prior
 from diffoc.problems.metrics import image_metrics
 from diffoc.problems.perceptual import LPIPS, SMALLEST, perceptual_metrics
 from diffoc.problems.tasks import NOISE_STD, TASKS, measure, noise_level, task
@@ -153,7 +153,7 @@ def read_images(names: Sequence[str], shape: Sequence[int], folder: Path | None)
         ValueError: if pictures have another size than `shape`, or faces are not what is asked for.
     """
     if folder is None:
-        if tuple(shape) != OURS["faces64"]:
+        if tuple(shape) != SHIPPED["faces64"]:
             raise ValueError(f"images is missing: the prior's images are {tuple(shape)}, no faces")
         faces = torch.from_numpy(_faces()[[int(name) for name in names]])
         return faces.float().unsqueeze(1) / 127.5 - 1

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffoc.priors.networks import NETWORKS
-from diffoc.priors.pretrained import OURS, default_schedule, load_prior, shape_of, untrained_adm
+from diffoc.priors.pretrained import SHIPPED, default_schedule, load_prior, shape_of, untrained_adm
 
 UNTRAINED, RANDOM, IDENTITY = "untrained ", "random ", "identity "
 """Before a prior's name."""
@@ -144,7 +144,7 @@ class _SameDraws(TorchDispatchMode):
 def _untrained(name: str) -> Denoiser:
     if name in ("mnist", "faces64"):
         prior = KarrasDenoiser(NETWORKS[name](), default_schedule())
-        prior.image_shape = OURS[name]
+        prior.image_shape = SHIPPED[name]
         return prior.eval().requires_grad_(False)
     network, slash, channels = name.partition("/")
     if slash and not channels.isdigit():

@@ -9,6 +9,7 @@ of the variance-preserving process at :math:`\bar\alpha = (c \alpha_t)^2`.
 from __future__ import annotations
 
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 
 from azula.denoise import Denoiser, DiracPosterior, KarrasDenoiser
@@ -26,7 +27,12 @@ from diffoc.priors.networks import NETWORKS
 from diffoc.priors.pipelines import from_hub, load_pixel_model, scales_of_images, sides_of
 from diffoc.priors.weights import read_checkpoint, read_torch_file
 
-OURS = {"mnist": (1, 28, 28), "faces64": (1, 64, 64), "faces64_latent": (4, 16, 16)}
+SHIPPED = {
+    "mnist": (1, 28, 28),
+    "faces64": (1, 64, 64),
+    "faces64_rgb": (3, 64, 64),
+    "faces64_latent": (4, 16, 16),
+}
 
 # Sizes: the imagenet256 file's is exact, as its checksum is; ffhq256's is four bytes a parameter,
 # ffhq64's a rough one.
@@ -48,7 +54,7 @@ REMOTE = {
         250_000_000,
     ),
 }
-_SHAPES = OURS | {"ffhq256": (3, 256, 256), "imagenet256": (3, 256, 256), "ffhq64": (3, 64, 64)}
+_SHAPES = SHIPPED | {"ffhq256": (3, 256, 256), "imagenet256": (3, 256, 256), "ffhq64": (3, 64, 64)}
 _ADM_CARDS = {"ffhq256": "ffhq_256x256", "imagenet256": "imagenet_256x256"}
 
 
@@ -83,8 +89,9 @@ def load_prior(
     Args:
         name_or_path: one of
 
-            - "mnist" (1, 28, 28), "faces64" (1, 64, 64) and "faces64_latent", of the same faces'
-              latents (4, 16, 16): ours, in the repository;
+            - "mnist" (1, 28, 28), "faces64" (1, 64, 64), "faces64_rgb" (3, 64, 64), faces in
+              colour, and "faces64_latent", of the grey faces' latents (4, 16, 16): ours, in the
+              repository;
             - "ffhq256" (3, 256, 256), the weights of Chung et al. 2023 that the paper uses, and
               "imagenet256" (3, 256, 256), of Dhariwal & Nichol 2021, both ADM networks; their
               heads for the variance are cut off, and means are not clipped to [-1, 1], because
@@ -112,7 +119,7 @@ def load_prior(
         raise ValueError(f"learned_variance is for {' and '.join(_ADM_CARDS)} only")
     name, path = str(name_or_path), Path(name_or_path)
     shape = _SHAPES.get(name)
-    if name in OURS:
+    if name in SHIPPED:
         weights = {key: value.float() for key, value in manifest.load_weights(name).items()}
         network: nn.Module = NETWORKS[name]()
         network.load_state_dict(weights)
@@ -123,7 +130,7 @@ def load_prior(
         prior = _load_edm(schedule, allow_pickle)
     elif path.suffix == ".pt":
         network, name = _network_of_checkpoint(path)
-        shape = OURS[name]
+        shape = SHIPPED[name]
         prior = KarrasDenoiser(network, schedule)
     elif path.is_dir():
         prior = _load_folder(path, schedule)
@@ -131,7 +138,7 @@ def load_prior(
         prior = _load_folder(from_hub(name), schedule)
     else:
         raise ValueError(
-            f"name_or_path is {name!r}, expected one of {sorted([*OURS, *REMOTE])}, the name "
+            f"name_or_path is {name!r}, expected one of {sorted([*SHIPPED, *REMOTE])}, the name "
             "owner/name of a diffusers model, a folder that holds one, or a checkpoint "
             "of `python -m diffoc train`, ending in .pt"
         )
@@ -150,20 +157,20 @@ def load_prior(
 
 def _with_autoencoder(denoiser: Denoiser) -> Denoiser:
     prior = LatentPrior(denoiser, load_autoencoder())
-    prior.decoded_shape = OURS["faces64"]
+    prior.decoded_shape = SHIPPED["faces64"]
     return prior
 
 
 def _network_of_checkpoint(path: Path) -> tuple[nn.Module, str]:
     state = read_checkpoint(path)
-    for name in OURS:
+    for name in SHIPPED:
         network = NETWORKS[name]()
         try:
             network.load_state_dict(state["average"])
         except RuntimeError:
             continue
         return network, name
-    raise ValueError(f"path {path} holds another network than those of {', '.join(OURS)}")
+    raise ValueError(f"path {path} holds another network than those of {', '.join(SHIPPED)}")
 
 
 def _load_folder(folder: Path, schedule: Schedule) -> Denoiser:
@@ -233,7 +240,7 @@ class EDMDenoiser(Denoiser):
         schedule: of the noise.
     """
 
-    def __init__(self, backbone: nn.Module, schedule: Schedule) -> None:
+    def __init__(self, backbone: Callable[[Tensor, Tensor], Tensor], schedule: Schedule) -> None:
         super().__init__()
         self.backbone = backbone
         self.schedule = schedule

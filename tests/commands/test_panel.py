@@ -7,7 +7,7 @@ from PIL import Image
 
 from diffoc.commands.panel import _IMAGES, Panel, _image
 from diffoc.commands.solve import RECIPES
-from diffoc.priors.pretrained import OURS
+from diffoc.priors.pretrained import SHIPPED
 from diffoc.problems.tasks import TASKS
 
 
@@ -60,4 +60,4 @@ def test_a_reconstruction_can_be_cancelled_and_begun_again():
 
 def test_images_fit_their_priors():
     for name, prior in _IMAGES.items():
-        assert tuple(_image(name).shape[1:]) == OURS[prior]
+        assert tuple(_image(name).shape[1:]) == SHIPPED[prior]

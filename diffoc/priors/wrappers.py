@@ -1,0 +1,92 @@
+"""A network of one's own as a prior."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+
+import torch
+from azula.denoise import Denoiser
+from azula.noise import Schedule
+from torch import Tensor, nn
+
+from diffoc.checks import check_shape
+from diffoc.priors.pipelines import DiffusersDenoiser
+from diffoc.priors.pretrained import EDMDenoiser, default_schedule
+
+
+class _Output(nn.Module):
+    """Calls a network, and returns its output as networks of `diffusers` do."""
+
+    def __init__(self, network: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor, timestep: Tensor) -> SimpleNamespace:
+        """The output as attribute `sample`."""
+        return SimpleNamespace(sample=self.network(x, timestep))
+
+
+def wrap(
+    network: Callable[[Tensor, Tensor], Tensor],
+    alphas_cumprod: Tensor | Sequence[float],
+    shape: Sequence[int],
+    *,
+    prediction_type: str = "epsilon",
+    schedule: Schedule | None = None,
+) -> Denoiser:
+    r"""A network that predicts noise, as DDPM's do, as a prior.
+
+    >>> prior = diffoc.priors.wrap(network, alphas_cumprod, (3, 64, 64))
+    >>> result = diffoc.reconstruct(problem, prior)
+
+    Args:
+        network: maps noisy images :math:`\sqrt{\bar\alpha_i} x_0 + \sqrt{1 - \bar\alpha_i} z`,
+            (B, C, H, W), and timesteps i, (B,), to a prediction of the images' shape. Channels
+            beyond the images', a head for the variance, are cut off. A module is put into
+            evaluation mode.
+        alphas_cumprod: :math:`\bar\alpha_i`, decreasing within ]0, 1[.
+        shape: of an image, (C, H, W).
+        prediction_type: "epsilon" for z, "sample" for x_0, or "v_prediction".
+        schedule: of the reverse process; by default azula's variance-preserving one with sigma /
+            alpha from 0.01 to 100.
+
+    Returns:
+        An azula denoiser with the attribute `image_shape`.
+
+    Raises:
+        ValueError: if an argument is out of its range.
+    """
+    bar = torch.as_tensor(alphas_cumprod, dtype=torch.float64)
+    if bar.ndim != 1 or len(bar) < 2 or not (bar.diff() < 0).all() or not 0 < bar[-1] < bar[0] < 1:
+        raise ValueError("alphas_cumprod must be at least two numbers that decrease within ]0, 1[")
+    schedule = schedule or default_schedule()
+    denoiser = DiffusersDenoiser(_Output(network), bar, prediction_type, schedule)
+    return _finished(denoiser, shape)
+
+
+def wrap_edm(
+    network: Callable[[Tensor, Tensor], Tensor],
+    shape: Sequence[int],
+    *,
+    schedule: Schedule | None = None,
+) -> Denoiser:
+    r"""A denoiser :math:`D(x_0 + \sigma z; \sigma)` as k-diffusion and EDM have it, as a prior.
+
+    Args:
+        network: maps noisy images (B, C, H, W) and noise levels sigma (B,) to clean images.
+        shape, schedule: as for :func:`wrap`.
+
+    Returns:
+        An azula denoiser with the attribute `image_shape`.
+
+    Raises:
+        ValueError: if `shape` is none.
+    """
+    return _finished(EDMDenoiser(network, schedule or default_schedule()), shape)
+
+
+def _finished(denoiser: Denoiser, shape: Sequence[int]) -> Denoiser:
+    check_shape(shape, "CHW")
+    denoiser.image_shape = tuple(shape)
+    return denoiser.eval().requires_grad_(False)

@@ -1,0 +1,57 @@
+"""The controller as a reconstruction model of deepinv."""
+
+from __future__ import annotations
+
+import deepinv
+import torch
+from azula.denoise import Denoiser
+from deepinv.physics import Physics
+from torch import Tensor
+
+from diffoc.reconstruct import OURS, Problem, Recipe, reconstruct
+
+
+class Reconstructor(deepinv.models.Reconstructor):
+    """Maps measurements and a physics to images; `deepinv.test` takes it as it takes its own.
+
+    >>> model = diffoc.Reconstructor(diffoc.load_prior("faces64"))
+    >>> x0 = model(y, physics)
+
+    Args:
+        prior: an azula denoiser on images in [-1, 1], which are those that the physics measures.
+        recipe: how.
+        noise_std: of the measurements; None for the `sigma` of the physics's Gaussian noise model.
+        seed: of what is random.
+    """
+
+    def __init__(
+        self,
+        prior: Denoiser,
+        recipe: Recipe = OURS,
+        noise_std: float | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.prior = prior
+        self.recipe = recipe
+        self.noise_std = noise_std
+        self.seed = seed
+
+    def forward(self, y: Tensor, physics: Physics, **kwargs: object) -> Tensor:
+        """Images (B, C, H, W) of measurements `y`, (B, ...).
+
+        Raises:
+            ValueError: as :func:`diffoc.reconstruct`, or if the noise's deviation is not known.
+        """
+        noise_std = self.noise_std
+        if noise_std is None:
+            model = physics.noise_model
+            if not isinstance(model, deepinv.physics.GaussianNoise):
+                raise ValueError(
+                    f"noise_std is None, and physics has a {type(model).__name__} in place of "
+                    "GaussianNoise: give the noise's standard deviation"
+                )
+            noise_std = float(torch.as_tensor(model.sigma).max())
+        generator = torch.Generator().manual_seed(self.seed)
+        problem = Problem(physics, y, noise_std)
+        return reconstruct(problem, self.prior, self.recipe, generator=generator).x0
