@@ -55,9 +55,10 @@ def tolerance(metric: str, cell: Cell, value: float) -> float:
         cell: of the record.
         value: of the record, for metrics whose tolerance is relative.
     """
-    found = measured().get((cell.method, cell.task, cell.precision), {}).get(f"{metric}_face")
-    if found is not None:
-        return max(MARGIN * found, LEAST[metric])
+    for precision in (cell.precision, "bfloat16"):  # which rounds more
+        columns = measured().get((cell.method, cell.task, precision), {})
+        if f"{metric}_face" in columns:
+            return max(MARGIN * columns[f"{metric}_face"], LEAST[metric])
     return UNMEASURED.get(metric, UNMEASURED_RELATIVE * abs(value))
 
 
