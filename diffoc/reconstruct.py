@@ -147,7 +147,8 @@ class Recipe:
         regularization: Tikhonov's constant or schedule, or a function of the prior's schedule and
             the process's times, as :func:`snr_squared` is.
         feedback: whether the gains K are used.
-        weight: w of the control cost's weights :math:`r_i = w\, \rho_i`.
+        weight: w of the control cost's weights :math:`r_i = w\, \rho_i`, at least 0; without one,
+            Quu has to be kept positive by `regularization`.
         weights: gives :math:`\rho_i`, such as :func:`snr_squared` or :func:`constant`.
         guess: whether the first controls of a linear problem are the greedy ones, see
             :mod:`diffoc.greedy`; otherwise they are zero.
@@ -189,8 +190,8 @@ class Recipe:
             raise ValueError(
                 f"budget is {self.budget}, expected at least 4 times the {self.steps} steps"
             )
-        if not 0 < self.weight < math.inf:
-            raise ValueError(f"weight is {self.weight}, expected finite and positive")
+        if not 0 <= self.weight < math.inf:
+            raise ValueError(f"weight is {self.weight}, expected finite and at least 0")
 
     def at(self, task: str | None, budget: int | None = None) -> Recipe:
         """The recipe as it was tuned for a task, at the nearest budget below, or else above.

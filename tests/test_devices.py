@@ -70,7 +70,7 @@ def small_network(channels=1):
 def pipeline(
     device,
     rank,
-    update,
+    rule,
     keep,
     method="ddim",
     misplaced=None,
@@ -98,8 +98,8 @@ def pipeline(
         x,
         control_cost=snr_weights(prior.schedule, process.times, 1e-2)[0].item(),
         rank=rank,
-        rule=update,
-        regularization=Tikhonov() if isinstance(update, LineSearch) else 1.0,
+        rule=rule,
+        regularization=Tikhonov() if isinstance(rule, LineSearch) else 1.0,
         iterations=iterations,
         keep_activations=keep,
         residual=lambda x0: operator(x0) - y,
@@ -123,10 +123,10 @@ def on_fake_device(prior=small_network, shape=(1, 8, 8), **options):
 
 @pytest.mark.parametrize("keep", [True, False])
 # Three trials, because more of them meet no other line and take seconds on fake tensors.
-@pytest.mark.parametrize("update", [Adam(0.05), LineSearch(trials=3)])
+@pytest.mark.parametrize("rule", [Adam(0.05), LineSearch(trials=3)])
 @pytest.mark.parametrize("rank", [0, 1])
-def test_everything_stays_on_the_device(rank, update, keep):
-    for tensor in on_fake_device(rank=rank, rule=update, keep=keep):
+def test_everything_stays_on_the_device(rank, rule, keep):
+    for tensor in on_fake_device(rank=rank, rule=rule, keep=keep):
         assert tensor.device == DEVICE
         assert tensor.dtype == torch.float32
 

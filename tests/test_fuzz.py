@@ -490,7 +490,7 @@ def test_methods_refuse_settings_out_of_their_range(name):
                 run_method(name, **{key: wrong})
 
 
-SAID = {"control_cost": "weights|control_cost", "weight_scale": "weights", "rank": "rank"}
+SAID = {"control_cost": "weight|control_cost", "weight_scale": "weight", "rank": "rank"}
 SAID |= {"iterations": "iterations"}
 
 # Images that are not images
@@ -563,6 +563,15 @@ MODULES = [
 """Modules whose public names are doors: users' values reach them directly."""
 
 OTHERS = {
+    "COLD": "a recipe",
+    "OURS": "a recipe",
+    "PAPER": "a recipe",
+    "RELEASED": "a recipe",
+    "STOPPED": "a recipe",
+    "Problem": "test_reconstruct",
+    "Recipe": "test_reconstruct",
+    "reconstruct": "test_reconstruct",
+    "Reconstructor": "test_wrappers",
     "DivergenceError": "an error",
     "History": "a result",
     "Result": "a result",
@@ -582,6 +591,7 @@ OTHERS = {
     "GaussianPosterior": "a result",
     "UnsupportedTask": "an error",
     "as_picture": "test_latent_baselines",
+    "residual_of": "behind the costs",
     "correction": "behind greedy_controls and the methods",
     "method": "decorates the methods, above",
     "global_generator": "behind the methods",

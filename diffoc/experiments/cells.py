@@ -186,7 +186,7 @@ def load_once(name: str, device: str) -> tuple[Denoiser, str]:
         device: where to put it.
     """
     prior = load_inaccurate(name) if is_inaccurate(name) else load_prior(name)
-    if name in OURS:
+    if name in SHIPPED:
         found = short(manifest.manifest_entry(f"{name}.safetensors")["sha256"])
     elif name in REMOTE:
         found = short(sha256_of(cache_folder() / REMOTE[name].name))

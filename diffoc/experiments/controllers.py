@@ -7,6 +7,7 @@ signature that :mod:`diffoc.baselines` describes.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from functools import partial
 
@@ -132,6 +133,8 @@ def control_unstopped(
     Raises:
         ValueError: for a smaller budget, or a weight that is not positive.
     """
+    if not 0 < weight < math.inf:
+        raise ValueError(f"weight is {weight}, expected finite and positive")
     recipe = replace(
         OURS,
         budget=budget,

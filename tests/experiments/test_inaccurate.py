@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,6 @@ from diffoc.data import digits
 from diffoc.data.manifest import data_folder
 from diffoc.experiments import records
 from diffoc.experiments.cells import load_once
-from diffoc.experiments.controllers import control
 from diffoc.experiments.inaccurate import (
     IdentityDenoiser,
     accurate_name,
@@ -23,6 +23,7 @@ from diffoc.experiments.inaccurate import (
 from diffoc.priors.pretrained import load_prior, untrained_adm
 from diffoc.problems.tasks import likelihood, measure, task
 from diffoc.process import ReverseProcess
+from diffoc.reconstruct import COLD, Problem, reconstruct
 from diffoc.rules import LBFGS
 from diffoc.solve import solve
 from diffoc.training.evaluation import denoising_psnr
@@ -167,7 +168,8 @@ def test_the_tables_controller_without_a_network_ends_at_the_noise():
     x = torch.zeros_like(truth)
     prior = load_inaccurate("identity mnist")
     for greedy in (True, False):
-        x0 = control(prior, physics, y, x, g, noise_std=0.05, steps=4, iterations=40, greedy=greedy)
+        recipe = replace(COLD, steps=4, iterations=40, guess=greedy)
+        x0 = reconstruct(Problem(physics, y, 0.05), prior, recipe, x=x).x0
         known = physics.A(torch.ones_like(truth)) > 0
         # Nothing is known of the others, and least squares leaves them as they were.
         assert x0[~known].abs().max() < 1e-5
