@@ -11,8 +11,6 @@ expects the image :math:`m(x_t, t)`, to some :math:`\rho_t`, the measurements mo
 is affine in m moves the next state by :math:`b_t \delta_t`, which in input mode is the next
 control. The prior is evaluated once a step, and never differentiated.
 
-Any other cost is guided by the gradient of its value at Tweedie's estimate, for a product a step.
-
 The closed form is solved by conjugate gradients of its own: deepinv's proximal maps stop theirs by
 the worst image of a batch, which couples its images.
 """
@@ -20,7 +18,6 @@ the worst image of a batch, which couples its images.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -79,54 +76,6 @@ def greedy_controls(
         u = b * correction(physics, y, mean, (variance / noise_std**2).item())
         x = process.affine(i, x, mean)
     return torch.stack(controls)
-
-
-def guidance_controls(
-    process: ReverseProcess, cost: Callable[[Tensor], Tensor], x: Tensor, strength: float = 1.0
-) -> tuple[Tensor, Tensor]:
-    r"""The controls of guidance with any terminal cost; T evaluations and T products.
-
-    The posterior mean that a step uses is moved to that of the conditional score, where the cost
-    is a negative log-likelihood and its value at Tweedie's estimate stands for that of x_t:
-
-    .. math:: u = -w \, b_t \, \frac{\sigma_t^2}{\alpha_t} \nabla_{x_t} J(m(x_t, t)) .
-
-    The last step's would act on the image itself, which no control of this mode does.
-
-    Args:
-        process: in input mode.
-        cost: J, maps images (B, ...) to costs (B,), no image having a part in another's.
-        x: initial states, (B, ...).
-        strength: w, not negative; 1 for the score, 0 for no guidance.
-
-    Returns:
-        The controls, (T, B, ...), and the images that they lead to, (B, ...).
-
-    Raises:
-        ValueError: if `strength` is negative, it or `x` is not finite, or the process is in output
-            mode.
-
-    Source: Dhariwal & Nichol 2021, arXiv:2105.05233; at Tweedie's estimate, Chung et al. 2022,
-    arXiv:2209.14687.
-    """
-    if not 0 <= strength < math.inf:
-        raise ValueError(f"strength is {strength}, expected finite and at least 0")
-    check_tensor("x", x)
-    if process.mode != "input":
-        raise ValueError(f"process is in {process.mode} mode, expected input")
-    controls, u = [], torch.zeros_like(x)
-    for i in range(process.horizon):
-        controls.append(u)
-        x = (x + u).detach().requires_grad_()
-        t = process.times[i].to(x)
-        alpha, sigma = process.denoiser.schedule(t)
-        with torch.enable_grad():
-            mean = process.denoiser(x, t).mean.to(x.dtype)
-            (gradient,) = torch.autograd.grad(cost(mean).sum(), x)
-        _, b, _ = process.coefficients[i]
-        u = -strength * b * sigma**2 / alpha * gradient
-        x = process.affine(i, x, mean).detach()
-    return torch.stack(controls), x
 
 
 def correction(

@@ -57,33 +57,6 @@ def drift_and_diffusion(schedule: Schedule, t: Tensor) -> tuple[Tensor, Tensor]:
     return phi, 2 * sigma**2 * (d_sigma / sigma - phi)
 
 
-def times_of_levels(schedule: Schedule, sigmas: Tensor) -> Tensor:
-    r"""The times t in [0, 1] at which :math:`\sigma_t / \alpha_t` are `sigmas`, in float64.
-
-    Args:
-        schedule: any whose ratio of noise to signal grows with the time.
-        sigmas: not negative, any shape; the time is 0 below the schedule's least level.
-
-    Raises:
-        ValueError: if one is negative, not finite, or above the level at time 1.
-    """
-    sigmas = sigmas.double()
-    if not (sigmas.isfinite() & (sigmas >= 0)).all():
-        raise ValueError(f"sigma is {sigmas.tolist()}, expected finite and at least 0")
-    low, high = torch.zeros_like(sigmas), torch.ones_like(sigmas)
-    alpha, noise = schedule(high)
-    if (sigmas * alpha > noise * (1 + 1e-6)).any():
-        raise ValueError(
-            f"sigma is {sigmas.max().item():g}, the schedule ends at {(noise / alpha).max():g}"
-        )
-    for _ in range(60):  # to float64's precision
-        middle = (low + high) / 2
-        alpha, noise = schedule(middle)
-        above = noise > sigmas * alpha
-        low, high = torch.where(above, low, middle), torch.where(above, middle, high)
-    return low
-
-
 def _euler(schedule: Schedule, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     # Eq. 3: x - [phi x - g^2/2 (alpha m - x) / sigma^2] dt
     alpha, sigma = schedule(t)

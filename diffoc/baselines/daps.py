@@ -44,8 +44,8 @@ from torch import Tensor
 
 from diffoc.baselines import method
 from diffoc.baselines.decomposition import decompose
+from diffoc.baselines.noise_level import times_of_levels
 from diffoc.problems.tasks import UnsupportedTask
-from diffoc.process import times_of_levels
 
 FLOW_END = 0.01
 """The level at which the flow's result is taken for an image."""

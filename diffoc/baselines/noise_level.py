@@ -11,11 +11,36 @@ from azula.denoise import Denoiser
 from azula.noise import Schedule
 from torch import Tensor, nn
 
-from diffoc.process import times_of_levels
+
+def times_of_levels(schedule: Schedule, sigmas: Tensor) -> Tensor:
+    r"""The times t in [0, 1] at which :math:`\sigma_t / \alpha_t` are `sigmas`, in float64.
+
+    Args:
+        schedule: any whose ratio of noise to signal grows with the time.
+        sigmas: not negative, any shape; the time is 0 below the schedule's least level.
+
+    Raises:
+        ValueError: if one is negative, not finite, or above the level at time 1.
+    """
+    sigmas = sigmas.double()
+    if not (sigmas.isfinite() & (sigmas >= 0)).all():
+        raise ValueError(f"sigma is {sigmas.tolist()}, expected finite and at least 0")
+    low, high = torch.zeros_like(sigmas), torch.ones_like(sigmas)
+    alpha, noise = schedule(high)
+    if (sigmas * alpha > noise * (1 + 1e-6)).any():
+        raise ValueError(
+            f"sigma is {sigmas.max().item():g}, the schedule ends at {(noise / alpha).max():g}"
+        )
+    for _ in range(60):  # to float64's precision
+        middle = (low + high) / 2
+        alpha, noise = schedule(middle)
+        above = noise > sigmas * alpha
+        low, high = torch.where(above, low, middle), torch.where(above, middle, high)
+    return low
 
 
 def time_of_level(schedule: Schedule, sigma: float) -> Tensor:
-    """As :func:`diffoc.process.times_of_levels`, of a number: a float64 scalar."""
+    """As :func:`times_of_levels`, of a number: a float64 scalar."""
     return times_of_levels(schedule, torch.tensor(float(sigma), dtype=torch.float64))
 
 

@@ -24,10 +24,11 @@ from azula.denoise import Denoiser, Posterior
 from azula.noise import Schedule
 from torch import Tensor
 
+from diffoc.baselines.noise_level import times_of_levels
 from diffoc.checks import check_tensor
 from diffoc.costs import residual_of
 from diffoc.lowrank import MatrixFree
-from diffoc.process import METHODS, ReverseProcess, draw_noise, times_of_levels
+from diffoc.process import METHODS, ReverseProcess, draw_noise
 from diffoc.reconstruct import Problem, Recipe
 from diffoc.rules import Adam
 

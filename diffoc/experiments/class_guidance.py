@@ -16,9 +16,10 @@ the controls as far as the classifier stays sure.
 from __future__ import annotations
 
 import csv
+import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,11 +28,11 @@ from azula.denoise import Denoiser
 from safetensors.torch import save_file
 from torch import Tensor
 
+from diffoc.checks import check_tensor
 from diffoc.costs import ClassLikelihood, ControlCost
 from diffoc.data import mnist
 from diffoc.data.provenance import environment
 from diffoc.experiments.records import ENVIRONMENT
-from diffoc.greedy import guidance_controls
 from diffoc.priors.counting import CountedPrior
 from diffoc.priors.pretrained import load_prior
 from diffoc.priors.weights import classifier
@@ -262,3 +263,51 @@ def _write(path: Path, rows: list[dict[str, str]]) -> None:
         writer.writeheader()
         writer.writerows(rows)
     os.replace(part, path)
+
+
+def guidance_controls(
+    process: ReverseProcess, cost: Callable[[Tensor], Tensor], x: Tensor, strength: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    r"""The controls of guidance with any terminal cost; T evaluations and T products.
+
+    The posterior mean that a step uses is moved to that of the conditional score, where the cost
+    is a negative log-likelihood and its value at Tweedie's estimate stands for that of x_t:
+
+    .. math:: u = -w \, b_t \, \frac{\sigma_t^2}{\alpha_t} \nabla_{x_t} J(m(x_t, t)) .
+
+    The last step's would act on the image itself, which no control of this mode does.
+
+    Args:
+        process: in input mode.
+        cost: J, maps images (B, ...) to costs (B,), no image having a part in another's.
+        x: initial states, (B, ...).
+        strength: w, not negative; 1 for the score, 0 for no guidance.
+
+    Returns:
+        The controls, (T, B, ...), and the images that they lead to, (B, ...).
+
+    Raises:
+        ValueError: if `strength` is negative, it or `x` is not finite, or the process is in output
+            mode.
+
+    Source: Dhariwal & Nichol 2021, arXiv:2105.05233; at Tweedie's estimate, Chung et al. 2022,
+    arXiv:2209.14687.
+    """
+    if not 0 <= strength < math.inf:
+        raise ValueError(f"strength is {strength}, expected finite and at least 0")
+    check_tensor("x", x)
+    if process.mode != "input":
+        raise ValueError(f"process is in {process.mode} mode, expected input")
+    controls, u = [], torch.zeros_like(x)
+    for i in range(process.horizon):
+        controls.append(u)
+        x = (x + u).detach().requires_grad_()
+        t = process.times[i].to(x)
+        alpha, sigma = process.denoiser.schedule(t)
+        with torch.enable_grad():
+            mean = process.denoiser(x, t).mean.to(x.dtype)
+            (gradient,) = torch.autograd.grad(cost(mean).sum(), x)
+        _, b, _ = process.coefficients[i]
+        u = -strength * b * sigma**2 / alpha * gradient
+        x = process.affine(i, x, mean).detach()
+    return torch.stack(controls), x

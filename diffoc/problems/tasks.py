@@ -9,9 +9,7 @@ controller, and linear ones have `physics.A_adjoint`; deepinv's samplers take th
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 from deepinv.physics import Blur, DownsamplingMatlab, Inpainting, Physics
@@ -21,7 +19,6 @@ from torch import Tensor, nn
 
 from diffoc.checks import check_images, check_shape, check_tensor
 from diffoc.costs import GaussianLikelihood
-from diffoc.priors.weights import read_torch_file
 from diffoc.problems.kernels import motion_kernel
 
 NOISE_STD = 0.05
@@ -139,7 +136,7 @@ def nonlinear_blur(side: int, generator: torch.Generator, intensity: float = 0.5
     .. math:: A(x) = R(h * R^{-1}(x))
 
     with a random :func:`motion_kernel` h and the camera's response R, that of sRGB (IEC 61966-2-1),
-    extended smoothly beyond [-1, 1]. It needs no weights; :func:`learned_blur` does.
+    extended smoothly beyond [-1, 1]. It needs no weights.
 
     Args:
         side, generator, intensity: as for :func:`motion_blur`.
@@ -169,51 +166,6 @@ def phase_retrieval(shape: Sequence[int], oversampling: float = 2.0) -> Physics:
         return torch.fft.fftshift(spectrum, dim=(-2, -1)).abs()
 
     return Physics(A=magnitudes)
-
-
-def learned_blur(folder: Path | str, generator: torch.Generator) -> Physics:
-    """The learned non-linear blur that DPS uses: BKSE of Tran et al. 2021 (arXiv:2104.00317).
-
-    Code and weights are not part of diffoc: clone github.com/VinAIResearch/
-    blur-kernel-space-exploring as `bkse` into `folder` and put its GOPRO weights where its options
-    say. One random blur is drawn, and stays.
-
-    Args:
-        folder: holds `bkse`.
-        generator: of the blur's code, normal of standard deviation 1.2 as in DPS.
-
-    Raises:
-        FileNotFoundError: if code, options or weights are missing.
-    """
-    import yaml
-
-    folder = Path(folder)
-    options = folder / "bkse" / "options" / "generate_blur" / "default.yml"
-    if not options.is_file():
-        raise FileNotFoundError(
-            f"{options} is missing: clone github.com/VinAIResearch/blur-kernel-space-exploring "
-            f"as {folder / 'bkse'}"
-        )
-    settings = yaml.safe_load(options.read_text())["KernelWizard"]
-    weights = folder / settings["pretrained"]
-    if not weights.is_file():
-        raise FileNotFoundError(f"{weights} is missing: download the GOPRO weights of BKSE to it")
-    sys.path.insert(0, str(folder))
-    try:
-        from bkse.models.kernel_encoding.kernel_wizard import KernelWizard
-    finally:
-        sys.path.remove(str(folder))
-    network = KernelWizard(settings)
-    network.load_state_dict(read_torch_file(weights))
-    network.eval().requires_grad_(False)
-    code = 1.2 * torch.randn(1, 512, 2, 2, generator=generator)
-
-    def blur(x: Tensor) -> Tensor:
-        network.to(x.device)
-        blurred = network.adaptKernel((x + 1) / 2, kernel=code.to(x).expand(len(x), -1, -1, -1))
-        return (2 * blurred - 1).clamp(-1, 1)
-
-    return Physics(A=blur)
 
 
 TASKS: dict[str, Callable[[Sequence[int], torch.Generator], Physics]] = {

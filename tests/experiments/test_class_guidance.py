@@ -13,6 +13,7 @@ from diffoc.experiments import class_guidance
 from diffoc.experiments.class_guidance import (
     Way,
     ancestral,
+    guidance_controls,
     make,
     measures,
     noise_weights,
@@ -20,7 +21,6 @@ from diffoc.experiments.class_guidance import (
     read,
     record,
 )
-from diffoc.greedy import guidance_controls
 from diffoc.priors.counting import CountedPrior
 from diffoc.priors.gaussian import GaussianPrior
 from diffoc.priors.pretrained import load_prior

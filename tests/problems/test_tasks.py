@@ -1,7 +1,6 @@
 """The paper's inverse problems against independent computations, and DPS's settings at 256."""
 
 import math
-import sys
 from itertools import pairwise
 
 import numpy as np
@@ -21,7 +20,6 @@ from diffoc.problems.tasks import (
     _to_light,
     box_inpainting,
     gaussian_blur,
-    learned_blur,
     measure,
     measured,
     motion_blur,
@@ -277,39 +275,6 @@ def test_the_heading_seldom_changes_its_sign():
         flips += sum(a * b < 0 for a, b in pairwise(angles))
         turns += len(angles) - 1
     assert flips / turns == pytest.approx(1 / 11, rel=0.1)
-
-
-def test_the_learned_blur_calls_the_network_as_dps_does(tmp_path):
-    package = tmp_path / "bkse" / "models" / "kernel_encoding"
-    package.mkdir(parents=True)
-    (package / "kernel_wizard.py").write_text(
-        "import torch\n"
-        "class KernelWizard(torch.nn.Module):\n"
-        "    def __init__(self, opt):\n"
-        "        super().__init__()\n"
-        "        self.gain = torch.nn.Parameter(torch.zeros(()))\n"
-        "    def adaptKernel(self, x, kernel):\n"
-        "        assert kernel.shape == (len(x), 512, 2, 2)\n"
-        "        return self.gain * x + kernel.mean((1, 2, 3), keepdim=True)\n"
-    )
-    options = tmp_path / "bkse" / "options" / "generate_blur"
-    with pytest.raises(FileNotFoundError, match="clone"):
-        learned_blur(tmp_path, seeded())
-    options.mkdir(parents=True)
-    (options / "default.yml").write_text("KernelWizard:\n  pretrained: bkse/weights.pth\n")
-    with pytest.raises(FileNotFoundError, match="weights"):
-        learned_blur(tmp_path, seeded())
-    torch.save({"gain": torch.tensor(0.5)}, tmp_path / "bkse" / "weights.pth")
-    try:
-        physics = learned_blur(tmp_path, seeded(3))
-    finally:
-        for name in [name for name in sys.modules if name.split(".")[0] == "bkse"]:
-            del sys.modules[name]
-    assert str(tmp_path) not in sys.path
-    x = torch.tensor([-1.0, 0.0, 1.0]).reshape(3, 1, 1, 1)
-    shift = 1.2 * torch.randn(1, 512, 2, 2, generator=seeded(3)).mean()
-    expected = (2 * (0.5 * (x + 1) / 2 + shift) - 1).clamp(-1, 1)
-    torch.testing.assert_close(physics.A(x), expected)
 
 
 @pytest.mark.parametrize(
