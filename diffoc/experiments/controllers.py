@@ -60,6 +60,7 @@ def control(
     iterations: int = ITERATIONS,
     control_cost: float = 1.0,
     from_noise: bool = False,
+    greedy: bool = False,
 ) -> Tensor:
     """Images (B, ...) by :data:`diffoc.reconstruct.COLD`: no guess, the discrepancy principle.
 
@@ -70,8 +71,9 @@ def control(
             trials, evaluations are T (1 + iterations) or some more, products T iterations.
         control_cost: r, positive.
         from_noise: whether to start from `x`, and not from zero.
+        greedy: whether there is a guess after all, T evaluations more.
     """
-    recipe = replace(COLD, steps=steps, iterations=iterations, weight=control_cost)
+    recipe = replace(COLD, steps=steps, iterations=iterations, weight=control_cost, guess=greedy)
     return _run(recipe, prior, physics, y, x if from_noise else 0 * x, generator, noise_std)
 
 
