@@ -164,7 +164,15 @@ class ReverseProcess:
         Args:
             shape: (B, ...).
             generator: the source of randomness.
+
+        Raises:
+            ValueError: if the process begins later, where states are noisy images.
         """
+        if self.times[0] < 1:
+            raise ValueError(
+                f"process begins at time {self.times[0]:g}, where a state is not noise alone: "
+                "begin with alpha x_0 + sigma z of an image x_0"
+            )
         _, sigma = self.denoiser.schedule(self.times[0])
         noise = torch.randn(
             *shape, generator=generator, dtype=torch.float64, device=generator.device

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import math
 import pickle
 import shutil
 import tarfile
@@ -450,3 +451,72 @@ def test_no_archive_is_unpacked_by_us():
             names = {alias.name for alias in getattr(node, "names", ()) if hasattr(alias, "name")}
             names |= {getattr(node, key, None) for key in ("id", "attr", "module")} - {None}
             assert not names & unpackers, path.name
+
+
+# Devices, interrupts, and weights that nothing has taught
+
+
+@pytest.mark.parametrize(
+    ("device", "said"),
+    [("foo", "expected cpu, cuda"), ("cuda:9", "torch sees"), ("", "expected cpu")],
+)
+@pytest.mark.parametrize("command", ["solve", "run", "tune", "check", "benchmark", "train"])
+def test_devices_that_are_not_there_are_a_line(command, device, said, capsys):
+    needed = {
+        "solve": ["a.png", "--task", "gaussian_blur"],
+        "run": ["table1"],
+        "tune": ["dps"],
+        "check": ["a.csv"],
+        "benchmark": [],
+        "train": ["mnist"],
+    }
+    assert main([command, *needed[command], "--device", device]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("diffoc: device is")
+    assert said in error
+    assert error.count("\n") == 1
+
+
+def test_an_interrupt_is_a_line(monkeypatch, capsys):
+    def interrupt(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("diffoc.experiments.records.read", interrupt)
+    assert main(["table", "records.csv"]) == 130
+    assert "interrupted" in capsys.readouterr().err
+
+
+def test_weights_that_are_not_finite_replace_nothing(tmp_path):
+    write_weights(network(0), "classifier", tmp_path)
+    before = (tmp_path / "classifier.safetensors").read_bytes()
+    broken = network(1)
+    broken.head.bias.data[0] = math.nan
+    with pytest.raises(ValueError, match="not finite"):
+        write_weights(broken, "classifier", tmp_path)
+    assert (tmp_path / "classifier.safetensors").read_bytes() == before
+
+
+def test_a_training_that_has_seen_nothing_writes_nothing(tmp_path, monkeypatch, capsys):
+    images = np.zeros((40, 28, 28), np.uint8)
+    monkeypatch.setattr("diffoc.data.images.mnist", lambda split: (images, np.arange(40) % 10))
+    checkpoint = tmp_path / "run.pt"
+    command = ["train", "judge", "--out", str(tmp_path), "--checkpoint", str(checkpoint)]
+    assert main([*command, "--images", "0"]) == 2
+    assert "images is 0" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+    checkpoint.write_bytes(b"a checkpoint")
+    assert main([*command, "--seed", "1"]) == 2
+    assert "seed and init are of a new run" in capsys.readouterr().err
+
+
+def test_a_diffusers_folder_with_more_weights_than_its_config_says_is_refused(tmp_path):
+    settings = {"sample_size": 8, "in_channels": 1, "out_channels": 1, "norm_num_groups": 4}
+    blocks = {"block_out_channels": (8, 8), "down_block_types": ("DownBlock2D",) * 2}
+    blocks |= {"up_block_types": ("UpBlock2D",) * 2}
+    UNet2DModel(layers_per_block=2, **settings, **blocks).save_pretrained(tmp_path)
+    DDPMScheduler().save_pretrained(tmp_path)
+    load_prior(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"layers_per_block": 1}))
+    with pytest.raises(ValueError, match=r"another network than config\.json"):
+        load_prior(tmp_path)

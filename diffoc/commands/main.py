@@ -82,11 +82,18 @@ def train(args: argparse.Namespace) -> int:
             # Not the first ones: the set may be sorted by class.
             held_out, labels, truth = held_out[::40], None, None
     precision = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.precision]
+    if args.images is not None and args.images < 1:
+        raise ValueError(f"images is {args.images}, expected at least 1")
+    if checkpoint.exists() and (args.seed is not None or args.init):
+        raise ValueError(
+            f"seed and init are of a new run, but {checkpoint} is there to go on from: leave them "
+            "out, or name another --checkpoint"
+        )
     if checkpoint.exists():
         run = training.resume(recipe, checkpoint, args.device, precision)
     else:
         weights = args.init and read_weights(args.init)
-        run = training.start(recipe, args.seed, args.device, precision, weights)
+        run = training.start(recipe, args.seed or 0, args.device, precision, weights)
 
     def report(run: training.Run, rate: float) -> None:
         if truth is not None:
@@ -203,7 +210,7 @@ def main(argv: list[str] | None = None) -> int:
     trainer.add_argument("--init", type=Path, metavar="FILE", help="weights to begin with")
     trainer.add_argument("--images", type=int, help="to see, instead of the recipe's")
     trainer.add_argument("--rate", type=float, help="learning rate, instead of the recipe's")
-    trainer.add_argument("--seed", type=int, default=0)
+    trainer.add_argument("--seed", type=int, help="of a new run; 0 by default")
     trainer.add_argument("--device", default="cpu", help="cpu or cuda")
     trainer.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     trainer.add_argument("--compile", action="store_true", help="compile the network: for a GPU")
@@ -251,6 +258,8 @@ def main(argv: list[str] | None = None) -> int:
     # Activations and optimiser states decay into denormals, which halve the speed of a CPU.
     torch.set_flush_denormal(True)
     try:
+        if "device" in args:
+            _check_device(args.device)
         if args.command == "verify":
             return verify()
         if args.command == "claims":
@@ -274,3 +283,16 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError, ImportError) as error:
         print(f"diffoc: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("diffoc: interrupted; what was written before is complete", file=sys.stderr)
+        return 130
+
+
+def _check_device(name: str) -> None:
+    """Raises a ValueError unless torch can compute there."""
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device is {name!r}, expected cpu, cuda or such as cuda:1") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device is {name!r}, but torch sees {torch.cuda.device_count()} GPUs")

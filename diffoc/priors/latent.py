@@ -122,7 +122,7 @@ class EmptyPrompt(nn.Module):
         return self.network(x, timestep, self.embedding.to(x).expand(len(x), -1, -1))
 
 
-def load_pipeline(folder: Path, schedule: Schedule) -> LatentPrior:
+def load_pipeline(folder: Path, schedule: Schedule | None) -> LatentPrior:
     """An unconditional `LDMPipeline`, or a `StableDiffusionPipeline` without a prompt.
 
     Latent diffusion on FFHQ, as PSLD uses it, comes in the first form (vqvae, unet, scheduler),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import httpx2
 import torch
 from azula.denoise import Denoiser, DiracPosterior
-from azula.noise import Schedule
+from azula.noise import Schedule, VPSchedule
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import Tensor, nn
@@ -31,14 +31,19 @@ class DiffusersDenoiser(Denoiser):
         backbone: a `diffusers.UNet2DModel`.
         alphas_cumprod: :math:`\bar\alpha_i`, decreasing, shape (steps,).
         prediction_type: "epsilon", "sample" (of x_0) or "v_prediction".
-        schedule: of the noise.
+        schedule: of the noise, within the levels of `alphas_cumprod`, beyond which the network was
+            not trained; None for :func:`schedule_within`.
 
     Raises:
-        ValueError: for another prediction type.
+        ValueError: for another prediction type, or a schedule that goes beyond.
     """
 
     def __init__(
-        self, backbone: nn.Module, alphas_cumprod: Tensor, prediction_type: str, schedule: Schedule
+        self,
+        backbone: nn.Module,
+        alphas_cumprod: Tensor,
+        prediction_type: str,
+        schedule: Schedule | None = None,
     ) -> None:
         super().__init__()
         if prediction_type not in ("epsilon", "sample", "v_prediction"):
@@ -48,8 +53,9 @@ class DiffusersDenoiser(Denoiser):
             )
         self.backbone = backbone
         self.prediction_type = prediction_type
-        self.schedule = schedule
         bar = alphas_cumprod.double()
+        self.schedule = schedule or schedule_within(bar)
+        _check_within(self.schedule, bar)
         self.register_buffer("log_snr", (bar / (1 - bar)).log(), persistent=False)
 
     def timestep(self, log_snr: Tensor) -> Tensor:
@@ -74,6 +80,39 @@ class DiffusersDenoiser(Denoiser):
         if self.prediction_type == "sample":
             return DiracPosterior(output)
         return DiracPosterior(signal * x - noise * output)
+
+
+def schedule_within(alphas_cumprod: Tensor) -> VPSchedule:
+    r"""A variance-preserving schedule within the levels that a network was trained for.
+
+    .. math:: \frac{\sigma_0}{\alpha_0} \ge \sqrt{\frac{1 - \bar\alpha_0}{\bar\alpha_0}}, \qquad
+              \frac{\sigma_1}{\alpha_1} \le \sqrt{\frac{1 - \bar\alpha_n}{\bar\alpha_n}}
+
+    Where they reach further than sigma / alpha from 0.01 to 100, it ends there.
+
+    Args:
+        alphas_cumprod: decreasing, (steps,).
+    """
+    least, most = _ratios(alphas_cumprod)
+    sigma_min = max(0.01, least)
+    alpha_min = max(0.01, ((1 + sigma_min**2) / (1 + most**2)) ** 0.5)
+    return VPSchedule(alpha_min=alpha_min, sigma_min=sigma_min)
+
+
+def _ratios(alphas_cumprod: Tensor) -> tuple[float, float]:
+    ratios = (1 / alphas_cumprod.double()[[0, -1]] - 1).sqrt()
+    return ratios[0].item(), ratios[1].item()
+
+
+def _check_within(schedule: Schedule, alphas_cumprod: Tensor) -> None:
+    alpha, sigma = schedule(torch.tensor([0.0, 1.0], dtype=torch.float64))
+    (first, last), (least, most) = (sigma / alpha).tolist(), _ratios(alphas_cumprod)
+    # The usual schedules differ from the usual betas by less than a hundredth.
+    if first < 0.99 * least or last > 1.01 * most:
+        raise ValueError(
+            f"schedule has sigma / alpha from {first:.3g} to {last:.3g}, but the network was "
+            f"trained from {least:.3g} to {most:.3g}: leave schedule out, or take one within"
+        )
 
 
 def from_hub(name: str) -> Path:
@@ -101,7 +140,7 @@ def from_hub(name: str) -> Path:
         ) from error
 
 
-def load_pixel_model(folder: Path, schedule: Schedule) -> DiffusersDenoiser:
+def load_pixel_model(folder: Path, schedule: Schedule | None) -> DiffusersDenoiser:
     """The unconditional `UNet2DModel` of a folder, or of the pipeline in it.
 
     Raises as `load_prior`.
@@ -133,6 +172,13 @@ def load_network(folder: Path, kind: type[ModelMixin]) -> ModelMixin:
         raise ValueError(f"{folder} holds no {kind.__name__}, or is damaged: {error}") from error
     if found["missing_keys"]:  # diffusers would leave them at random
         raise ValueError(f"{folder} is damaged: {found['missing_keys'][0]} is not in the weights")
+    if found["unexpected_keys"]:  # of a network with more layers than config.json says
+        raise ValueError(
+            f"{folder} has weights of another network than config.json describes: nothing there "
+            f"takes {found['unexpected_keys'][0]}"
+        )
+    if not all(parameter.isfinite().all() for parameter in network.parameters()):
+        raise ValueError(f"{folder} has weights that are not finite")
     return network
 
 

@@ -102,7 +102,8 @@ def load_prior(
               "CompVis/ldm-celebahq-256", or Stable Diffusion 1.5, to which no prompt is given;
             - a checkpoint of our trainer, a path ending in .pt.
         schedule: of the noise; by default azula's variance-preserving one with
-            sigma / alpha from 0.01 to 100, about what all these networks were trained for.
+            sigma / alpha from 0.01 to 100, about what these networks were trained for; of a model
+            of diffusers as far as its betas reach.
         learned_variance: whether "ffhq256" or "imagenet256" keeps its head for the variance of
             ancestral steps, see :class:`diffoc.baselines.released.AncestralProcess`.
         allow_pickle: whether the file of "ffhq64", which is Python code as much as data, may be
@@ -113,8 +114,7 @@ def load_prior(
         ValueError: for an unknown name, a file that is damaged or of another kind, for "ffhq64"
             without `allow_pickle`, and for `learned_variance` of others.
     """
-    if schedule is None:
-        schedule = default_schedule()
+    given, schedule = schedule, schedule or default_schedule()
     if learned_variance and str(name_or_path) not in _ADM_CARDS:
         raise ValueError(f"learned_variance is for {' and '.join(_ADM_CARDS)} only")
     name, path = str(name_or_path), Path(name_or_path)
@@ -133,9 +133,9 @@ def load_prior(
         shape = SHIPPED[name]
         prior = KarrasDenoiser(network, schedule)
     elif path.is_dir():
-        prior = _load_folder(path, schedule)
+        prior = _load_folder(path, given)
     elif name.count("/") == 1 and all(name.split("/")) and not name.startswith("."):
-        prior = _load_folder(from_hub(name), schedule)
+        prior = _load_folder(from_hub(name), given)
     else:
         raise ValueError(
             f"name_or_path is {name!r}, expected one of {sorted([*SHIPPED, *REMOTE])}, the name "
@@ -173,7 +173,7 @@ def _network_of_checkpoint(path: Path) -> tuple[nn.Module, str]:
     raise ValueError(f"path {path} holds another network than those of {', '.join(SHIPPED)}")
 
 
-def _load_folder(folder: Path, schedule: Schedule) -> Denoiser:
+def _load_folder(folder: Path, schedule: Schedule | None) -> Denoiser:
     latent = (folder / "vae").is_dir() or (folder / "vqvae").is_dir()
     return (load_pipeline if latent else load_pixel_model)(folder, schedule)
 

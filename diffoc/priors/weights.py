@@ -36,12 +36,14 @@ def write_weights(network: nn.Module, name: str, folder: Path) -> Path:
         folder: an existing folder.
 
     Raises:
-        ValueError: for another name.
+        ValueError: for another name, or weights that are not finite: nothing is written then.
         OSError: if the file cannot be written; an older one is then as it was.
     """
     if name not in TRAINED_ON:
         raise ValueError(f"name is {name!r}, expected one of {', '.join(TRAINED_ON)}")
     state = {k: v.half().contiguous() for k, v in network.state_dict().items()}
+    if not all(value.isfinite().all() for value in state.values()):
+        raise ValueError(f"network has weights that are not finite: {name} is not written")
     path = folder / f"{name}.safetensors"
     with replacing(path) as part:
         save_file(state, part)

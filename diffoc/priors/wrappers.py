@@ -48,8 +48,8 @@ def wrap(
         alphas_cumprod: :math:`\bar\alpha_i`, decreasing within ]0, 1[.
         shape: of an image, (C, H, W).
         prediction_type: "epsilon" for z, "sample" for x_0, or "v_prediction".
-        schedule: of the reverse process; by default azula's variance-preserving one with sigma /
-            alpha from 0.01 to 100.
+        schedule: of the reverse process, within the levels of `alphas_cumprod`; by default
+            :func:`diffoc.priors.pipelines.schedule_within`.
 
     Returns:
         An azula denoiser with the attribute `image_shape`.
@@ -60,7 +60,6 @@ def wrap(
     bar = torch.as_tensor(alphas_cumprod, dtype=torch.float64)
     if bar.ndim != 1 or len(bar) < 2 or not (bar.diff() < 0).all() or not 0 < bar[-1] < bar[0] < 1:
         raise ValueError("alphas_cumprod must be at least two numbers that decrease within ]0, 1[")
-    schedule = schedule or default_schedule()
     denoiser = DiffusersDenoiser(_Output(network), bar, prediction_type, schedule)
     return _finished(denoiser, shape)
 
@@ -75,7 +74,9 @@ def wrap_edm(
 
     Args:
         network: maps noisy images (B, C, H, W) and noise levels sigma (B,) to clean images.
-        shape, schedule: as for :func:`wrap`.
+        shape: as for :func:`wrap`.
+        schedule: of the reverse process; by default azula's variance-preserving one with sigma /
+            alpha from 0.01 to 100.
 
     Returns:
         An azula denoiser with the attribute `image_shape`.

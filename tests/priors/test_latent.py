@@ -6,7 +6,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from azula.noise import VPSchedule
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
@@ -251,7 +250,7 @@ def test_stable_diffusion_is_given_the_empty_prompt(tmp_path, monkeypatch):
     write_pipeline(tmp_path, kl, unet, "vae")
     # transformers and its weights are not here; what its encoder would say is as good as another.
     monkeypatch.setattr(latent, "_embed_nothing", lambda folder: embedding)
-    prior = load_prior(tmp_path, VPSchedule(alpha_min=1e-2, sigma_min=1e-2))
+    prior = load_prior(tmp_path)
     assert (prior.image_shape, prior.decoded_shape) == ((4, 8, 8), (3, 16, 16))
     images, z = noise(2, 3, 16, 16).clamp(-1, 1), noise(2, 4, 8, 8)
     with torch.no_grad():

@@ -167,7 +167,7 @@ def test_diffusers_models_agree_with_their_scheduler(kind, tmp_path):
 
 def test_timesteps_between_two_are_in_between():
     bar = DDPMScheduler().alphas_cumprod
-    prior = DiffusersDenoiser(small_unet(), bar, "epsilon", VPSchedule())
+    prior = DiffusersDenoiser(small_unet(), bar, "epsilon")
     snr = (bar.double() / (1 - bar.double())).log()
     torch.testing.assert_close(prior.timestep(snr), torch.arange(1000.0).double())
     halfway = prior.timestep((snr[10] + snr[11]) / 2)

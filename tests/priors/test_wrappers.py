@@ -56,6 +56,29 @@ def _at(bar, timestep):
     return nn.functional.logsigmoid(value)
 
 
+@pytest.mark.parametrize("betas", ["linear of 100", "Stable Diffusion's"])
+def test_the_schedule_ends_where_the_network_was_trained(betas):
+    """A perfect predictor for N(0, 1/4) is right at both ends of the process, x = 1."""
+    if betas == "linear of 100":
+        bar = DDPMScheduler(100).alphas_cumprod.double()
+    else:
+        scaled = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+        bar = DDPMScheduler(1000, **scaled).alphas_cumprod.double()
+
+    def network(x, timestep):
+        a = _at(bar, timestep).exp().reshape(-1, 1, 1, 1)
+        return (x - a * STD**2 / (a * STD**2 + 1 - a) * x) / (1 - a).sqrt()
+
+    prior = wrap(network, bar, (1, 1, 1))
+    x = torch.ones(1, 1, 1, 1, dtype=torch.float64)
+    for t in (0.0, 1.0):
+        time = torch.tensor(t, dtype=torch.float64)
+        expected = exact(prior.schedule)(x, time).mean
+        torch.testing.assert_close(prior(x, time).mean, expected, rtol=1e-3, atol=1e-6)
+    with pytest.raises(ValueError, match="the network was trained from"):
+        wrap(network, bar, (1, 1, 1), schedule=VPSchedule(alpha_min=1e-3, sigma_min=1e-3))
+
+
 def test_an_edm_denoiser_is_the_exact_denoiser():
     def network(x, sigma):
         s = sigma.reshape(-1, 1, 1, 1)

@@ -416,3 +416,13 @@ def test_frozen_noise_of_double_precision_drives_single_precision():
     assert single.dtype == torch.float32
     double = ReverseProcess(prior.double(), 5, "ddpm", noise=noise).rollout(x.double())
     torch.testing.assert_close(single.double(), double, rtol=1e-4, atol=1e-5)
+
+
+def test_no_initial_state_is_drawn_where_states_are_noisy_images():
+    """At t = 1/2 noise alone would have the standard deviation 0.94 of a unit Gaussian's states."""
+    prior = GaussianPrior(torch.zeros(1).double(), torch.eye(1).double(), VPSchedule())
+    late = ReverseProcess(prior, torch.linspace(0.5, 0, 101))
+    with pytest.raises(ValueError, match=r"begins at time 0\.5"):
+        late.initial_state((2, 1), torch.Generator())
+    x = torch.ones(2, 1, dtype=torch.float64)
+    assert late.rollout(x).shape == (101, 2, 1)
