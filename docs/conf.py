@@ -100,7 +100,9 @@ def _plain(text: str) -> str:
 
 
 def _module(name: str) -> str:
-    return f"\n## {name}\n\n```{{eval-rst}}\n.. automodule:: {name}\n   :members:\n```\n"
+    # What the package itself offers is described where it is defined.
+    members = "" if name == "diffoc" else "   :members:\n"
+    return f"\n## {name}\n\n```{{eval-rst}}\n.. automodule:: {name}\n{members}```\n"
 
 
 def _record(path: Path) -> str:

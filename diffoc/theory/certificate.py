@@ -46,7 +46,7 @@ class Certificate:
 
     Attributes:
         x0: their ends, (B, ...).
-        work: the sum of |u|^2 / (2 c^2) and l(x_0), (B,).
+        work: the sum of :math:`|u|^2 / (2 c^2)` and l(x_0), (B,).
         log_weights: log of w, (B,).
     """
 
@@ -127,8 +127,8 @@ def certify(
 def noise_priced(process: ReverseProcess, score: Score) -> Guidance:
     r"""The shift :math:`c_i^2 \hat g(\mu_i(x), t_{i+1})` of an estimate of grad log p(y | x_t).
 
-    It is what the quadratic price |u|^2 / (2 c^2) makes of V = -log h to first order, with the
-    gradient taken where the control acts, as in Theorem 4.1's output mode.
+    It is what the quadratic price :math:`|u|^2 / (2 c^2)` makes of V = -log h to first order, with
+    the gradient taken where the control acts, as in Theorem 4.1's output mode.
 
     Args:
         process: the chain.

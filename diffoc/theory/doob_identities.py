@@ -179,7 +179,7 @@ def low_rank_error(m: int = 40, k: int = 5, r: float = 0.3) -> float:
 
 
 def girsanov() -> Iterator[Identity]:
-    """E[sum |u|^2 / 2c^2 + l] + log p(y) is the KL of two Gaussian laws of whole paths."""
+    r"""Checks that :math:`E[\sum |u|^2 / 2c^2 + l] + \log p(y)` is the KL of Gaussian path laws."""
     for steps in (2, 5):
         certificate, divergence = gaussian_certificate(steps)
         yield Identity(
