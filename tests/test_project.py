@@ -401,3 +401,28 @@ def test_a_missing_notebook_is_refused_before_any_is_executed(good: Path, tmp_pa
 
 def test_the_table_of_no_notebook_is_a_table() -> None:
     assert table([]).splitlines()[-1] == "0 executed to the end, 0 failed"
+
+
+# The house: imports run in one direction
+
+FLOORS = ["data", "root", "problems", "priors", "baselines", "theory", "training", "experiments"]
+FLOORS += ["figures", "commands"]
+SIDE_BY_SIDE = {"baselines", "theory", "training"}
+"""What stands on one floor, and takes nothing from each other."""
+
+
+def test_imports_run_in_one_direction() -> None:
+    """A module takes nothing from a floor above; only the package's face shows all of them."""
+    package = ROOT / "diffoc"
+    wrong = []
+    for path in package.rglob("*.py"):
+        parts = path.relative_to(package).parts
+        if parts in (("__init__.py",), ("__main__.py",)):
+            continue
+        here = parts[0] if len(parts) > 1 else "root"
+        for match in re.finditer(r"from diffoc\.(\w+)", path.read_text()):
+            there = match[1] if match[1] in FLOORS else "root"
+            beside = here != there and {here, there} <= SIDE_BY_SIDE
+            if FLOORS.index(there) > FLOORS.index(here) or beside:
+                wrong.append(f"{'/'.join(parts)} takes from {there}")
+    assert not wrong

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import gdown
 import requests
+import torch
 from gdown.exceptions import DownloadError
 from platformdirs import user_cache_path
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -102,3 +105,25 @@ def sha256_of(path: Path) -> str:
     """The SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_torch_file(path: Path) -> dict[str, Tensor | dict]:
+    """The content of a torch file, on the CPU; no code in it is run.
+
+    Args:
+        path: an existing file.
+
+    Raises:
+        ValueError: if it is damaged, holds more than tensors and numbers, or no names.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # a damaged file makes the reader fail anywhere
+        raise ValueError(
+            f"{path} is damaged or no file of tensors ({error!r}): remove it and try again"
+        ) from error
+    if not isinstance(state, Mapping):
+        raise ValueError(f"{path} is no file of named tensors: remove it and try again")
+    return dict(state)

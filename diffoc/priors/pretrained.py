@@ -20,12 +20,12 @@ from azula.plugins.utils import load_cards
 from torch import Tensor, nn
 
 from diffoc.data import manifest
-from diffoc.data.downloads import RemoteFile, fetch
+from diffoc.data.downloads import RemoteFile, fetch, read_torch_file
 from diffoc.priors.autoencoder import load_autoencoder
 from diffoc.priors.latent import LatentPrior, load_pipeline
 from diffoc.priors.networks import NETWORKS
 from diffoc.priors.pipelines import from_hub, load_pixel_model, scales_of_images, sides_of
-from diffoc.priors.weights import read_checkpoint, read_torch_file
+from diffoc.priors.weights import read_checkpoint
 
 SHIPPED = {
     "mnist": (1, 28, 28),

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from diffoc.data.downloads import read_torch_file
 from diffoc.data.files import replacing
 from diffoc.data.manifest import LICENSES, load_weights, register_file
 from diffoc.priors.networks import DigitClassifier, ResidualClassifier
@@ -68,28 +67,6 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         return {k: v.float() for k, v in load_file(path).items()}
     except SafetensorError as error:
         raise ValueError(f"path {path} is damaged or no safetensors file") from error
-
-
-def read_torch_file(path: Path) -> dict[str, Tensor | dict]:
-    """The content of a torch file, on the CPU; no code in it is run.
-
-    Args:
-        path: an existing file.
-
-    Raises:
-        ValueError: if it is damaged, holds more than tensors and numbers, or no names.
-    """
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # a damaged file makes the reader fail anywhere
-        raise ValueError(
-            f"{path} is damaged or no file of tensors ({error!r}): remove it and try again"
-        ) from error
-    if not isinstance(state, Mapping):
-        raise ValueError(f"{path} is no file of named tensors: remove it and try again")
-    return dict(state)
 
 
 def read_checkpoint(path: Path) -> dict:

@@ -19,9 +19,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from diffoc.data.downloads import RemoteFile, fetch, find
+from diffoc.data.downloads import RemoteFile, fetch, find, read_torch_file
 from diffoc.data.files import replacing
-from diffoc.priors.weights import read_torch_file
 from diffoc.problems.metrics import frechet_distance
 
 # Names carry the first eight digits of the checksum; sizes are rough.
