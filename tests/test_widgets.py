@@ -139,7 +139,7 @@ def test_choices_are_obeyed_and_the_picture_changes(page: Page) -> None:
     _set(page, "evaluations", "60")
     before = _picture(page)
     page.get_by_role("button", name="Reconstruct").click()
-    _status(page, r"iteration 2: cost .* dB, done")
+    _status(page, r"iteration \d+: cost .* dB, done")
     assert _picture(page) != before
 
 
@@ -156,7 +156,7 @@ def test_a_long_reconstruction_can_be_cancelled_and_the_kernel_lives(page: Page)
     _choose(page, "image", "digit 3")
     _set(page, "evaluations", "60")
     page.get_by_role("button", name="Reconstruct").click()
-    _status(page, r"iteration 2: .* done$")
+    _status(page, r"iteration \d+: .* done$")
 
 
 def _no_cell_failed(page: Page) -> None:
@@ -218,7 +218,7 @@ def test_the_app_comes_up_and_reconstructs(
         _choose(page, "image", "digit 3")
         _set(page, "evaluations", "60")
         page.get_by_role("button", name="Reconstruct").click()
-        _status(page, r"iteration 2: cost .* dB, done")
+        _status(page, r"iteration \d+: cost .* dB, done")
         assert page.locator("img.widget-image").evaluate("image => image.naturalWidth") > 600
         assert not re.search("Traceback|error", page.locator("body").inner_text())
         assert "Traceback" not in (home / "log").read_text()
