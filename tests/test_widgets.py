@@ -160,6 +160,8 @@ def test_a_long_reconstruction_can_be_cancelled_and_the_kernel_lives(page: Page)
 
 
 def _no_cell_failed(page: Page) -> None:
+    # Between two cells the kernel is idle as well: the last one may still be running.
+    page.locator(".jp-OutputArea-output", has_text="Established: ").first.wait_for()
     outputs = page.locator(".jp-OutputArea-output").all_text_contents()
     assert any(text.startswith("Established: ") for text in outputs)
     assert not [text for text in outputs if "Traceback" in text]
