@@ -306,7 +306,7 @@ def reconstruct(
     elif guess is not None and isinstance(rule, LBFGS):
         rule = replace(rule, first=FIRST_FROM_GUESS)
     spent = 0 if guess is None else recipe.steps
-    constant_ = recipe.regularization
+    regularization = recipe.regularization
     result = solve(
         process,
         recipe.cost(problem),
@@ -316,7 +316,9 @@ def reconstruct(
         rank=recipe.rank,
         iterations=recipe.planned,
         rule=rule,
-        regularization=constant_(schedule, times) if callable(constant_) else constant_,
+        regularization=regularization(schedule, times)
+        if callable(regularization)
+        else regularization,
         feedback=recipe.feedback,
         residual=problem.residual if recipe.stopped else None,
         noise_level=problem.noise_level if recipe.stopped else None,
