@@ -7,6 +7,7 @@ pages read the same without a network.
 
 from __future__ import annotations
 
+import json
 import pkgutil
 import shutil
 import sys
@@ -28,7 +29,14 @@ html_title = "Diffusion optimal control"
 
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.mathjax", "sphinx.ext.napoleon"]
 root_doc = "README"
-include_patterns = ["README.md", "docs/*.md", "notebooks/*.ipynb", "data/*.md"]
+include_patterns = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    "docs/*.md",
+    "notebooks/*.ipynb",
+    "data/*.md",
+]
 exclude_patterns = [".*", "build", "**/.ipynb_checkpoints", "docs/contents.md"]
 
 nb_execution_mode = "off"
@@ -52,8 +60,9 @@ html_copy_source = False
 # One file with its fonts inside. The package is for Django, but needs none of it.
 _mathjax = Path(find_spec("mathjax").origin).parent / "static/mathjax/es5/tex-svg-full.js"
 mathjax_path = _mathjax.name
-html_static_path = ["site.css", str(_mathjax)]
+html_static_path = ["site.css", "ledger.js", str(_mathjax)]
 html_css_files = ["site.css"]
+html_js_files = ["ledger.js"]
 
 
 def complete(app: Sphinx, docname: str, source: list[str]) -> None:
@@ -68,6 +77,7 @@ def complete(app: Sphinx, docname: str, source: list[str]) -> None:
     elif docname.startswith("notebooks/"):
         # A folder, to who reads the notebook where it lies, is here the page of what is in it.
         source[0] = source[0].replace("(../data/records)", "(../docs/records.md)")
+        source[0] = _with_anchors(source[0], f"{docname.removeprefix('notebooks/')}.ipynb")
     elif docname == "docs/ledger":
         claims = ledger.read()
         for verdict, count in ledger.counts(claims).items():
@@ -88,10 +98,33 @@ def _claim(claim: ledger.Claim) -> str:
 def _source(number: ledger.Number) -> str:
     source = number.source
     if isinstance(source, ledger.Printed):
-        return f"[{source}](../notebooks/{source.file})"
+        page = f"../notebooks/{source.file.removesuffix('.ipynb')}.html"
+        return f'<a href="{page}#{source.cell}">{source}</a>'
     if isinstance(source, ledger.Recorded):
         return f"[{source}](../data/records/{source.file})"
     return f"computed by `{source.name}`"
+
+
+def _with_anchors(content: str, file: str) -> str:
+    """A notebook whose cells that the ledger cites can be linked to by their id."""
+    numbers = [number for claim in ledger.read() for number in claim.numbers]
+    sources = [number.source for number in numbers if isinstance(number.source, ledger.Printed)]
+    cited = {source.cell for source in sources if source.file == file}
+    notebook = json.loads(content)
+    cells = []
+    for cell in notebook["cells"]:
+        if cell["id"] in cited:
+            anchor = f'<a id="{cell["id"]}"></a>'
+            cells.append(
+                {
+                    "cell_type": "markdown",
+                    "id": f"to-{cell['id']}",
+                    "metadata": {},
+                    "source": anchor,
+                }
+            )
+        cells.append(cell)
+    return json.dumps(notebook | {"cells": cells})
 
 
 def _plain(text: str) -> str:

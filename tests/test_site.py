@@ -27,6 +27,7 @@ NOTEBOOKS = sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
 PAGES = [
     "index.html",
     "docs/ledger.html",
+    "docs/notation.html",
     "docs/api.html",
     "docs/records.html",
     "data/README.html",
@@ -187,6 +188,24 @@ def test_the_ledger_has_every_claim_and_links_to_its_sources(site: Path) -> None
     printed = [source for source in sources if isinstance(source, ledger.Printed)]
     links = [a["href"] for a in soup.select("article li a[href*=notebooks]")]
     assert len(printed) == len(links) > 50
+
+
+def test_the_ledger_can_be_searched_and_filtered(site: Path, browser: Browser) -> None:
+    claims = ledger.read()
+    visit = Visit(browser.new_page())
+    visit.read(site / "docs/ledger.html")
+    shown = visit.page.locator("section#ledger > section:visible > section:visible")
+    assert shown.count() == len(claims)
+    visit.page.get_by_label("Verdict").select_option(f"Exact ({ledger.counts(claims)['exact']})")
+    assert shown.count() == ledger.counts(claims)["exact"]
+    visit.page.get_by_label("Verdict").select_option(index=0)
+    visit.page.get_by_label("Search the claims").fill("Lemma 4.2")
+    assert 0 < shown.count() < len(claims)
+    assert all("lemma" in text.lower() for text in shown.all_text_contents())
+    visit.page.get_by_label("Search the claims").fill("no claim says this")
+    assert shown.count() == 0
+    assert visit.complaints == []
+    visit.page.close()
 
 
 def test_every_link_within_the_site_leads_somewhere(site: Path) -> None:
