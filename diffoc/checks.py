@@ -1,11 +1,12 @@
-"""What doors ask of their arguments; the errors name them."""
+"""What doors ask of their arguments, and how networks are used behind them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def check_tensor(name: str, x: Tensor) -> None:
@@ -54,3 +55,28 @@ def check_shape(shape: Sequence[int], letters: str) -> None:
     if len(shape) != len(letters) or min(shape) < 1:
         expected = ", ".join(letters)
         raise ValueError(f"shape is {tuple(shape)}, expected ({expected}) of 1 or more each")
+
+
+@contextmanager
+def evaluating(*networks: object) -> Iterator[None]:
+    """Has networks in evaluation mode: no dropout, and no batch's own statistics.
+
+    In training mode two runs differ, and images depend on their neighbours. Every door does this to
+    what it is given, and afterwards each module is in the mode that it was in: whoever samples in
+    the middle of a training goes on as before.
+
+    Args:
+        networks: what is no module, as a function is, is left alone; so are modules that only a
+            function knows of.
+    """
+    modules = [
+        m for network in networks if isinstance(network, nn.Module) for m in network.modules()
+    ]
+    modes = [module.training for module in modules]
+    for module in modules:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module, mode in zip(modules, modes, strict=True):
+            module.training = mode

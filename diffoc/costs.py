@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diffoc.checks import check_tensor
+from diffoc.checks import check_tensor, evaluating
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,8 @@ class GaussianLikelihood:
 
     def whitened_residual(self, x: Tensor) -> Tensor:
         """The residual in units of the noise, (A(x_0) - y) / s; half of its square is the cost."""
-        return residual_of(self.operator(x), self.y) / self.noise_std
+        with evaluating(self.operator):
+            return residual_of(self.operator(x), self.y) / self.noise_std
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.whitened_residual(x).flatten(1).square().sum(dim=1) / 2
@@ -66,7 +67,8 @@ class ClassLikelihood:
             raise ValueError("labels must be at least one, and not negative")
 
     def __call__(self, x: Tensor) -> Tensor:
-        logits = self.classifier(x)
+        with evaluating(self.classifier):
+            logits = self.classifier(x)
         if self.labels.max() >= logits.shape[1]:
             raise ValueError(
                 f"labels go up to {self.labels.max()}, but the classifier has {logits.shape[1]} "

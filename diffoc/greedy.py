@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from diffoc.checks import check_tensor
+from diffoc.checks import check_tensor, evaluating
 from diffoc.process import ReverseProcess
 
 if TYPE_CHECKING:
@@ -70,7 +70,8 @@ def greedy_controls(
         x = x + u
         t = process.times[i].to(x)
         alpha, sigma = process.denoiser.schedule(t)
-        mean = process.denoiser(x, t).mean.to(x.dtype)
+        with evaluating(process.denoiser):
+            mean = process.denoiser(x, t).mean.to(x.dtype)
         variance = 1 / ((alpha / sigma) ** 2 + 1 / PIXEL_VARIANCE)
         _, b, _ = process.coefficients[i]
         u = b * correction(physics, y, mean, (variance / noise_std**2).item())

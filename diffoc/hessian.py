@@ -183,4 +183,5 @@ def _columns(output: Tensor, x: Tensor, cotangents: Tensor) -> Tensor:
     (grads,) = torch.autograd.grad(
         output, x, cotangents, is_grads_batched=True, retain_graph=True, materialize_grads=True
     )
-    return grads.flatten(2).movedim(0, -1)
+    # Where the output does not depend on x, torch's zeros have no dimension for the columns.
+    return grads.expand(len(cotangents), *x.shape).flatten(2).movedim(0, -1)

@@ -357,7 +357,10 @@ def linearize_step(
                 retain_graph=True,
                 materialize_grads=True,
             )
-            return in_x.flatten(2), in_u.flatten(2)
+            # torch's zeros, where y does not depend on one, have no dimension for the cotangents.
+            pairs = ((in_x, x), (in_u, u))
+            in_x, in_u = (g.expand(len(shaped), *v.shape).flatten(2) for g, v in pairs)
+            return in_x, in_u
         grads = [
             torch.autograd.grad(y, (x, u), each, retain_graph=True, materialize_grads=True)
             for each in shaped

@@ -26,7 +26,7 @@ from azula.denoise import Denoiser
 from azula.noise import Schedule
 from torch import Tensor
 
-from diffoc.checks import check_tensor
+from diffoc.checks import check_tensor, evaluating
 
 MODES = ("input", "output")
 
@@ -230,9 +230,10 @@ class ReverseProcess:
             check_tensor("controls", controls)
         self.check_noise(x)
         states = [x]
-        for i in range(start, self.horizon):
-            u = None if controls is None else controls[i - start]
-            states.append(self.step(i, states[-1], u))
+        with evaluating(self.denoiser):
+            for i in range(start, self.horizon):
+                u = None if controls is None else controls[i - start]
+                states.append(self.step(i, states[-1], u))
         return torch.stack(states)
 
     def check_noise(self, x: Tensor) -> None:

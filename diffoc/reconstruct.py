@@ -25,7 +25,7 @@ from azula.denoise import Denoiser
 from azula.noise import Schedule
 from torch import Tensor
 
-from diffoc.checks import check_tensor
+from diffoc.checks import check_tensor, evaluating
 from diffoc.costs import ControlCost, GaussianLikelihood
 from diffoc.damping import Damping
 from diffoc.greedy import greedy_controls
@@ -291,43 +291,44 @@ def reconstruct(
         raise ValueError(f"starts is {starts}, expected at least 1")
     recipe = recipe.at(problem.task)
     generator = generator or torch.Generator().manual_seed(0)
-    given, x = x is not None, _start(problem, prior, x)
-    problem = replace(problem, y=problem.y.repeat(starts, *[1] * (problem.y.ndim - 1)))
-    x = x.repeat(starts, *[1] * (x.ndim - 1))
-    process = recipe.process(prior, recipe.steps, x, generator)
-    first = len(x) // starts if given or not recipe.from_noise else 0
-    x[first:] = process.initial_state(x[first:].shape, generator).to(x)
-    schedule, times = process.denoiser.schedule, process.times
-    rule, guess = recipe.rule, None
-    if recipe.guess and problem.linear:
-        guess = greedy_controls(process, problem.physics, problem.y, x, problem.noise_std)
-    if recipe.preconditioned and isinstance(rule, LBFGS):
-        rule = replace(rule, units=image_units(schedule, times))
-    elif guess is not None and isinstance(rule, LBFGS):
-        rule = replace(rule, first=FIRST_FROM_GUESS)
-    spent = 0 if guess is None else recipe.steps
-    regularization = recipe.regularization
-    result = solve(
-        process,
-        recipe.cost(problem),
-        x,
-        guess,
-        control_cost=ControlCost(recipe.weight * recipe.weights(schedule, times)),
-        rank=recipe.rank,
-        iterations=recipe.planned,
-        rule=rule,
-        regularization=regularization(schedule, times)
-        if callable(regularization)
-        else regularization,
-        feedback=recipe.feedback,
-        residual=problem.residual if recipe.stopped else None,
-        noise_level=problem.noise_level if recipe.stopped else None,
-        budget=None if recipe.spare or recipe.budget is None else recipe.budget - spent,
-        derivatives=recipe.derivatives,
-        progress=progress,
-        callback=callback,
-    )
-    squares = problem.residual(result.x0).flatten(1).square().mean(dim=1)
+    with evaluating(prior, problem.physics):
+        given, x = x is not None, _start(problem, prior, x)
+        problem = replace(problem, y=problem.y.repeat(starts, *[1] * (problem.y.ndim - 1)))
+        x = x.repeat(starts, *[1] * (x.ndim - 1))
+        process = recipe.process(prior, recipe.steps, x, generator)
+        first = len(x) // starts if given or not recipe.from_noise else 0
+        x[first:] = process.initial_state(x[first:].shape, generator).to(x)
+        schedule, times = process.denoiser.schedule, process.times
+        rule, guess = recipe.rule, None
+        if recipe.guess and problem.linear:
+            guess = greedy_controls(process, problem.physics, problem.y, x, problem.noise_std)
+        if recipe.preconditioned and isinstance(rule, LBFGS):
+            rule = replace(rule, units=image_units(schedule, times))
+        elif guess is not None and isinstance(rule, LBFGS):
+            rule = replace(rule, first=FIRST_FROM_GUESS)
+        spent = 0 if guess is None else recipe.steps
+        regularization = recipe.regularization
+        result = solve(
+            process,
+            recipe.cost(problem),
+            x,
+            guess,
+            control_cost=ControlCost(recipe.weight * recipe.weights(schedule, times)),
+            rank=recipe.rank,
+            iterations=recipe.planned,
+            rule=rule,
+            regularization=regularization(schedule, times)
+            if callable(regularization)
+            else regularization,
+            feedback=recipe.feedback,
+            residual=problem.residual if recipe.stopped else None,
+            noise_level=problem.noise_level if recipe.stopped else None,
+            budget=None if recipe.spare or recipe.budget is None else recipe.budget - spent,
+            derivatives=recipe.derivatives,
+            progress=progress,
+            callback=callback,
+        )
+        squares = problem.residual(result.x0).flatten(1).square().mean(dim=1)
     return replace(
         result,
         evaluations=result.evaluations + spent,

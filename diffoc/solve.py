@@ -16,7 +16,7 @@ from azula.noise import Schedule
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from diffoc.checks import check_tensor
+from diffoc.checks import check_tensor, evaluating
 from diffoc.costs import ControlCost
 from diffoc.damping import Damping
 from diffoc.ilqr import Result, ilqr
@@ -115,7 +115,7 @@ def solve(
         if callback:
             callback(iteration, costs, x0)
 
-    with bar:
+    with bar, evaluating(process.denoiser, cost):
         result = ilqr(
             ControlProblem(dynamics, control_cost, cost, process.horizon),
             x,

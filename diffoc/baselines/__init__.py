@@ -27,7 +27,7 @@ import torch
 from azula.denoise import Denoiser
 from torch import Tensor
 
-from diffoc.checks import check_tensor
+from diffoc.checks import check_tensor, evaluating
 
 if TYPE_CHECKING:
     from deepinv.physics import Physics
@@ -74,7 +74,8 @@ def method(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
         # Where the prior is one of latents, x is no image.
         if not hasattr(getattr(prior, "prior", prior), "decode"):
             _check_fit(physics, y, x)
-        return run(prior, physics, y, x, generator, noise_std=noise_std, **settings)
+        with evaluating(prior, physics, *settings.values()):
+            return run(prior, physics, y, x, generator, noise_std=noise_std, **settings)
 
     return checked
 

@@ -28,7 +28,7 @@ from azula.denoise import Denoiser
 from safetensors.torch import save_file
 from torch import Tensor
 
-from diffoc.checks import check_tensor
+from diffoc.checks import check_tensor, evaluating
 from diffoc.costs import ClassLikelihood, ControlCost
 from diffoc.data import mnist
 from diffoc.data.provenance import environment
@@ -304,7 +304,7 @@ def guidance_controls(
         x = (x + u).detach().requires_grad_()
         t = process.times[i].to(x)
         alpha, sigma = process.denoiser.schedule(t)
-        with torch.enable_grad():
+        with torch.enable_grad(), evaluating(process.denoiser, cost):
             mean = process.denoiser(x, t).mean.to(x.dtype)
             (gradient,) = torch.autograd.grad(cost(mean).sum(), x)
         _, b, _ = process.coefficients[i]

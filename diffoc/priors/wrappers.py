@@ -44,7 +44,7 @@ def wrap(
         network: maps noisy images :math:`\sqrt{\bar\alpha_i} x_0 + \sqrt{1 - \bar\alpha_i} z`,
             (B, C, H, W), and timesteps i, (B,), to a prediction of the images' shape. Channels
             beyond the images', a head for the variance, are cut off. A module is put into
-            evaluation mode.
+            evaluation mode; one that only a function knows of has to be put there before.
         alphas_cumprod: :math:`\bar\alpha_i`, decreasing within ]0, 1[.
         shape: of an image, (C, H, W).
         prediction_type: "epsilon" for z, "sample" for x_0, or "v_prediction".

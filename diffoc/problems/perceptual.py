@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from diffoc.checks import evaluating
 from diffoc.data.downloads import RemoteFile, fetch, find, read_torch_file
 from diffoc.data.files import replacing
 from diffoc.problems.metrics import frechet_distance
@@ -171,7 +172,8 @@ def features(network: Callable[[Tensor], Tensor], images: Tensor, batch: int = 3
         ValueError: for other shapes, or values that are not finite.
     """
     pixels = ((_as_colour(images, "images") + 1) * 127.5).round().byte()
-    return torch.cat([network(part).cpu() for part in pixels.split(batch)])
+    with evaluating(network):
+        return torch.cat([network(part).cpu() for part in pixels.split(batch)])
 
 
 def write_features(path: Path, network: str, values: Tensor) -> None:

@@ -22,6 +22,7 @@ import torch
 from azula.denoise import Denoiser
 from torch import Tensor
 
+from diffoc.checks import evaluating
 from diffoc.priors.gaussian import GaussianMixturePrior
 from diffoc.priors.mixture import GaussianMixture, with_noise
 from diffoc.problems.operators import LinearMeasurement
@@ -41,7 +42,7 @@ def tweedie_score(prior: Denoiser, cost: Callable[[Tensor], Tensor]) -> Score:
 
     def score(x: Tensor, t: Tensor) -> Tensor:
         x = x.detach().requires_grad_()
-        with torch.enable_grad():
+        with torch.enable_grad(), evaluating(prior, cost):
             total = cost(prior(x, t).mean).sum()
         return -torch.autograd.grad(total, x)[0]
 
@@ -59,7 +60,7 @@ def covariance_score(prior: Denoiser, measurement: LinearMeasurement) -> Score:
 
     def score(x: Tensor, t: Tensor) -> Tensor:
         x = x.detach().requires_grad_()
-        with torch.enable_grad():
+        with torch.enable_grad(), evaluating(prior):
             m = prior(x, t).mean
         rows = A.unsqueeze(1).expand(-1, *x.shape)
         AJ = torch.autograd.grad(m, x, rows, is_grads_batched=True)[0].movedim(0, 1)  # (B, m, n)
@@ -171,6 +172,8 @@ def conditional_rollout(process: ReverseProcess, score: Score, x: Tensor) -> Ten
     """
     for i, t in enumerate(process.times[:-1]):
         alpha, sigma = process.denoiser.schedule(t)
-        mean = process.denoiser(x, t).mean + sigma**2 / alpha * score(x, t)
+        with evaluating(process.denoiser):
+            mean = process.denoiser(x, t).mean
+        mean = mean + sigma**2 / alpha * score(x, t)
         x = process.affine(i, x, mean)
     return x

@@ -10,7 +10,7 @@ from diffoc.baselines.released import ResidualNorm
 from diffoc.costs import GaussianLikelihood
 from diffoc.data import digits
 from diffoc.hessian import HESSIANS, range_error_bound, range_finder, terminal_products
-from diffoc.lowrank import MatrixFree
+from diffoc.lowrank import MatrixFree, linearize_step
 from diffoc.problems.operators import average_pool
 from diffoc.system import ControlProblem
 
@@ -175,3 +175,18 @@ def test_the_bound_of_halko_et_al_holds_for_a_terminal_hessian():
         k, p, tail = rank, oversampling, true[rank:].norm()
         sharp = (1 + (k / (p - 1)) ** 0.5) * true[k] + math.e * (k + p) ** 0.5 / p * tail
         assert mean <= sharp < bound
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_what_does_not_depend_on_something_has_zeros_for_every_problem(together):
+    """torch's zeros lack a dimension: of linear costs, and of steps without state or control."""
+    x, n = torch.ones(2, 1, 2, 2).double(), 4
+    zero = torch.zeros_like(x)
+    linear = nn.Sequential(nn.Flatten(), nn.Linear(n, 1), nn.Flatten(0)).double()
+    _, product = terminal_products(linear, x)
+    assert torch.equal(product(torch.ones(2, n, 3).double()), torch.zeros(2, n, 3).double())
+    for step, of_x, of_u in ((lambda i, x, u: 2 * x, 2, 0), (lambda i, x, u: 3 * u, 0, 3)):
+        y, pullback = linearize_step(step, 0, x, zero, together)
+        in_x, in_u = pullback(torch.ones(5, 2, n).double())
+        assert torch.equal(in_x, torch.full((5, 2, n), of_x).double())
+        assert torch.equal(in_u, torch.full((5, 2, n), of_u).double())
