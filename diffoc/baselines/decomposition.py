@@ -8,8 +8,12 @@ act on every channel alike; one channel is decomposed. There are three ways:
 
 - inpainting: U = V = I, and the mask has the singular values;
 - :math:`A(X) = L X R^T`, what bicubic down-sampling and a Gaussian blur do: Kronecker products of
-  the factors of L and R, which are found by probing A with images of rank one;
+  the factors of L and R, which are those of a blur's kernel, or else found by probing A with
+  images of rank one;
 - else the dense matrix of one channel, if that is small.
+
+Factors are decomposed in double precision, and only what comes of it is rounded. The operator
+itself is asked in the precision of the images, without the shortened products of a GPU.
 """
 
 from __future__ import annotations
@@ -18,13 +22,13 @@ from collections.abc import Callable
 from weakref import WeakKeyDictionary
 
 import torch
-from deepinv.physics import DecomposablePhysics, Inpainting, LinearPhysics, Physics
+from deepinv.physics import Blur, DecomposablePhysics, Inpainting, LinearPhysics, Physics
 from torch import Tensor
 
 from diffoc.problems.tasks import UnsupportedTask
 
 LARGEST = 4096  # numbers of a channel whose dense matrix is decomposed
-_TOLERANCE = 1e-5  # relative, of what A does to random images
+_TOLERANCE = 1e-5  # relative, of what A does to random images: kernels are in single precision
 
 # A dense decomposition takes a minute, and a task is asked many times.
 _known: WeakKeyDictionary[Physics, dict] = WeakKeyDictionary()
@@ -59,12 +63,13 @@ def decompose(physics: Physics, x: Tensor) -> DecomposablePhysics:
     known = _known.setdefault(physics, {})
     kind = (x.shape[1:], x.dtype, x.device)
     if kind not in known:
-        known[kind] = _decompose(physics.A, x)
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            known[kind] = _decompose(physics, x)
     return known[kind]
 
 
-def _decompose(A: Callable[[Tensor], Tensor], x: Tensor) -> DecomposablePhysics:
-    generator = torch.Generator().manual_seed(0)
+def _decompose(physics: LinearPhysics, x: Tensor) -> DecomposablePhysics:
+    A, generator = physics.A, torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> Tensor:
         return torch.rand(shape, generator=generator, dtype=torch.float64).to(x) + 0.5
@@ -74,10 +79,13 @@ def _decompose(A: Callable[[Tensor], Tensor], x: Tensor) -> DecomposablePhysics:
 
     def is_right(candidate: DecomposablePhysics) -> bool:
         error = torch.linalg.vector_norm(candidate.A(probe) - expected)
-        return bool(error <= _TOLERANCE * torch.linalg.vector_norm(expected))
+        return bool(error <= _tolerance(x) * torch.linalg.vector_norm(expected))
 
     if x.ndim == 4 and expected.ndim == 4:
-        separable = _kronecker(*_factors(A, random(x.shape[-2]), random(x.shape[-1])))
+        if isinstance(physics, Blur):
+            separable = _kronecker(*_factors_of_blur(physics, x), x)
+        else:
+            separable = _kronecker(*_factors(A, random(x.shape[-2]), random(x.shape[-1])), x)
         if is_right(separable):
             return separable
     channel = x.shape[-2:] if x.ndim == 4 else x.shape[1:]
@@ -87,13 +95,33 @@ def _decompose(A: Callable[[Tensor], Tensor], x: Tensor) -> DecomposablePhysics:
             f"the operator is not separable, and a channel has {n} numbers: "
             f"dense decompositions are made of up to {LARGEST}"
         )
-    units = torch.eye(n, dtype=x.dtype, device=x.device)
+    units = torch.eye(n).to(x)
     responses = A(units.reshape(n, 1, *channel) if x.ndim == 4 else units)
     measured = responses.shape[2:] if x.ndim == 4 else responses.shape[1:]
-    dense = _dense(responses.reshape(n, -1).mT, channel, measured)
+    dense = _dense(responses.reshape(n, -1).mT, channel, measured, x)
     if not is_right(dense):
         raise UnsupportedTask("the operator does not act on every channel alike")
     return dense
+
+
+def _tolerance(x: Tensor) -> float:
+    """Relative, of A(x): rounding, where x is not in double precision, grows like a side's root."""
+    return max(_TOLERANCE, 8 * torch.finfo(x.dtype).eps * max(x.shape[1:]) ** 0.5)
+
+
+def _factors_of_blur(blur: Blur, x: Tensor) -> tuple[Tensor, Tensor]:
+    """L and R of a blur with the kernel column row^T: what these do to the columns of I.
+
+    Of another kernel they are those of the nearest such one, and seen not to be right.
+    """
+    U, s, Vh = torch.linalg.svd(blur.filter[0, 0].double())
+    L, R = (
+        Blur(filter=line[None, None], padding=blur.padding, device=x.device).A(
+            torch.eye(length).to(line)[None, None]
+        )[0, 0]
+        for line, length in ((s[0] * U[:, :1], x.shape[-2]), (Vh[0][:, None], x.shape[-1]))
+    )
+    return L, R
 
 
 def _factors(A: Callable[[Tensor], Tensor], column: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
@@ -115,29 +143,31 @@ def _full_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return torch.nn.functional.pad(U, (0, missing)), torch.nn.functional.pad(s, (0, missing)), Vh.mT
 
 
-def _without_rounding(s: Tensor) -> Tensor:
-    """Singular values, of which those that only rounding keeps from zero are zero."""
-    return torch.where(s > torch.finfo(s.dtype).eps * len(s) * s.max(), s, 0)
+def _without_rounding(s: Tensor, x: Tensor) -> Tensor:
+    """Singular values in the precision of `x`, zero where only rounding keeps them from it."""
+    return torch.where(s > torch.finfo(x.dtype).eps * s.max(), s, 0).to(x)
 
 
-def _kronecker(L: Tensor, R: Tensor) -> DecomposablePhysics:
-    dtype = L.dtype
-    factors = [_full_svd(matrix.double()) for matrix in (L, R)]
-    (UL, sL, VL), (UR, sR, VR) = ([part.to(dtype) for part in factor] for factor in factors)
+def _kronecker(L: Tensor, R: Tensor, x: Tensor) -> DecomposablePhysics:
+    (UL, sL, VL), (UR, sR, VR) = (_full_svd(matrix.double()) for matrix in (L, R))
+    s = _without_rounding(torch.outer(sL, sR), x)
+    UL, VL, UR, VR = (part.to(x) for part in (UL, VL, UR, VR))
     return DecomposablePhysics(
         U=lambda c: UL @ c @ UR.mT,
         U_adjoint=lambda y: UL.mT @ y @ UR,
         V=lambda c: VL @ c @ VR.mT,
         V_adjoint=lambda x: VL.mT @ x @ VR,
-        mask=_without_rounding(torch.outer(sL, sR))[None, None],
-        device=L.device,
+        mask=s[None, None],
+        device=x.device,
     )
 
 
-def _dense(matrix: Tensor, channel: torch.Size, measured: torch.Size) -> DecomposablePhysics:
+def _dense(
+    matrix: Tensor, channel: torch.Size, measured: torch.Size, x: Tensor
+) -> DecomposablePhysics:
     # What is lost to rounding in single precision is too much for matrices of this size.
     U, s, V = _full_svd(matrix.double())
-    U, s, V = (part.to(matrix.dtype) for part in (U, _without_rounding(s), V))
+    U, s, V = (part.to(x) for part in (U, _without_rounding(s, x), V))
 
     def apply(factor: Tensor, x: Tensor, before: torch.Size, after: torch.Size) -> Tensor:
         batch = x.shape[: x.ndim - len(before)]
@@ -149,5 +179,5 @@ def _dense(matrix: Tensor, channel: torch.Size, measured: torch.Size) -> Decompo
         V=lambda c: apply(V, c, channel, channel),
         V_adjoint=lambda x: apply(V.mT, x, channel, channel),
         mask=s.reshape(1, *([1] * (len(channel) > 1)), *channel),
-        device=matrix.device,
+        device=x.device,
     )

@@ -1,5 +1,6 @@
 """The baselines on pixel priors against linear algebra on Gaussian priors, where all is affine."""
 
+import copy
 import math
 from functools import partial
 from itertools import pairwise
@@ -71,6 +72,27 @@ def test_the_decomposition_is_the_operator(name, dtype):
     torch.testing.assert_close(svd.V(svd.V_adjoint(x)), x, **tolerance)
     torch.testing.assert_close(svd.V_adjoint(svd.V(x)), x, **tolerance)
     assert (svd.mask >= 0).all()
+
+
+@pytest.mark.parametrize("name", ["super_resolution", "gaussian_blur", "motion_blur"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_singular_values_are_those_of_the_dense_matrix(name, dtype):
+    physics, x = task(name, (1, 24, 16), seeded()), torch.zeros(1, 1, 24, 16, dtype=dtype)
+    units = torch.eye(24 * 16).double().reshape(-1, 1, 24, 16)
+    expected = torch.linalg.svdvals(copy.deepcopy(physics).double().A(units).flatten(1).mT)
+    found = decompose(physics.to(dtype), x).mask.flatten().double().sort(descending=True).values
+    atol = 1e-7 * expected[0].item()  # kernels are in single precision
+    torch.testing.assert_close(found[: len(expected)], expected, rtol=1e-6, atol=atol)
+    assert not found[len(expected) :].any()
+
+
+def test_single_precision_does_at_256_pixels():
+    """Where the paper's tables are: the blur to single precision's rounding."""
+    physics = task("gaussian_blur", (3, 256, 256), seeded())
+    x = torch.randn(1, 3, 256, 256, generator=seeded(1))
+    svd, y = decompose(physics, x), physics.A(x)
+    assert (svd.A(x) - y).norm() < 2e-6 * y.norm()
+    assert (svd.V(svd.V_adjoint(x)) - x).norm() < 2e-6 * x.norm()
 
 
 @pytest.mark.parametrize("name", ["super_resolution", "motion_blur"])
