@@ -32,6 +32,7 @@ from deepinv.physics import LinearPhysics, Physics
 from torch import Tensor
 
 from diffoc.baselines import method
+from diffoc.baselines.decomposition import pseudo_inverse
 from diffoc.process import ReverseProcess
 from diffoc.rules import LBFGS, LBFGSMemory
 
@@ -72,7 +73,7 @@ def d_flow(
     process = ReverseProcess(prior, steps)
     variance = prior.schedule(process.times[0])[1].item() ** 2
     if blend > 0 and isinstance(physics, LinearPhysics):
-        x = blend**0.5 * _inversion(process, physics.A_dagger(y)) + (1 - blend) ** 0.5 * x
+        x = blend**0.5 * _inversion(process, pseudo_inverse(physics, y)) + (1 - blend) ** 0.5 * x
 
     def evaluate(flat: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Costs (B,), their gradients (B, n) and the images (B, ...)."""

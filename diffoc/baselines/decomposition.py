@@ -45,6 +45,14 @@ def require_linear(physics: Physics) -> LinearPhysics:
     return physics
 
 
+def pseudo_inverse(physics: LinearPhysics, y: Tensor) -> Tensor:
+    """The images of least squares and least norm of measurements (B, ...), (B, ...).
+
+    They are inverted one by one: deepinv's iterations stop by the whole batch.
+    """
+    return torch.cat([physics.A_dagger(each) for each in y.split(1)])
+
+
 @torch.no_grad()
 def decompose(physics: Physics, x: Tensor) -> DecomposablePhysics:
     """The same operator with `U`, `U_adjoint`, `V`, `V_adjoint`, and singular values in `mask`.

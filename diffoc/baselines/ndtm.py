@@ -36,6 +36,7 @@ from deepinv.physics import LinearPhysics, Physics
 from torch import Tensor
 
 from diffoc.baselines import method
+from diffoc.baselines.decomposition import pseudo_inverse
 
 
 @method
@@ -119,7 +120,7 @@ def ndtm(
                 scales[0],
                 x / prior.schedule(torch.ones_like(times[0]))[1].item(),
             )
-            x = alpha * physics.A_dagger(y) + sigma * noise
+            x = alpha * pseudo_inverse(physics, y) + sigma * noise
         for i, ((alpha_t, sigma_t), (alpha_s, sigma_s)) in enumerate(pairwise(scales)):
             t = times[i].to(x)
             new = eta**2 * (1 - (alpha_t * sigma_s / (alpha_s * sigma_t)) ** 2)
