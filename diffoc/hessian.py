@@ -12,6 +12,13 @@ Gauss-Newton part are
 
 They agree where z is linear, or zero; the second is positive semidefinite everywhere, and the
 first need not be (Nocedal & Wright 2006, doi:10.1007/978-0-387-40065-5, Sec. 10.3).
+
+A mask's Gauss-Newton Hessian is a multiple of a projector :math:`\Pi`: all its eigenvalues but zero
+are equal, and no eigenvector comes before another. A decomposition in floating point returns
+whichever rounding makes the largest, and what is kept of it jumps from one thread count to another.
+Here equal eigenvalues have the eigenvectors that Gram and Schmidt make of the random directions,
+projected onto their eigenspace: a matrix :math:`c \Pi` of rank k gets
+:math:`\Pi \omega_1 / \|\Pi \omega_1\|` first, which is as smooth as :math:`\Pi` is.
 """
 
 from __future__ import annotations
@@ -56,9 +63,7 @@ def symmetric_eigen(
     Q = range_finder(product, directions, power)
     small = Q.mT @ product(Q)
     values, vectors = torch.linalg.eigh((small + small.mT) / 2)
-    keep = values.abs().topk(rank, dim=-1).indices
-    vectors = vectors.gather(-1, keep.unsqueeze(-2).expand(*vectors.shape[:-1], rank))
-    return Q @ vectors, values.gather(-1, keep)
+    return _largest(Q @ vectors, values, directions, rank)
 
 
 def nystrom(product: Product, directions: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -85,7 +90,49 @@ def nystrom(product: Product, directions: Tensor, rank: int) -> tuple[Tensor, Te
     half = torch.linalg.solve_triangular(L, shifted.mT, upper=False).mT
     U, s, _ = torch.linalg.svd(half, full_matrices=False)
     values = (s.square() - shift[..., 0]).clamp(min=0)
-    return U[..., :rank], values[..., :rank]
+    return _largest(U, values, directions, rank)
+
+
+def _largest(
+    vectors: Tensor, values: Tensor, directions: Tensor, rank: int
+) -> tuple[Tensor, Tensor]:
+    r"""The eigenpairs that are largest in magnitude, chosen by `directions` where some are equal.
+
+    Where V are the eigenvectors of the group of equal eigenvalues that the p-th belongs to, as the
+    o-th of them, it is
+
+    .. math:: q_p \propto (I - \sum_{r < p} q_r q_r^T) \, V V^T \omega_o .
+
+    Equal are eigenvalues whose neighbours differ by less than the largest times the root of machine
+    precision. Of two groups of one magnitude the positive one comes first.
+
+    Args:
+        vectors: orthonormal, (B, n, c).
+        values: (B, c).
+        directions: as for :func:`symmetric_eigen`.
+        rank: how many to keep.
+    """
+    order = values.abs().argsort(dim=-1, descending=True, stable=True)
+    sizes = values.gather(-1, order).abs()
+    jumps = -sizes.diff(dim=-1) > torch.finfo(values.dtype).eps ** 0.5 * sizes[..., :1]
+    sizes = torch.nn.functional.pad(jumps.cumsum(dim=-1), (1, 0))  # the number of each one's size
+    group = 2 * sizes + (values.gather(-1, order) < 0)
+    group, regular = group.sort(dim=-1, stable=True)
+    order = order.gather(-1, regular)
+    values = values.gather(-1, order)
+    vectors = vectors.gather(-1, order.unsqueeze(-2).expand_as(vectors))
+
+    projections = vectors.mT @ directions
+    chosen = vectors.new_zeros(*values.shape, 0)
+    for p in range(rank):
+        equal = group == group[..., p, None]
+        o = p - equal.long().argmax(dim=-1)
+        q = projections.gather(-1, o[..., None, None].expand_as(projections[..., :1]))
+        q = torch.where(equal[..., None], q, 0)
+        for _ in range(2):  # once leaves what it rounded
+            q = q - chosen @ (chosen.mT @ q)
+        chosen = torch.cat([chosen, torch.nn.functional.normalize(q, dim=-2)], dim=-1)
+    return vectors @ chosen, (chosen.square() * values[..., None]).sum(dim=-2)
 
 
 def range_error_bound(next_singular_value: float, n: int, rank: int, oversampling: int) -> float:

@@ -101,3 +101,74 @@ def test_the_bound_s_theorem_has_conditions():
         range_error_bound(1.0, 10, 1, 5)
     with pytest.raises(ValueError, match="together at most 10"):
         range_error_bound(1.0, 10, 6, 5)
+
+
+# Equal eigenvalues: which eigenvectors are kept must not be chosen by rounding.
+
+METHODS = [symmetric_eigen, nystrom]
+EQUAL = {
+    "a mask's": torch.cat([torch.full((20,), 400.0), torch.zeros(20)]),
+    "two groups": torch.tensor([7.0] * 3 + [4.0] * 5 + [2.0, 1.0] + [0.0] * 30),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("rank", [1, 3, 6])
+def test_of_a_projector_the_projected_directions_are_kept(method, rank):
+    projector = matrix(EQUAL["a mask's"].double()) / 400
+    omega = random(2, 40, 8, seed=7)
+    vectors, values = method(lambda X: 400 * projector @ X, omega, rank)
+    expected = torch.linalg.qr(projector @ omega[..., :rank]).Q
+    torch.testing.assert_close(vectors @ vectors.mT, expected @ expected.mT, rtol=0, atol=1e-10)
+    torch.testing.assert_close(values, torch.full_like(values, 400))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_whole_groups_are_those_of_a_dense_decomposition(method):
+    """Behind them come the projections onto the next group, and single eigenvectors are as ever."""
+    A = matrix(EQUAL["two groups"].double())
+    omega = random(2, 40, 12, seed=8)
+    _, dense = torch.linalg.eigh(A)
+    sizes = {3: slice(37, 40), 8: slice(32, 40), 9: slice(31, 40), 10: slice(30, 40)}
+    for rank, of_dense in sizes.items():
+        vectors, _ = method(lambda X: A @ X, omega, rank)
+        expected = dense[..., of_dense] @ dense[..., of_dense].mT
+        torch.testing.assert_close(vectors @ vectors.mT, expected, rtol=0, atol=1e-6)
+    vectors, values = method(lambda X: A @ X, omega, 5)
+    second = dense[..., 32:37] @ dense[..., 32:37].mT @ omega[..., :2]
+    expected = torch.linalg.qr(second).Q
+    kept = vectors[..., 3:]
+    torch.testing.assert_close(kept @ kept.mT, expected @ expected.mT, rtol=0, atol=1e-6)
+    torch.testing.assert_close(values[0], torch.tensor([7.0, 7, 7, 4, 4]).double())
+
+
+def test_of_one_magnitude_the_positive_come_first():
+    A = matrix(torch.tensor([3.0] * 2 + [-3.0] * 2 + [0.0] * 6).double())
+    for seed in range(5):
+        _, values = symmetric_eigen(lambda X: A @ X, random(2, 10, 6, seed=seed), 3)
+        torch.testing.assert_close(values, torch.tensor([[3.0, 3, -3]] * 2).double())
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("group", EQUAL)
+@pytest.mark.parametrize("rank", [1, 5])
+@pytest.mark.parametrize(("dtype", "jitter"), [(torch.float32, 1e-6), (torch.float64, 1e-10)])
+def test_a_jitter_moves_what_is_kept_by_its_own_size(method, group, rank, dtype, jitter):
+    A = matrix(EQUAL[group].double(), batch=1)
+    omega = random(1, 40, 6, seed=9).to(dtype)
+    found = []
+    for seed in range(20, 25):
+        noise = jitter * A.abs().max() * random(1, 40, 40, seed=seed)
+        moved = (A + (noise + noise.mT) / 2).to(dtype)
+        vectors, values = method(lambda X, moved=moved: moved @ X, omega, rank)
+        found.append((vectors * values.unsqueeze(-2)) @ vectors.mT / values.amax())
+    spread = (torch.stack(found) - found[0]).abs().amax().item()
+    assert spread < 500 * jitter
+
+
+def test_a_mask_s_factor_is_the_same_alone_and_among_others():
+    mask = (torch.arange(64) % 5 == 0).float()
+    omega = random(1, 64, 6, seed=10).float().expand(3, -1, -1)
+    both = nystrom(lambda X: 400 * mask[:, None] * X, omega, 1)[0]
+    expected = mask[:, None] * omega[..., :1]
+    torch.testing.assert_close(both.abs(), (expected / expected.norm(dim=1, keepdim=True)).abs())

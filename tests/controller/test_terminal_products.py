@@ -186,7 +186,7 @@ def test_what_does_not_depend_on_something_has_zeros_for_every_problem(together)
     _, product = terminal_products(linear, x)
     assert torch.equal(product(torch.ones(2, n, 3).double()), torch.zeros(2, n, 3).double())
     for step, of_x, of_u in ((lambda i, x, u: 2 * x, 2, 0), (lambda i, x, u: 3 * u, 0, 3)):
-        y, pullback = linearize_step(step, 0, x, zero, together)
+        _, pullback = linearize_step(step, 0, x, zero, together)
         in_x, in_u = pullback(torch.ones(5, 2, n).double())
         assert torch.equal(in_x, torch.full((5, 2, n), of_x).double())
         assert torch.equal(in_u, torch.full((5, 2, n), of_u).double())
