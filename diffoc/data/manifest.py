@@ -4,6 +4,7 @@ import hashlib
 import json
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
@@ -67,10 +68,31 @@ def manifest_entry(file: str, folder: Path | None = None) -> dict:
     Raises ValueError if it has no entry; arguments as for `checked_bytes`.
     """
     folder = data_folder() if folder is None else Path(folder)
-    entry = json.loads((folder / MANIFEST).read_text()).get(file)
+    entry = _entries(folder).get(file)
     if entry is None:
         raise ValueError(f"{file} has no entry in {folder / MANIFEST}: add it with register_file")
+    kinds = {"sha256": str, "bytes": int, "license": str, "source": str}
+    for key, kind in kinds.items():
+        if not isinstance(entry, dict) or type(entry.get(key)) is not kind:
+            raise ValueError(
+                f"{folder / MANIFEST} is damaged, {key} of {file} is missing or no "
+                f"{kind.__name__}: restore it with `git checkout -- data/{MANIFEST}`"
+            )
     return entry
+
+
+def _entries(folder: Path) -> dict:
+    """What the manifest of a folder holds; raises ValueError if it is damaged."""
+    try:
+        entries = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except ValueError as error:
+        entries = error
+    if not isinstance(entries, dict):
+        raise ValueError(
+            f"{folder / MANIFEST} is damaged ({entries!s:.60}): restore it with `git checkout -- "
+            f"data/{MANIFEST}`"
+        )
+    return entries
 
 
 def register_file(file: str, license: str, source: str, folder: Path | None = None) -> dict:
@@ -88,7 +110,7 @@ def register_file(file: str, license: str, source: str, folder: Path | None = No
         raise FileNotFoundError(f"{folder / file} is missing: write it before it is registered")
     content = (folder / file).read_bytes()
     manifest = folder / MANIFEST
-    entries = json.loads(manifest.read_text()) if manifest.is_file() else {}
+    entries = _entries(folder) if manifest.is_file() else {}
     entries[file] = {
         "sha256": hashlib.sha256(content).hexdigest(),
         "bytes": len(content),
@@ -109,4 +131,8 @@ def load_weights(name: str, folder: Path | None = None) -> dict[str, Tensor]:
 
     Raises as `checked_bytes`.
     """
-    return load(checked_bytes(f"{name.removesuffix('.safetensors')}.safetensors", folder))
+    file = f"{name.removesuffix('.safetensors')}.safetensors"
+    try:
+        return load(checked_bytes(file, folder))
+    except SafetensorError as error:
+        raise ValueError(f"{file} is registered, but no safetensors file: {error}") from error

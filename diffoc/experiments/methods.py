@@ -277,7 +277,15 @@ NOT_IN_TABLE_1 = ("control_paper", "control_released", "deep_image_prior")
 def read_tuned(path: Path | None = None) -> dict:
     """The tuned keyword arguments by prior, method, task and budget; `data/tuned.json`."""
     path = path or data_folder() / "tuned.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    if not path.exists():
+        return {}
+    try:
+        tuned = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged, restore it from git: {error}") from error
+    if not isinstance(tuned, dict):
+        raise ValueError(f"{path} is damaged, restore it from git: expected values by prior")
+    return tuned
 
 
 def write_tuned(tuned: dict, path: Path | None = None) -> None:

@@ -22,6 +22,7 @@ from scipy.fft import dct
 from torch import Tensor, nn
 
 from diffoc.data.manifest import load_weights
+from diffoc.priors.weights import load_into
 
 NOISE_STD = 0.01  # s, of the decoder
 
@@ -133,8 +134,9 @@ def load_autoencoder(folder: Path | None = None) -> Autoencoder:
         FileNotFoundError: if they are missing.
     """
     network = Autoencoder()
-    weights = load_weights("faces64_autoencoder", folder)
-    network.load_state_dict({name: value.float() for name, value in weights.items()})
+    load_into(
+        network, load_weights("faces64_autoencoder", folder), "faces64_autoencoder.safetensors"
+    )
     return network.eval().requires_grad_(False)
 
 

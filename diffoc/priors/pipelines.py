@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from diffusers import ModelMixin
 
 
+PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
+
+
 class DiffusersDenoiser(Denoiser):
     r"""An unconditional `diffusers` network as azula denoiser.
 
@@ -46,10 +49,10 @@ class DiffusersDenoiser(Denoiser):
         schedule: Schedule | None = None,
     ) -> None:
         super().__init__()
-        if prediction_type not in ("epsilon", "sample", "v_prediction"):
+        if prediction_type not in PREDICTION_TYPES:
             raise ValueError(
-                f"prediction_type is {prediction_type!r}, expected 'epsilon', 'sample' or "
-                "'v_prediction'"
+                f"prediction_type is {prediction_type!r}, expected one of "
+                f"{', '.join(PREDICTION_TYPES)}"
             )
         self.backbone = backbone
         self.prediction_type = prediction_type
@@ -154,7 +157,24 @@ def load_pixel_model(folder: Path, schedule: Schedule | None) -> DiffusersDenois
     if found.get("num_class_embeds") or found.get("class_embed_type"):
         raise ValueError(f"{unet} holds a class-conditional network, expected an unconditional one")
     scheduler = alphas_cumprod_of(folder)
-    return DiffusersDenoiser(load_network(unet, UNet2DModel), *scheduler, schedule)
+    network = load_network(unet, UNet2DModel)
+    _try(network, unet)
+    return DiffusersDenoiser(network, *scheduler, schedule)
+
+
+@torch.no_grad()
+def _try(network: ModelMixin, folder: Path) -> None:
+    """Evaluates a `UNet2DModel` at its smallest size: some wrong settings show nowhere before."""
+    config = network.config
+    try:
+        side = 2 ** len(config.block_out_channels)
+        output = network(torch.zeros(1, config.in_channels, side, side), torch.ones(1)).sample
+    except Exception as error:
+        raise ValueError(
+            f"{folder} has settings in config.json that its network fails with: {error}"
+        ) from error
+    if not output.isfinite().all():
+        raise ValueError(f"{folder} has a network whose output is not finite")
 
 
 def load_network(folder: Path, kind: type[ModelMixin]) -> ModelMixin:
@@ -189,9 +209,12 @@ def sides_of(network: ModelMixin) -> tuple[int, int]:
         ValueError: if its settings do not say.
     """
     size = network.config.sample_size
-    sides = (size, size) if isinstance(size, int) else tuple(size or ())
+    sides = tuple(size) if isinstance(size, list | tuple) else (size, size)
     if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
-        raise ValueError(f"sample_size is {size!r} in config.json, expected one or two numbers")
+        place = getattr(network.config, "_name_or_path", "network")
+        raise ValueError(
+            f"{place}: sample_size is {size!r} in config.json, expected one or two numbers"
+        )
     return sides
 
 
@@ -216,7 +239,13 @@ def alphas_cumprod_of(folder: Path) -> tuple[Tensor, str]:
         raise ValueError(f"{home} has settings that make no scheduler: {error}") from error
     if len(bar) < 2 or not (bar.diff() < 0).all() or not (bar[0] < 1 and bar[-1] > 0):
         raise ValueError(f"{home} has betas whose noise does not grow step by step")
-    return bar, config.get("prediction_type", "epsilon")
+    prediction_type = config.get("prediction_type", "epsilon")
+    if prediction_type not in PREDICTION_TYPES:
+        raise ValueError(
+            f"{home} has the prediction_type {prediction_type!r}, expected one of "
+            f"{', '.join(PREDICTION_TYPES)}"
+        )
+    return bar, prediction_type
 
 
 def read_json(path: Path) -> dict:

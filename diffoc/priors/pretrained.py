@@ -25,7 +25,7 @@ from diffoc.priors.autoencoder import load_autoencoder
 from diffoc.priors.latent import LatentPrior, load_pipeline
 from diffoc.priors.networks import NETWORKS
 from diffoc.priors.pipelines import from_hub, load_pixel_model, scales_of_images, sides_of
-from diffoc.priors.weights import read_checkpoint
+from diffoc.priors.weights import difference, load_into, read_checkpoint
 
 SHIPPED = {
     "mnist": (1, 28, 28),
@@ -120,9 +120,8 @@ def load_prior(
     name, path = str(name_or_path), Path(name_or_path)
     shape = _SHAPES.get(name)
     if name in SHIPPED:
-        weights = {key: value.float() for key, value in manifest.load_weights(name).items()}
         network: nn.Module = NETWORKS[name]()
-        network.load_state_dict(weights)
+        load_into(network, manifest.load_weights(name), f"{name}.safetensors")
         prior: Denoiser = KarrasDenoiser(network, schedule)
     elif name in _ADM_CARDS:
         prior = _load_adm(name, schedule, learned_variance)
@@ -165,11 +164,9 @@ def _network_of_checkpoint(path: Path) -> tuple[nn.Module, str]:
     state = read_checkpoint(path)
     for name in SHIPPED:
         network = NETWORKS[name]()
-        try:
-            network.load_state_dict(state["average"])
-        except RuntimeError:
-            continue
-        return network, name
+        if not difference(network, state["average"]):
+            load_into(network, state["average"], f"path {path}")
+            return network, name
     raise ValueError(f"path {path} holds another network than those of {', '.join(SHIPPED)}")
 
 
@@ -220,12 +217,9 @@ def _load_adm(name: str, schedule: Schedule, learned_variance: bool) -> Denoiser
     prior = untrained_adm(name, learned_variance=learned_variance)
     # The second half of the output channels is the interpolation of the variance.
     for key, value in prior.backbone.state_dict().items():
-        if key in ("out.2.weight", "out.2.bias") and key in state:
+        if key in ("out.2.weight", "out.2.bias") and isinstance(state.get(key), Tensor):
             state[key] = state[key][: len(value)]
-    try:
-        prior.backbone.load_state_dict(state)
-    except RuntimeError as error:
-        raise ValueError(f"{path} holds another network than {name}: {error}") from error
+    load_into(prior.backbone, state, path)
     prior.schedule = schedule
     return prior
 

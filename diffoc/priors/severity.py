@@ -15,6 +15,7 @@ from azula.nn.unet import UNet
 from torch import Tensor, nn
 
 from diffoc.data.manifest import load_weights
+from diffoc.priors.weights import load_into
 
 
 class SeverityEncoder(nn.Module):
@@ -58,6 +59,5 @@ def load_severity_encoder() -> SeverityEncoder:
         FileNotFoundError: if they are missing.
     """
     network = SeverityEncoder()
-    weights = load_weights("faces64_severity")
-    network.load_state_dict({name: value.float() for name, value in weights.items()})
+    load_into(network, load_weights("faces64_severity"), "faces64_severity.safetensors")
     return network.eval().requires_grad_(False)

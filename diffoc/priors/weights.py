@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -66,7 +68,41 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     try:
         return {k: v.float() for k, v in load_file(path).items()}
     except SafetensorError as error:
-        raise ValueError(f"path {path} is damaged or no safetensors file") from error
+        raise ValueError(f"path {path} is damaged or no safetensors file: {error}") from error
+
+
+def difference(network: nn.Module, weights: Mapping[str, object]) -> str | None:
+    """What is first found in weights that makes them those of another network; None if nothing."""
+    expected = network.state_dict()
+    if unlike := expected.keys() ^ weights.keys():
+        name = min(map(str, unlike))
+        return f"{name} is {'missing' if name in expected else 'not of this network'}"
+    for name, value in expected.items():
+        found = weights[name]
+        if not isinstance(found, Tensor):
+            return f"{name} is no tensor"
+        if found.shape != value.shape or found.is_floating_point() != value.is_floating_point():
+            return f"{name} is {found.dtype} {tuple(found.shape)}, expected {tuple(value.shape)}"
+    return None
+
+
+def load_into(network: nn.Module, weights: Mapping[str, Any], place: Path | str) -> None:
+    """Gives a network its weights, in its own precision.
+
+    Args:
+        network: is as it was if they are refused.
+        weights: all of its state.
+        place: where they are from, for the message.
+
+    Raises:
+        ValueError: if they are of another network, or not finite.
+    """
+    if found := difference(network, weights):
+        raise ValueError(f"{place} holds another network: {found}")
+    for name, value in weights.items():
+        if not value.isfinite().all():
+            raise ValueError(f"{place} has weights that are not finite: {name}")
+    network.load_state_dict(weights)
 
 
 def read_checkpoint(path: Path) -> dict:
@@ -79,8 +115,13 @@ def read_checkpoint(path: Path) -> dict:
     if not path.is_file():
         raise FileNotFoundError(f"path {path} is no checkpoint: call start() for a new run")
     state = read_torch_file(path)
-    if {"network", "average", "seen"} - state.keys():
-        raise ValueError(f"path {path} is no checkpoint of this trainer")
+    kinds = {"network": dict, "average": dict, "optimizer": dict, "generator": Tensor, "seen": int}
+    for key, kind in kinds.items():
+        if not isinstance(state.get(key), kind) or isinstance(state[key], bool):
+            raise ValueError(
+                f"path {path} is no checkpoint of this trainer: {key} is missing or of another "
+                "kind; take another, or begin anew without it"
+            )
     return state
 
 
@@ -108,5 +149,5 @@ def classifier(
         raise ValueError(f"name is {name!r}, expected one of {', '.join(_CLASSIFIERS)}")
     file, build = _CLASSIFIERS[name]
     network = build()
-    network.load_state_dict({k: v.float() for k, v in load_weights(file, folder).items()})
+    load_into(network, load_weights(file, folder), f"{file}.safetensors")
     return network.eval().requires_grad_(False)

@@ -33,7 +33,7 @@ from diffoc.priors.networks import (
     ResidualClassifier,
 )
 from diffoc.priors.severity import SeverityEncoder
-from diffoc.priors.weights import read_checkpoint
+from diffoc.priors.weights import load_into, read_checkpoint
 from diffoc.training.severity import severity_loss
 
 
@@ -163,10 +163,7 @@ def start(
         torch.manual_seed(seed)
         network = recipe.build()
     if weights is not None:
-        try:
-            network.load_state_dict(weights)
-        except RuntimeError as error:
-            raise ValueError("weights belong to another network than the recipe's") from error
+        load_into(network, weights, "weights")
     # On a CPU neither memory format is faster; tensor cores want the channels last.
     on_cpu = torch.device(device).type == "cpu"
     layout = torch.contiguous_format if on_cpu else torch.channels_last
@@ -204,13 +201,13 @@ def resume(
     """
     state = read_checkpoint(path)
     run = start(recipe, device=device, precision=precision)
+    load_into(run.network, state["network"], f"path {path}")
+    load_into(run.average, state["average"], f"path {path}")
     try:
-        run.network.load_state_dict(state["network"])
-        run.average.load_state_dict(state["average"])
-    except RuntimeError as error:
-        raise ValueError(f"path {path} is a checkpoint of another network") from error
-    run.optimizer.load_state_dict(state["optimizer"])
-    run.generator.set_state(state["generator"])
+        run.optimizer.load_state_dict(state["optimizer"])
+        run.generator.set_state(state["generator"])
+    except Exception as error:  # what is wrong there fails anywhere
+        raise ValueError(f"path {path} is damaged, begin anew without it: {error!r}") from error
     run.seen = state["seen"]
     return run
 
