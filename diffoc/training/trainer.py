@@ -34,6 +34,7 @@ from diffoc.priors.networks import (
 )
 from diffoc.priors.severity import SeverityEncoder
 from diffoc.priors.weights import load_into, read_checkpoint
+from diffoc.training.faint import LinearDenoiser, faint
 from diffoc.training.severity import severity_loss
 
 
@@ -50,6 +51,8 @@ class Recipe:
         decay: of the moving average, per step.
         log_sigma: mean and standard deviation of log sigma (denoisers).
         flip: whether to mirror images at random.
+        faint: the share of a denoiser's batch that has less image and less noise than its level
+            says, see :mod:`diffoc.training.faint`.
         loss: of the network that `build` makes, a batch and the generator, for what is no denoiser
             and no classifier.
     """
@@ -62,6 +65,7 @@ class Recipe:
     decay: float = 0.999
     log_sigma: tuple[float, float] = (-1.0, 1.4)
     flip: bool = False
+    faint: float = 0.0
     loss: Callable[[Any, Tensor, torch.Generator], Tensor] | None = None
 
 
@@ -86,6 +90,7 @@ RECIPES = {
         batch=32,
         rate=2e-3,
         flip=True,
+        faint=0.4,
     ),
     "faces64_autoencoder": Recipe(
         Autoencoder, images=50_000, batch=32, rate=2e-3, flip=True, loss=autoencoding_loss
@@ -120,6 +125,7 @@ class Run:
         precision: of the forward and backward passes, torch.float32 or torch.bfloat16; weights,
             optimiser and loss stay in float32.
         seen: images so far.
+        linear: of the training images, where the recipe has faint states; set by :func:`train`.
         losses: of the steps since they were last read.
     """
 
@@ -130,6 +136,7 @@ class Run:
     generator: torch.Generator
     precision: torch.dtype = torch.float32
     seen: int = 0
+    linear: LinearDenoiser | None = None
     losses: list[float] = field(default_factory=list)
 
     @property
@@ -233,8 +240,15 @@ def denoising_loss(network: nn.Module, x: Tensor, run: Run) -> Tensor:
     sigma = log_sigma.exp().clamp(SIGMA_MIN, SIGMA_MAX).to(x.device)
     z = torch.randn(x.shape, generator=run.generator).to(x.device)
     expanded = sigma.reshape(-1, 1, 1, 1)
-    estimate = denoiser(network)(x + expanded * z, time_of(sigma)).mean
-    return ((1 / expanded**2 + 1) * (estimate - x).square()).mean()
+    states, target = x + expanded * z, x
+    if run.linear is not None:
+        k = round(run.recipe.faint * len(x))
+        first = faint(x[:k], z[:k], sigma[:k], run.linear, run.generator)
+        states, target = (
+            torch.cat([some, rest[k:]]) for some, rest in zip(first, (states, x), strict=True)
+        )
+    estimate = denoiser(network)(states, time_of(sigma)).mean
+    return ((1 / expanded**2 + 1) * (estimate - target).square()).mean()
 
 
 def denoiser(network: nn.Module) -> KarrasDenoiser:
@@ -338,6 +352,8 @@ def train(
         compile: whether to compile the network (it pays on a GPU).
     """
     forward = run.network
+    if run.recipe.faint:
+        run.linear = LinearDenoiser.fit(as_states(images).to(run.device))
     if compile:
         forward = torch.compile(run.network)  # type: ignore[assignment]  # a module, typed as function
     mark, seen = time.monotonic(), run.seen
