@@ -223,7 +223,8 @@ def test_notebook_holds_no_absolute_path(path: Path) -> None:
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
 def test_notebook_begins_with_its_number_and_title(path: Path) -> None:
     first = nbformat.read(path, as_version=4).cells[0].source.splitlines()[0]
-    assert re.fullmatch(rf"# {path.name[:2]} · [A-Za-z].*\w", first)
+    number = path.name.split("_")[0]
+    assert re.fullmatch(rf"# {number} · [A-Za-z].*\w", first)
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)

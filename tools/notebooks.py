@@ -67,7 +67,7 @@ def find(folder: Path) -> list[Path]:
     Raises:
         FileNotFoundError: the folder holds none.
     """
-    paths = sorted(folder.glob("[0-9][0-9]_*.ipynb"))
+    paths = sorted(folder.glob("[0-9][0-9]*_*.ipynb"))
     if not paths:
         raise FileNotFoundError(f"folder: expected notebooks such as 00_start.ipynb in {folder}")
     return paths

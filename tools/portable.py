@@ -69,7 +69,7 @@ def main() -> int:
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, metavar="SETTING")
     parser.add_argument("--report", action="store_true", help="run nothing")
     args = parser.parse_args()
-    files = [*sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))]
+    files = [*sorted((ROOT / "notebooks").glob("[0-9][0-9]*_*.ipynb"))]
     files += sorted(path for path in (ROOT / "tests").rglob("test_*.py") if path.stem in TESTS)
     chosen = [file for file in files if file.name.startswith(tuple(args.only))]
     settings = [name for name in args.settings or SETTINGS if can_run(name)]

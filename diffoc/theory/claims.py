@@ -7,20 +7,25 @@ not use it: gradients through whole rollouts, closed forms of Gaussians, a dense
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from azula.noise import VPSchedule
 from torch import Tensor
 from torch.distributions import MultivariateNormal
+from torch.utils.flop_counter import FlopCounterMode
 
+from diffoc.costs import ControlCost
 from diffoc.hessian import range_finder
 from diffoc.ilqr import ilqr
 from diffoc.lowrank import low_rank_step
 from diffoc.priors.gaussian import GaussianPrior
+from diffoc.problems.operators import LinearMeasurement
 from diffoc.process import ReverseProcess, drift_and_diffusion
-from diffoc.rules import Adam
+from diffoc.rules import Adam, FullStep
 from diffoc.solve import solve
 from diffoc.system import ControlProblem
-from diffoc.theory.identities import one_sweep, posterior_by_control, standard_normal_scores
+from diffoc.theory.identities import posterior_by_control, standard_normal_scores
 from diffoc.theory.linear_gaussian import (
     LinearGaussian,
     exact_kernel_problem,
@@ -28,6 +33,7 @@ from diffoc.theory.linear_gaussian import (
     linear_gaussian,
     relative_error,
 )
+from diffoc.theory.rollouts import end_of_guided_flow, euler, one_sweep
 
 STEPS = 20
 CONSTANTS = (1e-2, 1.0, 1e4)
@@ -60,7 +66,7 @@ def predictor_corrector() -> float:
     """Worst relative error of input-mode states against a loop of predictions and corrections."""
     setting, process, nominal = _nominal("input")
     a = 100.0
-    states = one_sweep(setting, process, nominal[0], a, rank=0).states
+    states = one_sweep(process, setting.likelihood, nominal[0], a, rank=0).states
     corrected = nominal[0] + setting.gradient(process, 0, nominal[0]) / a
     worst = 0.0
     for i in range(STEPS):
@@ -79,7 +85,7 @@ def lemma_4_2() -> float:
     setting, process, nominal = _nominal("output")
     t, dt = process.times[:-1], -process.times.diff()
     _, g2 = drift_and_diffusion(setting.prior.schedule, t)
-    controls = one_sweep(setting, process, nominal[0], 2 / (g2 * dt), rank=0).controls
+    controls = one_sweep(process, setting.likelihood, nominal[0], 2 / (g2 * dt), rank=0).controls
     h = 1e-5
     (alpha, sigma), (before, less), (after, more) = map(setting.prior.schedule, (t, t - h, t + h))
     g2 = (more**2 - less**2 - 2 * sigma**2 / alpha * (after - before)) / (2 * h)
@@ -117,13 +123,160 @@ def scores_in_one_dimension() -> float:
 def rollout_score_ratio() -> float:
     """How much longer the rollout's gradient is than the conditional score: N(0, 1), t = 1/2."""
     s, y, time = 0.1, 0.7, 0.5
-    one = torch.ones(1, 1, dtype=torch.float64)
-    prior = GaussianPrior(torch.zeros(1, dtype=torch.float64), one, VPSchedule(sigma_min=0.0))
+    prior, _ = _standard_normal()
     x = torch.full((1, 1), 0.3, dtype=torch.float64, requires_grad=True)
     log_likelihood = -((y - prior.flow(x, time, 0.0)) ** 2).sum() / (2 * s**2)
     (gradient,) = torch.autograd.grad(log_likelihood, x)
     alpha = prior.schedule(torch.tensor(time, dtype=torch.float64))[0].item()
     return gradient.item() * (1 - alpha**2 + s**2) / (alpha * (y - alpha * x.item()))
+
+
+def value_gradient() -> float:
+    """Worst relative error of -V_x, with exact stochastic kernels, against grad log p(y | x_t)."""
+    setting = linear_gaussian()
+    problem, _, times = exact_kernel_problem(setting, 10)
+    x = torch.randn(1, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    worst = 0.0
+
+    def rest(i: int) -> ControlProblem:
+        """The problem of the steps from i on."""
+
+        def dynamics(j: int, x: Tensor, u: Tensor) -> Tensor:
+            return problem.dynamics(i + j, x, u)
+
+        def running_cost(j: int, x: Tensor, u: Tensor) -> Tensor:
+            return problem.running_cost(i + j, x, u)
+
+        return ControlProblem(dynamics, running_cost, problem.terminal_cost, 10 - i)
+
+    for i in range(10):
+        h, eye = 1e-3, torch.eye(8, dtype=torch.float64)
+        V = ilqr(rest(i), torch.cat([x + h * eye, x - h * eye]), regularization=0.0, iterations=1)
+        difference = (V.cost[8:] - V.cost[:8]) / (2 * h)  # exact for a quadratic, but for rounding
+        worst = max(worst, relative_error(difference[None], _score(setting, x, times[i])))
+    return worst
+
+
+def marginals_of_the_flow() -> float:
+    """Relative error of mean and covariance that the exact flow carries from t = 1/2 to 0."""
+    prior, t = linear_gaussian().prior, 0.5
+    M, c = _flow_from(prior, t)
+    alpha, sigma = prior.schedule(torch.tensor(t, dtype=torch.float64))
+    noisy = alpha**2 * prior.matrix + sigma**2 * torch.eye(8, dtype=torch.float64)
+    return max(
+        relative_error(M @ noisy @ M.mT, prior.matrix),
+        relative_error(M @ (alpha * prior.mean) + c, prior.mean),
+    )
+
+
+def order_of_heun() -> float:
+    """Order in dt of Heun's method on Eq. 2, against the exact flow of a Gaussian."""
+    prior = linear_gaussian().prior
+    start = torch.randn(8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    truth, counts, errors = prior.flow(start, 1.0, 0.0), [100, 200, 400], []
+    for steps in counts:
+        x, times = start, torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+        for t, s in pairwise(times):
+            ahead = euler(prior, x, t, t - s)
+            x = (x + euler(prior, ahead, s, t - s)) / 2
+        errors.append(relative_error(x, truth))
+    return -fitted_slope([float(count) for count in counts], errors)
+
+
+def score_of_the_flows_law() -> float:
+    """Relative error of the flow's likelihood gradient against the score of the flow's own law.
+
+    In that law x_0 = M x_t + c, so that x_t and y are jointly Gaussian; t = 1/2.
+    """
+    setting, t = linear_gaussian(), 0.5
+    prior, A, s = setting.prior, setting.measurement.matrix, setting.measurement.noise_std
+    M, _ = _flow_from(prior, t)
+    alpha, sigma = prior.schedule(torch.tensor(t, dtype=torch.float64))
+    noisy = alpha**2 * prior.matrix + sigma**2 * torch.eye(8, dtype=torch.float64)
+    x = torch.randn(1, 8, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    gain = torch.linalg.solve(noisy, noisy @ (A @ M).mT).mT  # regression of y on x_t
+    residual = setting.measurement.y - prior.mean @ A.mT - (x - alpha * prior.mean) @ gain.mT
+    x = x.requires_grad_()
+    (through,) = torch.autograd.grad(-setting.likelihood(prior.flow(x, t, 0.0)).sum(), x)
+    return relative_error(through, residual @ gain / s**2)
+
+
+def mean_of_guided_flow() -> float:
+    """Where Eq. 9 with the rollout's gradient ends: prior N(0, 1), y = 0.7, s = 0.5, T = 1000."""
+    return _guided_flow()[0]
+
+
+def spread_of_guided_flow() -> float:
+    """The standard deviation there; the posterior's is s / sqrt(1 + s^2) = 0.447."""
+    return _guided_flow()[1]
+
+
+def spread_of_posterior() -> float:
+    """The posterior's standard deviation in the setting of :func:`mean_of_guided_flow`."""
+    prior, one = _standard_normal()
+    posterior = prior.posterior(LinearMeasurement(one, 0.7 * one, 0.5))
+    return posterior.covariance.sqrt().item()
+
+
+def decay_with_few_steps(steps: int = 20) -> float:
+    """How much farther conditional sampling ends from its target than unconditional sampling.
+
+    Euler steps of Eq. 9 with the exact conditional score against those of Eq. 3, n = 8.
+    Distances are Wasserstein's (2), in units of the target's own spread; both are of order dt.
+    """
+    setting = linear_gaussian()
+    prior, measurement = setting.prior, setting.measurement
+    posterior = prior.posterior(measurement)
+    times, distances = torch.linspace(1, 0, steps + 1, dtype=torch.float64), []
+    for guided in (False, True):
+        x = torch.cat([torch.zeros(1, 8), torch.eye(8)]).double()
+        for t in times[:-1]:
+            guidance = prior.conditional_score(x, t, measurement) if guided else 0.0
+            x = euler(prior, x, t, 1 / steps, guidance)
+        columns = x[1:] - x[:1]
+        mean, C = (
+            (posterior.mean[0], posterior.covariance) if guided else (prior.mean, prior.matrix)
+        )
+        # The trace of (R S R)^1/2, with R the root of C and S = columns^T columns
+        L, V = torch.linalg.eigh(C)
+        root = (V * L.clamp(min=0).sqrt()) @ V.mT
+        shared = torch.linalg.svdvals(columns @ root).sum()
+        squared = (x[0] - mean).square().sum() + C.trace() + columns.square().sum() - 2 * shared
+        distances.append((squared / C.trace()).sqrt().item())
+    return distances[1] / distances[0]
+
+
+def rank_one_feedback() -> float:
+    """Relative error of all feedback K with a terminal Hessian of rank 1 in place of 4, n = 8."""
+    setting, process, nominal = _nominal("input")
+    problem = ControlProblem(process.step, ControlCost(1.0), setting.likelihood, STEPS)
+    x = nominal[0]
+
+    def feedback(rank: int | None) -> Tensor:
+        found = ilqr(problem, x, regularization=0.0, rank=rank, rule=FullStep(), iterations=1)
+        # The columns of K, one problem each
+        return torch.stack(
+            [torch.cat([g.feedback(e[None]) for e in torch.eye(8).double()]) for g in found.gains]
+        )
+
+    return relative_error(feedback(1), feedback(None))
+
+
+def share_of_the_algebra() -> float:
+    """Multiplications of a step's Riccati algebra over those of the network's evaluation, in %.
+
+    A 64 x 64 image, rank 16, and one convolution of 64 to 64 channels of 3 x 3 in place of a
+    network, which is less than any network here.
+    """
+    n, k = 64 * 64, 16
+    g = torch.Generator().manual_seed(0)
+    Qu, U = torch.randn(1, n, generator=g), torch.randn(1, n, k, generator=g)
+    with FlopCounterMode(display=False) as algebra:
+        low_rank_step(Qu, U, U, torch.eye(k)[None], 1.0, torch.ones(1), "full")
+    layer = torch.nn.Conv2d(64, 64, 3, padding=1)
+    with FlopCounterMode(display=False) as network, torch.no_grad():
+        layer(torch.zeros(1, 64, 64, 64))
+    return 100 * algebra.get_total_flops() / network.get_total_flops()
 
 
 # Sections 2 and 3, Appendices B and D
@@ -198,8 +351,7 @@ def range_of_low_rank() -> float:
 
 def evaluations_of_table_2() -> float:
     """Denoiser evaluations of 100 iterations with T = 50, counted on a prior of one pixel."""
-    one = torch.ones(1, 1, dtype=torch.float64)
-    prior = GaussianPrior(one[0], one, VPSchedule(sigma_min=0.0))
+    prior, one = _standard_normal()
     process = ReverseProcess(prior, 50)
 
     def evaluations(iterations: int) -> float:
@@ -219,6 +371,24 @@ def evaluations_of_table_2() -> float:
 def megabytes_of_an_image() -> float:
     """A 3 x 256 x 256 image in single precision."""
     return torch.empty(3, 256, 256).nbytes / 1e6
+
+
+def _standard_normal() -> tuple[GaussianPrior, Tensor]:
+    """The prior N(0, 1), and the number one, (1, 1)."""
+    one = torch.ones(1, 1, dtype=torch.float64)
+    return GaussianPrior(torch.zeros(1, dtype=torch.float64), one, VPSchedule(sigma_min=0.0)), one
+
+
+def _guided_flow() -> tuple[float, float]:
+    prior, _ = _standard_normal()
+    return end_of_guided_flow(prior, lambda x, t: (0.7 - x) / 0.5**2, 1000)
+
+
+def _flow_from(prior: GaussianPrior, t: float) -> tuple[Tensor, Tensor]:
+    """The exact flow from t to 0 as x -> M x + c."""
+    n = len(prior.mean)
+    c = prior.flow(torch.zeros(1, n, dtype=torch.float64), t, 0.0)
+    return (prior.flow(torch.eye(n, dtype=torch.float64), t, 0.0) - c).mT, c[0]
 
 
 def _nominal(mode: str) -> tuple[LinearGaussian, ReverseProcess, Tensor]:
@@ -242,7 +412,7 @@ def _first_order_error(mode: str) -> float:
     gradients = _gradients(setting, process, nominal)
     worst = 0.0
     for a in CONSTANTS:
-        controls = one_sweep(setting, process, nominal[0], a, rank=0).controls
+        controls = one_sweep(process, setting.likelihood, nominal[0], a, rank=0).controls
         worst = max(worst, *map(relative_error, controls, gradients / a))
     return worst
 
@@ -252,7 +422,7 @@ def _second_order_slope(mode: str) -> float:
     gradients = _gradients(setting, process, nominal)
     constants, errors = [1e7, 1e8, 1e9], []
     for a in constants:
-        gains = one_sweep(setting, process, nominal[0], a).gains
+        gains = one_sweep(process, setting.likelihood, nominal[0], a).gains
         errors.append(relative_error(a * torch.stack([g.k for g in gains]), gradients))
     return fitted_slope(constants, errors)
 

@@ -14,13 +14,11 @@ import torch
 from azula.noise import VPSchedule
 from torch import Tensor
 
-from diffoc.costs import ControlCost, GaussianLikelihood
-from diffoc.ilqr import Result, ilqr
+from diffoc.costs import GaussianLikelihood
+from diffoc.ilqr import ilqr
 from diffoc.priors.gaussian import GaussianPrior
 from diffoc.problems.operators import LinearMeasurement
 from diffoc.process import ReverseProcess, drift_and_diffusion
-from diffoc.rules import FullStep
-from diffoc.system import ControlProblem
 from diffoc.theory.doob_identities import DOOB_IDENTITIES
 from diffoc.theory.identity import EXACT, SLOPE, Identity
 from diffoc.theory.linear_gaussian import (
@@ -31,27 +29,9 @@ from diffoc.theory.linear_gaussian import (
     linear_gaussian,
     relative_error,
 )
+from diffoc.theory.rollouts import one_sweep
 
 CONSTANTS = (1e-2, 1.0, 1e4)
-
-
-def one_sweep(
-    setting: LinearGaussian,
-    process: ReverseProcess,
-    x: Tensor,
-    regularization: float | Tensor,
-    rank: int | None = None,
-) -> Result:
-    """One iteration of iLQR without running cost (Eq. 28) at full step, from zero controls."""
-    problem = ControlProblem(process.step, ControlCost(0.0), setting.likelihood, process.horizon)
-    return ilqr(
-        problem,
-        x,
-        regularization=regularization,
-        rank=rank,
-        rule=FullStep(),
-        iterations=1,
-    )
 
 
 def first_order() -> Iterator[Identity]:
@@ -64,7 +44,7 @@ def first_order() -> Iterator[Identity]:
             [setting.gradient(process, i + where, nominal[i + where]) for i in range(50)]
         )
         for a in CONSTANTS:
-            controls = one_sweep(setting, process, x, a, rank=0).controls
+            controls = one_sweep(process, setting.likelihood, x, a, rank=0).controls
             worst = max(map(relative_error, controls, gradients / a))
             yield Identity(
                 f"Theorem {theorem}: u = grad log p(y|x_0(x)) / a",
@@ -85,7 +65,7 @@ def second_order() -> Iterator[Identity]:
         )
         errors = []
         for a in constants:
-            gains = one_sweep(setting, process, x, a).gains
+            gains = one_sweep(process, setting.likelihood, x, a).gains
             k = torch.stack([g.k for g in gains])
             errors.append(relative_error(a * k, gradients))
         yield Identity(
@@ -102,7 +82,7 @@ def lemma_4_2() -> Iterator[Identity]:
     process, x, nominal = _start(setting, "output")
     t, dt = process.times[:-1], -process.times.diff()
     _, g2 = drift_and_diffusion(setting.prior.schedule, t)
-    result = one_sweep(setting, process, x, 2 / (g2 * dt), rank=0)
+    result = one_sweep(process, setting.likelihood, x, 2 / (g2 * dt), rank=0)
     steps = [
         process.step(i, nominal[i])
         + g2[i] * dt[i] / 2 * setting.gradient(process, i + 1, nominal[i + 1])
@@ -123,7 +103,7 @@ def predictor_corrector() -> Iterator[Identity]:
     process, x, nominal = _start(setting, "input")
     plain = ReverseProcess(setting.prior, process.horizon, "euler")
     for a in (1e2, 1e4):
-        result = one_sweep(setting, process, x, a, rank=0)
+        result = one_sweep(process, setting.likelihood, x, a, rank=0)
         corrected = x + setting.gradient(plain, 0, nominal[0]) / a  # x~ of Eq. 77
         errors = []
         for i in range(plain.horizon):

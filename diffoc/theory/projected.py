@@ -31,6 +31,16 @@ What the paper leaves open, and what is done here:
   both sides, :math:`h_x \approx P (P^T h_x P) P^T`, which makes their matrices r x r. `sides=1` is
   the former, `sides=2` the latter; both take the same products.
 
+There is a charitable reading. A step :math:`h(x) = a x + b\,m(x)` of a network m has the
+Jacobian :math:`h_x = a I + N`. The first part is known, and has all n directions; the second is
+the network's, and it is what may be of low rank. With `kept` the first stays as it is, and only N
+is sketched, from the left:
+
+.. math:: h_x \approx a I + P P^T N, \qquad
+          h_x^T Z \approx a Z + (N^T P)(P^T Z) \quad\text{for}\quad V'_{xx} = Z S Z^T .
+
+No factor of the value Hessian is projected then.
+
 The recursion of :mod:`diffoc.lowrank` needs none of these choices: a value Hessian of rank k stays
 one. Everything here is that recursion with :math:`h_x^T Z` replaced by its projection, so what the
 two give differs by the projections alone.
@@ -66,6 +76,7 @@ class ProjectedStep:
         u: the nominal control, flat, (B, m).
         r: weight of the control cost.
         sides: from which the Jacobians are projected.
+        kept: the multiple of the identity that is not projected; None for D.1 to the letter.
     """
 
     basis: Callable[[], Tensor]
@@ -73,6 +84,7 @@ class ProjectedStep:
     u: Tensor
     r: float
     sides: int
+    kept: float | None = None
 
 
 @dataclass(frozen=True)
@@ -89,11 +101,18 @@ class ProjectedValue:
         """One step, Eqs. 81-89; arguments as for :meth:`diffoc.riccati.DenseValue.step_back`."""
         P = e.basis()
         PTZ = P.mT @ self.Z
-        C = PTZ @ self.S @ PTZ.mT
         Qx, Qu = (g[0] for g in e.pullback(self.Vx.unsqueeze(0)))
         W, U = (g.movedim(0, -1) for g in e.pullback(P.movedim(-1, 0)))
-        if e.sides == 2:
-            W, U = P @ (P.mT @ W), P @ (P.mT @ U)
+        if e.kept is not None:
+            if not torch.equal(W, U):
+                raise ValueError("kept needs the control before the step: use input mode")
+            # a Z + (N^T P) (P^T Z), with N^T P = h_x^T P - a P
+            W = U = e.kept * self.Z + (W - e.kept * P) @ PTZ
+            C = self.S
+        else:
+            C = PTZ @ self.S @ PTZ.mT
+            if e.sides == 2:
+                W, U = P @ (P.mT @ W), P @ (P.mT @ U)
         gains, c, S = low_rank_step(e.r * e.u + Qu, W, U, C, e.r, a, update)
         return gains, ProjectedValue(Qx + (W @ c.unsqueeze(-1))[..., 0], W, S)
 
@@ -112,6 +131,8 @@ class Projected:
         rank: r, the number of columns of P, from 0, which is the first order, to n.
         passes: 2 for a range finder, 1 for a random projection.
         sides: 2 for Eqs. 81-84, 1 for Eq. 79.
+        kept: what of each step's Jacobian is a known multiple of the identity, T numbers, and is
+            not projected; the rest is, from the left. None for D.1 to the letter. Input mode only.
         hessian: "full" or "gauss_newton", see :mod:`diffoc.hessian`.
         seed: of the random directions, which are the same for every matrix and iteration.
         counts: of the work done with this object.
@@ -123,6 +144,7 @@ class Projected:
     rank: int
     passes: int = 2
     sides: int = 2
+    kept: tuple[float, ...] | None = None
     hessian: str = "full"
     seed: int = 0
     counts: Counts = field(default_factory=Counts)
@@ -147,6 +169,7 @@ class Projected:
         r, n = control_weight(problem, i), x[0].numel()
         if self.rank > n:
             raise ValueError(f"rank is {self.rank}, but the states have {n} numbers")
+        kept = None if self.kept is None else self.kept[i]
         self.counts.evaluations += 1
         y, pull = linearize_step(problem.dynamics, i, x, u)
 
@@ -157,12 +180,13 @@ class Projected:
         def push(X: Tensor) -> Tensor:
             self.counts.evaluations += 1
             self.counts.tangents += X.shape[-1]
-            return push_forward(lambda x: problem.dynamics(i, x, u), x, X)
+            pushed = push_forward(lambda x: problem.dynamics(i, x, u), x, X)
+            return pushed if kept is None else pushed - kept * X
 
         def basis() -> Tensor:
             return self._basis(push, x, self.rank)
 
-        step = ProjectedStep(basis, pullback, u.flatten(1), r, self.sides)
+        step = ProjectedStep(basis, pullback, u.flatten(1), r, self.sides, kept)
         return y, lambda: step
 
     def terminal(self, problem: System, x: Tensor, rank: int | None) -> ProjectedValue:

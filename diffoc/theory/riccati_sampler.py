@@ -21,8 +21,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from diffoc.lowrank import MatrixFree
 from diffoc.priors.mixture import log_normal
 from diffoc.problems.operators import LinearMeasurement
+from diffoc.system import ControlProblem, roll_out
 from diffoc.theory.linear_gaussian import LinearGaussian
 
 Kernel = tuple[Tensor, Tensor, Tensor]
@@ -120,6 +122,45 @@ def path_divergence(
     expected = log_normal(measurement.y - mean @ A.mT, root)[0]
     expected = expected - (A @ covariance @ A.mT).trace() / (2 * s**2)
     return total - expected + log_evidence
+
+
+def riccati_samples(
+    problem: ControlProblem, x: Tensor, controls: Tensor, noise: Tensor, rank: int
+) -> Tensor:
+    r"""Final states of the Riccati sampler by products only, for states of any size.
+
+    The value is that of rank k around one plan: :math:`1 + k` products a step, and no matrices
+    of n columns. The result is exact where the steps are affine, the terminal cost is quadratic
+    and `rank` is that of its Hessian; elsewhere it is an approximation around the plan.
+
+    Args:
+        problem: steps without noise, with the controls added after each (output mode), and a
+            :class:`diffoc.costs.ControlCost` of weights :math:`1 / c_i^2`, the price of noise.
+        x: the starts, (B, ...).
+        controls: of the plan, (T, B, ...): those that :func:`diffoc.ilqr.ilqr` found, or zero.
+        noise: standard normal, (T, B, ...).
+        rank: of the terminal Hessian.
+
+    Returns:
+        Draws of the final state, (B, ...), one for each start.
+
+    Raises:
+        ValueError: if the terminal Hessian is negative enough to make a step's indefinite.
+    """
+    derivatives = MatrixFree(convex=True, together=True)
+    plan = roll_out(problem, x, controls, derivatives)
+    states, value = list(plan.x), derivatives.terminal(problem, plan.x[-1], rank)
+    policies, a = [], x.new_zeros(len(x))
+    for e in reversed(derivatives.expand(plan.steps, value)):
+        middle = value.S
+        gains, value = value.step_back(e, a, "full")
+        policies.append((gains, e.U, middle, e.r))
+    z = x
+    for i, (gains, U, S, r) in enumerate(reversed(policies)):
+        u = gains.k + gains.feedback((z - states[i]).flatten(1))
+        u = u + low_rank_draw(U, S, r, noise[i].flatten(1))
+        z = problem.dynamics(i, z, controls[i] + u.reshape(controls[i].shape))
+    return z
 
 
 def low_rank_draw(U: Tensor, S: Tensor, r: float, noise: Tensor) -> Tensor:

@@ -245,11 +245,12 @@ def test_the_command_tells_of_a_malformed_ledger(tmp_path, monkeypatch, capsys):
 
 def test_the_command_compares_other_notebooks(tmp_path, capsys):
     shutil.copytree(ledger.NOTEBOOKS, tmp_path / "notebooks")
-    path = tmp_path / "notebooks" / "03_theorem_4_1.ipynb"
+    path = tmp_path / "notebooks" / "03b_what_theorem_4_1_does_not_say.ipynb"
     path.write_text(path.read_text().replace("conditional score 0.118", "conditional score 0.119"))
     assert command_line.main(["claims", "--quick", "--notebooks", str(path.parent)]) == 1
     out = capsys.readouterr().out
-    assert "DISAGREES: sec-4-true-score, conditional score there: 03_theorem_4_1, cell-49" in out
+    where = "03b_what_theorem_4_1_does_not_say, cell-49"
+    assert f"DISAGREES: sec-4-true-score, conditional score there: {where}" in out
 
 
 def test_the_readme_counts_as_the_ledger_does():

@@ -144,6 +144,40 @@ def test_the_projections_lose_something_and_seeds_decide_what():
         assert not torch.allclose(feedback_matrix(first), t.K, atol=1e-6)
 
 
+def test_what_is_kept_of_the_jacobian_is_not_projected():
+    """K of a step whose Jacobian is 0.8 I and a part of rank 3: three columns lose nothing."""
+    n, T, a = 14, 4, torch.zeros(4, 2, dtype=torch.float64)
+    low = random(n, 3, seed=6) @ random(3, n, seed=7) / n
+    problem, x, u = setting("input")
+    problem = ControlProblem(
+        lambda i, x, u: 0.8 * (x + u) + (x + u) @ low,
+        problem.running_cost,
+        problem.terminal_cost,
+        T,
+    )
+    found = {}
+    for name, derivatives, rank in (
+        ("dense", Dense(), None),
+        ("kept", Projected(3, kept=(0.8,) * T), 6),  # the measurement has six numbers
+        ("letter", Projected(3), 6),
+    ):
+        trajectory = roll_out(problem, x, u, derivatives)
+        value = derivatives.terminal(problem, trajectory.states[-1], rank)
+        expansions = derivatives.expand(trajectory.steps, value)
+        gains, _ = backward_sweep(expansions, value, a, "full")
+        found[name] = torch.stack([g.feedback(x) for g in gains])
+    error = {k: (v - found["dense"]).norm() / found["dense"].norm() for k, v in found.items()}
+    assert error["kept"] < 1e-9
+    assert error["letter"] > 0.1
+    output, x, u = setting("output")
+    derivatives = Projected(3, kept=(0.8,) * T)
+    trajectory = roll_out(output, x, u, derivatives)
+    value = derivatives.terminal(output, trajectory.states[-1], 6)
+    expansions = derivatives.expand(trajectory.steps, value)
+    with pytest.raises(ValueError, match="kept needs the control before the step"):
+        backward_sweep(expansions, value, a, "full")
+
+
 def test_rank_zero_is_first_order_and_exact():
     for mode in ("input", "output"):
         problem, x, controls = setting(mode)

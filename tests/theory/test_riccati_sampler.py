@@ -2,9 +2,14 @@
 
 import pytest
 import torch
+from azula.noise import VPSchedule
 
+from diffoc.costs import ControlCost
 from diffoc.ilqr import ilqr
+from diffoc.priors.gaussian import GaussianPrior
 from diffoc.priors.mixture import with_noise
+from diffoc.process import ReverseProcess
+from diffoc.system import ControlProblem
 from diffoc.theory.doob_identities import posterior_from
 from diffoc.theory.linear_gaussian import exact_kernel_problem, linear_gaussian, relative_error
 from diffoc.theory.riccati_sampler import (
@@ -13,6 +18,7 @@ from diffoc.theory.riccati_sampler import (
     propagate,
     reverse_kernels,
     riccati_policies,
+    riccati_samples,
     shift_alone,
 )
 
@@ -94,6 +100,33 @@ def test_every_other_policy_has_a_positive_divergence():
     ):
         assert divergence([change(policy) for policy in best]) > 1e-3
     assert divergence(shift_alone(kernels, best)) > 1
+
+
+def test_samples_by_products_have_the_law_of_the_dense_policies():
+    """DDPM's chain of a Gaussian prior: every unit of noise is pushed through the sampler."""
+    n, T = 6, 5
+    setting = linear_gaussian(n=n, m=3, noise_std=0.3)
+    prior = GaussianPrior(setting.prior.mean, setting.prior.matrix, VPSchedule(sigma_min=1e-2))
+    process = ReverseProcess(prior, T, "ddpm", "output", torch.zeros(T, 1, n).double())
+    spreads = torch.tensor([c for _, _, c in process.coefficients], dtype=torch.float64)
+    eye, x = torch.eye(n, dtype=torch.float64), random(1, n, seed=1)
+    kernels = []
+    for i, c in enumerate(spreads):
+        b = process.step(i, torch.zeros(1, n).double())
+        F = (torch.cat([process.step(i, e[None]) for e in eye]) - b).mT
+        kernels.append((F, b[0], c**2 * eye))
+    mean, covariance = propagate(kernels, riccati_policies(kernels, setting.measurement), x[0])[-1]
+
+    count = 1 + T * n
+    many = ReverseProcess(prior, T, "ddpm", "output", torch.zeros(T, count, n).double())
+    problem = ControlProblem(many.step, ControlCost(1 / spreads**2), setting.likelihood, T)
+    noise = torch.cat([torch.zeros(1, T * n), torch.eye(T * n)]).double()
+    noise = noise.reshape(count, T, n).movedim(1, 0)
+    plan = 0.1 * random(T, 1, n, seed=2).expand(T, count, n)  # affine steps: any plan will do
+    ends = riccati_samples(problem, x.expand(count, n), plan, noise, rank=3)
+    columns = ends[1:] - ends[:1]
+    assert relative_error(ends[0], mean) < 1e-9
+    assert relative_error(columns.mT @ columns, covariance) < 1e-9
 
 
 @pytest.mark.parametrize("kind", ["positive", "indefinite", "dependent", "rank 0"])

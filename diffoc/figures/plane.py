@@ -1,0 +1,27 @@
+"""What the notebooks draw in the plane: a prior's density, and a measured coordinate."""
+
+from __future__ import annotations
+
+import torch
+from matplotlib.axes import Axes
+
+from diffoc.figures import COLORS
+from diffoc.theory.rollouts import PlanarMixture
+
+
+def draw_prior(axis: Axes, setting: PlanarMixture, side: tuple[float, float] = (-3, 4.2)) -> None:
+    """Draws the density of x_0 in grey and the measurement as a band, with equal units.
+
+    Args:
+        axis: to draw on; its limits are left to the caller.
+        setting: prior and measurement of the horizontal coordinate.
+        side: the first and the last coordinate of the density's grid, in both directions.
+    """
+    v = torch.linspace(*side, 180, dtype=torch.float64)
+    grid = torch.cartesian_prod(v, v)
+    density = setting.prior.log_prob(grid, torch.tensor(1e-3)).exp().reshape(180, 180).T
+    axis.contourf(v, v, density, levels=12, cmap="Greys", alpha=0.6)
+    y, s = setting.y, setting.noise_std
+    axis.axvspan(y - s, y + s, color=COLORS["orange"], alpha=0.2, lw=0)
+    axis.axvline(y, color=COLORS["orange"], lw=1)
+    axis.set(aspect="equal", xlabel="$x_1$", ylabel="$x_2$")
