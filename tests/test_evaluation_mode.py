@@ -122,11 +122,10 @@ def by_method(name):
 
 
 LONG = {
-    "control": {"budget": 120},
-    "control_unstopped": {"budget": 20, "steps": 5},
-    "control_paper": METHODS["control_paper"].settings("random_inpainting", 1000)
-    | {"steps": 2, "iterations": 2},
-    "control_released": METHODS["control_released"].settings("random_inpainting", 1000)
+    "stopped": {"budget": 120},
+    "ours": {"budget": 20, "steps": 5},
+    "paper": METHODS["paper"].settings("random_inpainting", 1000) | {"steps": 2, "iterations": 2},
+    "released": METHODS["released"].settings("random_inpainting", 1000)
     | {"steps": 3, "iterations": 2},
 }
 OF_IMAGES = [name for name, m in METHODS.items() if not m.latent and name != "deep_image_prior"]

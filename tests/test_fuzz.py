@@ -440,8 +440,8 @@ def settings_by_name(name):
     """A method's settings for few evaluations."""
     method = METHODS[name]
     # Ours from the guess has to have four evaluations for each of its thirty steps.
-    budgets = {"control": 120, "control_unstopped": 120}
-    budgets |= {"control_paper": 1000, "control_released": 1000}
+    budgets = {"stopped": 120, "ours": 120}
+    budgets |= {"paper": 1000, "released": 1000}
     nfe = budgets.get(name, 12)
     found = method.settings("random_inpainting", nfe)
     return found | ({method.tuned[0]: method.tuned[1][-1]} if method.tuned else {})

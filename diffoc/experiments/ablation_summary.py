@@ -35,7 +35,7 @@ PRIORS = ("trained", *(f"noise {level:g}" for level in NOISE_LEVELS), "untrained
 EXACT, PROJECTED = "exact recursion", "Appendix D.1"
 
 WHOLE = "the whole"
-"""Ours, not stopped, with all its parts, in :func:`by_part`."""
+"""Ours, with all its parts, in :func:`by_part`."""
 
 
 def equal_budgets(rows: Iterable[Row], metric: str) -> Panels:
@@ -98,7 +98,7 @@ def by_part(rows: Iterable[Row]) -> dict[str, dict[str, list[Row]]]:
     """Rows of the grid `parts` by task and by what was taken away, :data:`WHOLE` where nothing."""
     found: dict[str, dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
-        if row["method"] == "control_unstopped":
+        if row["method"] == "ours":
             found[row["task"]][_part(_settings(row))].append(row)
     return found
 
@@ -151,5 +151,5 @@ def _steps(
 
 def _paper(rows: Iterable[Row]) -> Iterator[tuple[Row, dict]]:
     for row in rows:
-        if row["method"] == "control_paper":
+        if row["method"] == "paper":
             yield row, _settings(row)

@@ -35,10 +35,10 @@ NOISE_LEVELS = (0.05, 0.1, 0.2)
 """Of the weights' noise, relative to their root mean square."""
 
 CONSTANT_COSTS = (0.3, 3.0, 30.0, 300.0)
-"""r of all controls, where the controller that is not stopped loses its weights."""
+"""r of all controls, where ours loses its weights."""
 
 NO_COST = 1e-6
-"""w of the controller that is not stopped, where it loses its cost: zero makes Quu singular."""
+"""w of ours, where it loses its cost: zero makes Quu singular."""
 
 Choice = tuple[str, str, str, int, dict]
 """Prior, task, method, budget and settings of a cell."""
@@ -52,14 +52,14 @@ def few_steps(prior: str, tasks: Sequence[str]) -> Iterator[Choice]:
     for name in tasks:
         for nfe in BUDGETS:
             # A plan of T steps takes 4 T evaluations at least.
-            steps = min(_tuned("control", name)["steps"], nfe // 4)
+            steps = min(_tuned("stopped", name)["steps"], nfe // 4)
             yield prior, name, "dps", nfe, _tuned("dps", name) | {"steps": nfe}
             yield from _controllers(prior, name, nfe, steps)
-            yield _unstopped(prior, name, nfe, min(OURS.steps, nfe // 4))
+            yield _ours(prior, name, nfe, min(OURS.steps, nfe // 4))
         for steps in HORIZONS:
             yield prior, name, "dps", steps, _tuned("dps", name) | {"steps": steps}
             yield from _controllers(prior, name, max(TUNED[1], 4 * steps), steps)
-            yield _unstopped(prior, name, max(TUNED[1], 4 * steps), steps)
+            yield _ours(prior, name, max(TUNED[1], 4 * steps), steps)
 
 
 def rank(prior: str, tasks: Sequence[str]) -> Iterator[Choice]:
@@ -69,7 +69,7 @@ def rank(prior: str, tasks: Sequence[str]) -> Iterator[Choice]:
     Tikhonov's constant a. With a = 0 and no control cost, Eq. 28, Quu has the rank k alone: that
     cell fails, as the paper says. With the control cost Quu stays regular. The
     first order has nothing to project, and Adam makes its constant irrelevant, see
-    :func:`diffoc.experiments.controllers.control_paper`.
+    :func:`diffoc.experiments.controllers.paper`.
     """
     steps, iterations = 10, 20
     for name in tasks:
@@ -81,7 +81,7 @@ def rank(prior: str, tasks: Sequence[str]) -> Iterator[Choice]:
         changes += [{"rank": k, "projected": p} for k, p in pairs if k or not p]
         for change in changes:
             settings = usual | change
-            yield prior, name, "control_paper", steps * iterations, settings
+            yield prior, name, "paper", steps * iterations, settings
 
 
 def robustness(
@@ -100,31 +100,31 @@ def robustness(
     else:
         wrong = [UNTRAINED + prior, RANDOM + prior]
     for name in tasks:
-        steps = min(_tuned("control", name)["steps"], nfe // 4)
+        steps = min(_tuned("stopped", name)["steps"], nfe // 4)
         for used in wrong:
             yield used, name, "dps", nfe, _tuned("dps", name) | {"steps": nfe}
             yield from _controllers(used, name, nfe, steps)
-            yield _unstopped(used, name, nfe, min(OURS.steps, nfe // 4))
+            yield _ours(used, name, nfe, min(OURS.steps, nfe // 4))
         none = IDENTITY + prior
         yield from _controllers(none, name, nfe, steps)
-        yield _unstopped(none, name, nfe, min(OURS.steps, nfe // 4))
+        yield _ours(none, name, nfe, min(OURS.steps, nfe // 4))
         yield none, name, "deep_image_prior", nfe, {}
 
 
 def parts(prior: str, tasks: Sequence[str]) -> Iterator[Choice]:
-    """Ours, not stopped, and the same with one of its parts taken away, at 300 evaluations.
+    """Ours, and the same with one of its parts taken away, at 300 evaluations.
 
     In place of the weighted control cost there are constant ones, and none, so that the comparison
     is with the best of them; in place of its steps those that the stopped controller is tuned to.
     """
     nfe = TUNED[1]
     for name in tasks:
-        usual = _tuned("control_unstopped", name) | {"budget": nfe}
+        usual = _tuned("ours", name) | {"budget": nfe}
         changes: list[dict] = [{}, {"in_units": False}, {"stopped": True}, {"weight": NO_COST}]
         changes += [{"weighted": False, "weight": r} for r in CONSTANT_COSTS]
-        changes += [{"steps": _tuned("control", name)["steps"]}]
+        changes += [{"steps": _tuned("stopped", name)["steps"]}]
         for change in changes:
-            yield prior, name, "control_unstopped", nfe, usual | change
+            yield prior, name, "ours", nfe, usual | change
 
 
 ABLATIONS: dict[str, Callable[..., Iterator[Choice]]] = {
@@ -197,14 +197,14 @@ def _tuned(method: str, task: str) -> dict:
 
 def _controllers(prior: str, task: str, nfe: int, steps: int) -> Iterator[Choice]:
     """The controller from the greedy guess and from zero, with a budget and T."""
-    planned = _tuned("control", task) | {"budget": nfe, "steps": steps}
-    yield prior, task, "control", nfe, planned
+    planned = _tuned("stopped", task) | {"budget": nfe, "steps": steps}
+    yield prior, task, "stopped", nfe, planned
     changed = {"steps": steps, "iterations": iterations_within(nfe, steps)}
-    cold = _tuned("control_cold", task) | changed
-    yield prior, task, "control_cold", nfe, cold
+    cold = _tuned("cold", task) | changed
+    yield prior, task, "cold", nfe, cold
 
 
-def _unstopped(prior: str, task: str, nfe: int, steps: int) -> Choice:
+def _ours(prior: str, task: str, nfe: int, steps: int) -> Choice:
     """The controller that goes on until the budget is spent."""
-    settings = _tuned("control_unstopped", task) | {"budget": nfe, "steps": steps}
-    return prior, task, "control_unstopped", nfe, settings
+    settings = _tuned("ours", task) | {"budget": nfe, "steps": steps}
+    return prior, task, "ours", nfe, settings

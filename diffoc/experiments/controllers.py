@@ -48,7 +48,7 @@ def iterations_within(budget: int, steps: int) -> int:
 
 
 @method
-def control(
+def cold(
     prior: Denoiser,
     physics: Physics,
     y: Tensor,
@@ -78,7 +78,7 @@ def control(
 
 
 @method
-def control_planned(
+def stopped(
     prior: Denoiser,
     physics: Physics,
     y: Tensor,
@@ -104,7 +104,7 @@ def control_planned(
 
 
 @method
-def control_unstopped(
+def ours(
     prior: Denoiser,
     physics: Physics,
     y: Tensor,
@@ -150,7 +150,7 @@ def control_unstopped(
 
 
 @method
-def control_paper(
+def paper(
     prior: Denoiser,
     physics: Physics,
     y: Tensor,
@@ -206,7 +206,7 @@ def control_paper(
 
 
 @method
-def control_released(
+def released(
     prior: Denoiser,
     physics: Physics,
     y: Tensor,

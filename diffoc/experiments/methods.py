@@ -35,12 +35,12 @@ from diffoc.data.files import replacing
 from diffoc.data.manifest import data_folder
 from diffoc.experiments.controllers import (
     STEPS,
-    control,
-    control_paper,
-    control_planned,
-    control_released,
-    control_unstopped,
+    cold,
     iterations_within,
+    ours,
+    paper,
+    released,
+    stopped,
 )
 from diffoc.reconstruct import COLD, OURS, STOPPED, Recipe
 
@@ -153,32 +153,32 @@ def _no_products(settings: dict) -> tuple[int, int]:
 
 
 METHODS: dict[str, Method] = {
-    "control": Method(
-        "Ours",
-        control_planned,
+    "stopped": Method(
+        "Ours, stopped",
+        stopped,
         lambda task, nfe: {"budget": nfe},
         ("steps", (5, 10, 20, 30)),
         lambda settings: (settings["budget"],) * 2,
         recipe=STOPPED,
     ),
-    "control_unstopped": Method(
-        "Ours, not stopped",
-        control_unstopped,
+    "ours": Method(
+        "Ours",
+        ours,
         lambda task, nfe: {"budget": nfe},
         ("weight", (1.0, 4.0, 16.0, 64.0)),
         lambda settings: (settings["budget"],) * 2,
         recipe=OURS,
     ),
-    "control_cold": Method(
-        "Ours, from zero",
-        control,
+    "cold": Method(
+        "Ours, cold",
+        cold,
         lambda task, nfe: {"steps": STEPS, "iterations": iterations_within(nfe, STEPS)},
         ("control_cost", (0.1, 0.3, 1.0, 3.0)),
         recipe=COLD,
     ),
-    "control_paper": Method(
-        "Ours (paper's settings)",
-        control_paper,
+    "paper": Method(
+        "Paper",
+        paper,
         _table_2,
         work=lambda s: (
             s["steps"] * (1 + 2 * s["iterations"]),
@@ -186,9 +186,9 @@ METHODS: dict[str, Method] = {
         ),
         recipe=PAPER,
     ),
-    "control_released": Method(
-        "Ours (released code)",
-        control_released,
+    "released": Method(
+        "Released",
+        released,
         _released,
         work=lambda s: (
             (s["steps"] - 1) * (1 + s["iterations"]),
@@ -270,7 +270,7 @@ METHODS: dict[str, Method] = {
     ),
 }
 
-NOT_IN_TABLE_1 = ("control_paper", "control_released", "deep_image_prior")
+NOT_IN_TABLE_1 = ("paper", "released", "deep_image_prior")
 """Methods that are too long for it, or of another table."""
 
 

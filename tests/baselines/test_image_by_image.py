@@ -16,11 +16,11 @@ from diffoc.problems.tasks import measure, task
 
 NOISE_STD = 0.05
 SHORT = {
-    "control": {"steps": 3, "budget": 24},
-    "control_unstopped": {"steps": 3, "budget": 24},
-    "control_cold": {"steps": 3, "iterations": 4},
-    "control_paper": {"steps": 3, "iterations": 4},
-    "control_released": {"steps": 3, "iterations": 4},
+    "stopped": {"steps": 3, "budget": 24},
+    "ours": {"steps": 3, "budget": 24},
+    "cold": {"steps": 3, "iterations": 4},
+    "paper": {"steps": 3, "iterations": 4},
+    "released": {"steps": 3, "iterations": 4},
     "admm_tv": {"steps": 10},
     "d_flow": {"steps": 2, "iterations": 8},
     "daps": {"steps": 3, "langevin_steps": 20},
@@ -29,7 +29,7 @@ SHORT = {
     # With less, its conjugate gradients make 0.06 of 1e-15, whoever is beside the image.
     "diffpir": {"strength": 1e4},
 }
-LOOSE = {"control_paper": 1e-7, "pnp_admm": 1e-5, "diffpir": 1e-3}
+LOOSE = {"paper": 1e-7, "pnp_admm": 1e-5, "diffpir": 1e-3}
 """Adam divides by small gradients; conjugate gradients stop at 1e-5 of their start, and lose digits
 where they are many."""
 
@@ -81,7 +81,7 @@ def test_an_image_beside_noise_comes_out_as_alone(name, place, priors):
     _, sigma = prior.schedule(torch.ones((), dtype=torch.float64))
     x = sigma * randn(2, *prior.image_shape, generator=generator(), dtype=torch.float64)
 
-    large = {"control": 120, "control_paper": 1000, "control_released": 1000}
+    large = {"stopped": 120, "paper": 1000, "released": 1000}
     settings = method.settings(place, large.get(name, 4))
     settings |= {method.tuned[0]: method.tuned[1][-1]} if method.tuned else {}
     settings |= SHORT.get(name, {})

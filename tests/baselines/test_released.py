@@ -135,14 +135,14 @@ def test_controls_and_images_are_the_released_code_s(name, dtype, bound, results
         given = {key: torch.from_numpy(file[key]).to(dtype) for key in file}
     monkeypatch.setattr("diffoc.baselines.released.draw_noise", lambda *_: given["noise"])
     for iterations in range(1, 6):
-        METHODS["control_released"].run(
+        METHODS["released"].run(
             Prior(NoisePredictor().to(dtype)),
             physics_of(name, given["mask"]).to(dtype),
             given[f"{name}_y"],
             given["start"],
             generator(),
             noise_std=0.05,
-            **METHODS["control_released"].settings(name, 1000)
+            **METHODS["released"].settings(name, 1000)
             | {"iterations": iterations, "learned_variance": name == "super_resolution"},
         )
     for result, image in zip(results, given[f"{name}_images"], strict=True):
@@ -291,17 +291,15 @@ def test_the_last_iterate_is_the_result_and_not_the_best():
 
 def test_the_method_too_returns_the_last_iterate(results):
     physics, x = super_resolution(2).double(), normal(1, 1, 8, 8)
-    settings = METHODS["control_released"].settings("super_resolution", 1000)
+    settings = METHODS["released"].settings("super_resolution", 1000)
     settings |= {"steps": 6, "iterations": 8, "rate": 0.5}
     y = physics.A(torch.sin(torch.arange(64.0).double()).reshape(1, 1, 8, 8))
-    METHODS["control_released"].run(
-        double_prior(), physics, y, x, generator(), noise_std=0.05, **settings
-    )
+    METHODS["released"].run(double_prior(), physics, y, x, generator(), noise_std=0.05, **settings)
     assert results[0].cost > 1.01 * results[0].costs.min()
 
 
 def test_the_settings_of_the_tasks():
-    settings = METHODS["control_released"].settings
+    settings = METHODS["released"].settings
     for name in ("super_resolution", "gaussian_blur", "phase_retrieval"):
         found = settings(name, 1000)
         assert (found["steps"], found["iterations"]) == (20, 50)
@@ -312,7 +310,7 @@ def test_the_settings_of_the_tasks():
 
 
 def test_the_work_of_a_run():
-    method, prior = METHODS["control_released"], CountedPrior(double_prior())
+    method, prior = METHODS["released"], CountedPrior(double_prior())
     settings = method.settings("super_resolution", 1000) | {"iterations": 2}
     y = normal(2, 1, 4, 4)
     method.run(

@@ -7,7 +7,7 @@ import torch
 from azula.noise import VPSchedule
 from deepinv.physics import LinearPhysics
 
-from diffoc.experiments.controllers import control_planned, control_unstopped
+from diffoc.experiments.controllers import ours, stopped
 from diffoc.greedy import PIXEL_VARIANCE, correction, greedy_controls
 from diffoc.priors.counting import CountedPrior
 from diffoc.priors.gaussian import GaussianPrior
@@ -99,7 +99,7 @@ def test_bad_arguments():
     with pytest.raises(ValueError, match="output mode"):
         greedy_controls(ReverseProcess(prior, 2, mode="output"), physics, x, x, 0.1)
     with pytest.raises(ValueError, match="budget is 10"):
-        control_planned(prior, physics, x, x, seeded(), noise_std=0.1, steps=10, budget=10)
+        stopped(prior, physics, x, x, seeded(), noise_std=0.1, steps=10, budget=10)
 
 
 @pytest.mark.parametrize("name", ["gaussian_blur", "box_inpainting"])
@@ -123,7 +123,7 @@ def test_the_greedy_guess_saves_evaluations(name):
     ("weight", "changes"),
     [(0.2, {}), (5.0, {}), (5.0, {"in_units": False}), (0.5, {"weighted": False})],
 )
-def test_unstopped_it_reaches_the_minimum_of_the_cost(weight, changes):
+def test_ours_reaches_the_minimum_of_the_cost(weight, changes):
     # Of a Gaussian prior the image is affine in the controls, so that the cost is a quadratic.
     generator = seeded()
     n, steps, noise = 4, 5, 0.3
@@ -148,31 +148,31 @@ def test_unstopped_it_reaches_the_minimum_of_the_cost(weight, changes):
 
     settings = {"noise_std": noise, "steps": steps, "budget": 2000}
     settings |= {"weight": weight} | changes
-    found = control_unstopped(prior, physics, y, x, seeded(), **settings)
+    found = ours(prior, physics, y, x, seeded(), **settings)
     torch.testing.assert_close(found[0], best, rtol=1e-6, atol=1e-6)
     counted = CountedPrior(prior)
-    stopped = control_unstopped(counted, physics, y, x, seeded(), stopped=True, **settings)
-    assert (stopped[0] - best).norm() > 1e-2 * best.norm()
+    ended = ours(counted, physics, y, x, seeded(), stopped=True, **settings)
+    assert (ended[0] - best).norm() > 1e-2 * best.norm()
     assert counted.evaluations < 100
 
 
 @pytest.mark.parametrize("weight", [0.0, -1.0, float("inf"), float("nan")])
-def test_unstopped_needs_a_cost(weight):
+def test_ours_needs_a_cost(weight):
     x = torch.zeros(1, 1, 28, 28)
     physics = task("super_resolution", (1, 28, 28), seeded())
     settings = {"noise_std": 0.05, "budget": 80, "weight": weight}
     with pytest.raises(ValueError, match="weight is"):
-        control_unstopped(load_prior("mnist"), physics, physics.A(x), x, seeded(), **settings)
+        ours(load_prior("mnist"), physics, physics.A(x), x, seeded(), **settings)
 
 
 @pytest.mark.parametrize("budget", [20, 33, 60])
-def test_unstopped_it_uses_up_its_budget(budget):
+def test_ours_uses_up_its_budget(budget):
     generator = seeded()
     prior = CountedPrior(load_prior("mnist"))
     physics = task("super_resolution", (1, 28, 28), generator)
     x = -torch.ones(2, 1, 28, 28)
     x[..., 6:22, 12:16] = 1
     y = measure(physics, x, generator)
-    control_unstopped(prior, physics, y, x, generator, noise_std=0.05, steps=5, budget=budget)
+    ours(prior, physics, y, x, generator, noise_std=0.05, steps=5, budget=budget)
     # A line search of the last iteration may have tried once more.
     assert budget - 5 < prior.evaluations / 2 <= budget + 5

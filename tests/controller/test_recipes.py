@@ -44,9 +44,9 @@ def test_rows_of_the_table_run_the_named_recipe(name, nfe, monkeypatch):
     monkeypatch.setattr(
         controllers, "reconstruct", lambda problem, prior, recipe, **_: ran.append(recipe) or 1 / 0
     )
-    method = METHODS["control_unstopped"]
+    method = METHODS["ours"]
     assert method.recipe is OURS
-    settings = settings_of("faces64", "control_unstopped", name, nfe, {})
+    settings = settings_of("faces64", "ours", name, nfe, {})
     x = torch.zeros(1, 1, 28, 28)
     problem, _ = digit_problem(name)
     with pytest.raises(ZeroDivisionError):
@@ -61,7 +61,7 @@ def test_every_door_has_the_same_default():
     assert RECIPES[Settings("gaussian_blur", "mnist").recipe] is OURS
     assert RECIPES[Panel().recipe.value] is OURS
     assert Settings("gaussian_blur", "mnist").changed == OURS.at("gaussian_blur")
-    assert [METHODS[f"control{kind}"].recipe for kind in ("", "_cold", "_paper", "_released")] == [
+    assert [METHODS[key].recipe for key in ("stopped", "cold", "paper", "released")] == [
         STOPPED,
         COLD,
         diffoc.PAPER,
@@ -70,7 +70,7 @@ def test_every_door_has_the_same_default():
 
 
 def test_what_ours_has_for_a_task_is_what_was_tuned():
-    tuned = json.loads((data_folder() / "tuned.json").read_text())["faces64"]["control_unstopped"]
+    tuned = json.loads((data_folder() / "tuned.json").read_text())["faces64"]["ours"]
     found = {key: values["weight"] for key, values in OURS.by_task.items()}
     assert found == {
         (name, int(nfe)): values["weight"]

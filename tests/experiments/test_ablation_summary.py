@@ -35,8 +35,8 @@ def row_of(found, place):
 def test_equal_budgets_and_equal_steps_are_told_apart():
     found = rows("few_steps")
     budgets = summary.equal_budgets(found, "psnr")[TASK]
-    assert set(budgets) == {"DPS", "Ours", "Ours, from zero", "Ours, not stopped"}
-    usual = {"Ours": 10, "Ours, from zero": 10, "Ours, not stopped": 15}
+    assert set(budgets) == {"DPS", "Ours, stopped", "Ours, cold", "Ours"}
+    usual = {"Ours, stopped": 10, "Ours, cold": 10, "Ours": 15}
     for label, curve in budgets.items():
         assert [x for x, _, _ in curve] == [20, 50, 100, 200, 300]
         for x, place, _ in curve:
@@ -96,10 +96,10 @@ def test_priors_in_their_order():
     curves = summary.by_prior(found, "psnr")[TASK]
     assert [x for x, _, _ in curves["DPS"]] == [0, 1, 2, 3, 4]
     assert [x for x, _, _ in curves["Deep image prior"]] == [6]
-    for x, place, _ in curves["Ours"]:
+    for x, place, _ in curves["Ours, stopped"]:
         assert summary.prior_label(row_of(found, place)["prior"]) == summary.PRIORS[int(x)]
     bare = summary.by_prior(rows("robustness", trained=False), "psnr", ["random", "none"])[TASK]
-    assert [x for x, _, _ in bare["Ours"]] == [0, 1]
+    assert [x for x, _, _ in bare["Ours, stopped"]] == [0, 1]
 
 
 @pytest.mark.parametrize(
@@ -118,9 +118,9 @@ def test_what_a_prior_is_called(name, label):
 
 def test_rows_are_selected_by_columns_and_by_settings():
     found = rows("few_steps")
-    some = select(found, method="control", nfe=300, steps=5)
+    some = select(found, method="stopped", nfe=300, steps=5)
     assert {row["settings"] for row in some} == {'{"budget": 300, "steps": 5}'}
-    assert select(found, method="control", guidance=1.0) == []
+    assert select(found, method="stopped", guidance=1.0) == []
 
 
 def test_todays_records_are_drawn(tmp_path: Path):

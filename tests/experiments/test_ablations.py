@@ -14,7 +14,7 @@ from diffoc.data.pictures import write_picture
 from diffoc.experiments import cells as experiments
 from diffoc.experiments.ablations import ABLATIONS, BUDGETS, HORIZONS, TASKS, ablation_cells
 from diffoc.experiments.cells import Computer, work_of
-from diffoc.experiments.controllers import control_paper
+from diffoc.experiments.controllers import paper
 from diffoc.experiments.methods import METHODS, TABLE_2, read_tuned
 from diffoc.experiments.records import read
 from diffoc.priors.counting import CountedPrior
@@ -58,18 +58,18 @@ def test_few_steps_keeps_its_budgets_and_the_tuned_values():
         if cell.method == "dps":
             assert cell.keywords["steps"] == cell.nfe
             assert cell.keywords["guidance"] == tuned["dps"][cell.task]["300"]["guidance"]
-        elif cell.method in ("control", "control_unstopped"):
+        elif cell.method in ("stopped", "ours"):
             assert cell.nfe == cell.keywords["budget"] >= 4 * cell.keywords["steps"]
         else:
             assert cell.keywords["steps"] * (1 + cell.keywords["iterations"]) <= cell.nfe
-            expected = tuned["control_cold"][cell.task]["300"]["control_cost"]
+            expected = tuned["cold"][cell.task]["300"]["control_cost"]
             assert cell.keywords["control_cost"] == expected
     by_method = {
         method: {cell.nfe for cell in cells("few_steps", methods=[method])}
-        for method in ("dps", "control")
+        for method in ("dps", "stopped")
     }
     assert by_method["dps"] == {*HORIZONS, *BUDGETS}
-    steps = {cell.keywords["steps"] for cell in cells("few_steps", methods=["control"])}
+    steps = {cell.keywords["steps"] for cell in cells("few_steps", methods=["stopped"])}
     assert steps == set(HORIZONS)
 
 
@@ -90,14 +90,14 @@ def test_rank_and_robustness_vary_what_they_say():
     for cell in few:
         if cell.method == "dps":
             assert cell.keywords["steps"] == 60
-        elif cell.method == "control_cold":
+        elif cell.method == "cold":
             assert cell.keywords["steps"] * (1 + cell.keywords["iterations"]) <= 60
     bare = {cell.prior for cell in cells("robustness", trained=False)}
     assert bare == {"untrained faces64", "random faces64", "identity faces64"}
 
 
 def test_parts_takes_away_one_at_a_time():
-    tuned = read_tuned()["faces64"]["control_unstopped"]
+    tuned = read_tuned()["faces64"]["ours"]
     for name in TASKS:
         usual, *others = (cell.keywords for cell in cells("parts", tasks=[name])[::2])
         assert usual["weight"] == tuned[name]["300"]["weight"]
@@ -131,7 +131,7 @@ def run_paper(**changes):
     y = measure(physics, digits()[0][:2], g)
     x = torch.randn(2, 1, 28, 28, generator=g)
     counted = CountedPrior(load_prior("mnist"))
-    x0 = control_paper(counted, physics, y, x, g, noise_std=NOISE_STD, **PAPER | changes)
+    x0 = paper(counted, physics, y, x, g, noise_std=NOISE_STD, **PAPER | changes)
     return x0, counted
 
 
@@ -175,7 +175,7 @@ def test_a_grid_by_command_is_resumed_and_checked(folder, tmp_path, monkeypatch,
         for used in (prior, f"{prior}+noise0.1", f"identity {prior}"):
             yield used, tasks[0], "dps", 2, settings
         singular = PAPER | {"regularization": 0, "weight_scale": 0.0}
-        yield prior, tasks[0], "control_paper", 2, singular
+        yield prior, tasks[0], "paper", 2, singular
 
     monkeypatch.setitem(ABLATIONS, "rank", small)
     path = tmp_path / "rank.csv"

@@ -17,7 +17,7 @@ from diffoc.data.pictures import write_picture
 from diffoc.experiments import cells as experiments
 from diffoc.experiments import methods
 from diffoc.experiments.cells import Computer, best_value, cells_of, next_value, work_of
-from diffoc.experiments.methods import METHODS, TABLE_2, Method, control_paper, settings_of
+from diffoc.experiments.methods import METHODS, TABLE_2, Method, paper, settings_of
 from diffoc.experiments.records import METRICS, as_json, read
 from diffoc.experiments.summary import by_method, mean_and_interval, paired, summarise
 from diffoc.priors.counting import CountedPrior
@@ -277,11 +277,11 @@ def run_method(method, prior, name, **settings):
     return counted, physics, y, x0, truth
 
 
-@pytest.mark.parametrize("name", ["control", "control_unstopped", "control_cold"])
+@pytest.mark.parametrize("name", ["stopped", "ours", "cold"])
 def test_the_controller_keeps_its_budget_and_explains_the_measurement(name):
     method = METHODS[name]
     settings = method.settings("super_resolution", 300)
-    if name != "control_cold":
+    if name != "cold":
         settings |= {"steps": 10}
     counted, physics, y, x0, truth = run_method(
         method.run, load_prior("faces64"), "super_resolution", **settings
@@ -296,16 +296,16 @@ def test_the_controller_keeps_its_budget_and_explains_the_measurement(name):
 def test_the_paper_s_settings_reach_the_controller():
     settings = TABLE_2["gaussian_blur"] | {"steps": 4, "iterations": 12, "rate": 0.1}
     prior = load_prior("mnist")
-    counted, physics, y, x0, _ = run_method(control_paper, prior, "gaussian_blur", **settings)
-    work = METHODS["control_paper"].work(settings)
+    counted, physics, y, x0, _ = run_method(paper, prior, "gaussian_blur", **settings)
+    work = METHODS["paper"].work(settings)
     assert (counted.evaluations, counted.products) == work == (100, 96)
     settings["iterations"] = 0
-    *_, before, _ = run_method(control_paper, prior, "gaussian_blur", **settings)
+    *_, before, _ = run_method(paper, prior, "gaussian_blur", **settings)
     assert (physics.A(x0) - y).norm() < 0.5 * (physics.A(before) - y).norm()
 
 
 def test_table_2():
-    settings = METHODS["control_paper"].settings
+    settings = METHODS["paper"].settings
     for name in TASKS:
         found = settings(name, 2500)
         assert (found["steps"], found["rank"]) == (50, 1)
@@ -313,7 +313,7 @@ def test_table_2():
         assert settings(name, 1000)["steps"] * settings(name, 1000)["iterations"] == 1000
     with pytest.raises(ValueError, match="nfe is 300"):
         settings("box_inpainting", 300)
-    cell = cells_of("p", ["super_resolution"], ["control_paper"], [2500], [0], "ab", 2, "float32")
+    cell = cells_of("p", ["super_resolution"], ["paper"], [2500], [0], "ab", 2, "float32")
     assert work_of(cell[0]) == (2 * 50 * 101, 2 * 50 * 100)
 
 

@@ -9,7 +9,7 @@ from scipy.optimize import linear_sum_assignment
 from scipy.stats import wasserstein_distance
 
 from diffoc.baselines.dps import dps
-from diffoc.experiments.controllers import control
+from diffoc.experiments.controllers import cold
 from diffoc.experiments.known_posteriors import (
     control_frozen_noise,
     digit_problem,
@@ -160,8 +160,8 @@ def test_frozen_noise_becomes_exact_with_the_number_of_steps():
 def test_control_from_zero_is_one_point_and_from_noise_a_cloud():
     target = small_problems()[0]
     methods = {
-        "zero": (control, {"iterations": 5}),
-        "noise": (control, {"iterations": 5, "from_noise": True}),
+        "zero": (cold, {"iterations": 5}),
+        "noise": (cold, {"iterations": 5, "from_noise": True}),
     }
     _, zero, noise = distance_table(methods, [target], 20, generator(4))
     assert zero["trace"] < 1e-12
