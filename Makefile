@@ -8,7 +8,7 @@ SITE := $(VENV)/.diffoc-site-installed
 APP := $(VENV)/.diffoc-app-installed
 RUN := $(VENV)/bin/python -m
 
-.PHONY: help reproduce test coverage lab app site notebooks figures portable clean
+.PHONY: help reproduce test coverage lab app site notebooks figures ffhq portable clean
 
 help: ## show this list
 	@awk -F ': .*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -57,6 +57,32 @@ notebooks: $(STAMP) ## for maintainers: execute the notebooks in place; regenera
 
 figures: $(STAMP) ## draw the figures for print from the records, into figures/print
 	@$(RUN) diffoc figures
+
+# Tables on FFHQ. GPUS=4 shares the images out to four cards, a process each; what was computed is
+# not computed again. REHEARSE=1 runs the whole chain with random weights, two steps and the CPU.
+ffhq: ## say how to make the paper's tables on FFHQ, which take a GPU
+	@echo 'make ffhq-preflight IMAGES=DIR   what is there, what it costs, what would fail'
+	@echo 'make ffhq-table1 IMAGES=DIR      and -table3, -table4, -table5, -table6: run, measure, compare'
+	@echo 'make ffhq-figures IMAGES=DIR     four images of Table 1, as pictures'
+	@echo 'with REHEARSE=1 a trial without weights; DEVICE=cuda, GPUS=1, and ARGS="--last 100" as needed'
+
+DEVICE ?= $(if $(REHEARSE),cpu,cuda)
+GPUS ?= 1
+IMAGES ?= $(if $(and $(REHEARSE),$(DIFFOC_DATA)),$(DIFFOC_DATA)/ffhq256_demo)
+ffhq_images = $(if $(IMAGES),--images '$(IMAGES)') $(ARGS)
+ffhq_run = $(RUN) diffoc ffhq $(1) $(if $(REHEARSE),--rehearse) $(ffhq_images)
+
+ffhq-preflight: $(STAMP)
+	@$(RUN) diffoc preflight $(if $(REHEARSE),--random-weights) $(ffhq_images) --device $(DEVICE)
+
+ffhq-figures: $(STAMP)
+	@$(call ffhq_run,table1) --device $(DEVICE) --last 4 --out build/ffhq-figures
+
+ffhq-table%: $(STAMP)
+	@if [ $(GPUS) -gt 1 ]; then i=0; parts=; while [ $$i -lt $(GPUS) ]; do \
+		$(call ffhq_run,table$*) --device cuda:$$i --shard $$((i + 1))/$(GPUS) & \
+		parts="$$parts $$!"; i=$$((i + 1)); done; for part in $$parts; do wait $$part; done; fi; \
+	$(call ffhq_run,table$*) --device $(DEVICE)
 
 portable: $(STAMP) ## for maintainers: try other instruction sets, threads and jitters; takes hours
 	@$(VENV)/bin/python tools/portable.py

@@ -127,6 +127,7 @@ def test_make_alone_lists_every_target(checkout: Path) -> None:
         "site",
         "notebooks",
         "figures",
+        "ffhq",
         "portable",
         "clean",
     ]

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from diffoc.commands import ffhq
 from diffoc.commands.tables import add_commands
 from diffoc.data.provenance import ROOT
 
@@ -237,6 +238,7 @@ def main(argv: list[str] | None = None) -> int:
     solver.add_argument("--seed", type=int, default=0, help="of mask, kernel and noise")
     solver.add_argument("--device", default="cpu", help="cpu or cuda")
     add_commands(commands)
+    ffhq.add_commands(commands)
     bench = commands.add_parser("benchmark", help="time and memory of the controller, measured")
     bench.add_argument("priors", nargs="*", help="for load_prior; by default mnist and faces64")
     bench.add_argument("--steps", type=int, default=10, metavar="T")

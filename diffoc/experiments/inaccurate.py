@@ -7,7 +7,8 @@ r"""Priors that are wrong on purpose, by name: what is left of a method without 
 
 An ADM network's last convolution starts at zero, so untrained it predicts no noise whatever it
 sees: :math:`m(x, t) = x / \alpha_t`, and a step only rescales its state. That is the identity in
-another gauge; hence "random". Of ADM, "ffhq256/32" has 32 channels in place of 128.
+another gauge; hence "random". Of ADM, "ffhq256/32" has 32 channels in place of 128, and
+"ffhq256/32/64" is that for images of 64 pixels.
 
 The identity is the denoiser :math:`m(x, t) = x` with :math:`\alpha_t = 1`: every first-order step
 is :math:`h_t(x) = x`, and the image is the start plus the sum of all controls. With the control
@@ -146,7 +147,10 @@ def _untrained(name: str) -> Denoiser:
         prior = KarrasDenoiser(NETWORKS[name](), default_schedule())
         prior.image_shape = SHIPPED[name]
         return prior.eval().requires_grad_(False)
-    network, slash, channels = name.partition("/")
-    if slash and not channels.isdigit():
-        raise ValueError(f"name ends in {channels!r}, expected a number of channels")
-    return untrained_adm(network, int(channels) if slash else None)
+    network, *sizes = name.split("/")
+    if wrong := [size for size in sizes if not size.isdigit()]:
+        raise ValueError(f"name ends in {wrong[0]!r}, expected a number of channels")
+    prior = untrained_adm(network, int(sizes[0]) if sizes else None)
+    if len(sizes) > 1:
+        prior.image_shape = (prior.image_shape[0], int(sizes[1]), int(sizes[1]))
+    return prior

@@ -221,7 +221,18 @@ def _load_adm(name: str, schedule: Schedule, learned_variance: bool) -> Denoiser
             state[key] = state[key][: len(value)]
     load_into(prior.backbone, state, path)
     prior.schedule = schedule
+    take_nearest_timesteps(prior)
     return prior
+
+
+def take_nearest_timesteps(prior: Denoiser) -> None:
+    """Makes an azula `AblatedDenoiser` take the timestep nearest to a level of noise, in place.
+
+    azula takes the first whose level is at least as high: by rounding alone, that is one too many
+    for about half of the levels that are exactly those of a timestep. Halves of the way between
+    levels, in place of the levels, make the same search find the nearest.
+    """
+    prior.sigmas = (prior.sigmas[1:] + prior.sigmas[:-1]) / 2
 
 
 class EDMDenoiser(Denoiser):

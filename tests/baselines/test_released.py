@@ -39,7 +39,12 @@ from diffoc.costs import ControlCost
 from diffoc.experiments.methods import METHODS
 from diffoc.priors.counting import CountedPrior
 from diffoc.priors.gaussian import GaussianPrior
-from diffoc.priors.pretrained import load_prior, untrained_adm
+from diffoc.priors.pretrained import (
+    default_schedule,
+    load_prior,
+    take_nearest_timesteps,
+    untrained_adm,
+)
 from diffoc.problems.tasks import super_resolution
 from diffoc.process import draw_noise
 from diffoc.reconstruct import reconstruct
@@ -324,6 +329,24 @@ def test_the_work_of_a_run():
     )
     work = method.work(settings)
     assert (prior.evaluations / 2, prior.products / 2) == work == (57, 38)
+
+
+def test_an_adm_network_is_asked_at_the_timesteps_of_the_levels():
+    """0, 53, ... 946 of RELEASED, where azula's own search is one too high at several."""
+    prior, x = untrained_adm("ffhq256", 32), torch.zeros(1, 3, 32, 32)
+    prior.schedule = default_schedule()
+    asked = []
+    prior.backbone.register_forward_pre_hook(lambda module, args: asked.append(args[1].item()))
+    process = AncestralProcess(prior, 20, draw_noise(19, x.shape, generator()).float())
+    levels = [round(999 / 19 * k) for k in range(19)][::-1]
+    for nearest in (False, True):
+        if nearest:
+            take_nearest_timesteps(prior)
+        with torch.no_grad():
+            for i in range(19):
+                process.step(i, x)
+    assert asked[:19] != levels
+    assert asked[19:] == levels
 
 
 def test_the_head_for_the_variance_of_an_adm_network():

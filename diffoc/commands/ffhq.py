@@ -1,0 +1,310 @@
+"""The subcommands of the paper's tables on FFHQ: preflight, ffhq, measure."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from diffoc.data.provenance import ROOT
+
+if TYPE_CHECKING:
+    from diffoc.experiments.measured import Features, Measured
+
+FIGURE_IMAGES = 4
+
+
+def add_commands(commands: argparse._SubParsersAction) -> None:
+    """Adds them to a command line."""
+    ready = commands.add_parser("preflight", help="what FFHQ needs and costs; 1 if it would fail")
+    table = commands.add_parser("ffhq", help="a table of the paper on FFHQ, beside its numbers")
+    table.add_argument("table", choices=["table1", "table3", "table4", "table5", "table6"])
+    for parser in (ready, table):
+        parser.add_argument("--prior", default="ffhq256")
+        parser.add_argument("--random-weights", action="store_true", help="for a trial")
+        parser.add_argument("--tasks", nargs="+", help="by default the table's")
+        parser.add_argument("--precision", choices=["bfloat16", "float32"], default="float32")
+        which = parser.add_mutually_exclusive_group()
+        which.add_argument("--first", type=int, metavar="N", help="images only")
+        which.add_argument("--last", type=int, default=1000, metavar="N", help="by default 1000")
+    table.add_argument("--batch", type=int, default=1, help="images at once")
+    table.add_argument("--shard", type=_shard, metavar="I/N", help="one part of the images")
+    table.add_argument("--jobs", type=int, default=1)
+    table.add_argument("--backend", choices=["loky", "ray"], default="loky")
+    table.add_argument("--rehearse", action="store_true", help="two steps, random weights")
+    table.add_argument("--retry-failed", action="store_true")
+    kept = commands.add_parser("measure", help="LPIPS, FID, SSIM, PSNR of kept reconstructions")
+    kept.add_argument("kept", type=Path, metavar="KEPT_DIR", help="what --keep wrote")
+    kept.add_argument("--batch", type=int, default=16, help="images at once")
+    kept.add_argument("--shard", type=_shard, metavar="I/N", help="one part of each set")
+    for parser in (ready, table, kept):
+        parser.add_argument("--images", type=Path, metavar="DIR", required=parser is kept)
+        parser.add_argument(
+            "--filter", default="lanczos", help="that makes larger originals smaller: see the docs"
+        )
+        parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:1")
+        parser.add_argument("--out", type=Path, metavar="DIR")
+    for parser, function in ((ready, preflight), (table, ffhq), (kept, measure)):
+        parser.set_defaults(function=function)
+
+
+def measure(args: argparse.Namespace) -> int:
+    """Measures every folder of pictures, prints the means, and writes the rows."""
+    from diffoc.experiments.measured import pictures_in, sets_in, write_rows
+
+    truth = pictures_in(args.images)
+    out = args.out or args.kept.parent / f"{args.kept.name}-measured"
+    found = {}
+    for name, folder in sets_in(args.kept).items():
+        kept = {path.stem: path for path in pictures_in(folder).values() if path.parent == folder}
+        part = _measured(kept, truth, out / name, args)
+        if part is None:
+            print(f"{name}: part {args.shard[0]} of {args.shard[1]} measured, others to come")
+            continue
+        found[name] = part
+        means = ", ".join(f"{key} {value:.4g}" for key, value in part.means().items())
+        print(f"{name}: {len(part.rows)} images: {means}")
+    if found:
+        _say_missing(found.values())
+        write_rows(out / "measured.csv", found)
+        print(out / "measured.csv")
+    return 0
+
+
+def _measured(
+    kept: dict[str, Path], truth: dict[str, Path], place: Path, args: argparse.Namespace
+) -> Measured | None:
+    """The set of pictures, of which the parts that are there already are read; None if not all."""
+    from diffoc.experiments.measured import Measured, read_part, write_part
+    from diffoc.experiments.measured import measure as measured
+
+    i, n = args.shard or (1, 1)
+    path = _part(place, kept, i, n)
+    if not path.exists():
+        mine = dict(list(kept.items())[i - 1 :: n])
+        network, why = _inception(args.device)
+        part = measured(
+            mine, truth, network, device=args.device, batch=args.batch, resize=args.filter
+        )
+        part.missing |= {"fid": why} if why else {}
+        write_part(path, part)
+    whole = Measured()
+    for k in range(1, n + 1):
+        if not (one := _part(place, kept, k, n)).exists():
+            return None
+        whole.merge(read_part(one))
+    return whole
+
+
+def _part(place: Path, kept: dict[str, Path], i: int, n: int) -> Path:
+    """The file of a part, whose name changes with the pictures."""
+    stamps = [(name, path.stat().st_mtime_ns) for name, path in kept.items()]
+    digest = hashlib.sha256(repr(stamps).encode()).hexdigest()[:12]
+    return place / f"{digest}.shard-{i}-of-{n}.safetensors"
+
+
+def _inception(device: str) -> tuple[Features | None, str]:
+    """FID's network, or why there is none."""
+    from diffoc.problems.perceptual import inception
+
+    try:
+        return inception().to(device), ""
+    except (FileNotFoundError, ModuleNotFoundError) as error:
+        return None, str(error)
+
+
+def _say_missing(parts: Iterable[Measured]) -> None:
+    missing: dict[str, str] = {}
+    for part in parts:
+        missing |= part.missing
+    for name, why in missing.items():
+        print(f"no {name}: {why}")
+
+
+def preflight(args: argparse.Namespace) -> int:
+    """Prints what is there and what it costs; 1 if something would fail."""
+    from diffoc.experiments.preflight import preflight as check
+
+    prior, paths = _prior(args), _chosen(args)
+    folder, names = _prepare(args, prior, paths[:4])
+    report = check(prior, paths, folder, names, args.device, args.precision, args.tasks)
+    count = len(report.refused)
+    print(f"{count} things would fail" if count else "nothing found that would fail")
+    return int(count > 0)
+
+
+def ffhq(args: argparse.Namespace) -> int:
+    """Computes what a table does not have, measures it, and prints it beside the paper's."""
+    from diffoc.experiments import ffhq as tables
+    from diffoc.experiments.cells import Computer, keep_in, work_of
+    from diffoc.experiments.records import read
+    from diffoc.experiments.runs import run_cells
+
+    if args.rehearse:
+        args.random_weights, args.first = True, args.first or FIGURE_IMAGES
+    prior, out = _prior(args), _out(args)
+    folder, names = _prepare(args, prior, _chosen(args))
+    cells = tables.cells_by_line(
+        args.table,
+        prior,
+        names,
+        args.batch,
+        args.precision,
+        tasks=args.tasks,
+        smallest=args.rehearse,
+    )
+    found = run_cells(
+        list(cells),
+        Computer(folder, args.device),
+        out / "records.csv",
+        jobs=args.jobs,
+        backend=args.backend,
+        shard=args.shard,
+        retry_failed=args.retry_failed,
+        device=args.device,
+        keep=lambda cell, images: keep_in(out / "kept" / tables.folder_of(cell))(cell, images),
+        work=lambda cell: work_of(cell)[0],
+    )
+    print(f"{args.table}: " + ", ".join(f"{count} {name}" for name, count in found.items()))
+    known = read(out / "records.csv")
+    failed = [
+        cell
+        for cell, line in cells.items()
+        if cell in known and known[cell][0]["status"] == "failed" and not line.may_fail
+    ]
+    if args.shard:
+        print("a part: the same command without --shard measures when all parts are there")
+    else:
+        folders = {(line.label, cell.task): tables.folder_of(cell) for cell, line in cells.items()}
+        _compare(args, out, folder, names, folders)
+    return int(bool(failed))
+
+
+def _compare(
+    args: argparse.Namespace,
+    out: Path,
+    originals: Path,
+    names: Sequence[str],
+    folders: dict[tuple[str, str], str],
+) -> None:
+    """Measures what was kept, writes the table, and draws the first images."""
+    from diffoc.experiments.ffhq import beside_the_paper
+    from diffoc.experiments.measured import pictures_in, write_rows
+
+    truth = {Path(name).stem: originals / name for name in names}
+    found: dict[tuple[str, str], Measured] = {}
+    args.batch = max(args.batch, 16)
+    for key, folder in folders.items():
+        if (out / "kept" / folder).is_dir():
+            kept = {k: path for k, path in pictures_in(out / "kept" / folder).items() if k in truth}
+            part = _measured(kept, truth, out / "measured" / folder, args)
+            if part is not None:
+                found[key] = part
+    _say_missing(found.values())
+    rows = {", ".join(key): part for key, part in found.items()}
+    write_rows(out / f"{args.table}.csv", rows)
+    means = {key: part.means() for key, part in found.items()}
+    text = beside_the_paper(args.table, means, len(truth))
+    if args.rehearse:
+        text = "A REHEARSAL: random weights, two steps. The numbers mean nothing.\n\n" + text
+    path = out / f"{args.table}.md"
+    path.write_text(text, encoding="utf-8")
+    print(f"\n{text}\n{path}")
+    for task in dict.fromkeys(task for _, task in found):
+        shown = [out / "kept" / folders[key] for key in found if key[1] == task]
+        print(_draw([truth, *map(pictures_in, shown)], out / f"{args.table}-{task}.png"))
+
+
+def _draw(sets: Sequence[dict[str, Path]], path: Path) -> Path:
+    """A sheet: a row for every set, the originals first; the first images of all."""
+    import torch
+
+    from diffoc.data.pictures import picture_size, read_picture
+    from diffoc.figures import write_sheet
+
+    names = [name for name in sets[0] if all(name in some for some in sets)][:FIGURE_IMAGES]
+    if not names:
+        raise ValueError(f"{path} would be empty: no picture is in all of {len(sets)} sets")
+    side, _ = picture_size(sets[0][names[0]])
+    pictures = [read_picture(some[name], (3, side, side))[0] for some in sets for name in names]
+    write_sheet(torch.cat(pictures), path, columns=len(names))
+    return path
+
+
+def _prior(args: argparse.Namespace) -> str:
+    from diffoc.experiments.inaccurate import RANDOM
+
+    return RANDOM * args.random_weights + args.prior
+
+
+def _out(args: argparse.Namespace) -> Path:
+    return args.out or ROOT / "build" / ("rehearsal" if args.random_weights else "ffhq")
+
+
+def _chosen(args: argparse.Namespace) -> list[Path]:
+    """The pictures that are asked for; in a rehearsal without a folder some that are generated."""
+    from diffoc.experiments.measured import pictures_in
+
+    if args.images is None:
+        if not args.random_weights:
+            raise ValueError("images is missing: name the folder of FFHQ's pictures")
+        args.images = _generated(_out(args) / "generated")
+    found = list(pictures_in(args.images).values())
+    count = args.first or args.last
+    if count < 1:
+        raise ValueError(f"first or last is {count}, expected at least 1")
+    return found[:count] if args.first else found[-count:]
+
+
+def _generated(folder: Path) -> Path:
+    """Four pictures of 256 pixels, smooth and in colour, in nobody's likeness."""
+    import torch
+
+    from diffoc.data.pictures import write_picture
+
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = torch.Generator().manual_seed(0)
+    coarse = 2 * torch.rand(FIGURE_IMAGES, 3, 8, 8, generator=generator) - 1
+    smooth = torch.nn.functional.interpolate(coarse, (256, 256), mode="bicubic")
+    for i, image in enumerate(smooth):
+        write_picture(image, folder / f"{i:05d}.png")
+    return folder
+
+
+def _prepare(args: argparse.Namespace, prior: str, paths: Sequence[Path]) -> tuple[Path, list[str]]:
+    """A folder of PNG files of the prior's size, made where they are missing, and their names."""
+    from PIL import Image
+
+    from diffoc.data.files import replacing
+    from diffoc.experiments.measured import read_resized
+
+    side = _side(prior)
+    where = hashlib.sha256(str(args.images.resolve()).encode()).hexdigest()[:8]
+    folder = _out(args) / f"originals-{where}-{side}-{args.filter}"
+    folder.mkdir(parents=True, exist_ok=True)
+    names = [f"{path.stem}.png" for path in paths]
+    for path, name in zip(paths, names, strict=True):
+        if not (folder / name).exists():
+            pixels = read_resized(path, side, args.filter).movedim(0, -1).numpy()
+            with replacing(folder / name) as part:
+                Image.fromarray(pixels).save(part)
+    return folder, names
+
+
+def _side(prior: str) -> int:
+    """Of a prior's images in pixels; its weights need not be there."""
+    from diffoc.experiments.inaccurate import accurate_name
+    from diffoc.priors.pretrained import shape_of
+
+    name, *sizes = accurate_name(prior).split("/")
+    return int(sizes[1]) if len(sizes) > 1 else shape_of(name)[-1]
+
+
+def _shard(text: str) -> tuple[int, int]:
+    first, _, second = text.partition("/")
+    i, n = int(first), int(second)
+    if not 1 <= i <= n:
+        raise argparse.ArgumentTypeError(f"{text!r} is not I/N with 1 <= I <= N")
+    return i, n

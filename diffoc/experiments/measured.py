@@ -1,0 +1,333 @@
+r"""Metrics of reconstructions that were kept as files, against the originals; FID of whole sets.
+
+Images pass one batch at a time. Of each image there is a row; of the features of a set there are
+sums, from which mean and covariance follow: sets of any size, and parts that several processes
+measured, need the memory of one batch.
+
+.. math:: \mu = \frac{1}{n} \sum_i f_i , \qquad
+          C = \frac{1}{n - 1} \Big(\sum_i f_i f_i^T - n \mu \mu^T\Big)
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn.functional import avg_pool2d
+
+from diffoc.data.files import replacing
+from diffoc.problems.metrics import frechet_between, image_metrics, mse_255
+from diffoc.problems.perceptual import LPIPS, perceptual_metrics
+
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+FILTERS = {
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+    "box": Image.Resampling.BOX,
+    "bilinear": Image.Resampling.BILINEAR,
+}
+"""Of Pillow, all of them anti-aliased; FFHQ's own pictures of 128 pixels are made by Lanczos."""
+
+COLUMNS = ("psnr", "mse_255", "ssim", "ssim_uniform", *LPIPS)
+"""Of a picture; the mean of `psnr` and the PSNR of the mean `mse_255` are two numbers."""
+
+SETS = ("png", "jpeg")
+"""How the images come to FID's network: as kept, and as JPEG, as the paper's authors save them."""
+
+Features = Callable[[Tensor], Tensor]
+
+
+def pictures_in(folder: Path) -> dict[str, Path]:
+    """The pictures in a folder and all folders in it, by name without ending, in order of names.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: if two have one name.
+    """
+    found: dict[str, Path] = {}
+    for path in sorted(folder.rglob("*"), key=lambda path: (path.stem, str(path))):
+        if path.suffix.lower() not in PICTURES:
+            continue
+        if path.stem in found:
+            raise ValueError(f"{folder} has two pictures {path.stem}: {found[path.stem]}, {path}")
+        found[path.stem] = path
+    if not found:
+        raise FileNotFoundError(f"{folder} has no pictures: expected PNG or JPEG files there")
+    return found
+
+
+def read_resized(path: Path, side: int, resize: str) -> Tensor:
+    """A square picture as 8 bits (3, side, side) uint8, resized where it has another size.
+
+    Args:
+        path: of a picture that Pillow reads.
+        side: in pixels.
+        resize: one of :data:`FILTERS`.
+
+    Raises:
+        ValueError: if the picture is not square, or smaller, or the filter is another.
+    """
+    if resize not in FILTERS:
+        raise ValueError(f"filter is {resize!r}, expected one of {', '.join(FILTERS)}")
+    with Image.open(path) as picture:
+        if picture.width != picture.height or picture.width < side:
+            raise ValueError(
+                f"{path} is {picture.width}x{picture.height}, expected a square of at least {side}"
+            )
+        colour = picture.convert("RGB")
+    if colour.width != side:
+        colour = colour.resize((side, side), FILTERS[resize])
+    return torch.from_numpy(np.array(colour)).movedim(-1, 0)
+
+
+def uniform_ssim(images: Tensor, truth: Tensor, window: int = 7) -> Tensor:
+    r"""SSIM with uniform windows and sample covariances, as scikit-image's default, (B,).
+
+    Args:
+        images, truth: (B, C, H, W) in [0, 1], H and W at least `window`.
+        window: side of the windows, odd; all lie within the image.
+
+    Source: Wang et al. 2004 (doi:10.1109/TIP.2003.819861), Eq. 13.
+    """
+    x, y = images.double(), truth.double()
+    n = window**2
+    mx, my, xx, yy, xy = (avg_pool2d(z, window, 1) for z in (x, y, x * x, y * y, x * y))
+    vx, vy, cxy = (n / (n - 1) * z for z in (xx - mx * mx, yy - my * my, xy - mx * my))
+    c1, c2 = 0.01**2, 0.03**2
+    s = (2 * mx * my + c1) * (2 * cxy + c2) / ((mx**2 + my**2 + c1) * (vx + vy + c2))
+    return s.flatten(1).mean(dim=1)
+
+
+def metrics_of(images: Tensor, truth: Tensor) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The :data:`COLUMNS`, (B,) each, computed where the images are, and why others are missing.
+
+    Args:
+        images, truth: (B, 3, H, W) uint8.
+    """
+    x, t = (z.float() / 127.5 - 1 for z in (images, truth))
+    found = image_metrics(x, t)
+    perceptual, missing = perceptual_metrics(x, t, list(LPIPS))
+    own = {
+        "psnr": found["psnr"],
+        "mse_255": mse_255(found["mse"]),
+        "ssim": found["ssim"],
+        "ssim_uniform": uniform_ssim((x + 1) / 2, (t + 1) / 2),
+    }
+    return {key: value.cpu() for key, value in (own | perceptual).items()}, missing
+
+
+@dataclass
+class Moments:
+    """Sums of features, which add up over batches and shards.
+
+    Attributes:
+        count: n.
+        total: of the features, (d,) float64.
+        products: sums of :math:`f f^T`, (d, d) float64.
+    """
+
+    count: int = 0
+    total: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
+    products: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.float64))
+
+    def add(self, features: Tensor) -> None:
+        """Adds features (N, d)."""
+        f = features.double().cpu()
+        self.merge(Moments(len(f), f.sum(0), f.mT @ f))
+
+    def merge(self, other: Moments) -> None:
+        """Adds another's sums."""
+        if not self.count:
+            self.total, self.products = 0 * other.total, 0 * other.products
+        self.count += other.count
+        self.total = self.total + other.total
+        self.products = self.products + other.products
+
+    def gaussian(self) -> tuple[Tensor, Tensor]:
+        """Mean (d,) and covariance (d, d).
+
+        Raises:
+            ValueError: if there are fewer than two features.
+        """
+        if self.count < 2:
+            raise ValueError(f"features are of {self.count} images, expected at least 2")
+        mean = self.total / self.count
+        centred = self.products - self.count * torch.outer(mean, mean)
+        return mean, centred / (self.count - 1)
+
+
+@dataclass
+class Measured:
+    """A set of images, or a part of one.
+
+    Attributes:
+        rows: of each picture by name.
+        missing: why a column, or FID, is not there.
+        moments: by :data:`SETS`, of the set and of its originals ("truth-png", "truth-jpeg").
+    """
+
+    rows: dict[str, dict[str, float]] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)
+    moments: dict[str, Moments] = field(default_factory=dict)
+
+    def merge(self, other: Measured) -> None:
+        """Adds the pictures of another part.
+
+        Raises:
+            ValueError: if a picture is in both.
+        """
+        if both := self.rows.keys() & other.rows.keys():
+            raise ValueError(f"two parts have {min(both)}: remove the files of one")
+        self.rows |= other.rows
+        self.missing |= other.missing
+        for name, moments in other.moments.items():
+            self.moments.setdefault(name, Moments()).merge(moments)
+
+    def means(self) -> dict[str, float]:
+        """The means of the columns that all pictures have, `psnr_of_mse`, and FIDs."""
+        found = {}
+        for column in COLUMNS:
+            values = [row[column] for row in self.rows.values() if column in row]
+            if values and len(values) == len(self.rows):
+                found[column] = sum(values) / len(values)
+        if "mse_255" in found:
+            mean = torch.tensor(found["mse_255"], dtype=torch.float64)
+            found["psnr_of_mse"] = (10 * torch.log10(255**2 / mean)).item()
+        for name in SETS:
+            if name in self.moments and self.moments[name].count > 1:
+                pair = (self.moments[key].gaussian() for key in (name, f"truth-{name}"))
+                found[f"fid_{name}"] = frechet_between(*pair)
+        return found
+
+
+def measure(
+    kept: Mapping[str, Path],
+    truth: Mapping[str, Path],
+    network: Features | None,
+    *,
+    device: str = "cpu",
+    batch: int = 16,
+    resize: str = "lanczos",
+) -> Measured:
+    """Measures a set of pictures.
+
+    Args:
+        kept, truth: pictures by name; the originals may be larger, and may be more.
+        network: of FID, from 8-bit images (B, 3, H, W) to features; None for no FID.
+        device: that computes.
+        batch: images at once.
+        resize: of originals, one of :data:`FILTERS`.
+
+    Raises:
+        ValueError: if a picture has no original, or does not fit.
+    """
+    if lost := [name for name in kept if name not in truth]:
+        raise ValueError(f"images has no original of {lost[0]}: expected one picture of that name")
+    found = Measured()
+    for names in _batches(list(kept), batch):
+        images = [_read(kept[name]) for name in names]
+        originals = [
+            read_resized(truth[name], x.shape[-1], resize)
+            for name, x in zip(names, images, strict=True)
+        ]
+        x, t = (torch.stack(some).to(device) for some in (images, originals))
+        columns, found.missing = metrics_of(x, t)
+        for i, name in enumerate(names):
+            found.rows[name] = {key: value[i].item() for key, value in columns.items()}
+        if network is not None:
+            sets = {"png": x, "jpeg": _jpeg(x), "truth-png": t, "truth-jpeg": _jpeg(t)}
+            for key, pixels in sets.items():
+                with torch.no_grad():
+                    found.moments.setdefault(key, Moments()).add(network(pixels))
+    return found
+
+
+def sets_in(folder: Path) -> dict[str, Path]:
+    """The folders that have pictures, in a folder or itself, by their path from it."""
+    found = {path.parent for path in folder.rglob("*") if path.suffix.lower() in PICTURES}
+    if not found:
+        raise FileNotFoundError(f"{folder} has no pictures: expected what --keep wrote there")
+    return {path.relative_to(folder).as_posix(): path for path in sorted(found)}
+
+
+def write_part(path: Path, part: Measured) -> None:
+    """Keeps a part in one file: its rows as text, and its sums."""
+    tensors = {"none": torch.zeros(1)}
+    for name, m in part.moments.items():
+        count = torch.tensor([m.count])
+        tensors |= {
+            f"{name}.count": count,
+            f"{name}.total": m.total,
+            f"{name}.products": m.products,
+        }
+    text = {"rows": json.dumps(part.rows), "missing": json.dumps(part.missing)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as file:
+        save_file({key: value.contiguous() for key, value in tensors.items()}, file, text)
+
+
+def read_part(path: Path) -> Measured:
+    """What :func:`write_part` kept.
+
+    Raises:
+        ValueError: if it is damaged.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            text = file.metadata()
+            part = Measured(json.loads(text["rows"]), json.loads(text["missing"]))
+            for name in {key.rpartition(".")[0] for key in file.keys()} - {""}:  # noqa: SIM118
+                total, products = (file.get_tensor(f"{name}.{k}") for k in ("total", "products"))
+                count = int(file.get_tensor(f"{name}.count"))
+                part.moments[name] = Moments(count, total, products)
+    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is damaged: remove it and measure again ({error})") from error
+    return part
+
+
+def write_rows(path: Path, sets: Mapping[str, Measured]) -> None:
+    """Writes a row for every picture of every set, and one for its means, as CSV."""
+    derived = ("psnr_of_mse", "fid_png", "fid_jpeg")
+    with replacing(path) as file, file.open("w", newline="", encoding="utf-8") as text:
+        writer = csv.DictWriter(text, ("set", "image", *COLUMNS, *derived), lineterminator="\n")
+        writer.writeheader()
+        for name, found in sets.items():
+            for image, row in found.rows.items():
+                writer.writerow({"set": name, "image": image} | _rounded(row))
+            writer.writerow({"set": name, "image": "mean"} | _rounded(found.means()))
+
+
+def _rounded(row: Mapping[str, float]) -> dict[str, str]:
+    return {key: f"{value:.7g}" for key, value in row.items()}
+
+
+def _batches(names: Sequence[str], batch: int) -> Iterator[Sequence[str]]:
+    if batch < 1:
+        raise ValueError(f"batch is {batch}, expected at least 1")
+    yield from (names[i : i + batch] for i in range(0, len(names), batch))
+
+
+def _read(path: Path) -> Tensor:
+    with Image.open(path) as picture:
+        return torch.from_numpy(np.array(picture.convert("RGB"))).movedim(-1, 0)
+
+
+def _jpeg(images: Tensor) -> Tensor:
+    """Images (B, 3, H, W) uint8 as they come back from JPEG files of Pillow's usual quality, 75."""
+    found = []
+    for image in images.cpu():
+        file = io.BytesIO()
+        Image.fromarray(image.movedim(0, -1).numpy()).save(file, "JPEG")
+        with Image.open(file) as picture:
+            found.append(torch.from_numpy(np.array(picture)).movedim(-1, 0))
+    return torch.stack(found).to(images.device)

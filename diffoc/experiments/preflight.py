@@ -1,0 +1,242 @@
+"""What a day of FFHQ needs and costs, found out before it begins.
+
+Every check returns lines for the reader, and lines for what would fail later. Times are those of a
+few steps on one image here, taken to the full count of evaluations and products.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from diffoc.data.downloads import cache_folder, find, sha256_of
+from diffoc.data.files import replacing
+from diffoc.experiments.cells import Computer, load_once, time_prior, work_of
+from diffoc.experiments.ffhq import TABLES, Line, cells_by_line
+from diffoc.experiments.inaccurate import is_inaccurate
+from diffoc.experiments.records import Cell, as_json
+from diffoc.priors.pretrained import REMOTE
+from diffoc.problems.perceptual import WEIGHTS
+from diffoc.problems.tasks import UnsupportedTask
+
+
+@dataclass
+class Report:
+    """What was found.
+
+    Attributes:
+        lines: for the reader.
+        refused: what would fail later, a line each.
+    """
+
+    lines: list[str] = field(default_factory=list)
+    refused: list[str] = field(default_factory=list)
+
+    def say(self, line: str) -> None:
+        """Adds a line, and shows it at once."""
+        self.lines.append(line)
+        print(line, flush=True)
+
+    def refuse(self, line: str) -> None:
+        """Adds a line of what would fail."""
+        self.refused.append(line)
+        print(f"WOULD FAIL: {line}", flush=True)
+
+
+def check_weights(prior: str, report: Report) -> None:
+    """The prior's file, its SHA-256 against that of its first use, and the metrics' files."""
+    if is_inaccurate(prior):
+        report.say(f"weights: random, {prior!r}: numbers mean nothing, times do")
+    elif prior in REMOTE:
+        try:
+            path = find(REMOTE[prior])
+        except (FileNotFoundError, ValueError) as error:
+            report.refuse(f"weights: {error}")
+        else:
+            found, note = sha256_of(path), cache_folder() / f"{path.name}.sha256"
+            if not note.exists():
+                with replacing(note) as part:
+                    part.write_text(found + "\n")
+            first = note.read_text().strip()
+            report.say(f"weights: {path}, {path.stat().st_size / 1e6:,.0f} MB, sha256 {found}")
+            if found != first:
+                report.refuse(
+                    f"weights: {path} has changed since its first use, sha256 {first[:12]}...: "
+                    f"remove {note} if that is meant"
+                )
+    hub = Path(torch.hub.get_dir()) / "checkpoints"
+    for name, file in WEIGHTS.items():
+        try:
+            report.say(f"metric weights: {name}: {find(file, hub)}")
+        except (FileNotFoundError, ValueError) as error:
+            report.say(f"metric weights: {name}: no column without them: {error}")
+
+
+def check_images(paths: Sequence[Path], side: int, report: Report) -> None:
+    """Sizes and kinds of the pictures."""
+    sizes: Counter[tuple[str, str]] = Counter()
+    for path in paths:
+        try:
+            with Image.open(path) as picture:
+                sizes[path.suffix.lower(), f"{picture.width}x{picture.height}"] += 1
+                if picture.width != picture.height or picture.width < side:
+                    report.refuse(
+                        f"images: {path} is {picture.width}x{picture.height}, expected a square of "
+                        f"at least {side}"
+                    )
+        except OSError as error:
+            report.refuse(f"images: {path} cannot be read: {error}")
+    found = ", ".join(f"{n} {kind} of {size}" for (kind, size), n in sizes.items())
+    report.say(f"images: {len(paths)}: {found}")
+
+
+def time_methods(
+    cells: dict[Cell, Line], compute: Computer, report: Report
+) -> dict[tuple[str, str], float]:
+    """Seconds of one evaluation's worth of work, by row's label and task; one image each.
+
+    A method of T steps runs two of them. What it took, over F and B by the counts of its row, is
+    how much more it takes than the network alone.
+    """
+    first = next(iter(cells))
+    one, product = time_prior(first.prior, 1, first.precision, compute.device)
+    report.say(f"network: an evaluation {one:.3g} s, a product {product:.3g} s, one image")
+    found = {}
+    for cell, line in cells.items():
+        place = f"{line.label}, {cell.task}"
+        try:
+            rows, _ = compute(cell)
+        except UnsupportedTask as error:
+            report.say(f"{place}: a dash: {error}")
+            continue
+        except Exception as error:  # whatever it is, it would fail later
+            report.refuse(f"{place}: {error!r}")
+            continue
+        seconds = float(rows[0]["seconds"])
+        work = float(rows[0]["evaluations"]) * one + float(rows[0]["products"]) * product
+        found[line.label, cell.task] = seconds / work if work else seconds
+        report.say(
+            f"{place}: {seconds:.3g} s, {rows[0]['evaluations']} evaluations, "
+            f"{rows[0]['products']} products"
+            + (f", {seconds / work:.2f} times the network's" if work else "")
+        )
+    return found
+
+
+def seconds_of(
+    cells: dict[Cell, Line], ratios: dict[tuple[str, str], float], times: tuple[float, float]
+) -> float:
+    """Seconds of cells, from the ratios of :func:`time_methods` and of F and B.
+
+    A ratio that was not measured on a cell's row or task is the largest of those that were.
+    """
+    total, usual = 0.0, max(ratios.values(), default=1.0)
+    for cell, line in cells.items():
+        evaluations, products = work_of(cell)
+        ratio = ratios.get((line.label, cell.task), usual)
+        work = evaluations * times[0] + products * times[1]
+        total += ratio * work if work else ratio * len(cell.images)
+    return total
+
+
+def largest_batch(cell: Cell, compute: Computer, names: Sequence[str], report: Report) -> None:
+    """Tries 1, 2, 4, ... images at once, one iteration with the horizon of the row."""
+    if not compute.device.startswith("cuda"):
+        report.say("largest batch: not tried, a CPU's memory is not the limit that counts")
+        return
+    fits, batch = 0, 1
+    while batch <= 256:
+        some = tuple(names[i % len(names)] for i in range(batch))
+        keywords = cell.keywords | {"iterations": 1}
+        try:
+            compute(replace(cell, images=some, settings=as_json(keywords)))
+        except torch.OutOfMemoryError:
+            break
+        except Exception as error:  # it is said, and the rest goes on
+            report.refuse(f"largest batch: {cell.method} with {batch} images: {error!r}")
+            break
+        fits, batch = batch, 2 * batch
+    torch.cuda.empty_cache()
+    report.say(f"largest batch of {cell.method} that fits, T = {cell.keywords['steps']}: {fits}")
+    if not fits:
+        report.refuse(f"largest batch: not one image of {cell.method} fits into the memory")
+
+
+def preflight(
+    prior: str,
+    paths: Sequence[Path],
+    prepared: Path,
+    names: Sequence[str],
+    device: str,
+    precision: str,
+    tasks: Sequence[str] | None = None,
+) -> Report:
+    """Checks all, prints as it goes, and returns the report.
+
+    Args:
+        prior: a name for :func:`diffoc.experiments.cells.load_once`.
+        paths: of the originals.
+        prepared: the folder of at least one picture of the prior's size.
+        names: of the pictures there.
+        device: that computes.
+        precision: "bfloat16" or "float32".
+        tasks: by default those of Table 1.
+    """
+    report = Report()
+    check_weights(prior, report)
+    if report.refused:
+        report.say("the rest needs the weights, or --random-weights")
+        return report
+    shape = load_once(prior, device)[0].image_shape
+    check_images(paths, shape[-1], report)
+    compute = Computer(prepared, device)
+    small = cells_by_line("table1", prior, names[:1], 1, precision, tasks=tasks, smallest=True)
+    ratios = time_methods(small, compute, report)
+    full = cells_by_line("table1", prior, names[:1], 1, precision, tasks=tasks)
+    for cell, line in full.items():
+        if line.label == "Ours (NFE = 2500)":
+            largest_batch(cell, compute, names, report)
+            break
+    times = time_prior(prior, 1, precision, device)
+    every: dict[Cell, Line] = {}
+    for table in TABLES:
+        chosen = None if table not in ("table1", "table3") else tasks
+        cells = cells_by_line(table, prior, ["one"], 1, precision, tasks=chosen)
+        report.say(f"{table}: {_cost(cells, ratios, times, len(paths), shape, device)}")
+        every |= {cell: every.get(cell, line) for cell, line in cells.items()}
+    report.say(
+        "all tables, which share rows: " + _cost(every, ratios, times, len(paths), shape, device)
+    )
+    size = _gigabytes(every, len(paths), shape)
+    free = shutil.disk_usage(prepared).free / 1e9
+    if free < size:
+        report.refuse(f"disk: {free:.3g} GB are free at {prepared}, {size:.3g} are needed")
+    return report
+
+
+def _cost(
+    cells: dict[Cell, Line],
+    ratios: dict[tuple[str, str], float],
+    times: tuple[float, float],
+    images: int,
+    shape: Sequence[int],
+    device: str,
+) -> str:
+    """Hours and disk, for all images and for 100."""
+    hours = seconds_of(cells, ratios, times) / 3600
+    unit = "GPU-hours" if device.startswith("cuda") else "hours of this CPU"
+    size = _gigabytes(cells, images, shape)
+    return (
+        f"{images} images {hours * images:.3g} {unit}, {size:.2g} GB at most; "
+        f"100 images {hours * 100:.3g} {unit}"
+    )
+
+
+def _gigabytes(cells: dict[Cell, Line], images: int, shape: Sequence[int]) -> float:
+    return len(cells) * images * torch.Size(shape).numel() / 1e9

@@ -1,0 +1,157 @@
+"""The chain of the FFHQ tables from pictures to a table beside the paper's, rehearsed."""
+
+import csv
+
+import pytest
+import torch
+from PIL import Image
+
+from diffoc.commands.main import main
+from diffoc.data.pictures import picture_size
+from diffoc.experiments import ffhq, preflight
+from diffoc.experiments.ffhq import beside_the_paper, cells_by_line, lines, paper_numbers
+from diffoc.experiments.methods import METHODS
+from diffoc.experiments.preflight import Report, check_images, check_weights, seconds_of
+from diffoc.priors.pretrained import REMOTE
+
+SMALL = "random ffhq256/32/64"
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """A table of two methods, one of ours and one of others."""
+    kept = [line for line in lines("table3") if line.label.startswith(("Ours", "DDRM"))]
+    monkeypatch.setattr(ffhq, "lines", lambda table: kept)
+
+
+@pytest.mark.parametrize("table", ffhq.TABLES)
+def test_rows_of_a_table_are_the_paper_s(table):
+    own = {line.label for line in lines(table) if line.paper}
+    assert own == set(paper_numbers(table))
+    assert {line.method for line in lines(table)} <= {"", *METHODS}
+
+
+@pytest.mark.parametrize("table", ffhq.TABLES)
+def test_every_cell_is_one_row_s_in_full_and_in_a_rehearsal(table):
+    counts = []
+    for smallest in (False, True):
+        cells = cells_by_line(table, SMALL, ["a"], 1, "float32", smallest=smallest)
+        places = [(line.label, cell.task) for cell, line in cells.items()]
+        assert len(set(places)) == len(places)
+        counts.append(len(places))
+    runnable = sum(bool(line.method) for line in lines(table))
+    assert counts == [runnable * len(ffhq.tasks_of(table))] * 2
+
+
+def test_tables_share_their_rows():
+    one, three = (set(cells_by_line(t, SMALL, ["a"], 1, "float32")) for t in ("table1", "table3"))
+    assert three < one
+
+
+def test_guidance_of_dps_is_that_of_its_authors():
+    for task, value in (("super_resolution", 0.3), ("box_inpainting", 0.5)):
+        assert ffhq.published("dps", task)[0] == {"guidance": value}
+
+
+def test_a_table_has_ours_the_paper_s_and_the_difference():
+    found = {("Ours (T = 50)", "super_resolution"): {"psnr": 26.45, "mse_255": 147.0}}
+    text = beside_the_paper("table3", found, 3)
+    assert "| Ours (T = 50) | 26.45 (27.45) -1 | - (31.84) |" in text
+    assert "147 (117) +30" in text
+
+
+def test_the_chain_and_its_resumption(few, tmp_path, capsys):
+    command = ["ffhq", "table3", "--rehearse", "--prior", "ffhq256/32/64", "--first", "2"]
+    command += ["--tasks", "gaussian_blur", "--out", str(tmp_path)]
+    assert main(command) == 0
+    text = (tmp_path / "table3.md").read_text()
+    assert text.startswith("A REHEARSAL")
+    with (tmp_path / "table3.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["image"] for row in rows] == ["00000", "00001", "mean"] * 2
+    mean = sum(float(row["psnr"]) for row in rows[:2]) / 2
+    assert float(rows[2]["psnr"]) == pytest.approx(mean, rel=1e-5)
+    assert picture_size(tmp_path / "table3-gaussian_blur.png") == (3 * 128, 2 * 128)
+    before = (tmp_path / "records.csv").read_bytes()
+    capsys.readouterr()
+    assert main(command) == 0
+    assert (tmp_path / "records.csv").read_bytes() == before
+    assert "no lpips_alex" in capsys.readouterr().out
+
+
+def test_preflight_refuses_what_would_fail(few, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("DIFFOC_CACHE", str(tmp_path / "cache"))
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    Image.new("RGB", (256, 256)).save(pictures / "a.png")
+    command = ["preflight", "--images", str(pictures), "--out", str(tmp_path / "out")]
+    tiny = [*command, "--prior", "ffhq256/32/64", "--random-weights", "--tasks", "gaussian_blur"]
+    assert main(tiny) == 0
+    said = capsys.readouterr().out
+    assert "images: 1: 1 .png of 256x256" in said
+    assert "hours of this CPU" in said
+
+    class Broken(preflight.Computer):
+        def __call__(self, cell):
+            raise RuntimeError("broken")
+
+    monkeypatch.setattr(preflight, "Computer", Broken)
+    assert main(tiny) == 1
+    said = capsys.readouterr().out
+    assert "WOULD FAIL: Ours (T = 50), gaussian_blur: RuntimeError('broken')" in said
+    assert main(command) == 1  # without weights
+    assert "ffhq_10m.pt is missing" in capsys.readouterr().out
+
+
+def test_weights_are_compared_with_those_of_the_first_use(tmp_path, monkeypatch):
+    monkeypatch.setenv("DIFFOC_CACHE", str(tmp_path))
+    report = Report()
+    check_weights("ffhq256", report)
+    assert str(tmp_path) in report.refused[0]
+    path = tmp_path / REMOTE["ffhq256"].name
+    for content, refused in ((b"one", 0), (b"one", 0), (b"two", 1)):
+        path.write_bytes(content)
+        check_weights("ffhq256", report := Report())
+        assert len(report.refused) == refused
+
+
+def test_pictures_that_do_not_fit_are_refused_one_line_each(tmp_path):
+    for name, size in (("a", (64, 64)), ("b", (64, 80)), ("c", (32, 32))):
+        Image.new("RGB", size).save(tmp_path / f"{name}.png")
+    (tmp_path / "d.png").write_bytes(b"no picture")
+    report = Report()
+    check_images(sorted(tmp_path.iterdir()), 64, report)
+    assert ["b.png" in report.refused[0], "c.png" in report.refused[1]] == [True, True]
+    assert len(report.refused) == 3
+
+
+def test_hours_follow_the_counts():
+    cells = cells_by_line("table1", SMALL, ["a"], 1, "float32", tasks=["super_resolution"])
+    cells = {cell: line for cell, line in cells.items() if line.method == "dps"}
+    found = seconds_of(cells, {("DPS (NFE = 1000)", "super_resolution"): 1.5}, (0.1, 0.2))
+    assert found == pytest.approx(1.5 * 1000 * 0.3)
+
+
+def test_originals_in_many_formats_become_one_folder(few, tmp_path):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    picture = Image.fromarray(
+        (255 * torch.rand(128, 128, 3, generator=torch.Generator().manual_seed(0))).byte().numpy()
+    )
+    picture.save(tmp_path / "a" / "00001.jpg")
+    picture.save(tmp_path / "a" / "b" / "00000.png")
+    command = [
+        "ffhq",
+        "table3",
+        "--rehearse",
+        "--prior",
+        "ffhq256/32/64",
+        "--images",
+        str(tmp_path),
+    ]
+    command += ["--tasks", "gaussian_blur", "--out", str(tmp_path / "out"), "--shard", "1/2"]
+    assert main(command) == 0
+    (folder,) = (tmp_path / "out").glob("originals-*")
+    assert sorted(path.name for path in folder.iterdir()) == ["00000.png", "00001.png"]
+    expected = picture.resize((64, 64), Image.Resampling.LANCZOS)
+    with Image.open(folder / "00000.png") as found:
+        assert found.tobytes() == expected.tobytes()
