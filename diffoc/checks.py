@@ -1,8 +1,12 @@
-"""What doors ask of their arguments, and how networks are used behind them."""
+"""What doors ask of their arguments, and how networks are used behind them.
+
+Every error names the argument, and says what is expected of it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -11,10 +15,6 @@ from torch import Tensor, nn
 
 def check_tensor(name: str, x: Tensor) -> None:
     """Raises unless a tensor has numbers, all of them finite.
-
-    Args:
-        name: of the argument.
-        x: the argument.
 
     Raises:
         TypeError: if it is no tensor.
@@ -55,6 +55,34 @@ def check_shape(shape: Sequence[int], letters: str) -> None:
     if len(shape) != len(letters) or min(shape) < 1:
         expected = ", ".join(letters)
         raise ValueError(f"shape is {tuple(shape)}, expected ({expected}) of 1 or more each")
+
+
+def check_size(expected: Sequence[int], **tensors: Tensor) -> None:
+    """Raises a ValueError unless tensors have the expected shape."""
+    for name, x in tensors.items():
+        if tuple(x.shape) != tuple(expected):
+            raise ValueError(f"{name} has shape {tuple(x.shape)}, expected {tuple(expected)}")
+
+
+def check_above(low: float, **numbers: float) -> None:
+    """Raises a ValueError unless numbers are finite and above `low`."""
+    for name, value in numbers.items():
+        if not low < value < math.inf:
+            raise ValueError(f"{name} is {value}, expected finite and above {low}")
+
+
+def check_at_least(low: float, **numbers: float) -> None:
+    """Raises a ValueError unless numbers are finite and not below `low`."""
+    for name, value in numbers.items():
+        if not low <= value < math.inf:
+            raise ValueError(f"{name} is {value}, expected finite and at least {low}")
+
+
+def check_member(members: Iterable[str], **names: str) -> None:
+    """Raises a ValueError unless names are among `members`."""
+    for name, value in names.items():
+        if value not in members:
+            raise ValueError(f"{name} is {value!r}, expected one of {', '.join(members)}")
 
 
 @contextmanager

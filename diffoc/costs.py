@@ -7,24 +7,21 @@ another.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from diffoc.checks import check_tensor, evaluating
+from diffoc.checks import check_above, check_tensor, evaluating
 
 
 @dataclass(frozen=True)
 class GaussianLikelihood:
     r"""The terminal cost :math:`-\log p(y \mid x_0) = \|A(x_0) - y\|^2 / (2 s^2)` + const, Eq. 27.
 
-    Attributes:
-        operator: A, a differentiable callable from (B, ...) to (B, ...).
-        y: the measurements, shape (B, ...), or (1, ...) for one that all problems share.
-        noise_std: s > 0.
+    The operator A is any differentiable callable from images (B, ...) to measurements; y is
+    (B, ...), or (1, ...) for one that all problems share; s > 0 is the noise's standard deviation.
     """
 
     operator: Callable[[Tensor], Tensor]
@@ -33,11 +30,10 @@ class GaussianLikelihood:
 
     def __post_init__(self) -> None:
         check_tensor("y", self.y)
-        if not 0 < self.noise_std < math.inf:
-            raise ValueError(f"noise_std is {self.noise_std}, expected finite and above 0")
+        check_above(0, noise_std=self.noise_std)
 
     def whitened_residual(self, x: Tensor) -> Tensor:
-        """The residual in units of the noise, (A(x_0) - y) / s; half of its square is the cost."""
+        """Returns (A(x_0) - y) / s; half of its square is the cost."""
         with evaluating(self.operator):
             return residual_of(self.operator(x), self.y) / self.noise_std
 
@@ -49,9 +45,8 @@ class GaussianLikelihood:
 class ClassLikelihood:
     r"""The terminal cost :math:`-\log p(c \mid x_0)` of a classifier, Section 6.
 
-    Attributes:
-        classifier: a twice differentiable callable from images (B, ...) to logits (B, classes).
-        labels: c, (B,) int64, or (1,) for one that all problems share.
+    The classifier is a twice differentiable callable from images (B, ...) to logits (B, classes);
+    the labels c are (B,) int64, or (1,) for one that all problems share.
     """
 
     classifier: Callable[[Tensor], Tensor]
@@ -69,10 +64,10 @@ class ClassLikelihood:
     def __call__(self, x: Tensor) -> Tensor:
         with evaluating(self.classifier):
             logits = self.classifier(x)
-        if self.labels.max() >= logits.shape[1]:
+        largest = self.labels.max()
+        if largest >= logits.shape[1]:
             raise ValueError(
-                f"labels go up to {self.labels.max()}, but the classifier has {logits.shape[1]} "
-                "classes"
+                f"labels go up to {largest}, but the classifier has {logits.shape[1]} classes"
             )
         if len(self.labels) not in (1, len(x)):
             raise ValueError(f"labels are {len(self.labels)}, expected 1 or {len(x)}")
@@ -84,9 +79,8 @@ class ClassLikelihood:
 class ControlCost:
     r"""The running cost :math:`\frac{1}{2} r_i \|u_i\|^2`.
 
-    Attributes:
-        weights: r, one number for all steps or one per step, shape (T,), not negative. Zero is
-            the paper's choice (Eq. 28), which leaves the controls to the regularisation.
+    The weights r are one number for all steps, or one per step, (T,); they are not negative. Zero
+    is the paper's choice (Eq. 28), which leaves the controls to the regularisation.
     """
 
     weights: float | Tensor
@@ -98,20 +92,18 @@ class ControlCost:
             raise ValueError("weights must be a number or of shape (T,), and not negative")
 
     def weight(self, i: int) -> float:
-        """r of step i."""
-        r = self.weights
-        if isinstance(r, Tensor) and r.ndim == 1:
-            if i >= len(r):
-                raise ValueError(f"weights has {len(r)} steps, but there is a step {i}")
-            return r[i].item()
-        return float(r)
+        """Returns r of step i."""
+        r = torch.as_tensor(self.weights, dtype=torch.float64)
+        if r.ndim and i >= len(r):
+            raise ValueError(f"weights has {len(r)} steps, but there is a step {i}")
+        return (r[i] if r.ndim else r).item()
 
     def __call__(self, i: int, x: Tensor, u: Tensor) -> Tensor:
         return 0.5 * self.weight(i) * u.flatten(1).square().sum(dim=1)
 
 
 def residual_of(predicted: Tensor, y: Tensor) -> Tensor:
-    """What A(x_0) is off by; broadcast shapes would compare each number with many."""
+    """Returns A(x_0) - y; a ValueError refuses shapes that would compare each number with many."""
     shared = y.ndim > 0 and len(y) in (1, len(predicted))
     if not shared or predicted.shape[1:] != y.shape[1:] or predicted.device != y.device:
         raise ValueError(

@@ -17,13 +17,12 @@ the worst image of a batch, which couples its images.
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from diffoc.checks import check_tensor, evaluating
+from diffoc.checks import check_above, check_size, check_tensor, evaluating
 from diffoc.process import ReverseProcess
 
 if TYPE_CHECKING:
@@ -37,23 +36,14 @@ PIXEL_VARIANCE = 0.25
 def greedy_controls(
     process: ReverseProcess, physics: LinearPhysics, y: Tensor, x: Tensor, noise_std: float
 ) -> Tensor:
-    """The controls (T, B, ...) of a process in input mode; T evaluations, and no product.
+    """Returns the controls (T, B, ...) of a process in input mode; T evaluations, and no product.
 
-    The last correction would act on the image itself, which no control of this mode does.
-
-    Args:
-        process: in input mode, with a prior of images.
-        physics: linear, `A` and `A_adjoint`.
-        y: measurements, (B, ...).
-        x: initial states, (B, ...).
-        noise_std: s, above 0.
-
-    Raises:
-        ValueError: if `noise_std` is not above 0, `y` or `x` is of another shape or not finite, or
-            the process is in output mode.
+    The physics is linear and has `A` and `A_adjoint`; measurements y and initial states x are
+    (B, ...). The last correction would act on the image itself, which no control of this mode does.
+    A ValueError refuses a `noise_std` that is not above 0, `y` or `x` of another shape or not
+    finite, and a process in output mode.
     """
-    if not 0 < noise_std < math.inf:
-        raise ValueError(f"noise_std is {noise_std}, expected finite and above 0")
+    check_above(0, noise_std=noise_std)
     if process.mode != "input":
         raise ValueError(f"process is in {process.mode} mode, expected input")
     check_tensor("x", x)
@@ -62,8 +52,7 @@ def greedy_controls(
         expected = physics.A(x).shape
     except (RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"x has shape {tuple(x.shape)}, which physics cannot take") from error
-    if y.shape != expected:
-        raise ValueError(f"y has shape {tuple(y.shape)}, expected {tuple(expected)}")
+    check_size(expected, y=y)
     controls, u = [], torch.zeros_like(x)
     for i in range(process.horizon):
         controls.append(u)
@@ -82,17 +71,11 @@ def greedy_controls(
 def correction(
     physics: LinearPhysics, y: Tensor, x: Tensor, ratio: float, trials: int = 50, tol: float = 1e-3
 ) -> Tensor:
-    r"""The d that minimises :math:`r \|A (x + d) - y\|^2 + \|d\|^2`, by conjugate gradients.
+    r"""Returns the d that minimises :math:`r \|A (x + d) - y\|^2 + \|d\|^2`, r >= 0.
 
+    Measurements y and images x are (B, ...). There are at most `trials` iterations of conjugate
+    gradients, fewer where the normal equations' residual is `tol` times what it was at the start.
     No image of a batch decides when another is done.
-
-    Args:
-        physics: linear, `A` and `A_adjoint`.
-        y: measurements, (B, ...).
-        x: images, (B, ...).
-        ratio: r, not negative.
-        trials: iterations, at most.
-        tol: of the normal equations' residual, relative to its start.
     """
     # In measurement space, (I + r A A^T) w = y - A x and d = r A^T w: never larger than the image.
     residual = y - physics.A(x)

@@ -2,8 +2,7 @@ r"""The terminal Hessian by products: its low-rank approximation, and the produc
 
 Nothing here forms the Hessian. A batch of square matrices (B, n, n) is a function that maps vectors
 (B, n, c) to products (B, n, c). The approximations are those of Halko, Martinsson & Tropp 2011
-(doi:10.1137/090771806); each needs `rank + oversampling` random directions, and its cost is counted
-in products with one column.
+(doi:10.1137/090771806), from `rank + oversampling` random directions.
 
 For a cost :math:`\frac12 \|z(x)\|^2` with the Jacobian J of z, the full Hessian and its
 Gauss-Newton part are
@@ -28,52 +27,44 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from diffoc.checks import check_member
+
 Product = Callable[[Tensor], Tensor]
 
 
-def range_finder(product: Product, directions: Tensor, power: int = 0) -> Tensor:
-    """Orthonormal columns whose span nearly contains the range of a matrix, (B, n, c).
+def check_rank(x: Tensor, rank: int | None) -> int:
+    """Returns the rank; a ValueError refuses one that no Hessian at states (B, ...) can have."""
+    n = x[0].numel()
+    if rank is None or not 0 <= rank <= n:
+        raise ValueError(f"rank is {rank}, expected 0 to {n}")
+    return rank
 
-    Algorithm 4.1, or 4.4 with `power` iterations for a symmetric matrix.
 
-    Args:
-        product: with the matrix.
-        directions: standard normal, (B, n, c), c at most n.
-        power: each iteration takes c products more.
+def range_finder(product: Product, directions: Tensor) -> Tensor:
+    """Returns orthonormal columns whose span nearly contains a matrix's range, Algorithm 4.1.
+
+    The directions are standard normal, (B, n, c), c at most n; so is the result's shape.
     """
-    Q = torch.linalg.qr(product(directions)).Q
-    for _ in range(power):
-        Q = torch.linalg.qr(product(Q)).Q
-    return Q
+    return torch.linalg.qr(product(directions)).Q
 
 
-def symmetric_eigen(
-    product: Product, directions: Tensor, rank: int, power: int = 0
-) -> tuple[Tensor, Tensor]:
-    """Approximate eigenvectors (B, n, rank) and eigenvalues (B, rank), largest in magnitude first.
+def symmetric_eigen(product: Product, directions: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Returns approximate eigenvectors (B, n, rank) and eigenvalues (B, rank), largest first.
 
-    Algorithm 5.3: the matrix is compressed to its approximate range; (2 + power) c products.
-
-    Args:
-        product: with the symmetric matrix.
-        directions: standard normal, (B, n, c), c at least `rank`.
-        rank: how many to keep.
-        power: of :func:`range_finder`.
+    Largest means in magnitude. The symmetric matrix is compressed to its approximate range,
+    Algorithm 5.3, which takes 2 c products for standard normal directions (B, n, c), c >= `rank`.
     """
-    Q = range_finder(product, directions, power)
+    Q = range_finder(product, directions)
     small = Q.mT @ product(Q)
     values, vectors = torch.linalg.eigh((small + small.mT) / 2)
     return _largest(Q @ vectors, values, directions, rank)
 
 
 def nystrom(product: Product, directions: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    r"""As :func:`symmetric_eigen`, of a positive semidefinite matrix, in c products.
+    r"""Does as :func:`symmetric_eigen` for a positive semidefinite matrix, in c products.
 
     The matrix is approximated by :math:`Y (\Omega^T Y)^+ Y^T`, :math:`Y = H \Omega`, after a shift
     that keeps the core positive definite in floating point, which is taken back at the end.
-
-    Args:
-        product, directions, rank: as for :func:`symmetric_eigen`.
 
     Source: Halko et al., Algorithm 5.5; the shift is of Tropp, Yurtsever, Udell & Cevher 2017
     (arXiv:1706.05736), Algorithm 3.
@@ -136,19 +127,13 @@ def _largest(
 
 
 def range_error_bound(next_singular_value: float, n: int, rank: int, oversampling: int) -> float:
-    r"""The bound of Theorem 1.1 on the mean spectral error of :func:`range_finder`.
+    r"""Returns the bound of Theorem 1.1 on the mean spectral error of :func:`range_finder`.
 
     .. math:: E\|A - Q Q^T A\| \le
         \Big(1 + \frac{4 \sqrt{k + p}}{p - 1} \sqrt{n}\Big) \sigma_{k + 1}
 
-    Args:
-        next_singular_value: :math:`\sigma_{k+1}` of the (n, n) matrix.
-        n: its size.
-        rank: k, at least 2.
-        oversampling: p, at least 2, with k + p at most n.
-
-    Raises:
-        ValueError: outside those ranges.
+    The matrix is (n, n) with the singular value :math:`\sigma_{k+1}` next to those of the rank k.
+    A ValueError refuses k and p below 2, and k + p above n.
     """
     if rank < 2 or oversampling < 2 or rank + oversampling > n:
         raise ValueError(
@@ -165,27 +150,15 @@ HESSIANS = ("full", "gauss_newton")
 def terminal_products(
     cost: Callable[[Tensor], Tensor], x: Tensor, hessian: str = "full"
 ) -> tuple[Tensor, Product]:
-    """The gradient of a terminal cost, and the function that multiplies by its Hessian.
+    """Returns a terminal cost's gradient (B, n), and the function that multiplies by its Hessian.
 
-    A product takes one backward pass through the gradient ("full"), or one through the residual
-    for J v, by differentiating its transpose, and one for J^T ("gauss_newton").
-
-    Args:
-        cost: maps states (B, ...) to (B,), twice differentiable; for "gauss_newton" it needs a
-            method `whitened_residual`, from states to z (B, ...), half of whose square is the
-            cost, as :class:`diffoc.costs.GaussianLikelihood` has.
-        x: states, (B, ...), with n numbers each.
-        hessian: a member of :data:`HESSIANS`.
-
-    Returns:
-        The gradient, (B, n), and the product.
-
-    Raises:
-        ValueError: if `hessian` is unknown, or "gauss_newton" of a cost without
-            `whitened_residual`.
+    The cost maps states x (B, ...) to (B,) and is twice differentiable. A product takes one
+    backward pass through the gradient ("full"), or one through the residual for J v, by
+    differentiating its transpose, and one for J^T ("gauss_newton"). The latter needs a cost with a
+    method `whitened_residual`, from states to z (B, ...), as
+    :class:`diffoc.costs.GaussianLikelihood` has; a ValueError refuses others.
     """
-    if hessian not in HESSIANS:
-        raise ValueError(f"hessian is {hessian!r}, expected one of {', '.join(HESSIANS)}")
+    check_member(HESSIANS, hessian=hessian)
     x = x.detach().requires_grad_()
     if hessian == "gauss_newton":
         return _gauss_newton(cost, x)
@@ -221,12 +194,12 @@ def _gauss_newton(cost: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, 
 
 
 def _rows(X: Tensor, x: Tensor) -> Tensor:
-    """Vectors (B, n, c) as (c, B, ...), in the shape of x."""
+    """Returns vectors (B, n, c) as (c, B, ...), in the shape of x."""
     return X.movedim(-1, 0).reshape(-1, *x.shape)
 
 
 def _columns(output: Tensor, x: Tensor, cotangents: Tensor) -> Tensor:
-    """Transposed Jacobian times cotangents (c, B, ...), in one backward pass, (B, n, c)."""
+    """Returns J^T times cotangents (c, B, ...), in one backward pass, (B, n, c)."""
     (grads,) = torch.autograd.grad(
         output, x, cotangents, is_grads_batched=True, retain_graph=True, materialize_grads=True
     )

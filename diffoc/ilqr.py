@@ -9,11 +9,9 @@ An iteration expands it around the nominal trajectory, sweeps backward for the g
 
 .. math:: u_i^* = u_i + \epsilon k_i + K_i (x_i^* - x_i) , \quad x_{i+1}^* = f(i, x_i^*, u_i^*) .
 
-The loop knows neither how derivatives are represented, as dense matrices
-(:class:`diffoc.riccati.Dense`), by products only (:class:`diffoc.lowrank.MatrixFree`) or by the
-paper's projections (:class:`diffoc.theory.projected.Projected`), nor which rule
-(:mod:`diffoc.rules`) or damping (:mod:`diffoc.damping`) is used. Each problem of a batch is
-searched, damped, counted and stopped on its own.
+The loop knows neither how derivatives are represented (:class:`diffoc.system.Derivatives`) nor
+which rule or damping (:mod:`diffoc.rules`) is used. Each problem of a batch is searched, damped,
+counted and stopped on its own.
 """
 
 from __future__ import annotations
@@ -25,13 +23,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffoc.checks import check_alike, check_tensor
-from diffoc.damping import Constant, Damping, Tikhonov
-from diffoc.result import DivergenceError, History, Result
-from diffoc.riccati import VALUE_UPDATES, Dense, SingularControlHessianError
-from diffoc.rules import Direction, LineSearch, Rule
+from diffoc.checks import check_alike, check_at_least, check_tensor
+from diffoc.riccati import Dense, SingularControlHessianError
+from diffoc.rules import Damping, Direction, LineSearch, Rule, Tikhonov
 from diffoc.system import (
     ControlProblem,
+    Counts,
     Derivatives,
     StepGains,
     Trajectory,
@@ -40,7 +37,85 @@ from diffoc.system import (
     roll_out,
 )
 
-SCHEDULE = Tikhonov()
+
+class DivergenceError(RuntimeError):
+    """A trajectory left the finite numbers; `result` has the best one before."""
+
+    def __init__(self, message: str, result: Result) -> None:
+        super().__init__(message)
+        self.result = result
+
+
+@dataclass(frozen=True)
+class History:
+    """One row per iteration, one column per problem: lists of (B,) tensors of equal length.
+
+    Attributes:
+        cost: J before the iteration.
+        terminal: the terminal cost's part of it.
+        gradient: the largest absolute derivative of J in a control, before the iteration; NaN
+            with projections, which do not know it.
+        expected: the decrease expected of a full step.
+        regularization: the largest constant of the gains.
+        step: the step taken, 0 where none was (converged, or refused).
+    """
+
+    cost: list[Tensor] = field(default_factory=list)
+    terminal: list[Tensor] = field(default_factory=list)
+    gradient: list[Tensor] = field(default_factory=list)
+    expected: list[Tensor] = field(default_factory=list)
+    regularization: list[Tensor] = field(default_factory=list)
+    step: list[Tensor] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What the controller found, and how it got there.
+
+    Attributes:
+        states: the trajectory, (T + 1, B, ...).
+        controls: (T, B, ...).
+        cost: J, (B,).
+        gains: of the batch's last backward sweep, around the trajectories before the last step.
+        status: of each problem "gradient" or "cost" (converged by that test), "stalled" (no
+            descent at the largest regularization), "stopped" (by `stop` or `callback`), "budget"
+            (another iteration would exceed it) or "iterations" (by their number).
+        history: of the iterations.
+        evaluations: of the dynamics, by problem, (B,) int64.
+        products: vector-Jacobian products of the dynamics, likewise.
+        tangents: Jacobian-vector products of the dynamics, likewise.
+        residual_over_noise: the root mean square of the residual over the noise's, (B,), where
+            :func:`diffoc.reconstruct` was called; else None.
+    """
+
+    states: Tensor
+    controls: Tensor
+    cost: Tensor
+    gains: list[StepGains]
+    status: list[str]
+    history: History
+    evaluations: Tensor
+    products: Tensor
+    tangents: Tensor
+    residual_over_noise: Tensor | None = None
+
+    @property
+    def x0(self) -> Tensor:
+        """The final states, which are a process's images, (B, ...)."""
+        return self.states[-1]
+
+    @property
+    def costs(self) -> Tensor:
+        """The total costs before every iteration, (iterations, B)."""
+        return self._rows(self.history.cost)
+
+    @property
+    def terminal_costs(self) -> Tensor:
+        """The terminal cost's part of `costs`, (iterations, B)."""
+        return self._rows(self.history.terminal)
+
+    def _rows(self, rows: list[Tensor]) -> Tensor:
+        return torch.stack(rows) if rows else self.cost.new_zeros(0, len(self.cost))
 
 
 @dataclass(frozen=True)
@@ -49,10 +124,8 @@ class Method:
 
     derivatives: Derivatives
     regularization: Damping
-    value_update: str
     rank: int | None
     rule: Rule
-    feedback: bool
     iterations: int
     gradient_tolerance: float
     budget: int | None
@@ -65,20 +138,17 @@ class State:
     """Where a run is.
 
     Attributes:
-        nominal: the trajectory.
-        cost, terminal: its total cost and the terminal cost's part, (B,).
+        nominal: the trajectory; `cost` is its total cost, `terminal` that at its end, (B,).
         a, delta: Tikhonov's constants, (T, B), and the factor of their next change, (B,).
-        memory: of the rule.
-        work: done so far, of each kind, by problem, (B,) int64.
-        active: the problems that go on, (B,) bool.
-        status: see :class:`Result`.
+        memory: what the rule remembers.
         best: the cheapest iterate's controls and cost, for a rule that keeps it.
-        value, expansions: of the trajectory; the second is empty where it is not known, or not
-            needed any more.
-        gradients: of the total cost in the controls of every step, (B, m) each.
-        gradient: the largest absolute number of those, (B,).
-        gains: of the last backward sweep.
-        history: of the iterations.
+        active: the problems that go on, (B,) bool; `status` says why the others ended.
+        work: what each problem has spent so far, by the names of :class:`diffoc.system.Counts`.
+        value, expansions: those of the trajectory; the second is empty where they are not known, or
+            not needed any more.
+        gradients: the total cost's, in the controls of every step, (B, m) each; `gradient` is the
+            largest absolute number of those, (B,).
+        gains: those of the last backward sweep.
     """
 
     nominal: Trajectory
@@ -87,11 +157,11 @@ class State:
     a: Tensor
     delta: Tensor
     memory: Any
-    work: dict[str, Tensor]
+    best: tuple[list[Tensor], Tensor]
     active: Tensor
     status: list[str]
-    best: tuple[list[Tensor], Tensor]
     gradient: Tensor
+    work: dict[str, Tensor] = field(default_factory=dict)
     value: Any = None
     expansions: list[Any] = field(default_factory=list)
     gradients: list[Tensor] = field(default_factory=list)
@@ -104,6 +174,17 @@ class State:
             self.status[b] = reason
         self.active = self.active & ~done
 
+    def charge(self, derivatives: Derivatives, who: Tensor) -> None:
+        """Adds the work since the last charge to the account of the problems that asked for it."""
+        for kind, count in vars(derivatives.counts).items():
+            self.work[kind] = self.work.get(kind, 0) + who * count
+            setattr(derivatives.counts, kind, 0)
+
+    def damp(self, who: Tensor, change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> None:
+        """Lets some problems' constants grow or shrink."""
+        a, delta = change(self.a, self.delta)
+        self.a, self.delta = torch.where(who, a, self.a), torch.where(who, delta, self.delta)
+
 
 @torch.no_grad()
 def ilqr(
@@ -112,11 +193,9 @@ def ilqr(
     controls: Tensor | None = None,
     *,
     derivatives: Derivatives = Dense(),
-    regularization: Damping | float | Tensor = SCHEDULE,
-    value_update: str = "full",
+    regularization: Damping | float | Tensor = Tikhonov(),
     rank: int | None = None,
     rule: Rule = LineSearch(),
-    feedback: bool = True,
     iterations: int = 100,
     gradient_tolerance: float = 1e-8,
     budget: int | None = None,
@@ -128,18 +207,19 @@ def ilqr(
     A problem is converged when no derivative of J in a control exceeds `gradient_tolerance`, or
     when the expected decrease is below the rounding of J. Its trajectory is kept from then on.
 
+    >>> problem = ControlProblem(process.step, ControlCost(1.0), likelihood, process.horizon)
+    >>> result = ilqr(problem, x)
+
     Args:
         problem: the system and its costs.
         x: initial states, (B, ...), float32 or float64.
         controls: the initial guess, (T, B, ...); zeros of the states' shape by default.
         derivatives: dense matrices, or products only for large states
             (:class:`diffoc.lowrank.MatrixFree`), or projections.
-        regularization: a :class:`diffoc.damping.Tikhonov` schedule, or a constant: a number, or
+        regularization: a :class:`diffoc.rules.Tikhonov` schedule, or a constant: a number, or
             one per step, (T,).
-        value_update: "full", or "paper" for Eqs. 48 and 49.
         rank: truncates the terminal Hessian, see :func:`diffoc.riccati.terminal_value`.
         rule: a line search, Adam, L-BFGS, or :class:`diffoc.rules.FullStep`.
-        feedback: whether to use the feedback gains K.
         iterations: at most so many, at least 0.
         gradient_tolerance: not negative; zero for no such test, which saves the memory of the
             gains while those of the next iteration are computed.
@@ -161,14 +241,12 @@ def ilqr(
     if controls is None:
         controls = x.new_zeros(()).expand(problem.horizon, *x.shape)  # takes no memory
     if not isinstance(regularization, Damping):
-        regularization = Constant(regularization)
+        regularization = Damping(regularization)
     method = Method(
-        derivatives.fresh(),
+        replace(derivatives, counts=Counts()),
         regularization,
-        value_update,
         rank,
         rule,
-        feedback,
         iterations,
         gradient_tolerance,
         budget,
@@ -189,37 +267,26 @@ def ilqr(
 
 
 def init(problem: ControlProblem, x: Tensor, controls: Tensor, method: Method) -> State:
-    """The state of a run before its first iteration."""
-    batch, T = len(x), problem.horizon
-    memory = method.rule.start(T, method.iterations)
-    a, delta = method.regularization.start(T, x)
+    """Returns the state of a run before its first iteration."""
+    memory = method.rule.start(problem.horizon)
+    a, delta = method.regularization.start(problem.horizon, x)
     nominal = roll_out(problem, x, controls, method.derivatives)
     running, terminal = problem.parts(nominal.x, nominal.u)
     cost = running + terminal
-    if terminal.shape != (batch,):
+    if terminal.shape != (len(x),):
         raise ValueError(
-            f"the terminal cost has shape {tuple(terminal.shape)}, expected ({batch},)"
+            f"the terminal cost has shape {tuple(terminal.shape)}, expected ({len(x)},)"
         )
     if not cost.isfinite().all():
         raise ValueError(
             "controls lead to a trajectory whose cost is not finite: lower them, or see whether "
             "the terminal cost is finite at all"
         )
-    none = torch.zeros(batch, dtype=torch.int64, device=x.device)
-    state = State(
-        nominal,
-        cost,
-        terminal,
-        a,
-        delta,
-        memory,
-        dict.fromkeys(("evaluations", "products", "tangents"), none),
-        torch.ones(batch, dtype=torch.bool, device=x.device),
-        ["iterations"] * batch,
-        (nominal.u, cost),
-        torch.full_like(cost, torch.nan),
-    )
-    _charge(state, method, state.active)
+    active = torch.ones(len(x), dtype=torch.bool, device=x.device)
+    best, status = (nominal.u, cost), ["iterations"] * len(x)
+    unknown = torch.full_like(cost, torch.nan)
+    state = State(nominal, cost, terminal, a, delta, memory, best, active, status, unknown)
+    state.charge(method.derivatives, active)
     return state
 
 
@@ -245,7 +312,7 @@ def expand(problem: ControlProblem, state: State, method: Method) -> None:
     state.gradient = torch.stack([g.abs().amax(-1) for g in state.gradients]).amax(dim=0)
     if not method.rule.adapts:
         state.gradients = []  # they take memory
-    _charge(state, method, state.active)
+    state.charge(derivatives, state.active)
 
 
 def converged(state: State, method: Method) -> bool:
@@ -268,11 +335,12 @@ def step(problem: ControlProblem, state: State, method: Method, iteration: int) 
     state.gains = [replace(gains, k=k) for gains, k in pairs]
     # The cost is a sum of squares of states, computed with relative errors of some eps.
     rounding = 16 * torch.finfo(state.cost.dtype).eps
-    negligible = direction.decrease(1) <= rounding * state.cost.abs()
-    _record(state, direction)
-
+    expected = direction.decrease(1)
+    negligible = expected <= rounding * state.cost.abs()
+    row = (state.cost, state.terminal, state.gradient, expected, state.a.amax(dim=0))
     taken = _search(problem, state, method, direction, negligible)
-    state.history.step.append(taken)
+    for column, entry in zip(vars(state.history).values(), (*row, taken), strict=True):
+        column.append(entry)
     moved = taken > 0
     if moved.any():
         state.expansions = []
@@ -290,8 +358,8 @@ def step(problem: ControlProblem, state: State, method: Method, iteration: int) 
         state.retire(negligible, "cost")
     refused = state.active & ~moved
     hopeless = rule.retry(state.memory, refused) & damping.exhausted(state.a)
-    _damp(state, state.active & moved, damping.shrink)
-    _damp(state, refused, damping.grow)
+    state.damp(state.active & moved, damping.shrink)
+    state.damp(refused, damping.grow)
     state.retire(hopeless, "stalled")
     if method.callback:
         try:
@@ -301,7 +369,7 @@ def step(problem: ControlProblem, state: State, method: Method, iteration: int) 
 
 
 def result(problem: ControlProblem, state: State, method: Method) -> Result:
-    """What a run has found: the last iterate, or the cheapest one if the rule keeps that."""
+    """Returns what a run ends with: the last iterate, or the cheapest one if the rule keeps it."""
     nominal, cost = state.nominal, state.cost
     better = ~(cost <= state.best[1])  # also where the cost is not a number
     # Who was stopped is good enough where it is, though perhaps not cheapest.
@@ -313,15 +381,7 @@ def result(problem: ControlProblem, state: State, method: Method) -> Result:
         controls = torch.stack(chosen)  # not before: both are as large as the trajectory
     else:
         states, controls = nominal.states, nominal.controls
-    return Result(
-        states,
-        controls,
-        cost,
-        state.gains,
-        state.status,
-        state.history,
-        **state.work,
-    )
+    return Result(states, controls, cost, state.gains, state.status, state.history, **state.work)
 
 
 def choose(mask: Tensor, yes: list[Tensor], no: list[Tensor]) -> list[Tensor]:
@@ -336,14 +396,19 @@ def _sweep(state: State, method: Method) -> Direction:
     """The gains, with constants that make Quu + a I positive definite, and their full step."""
     damping = method.regularization
     while True:
-        state.gains, _ = backward_sweep(state.expansions, state.value, state.a, method.value_update)
+        state.gains, _ = backward_sweep(state.expansions, state.value, state.a)
         definite = torch.stack([g.definite for g in state.gains])
         failed = state.active & ~definite.all(dim=0)
         if not failed.any():
             break
         if (failed & damping.exhausted(state.a)).any():
-            raise _singular(definite, failed, state.a)
-        _damp(state, failed, damping.grow)
+            b = int(failed.nonzero()[0])
+            i = int((~definite[:, b]).nonzero()[-1])
+            raise SingularControlHessianError(
+                f"Quu is not positive definite at step {i} of problem {b} with the regularization "
+                f"{state.a[i, b]:g}: raise regularization, or add a control cost"
+            )
+        state.damp(failed, damping.grow)
     return Direction(
         [g.k for g in state.gains],
         torch.stack([g.slope for g in state.gains]).sum(dim=0),
@@ -372,10 +437,8 @@ def _search(
             break
         size = torch.where(waiting, trial, taken)
         new = nominal  # lets go of the last trial's activations
-        new = forward_sweep(
-            problem, nominal, state.gains, size, method.derivatives, method.feedback
-        )
-        _charge(state, method, waiting)
+        new = forward_sweep(problem, nominal, state.gains, size, method.derivatives)
+        state.charge(method.derivatives, waiting)
         running, terminal = problem.parts(new.x, new.u)
         cost = running + terminal
         accepted = rule.accept(state.cost - cost, direction.decrease(trial), negligible)
@@ -389,45 +452,11 @@ def _search(
         controls = choose(refused, nominal.u, new.u)
         new = nominal
         new = roll_out(problem, nominal.x[0], controls, method.derivatives)
-        _charge(state, method, refused)
+        state.charge(method.derivatives, refused)
     state.nominal = new
     state.cost = torch.where(moved, cost, state.cost)
     state.terminal = torch.where(moved, terminal, state.terminal)
     return taken
-
-
-def _charge(state: State, method: Method, who: Tensor) -> None:
-    """Adds the work since the last charge to the account of the problems that asked for it."""
-    counts = method.derivatives.counts
-    state.work = {kind: before + who * getattr(counts, kind) for kind, before in state.work.items()}
-    counts.evaluations = counts.products = counts.tangents = 0
-
-
-def _damp(
-    state: State, who: Tensor, change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-) -> None:
-    """Lets some problems' constants grow or shrink."""
-    a, delta = change(state.a, state.delta)
-    state.a, state.delta = torch.where(who, a, state.a), torch.where(who, delta, state.delta)
-
-
-def _record(state: State, direction: Direction) -> None:
-    """Adds a row to the history, but for the step."""
-    history = state.history
-    history.cost.append(state.cost)
-    history.terminal.append(state.terminal)
-    history.gradient.append(state.gradient)
-    history.expected.append(direction.decrease(1))
-    history.regularization.append(state.a.amax(dim=0))
-
-
-def _singular(definite: Tensor, failed: Tensor, a: Tensor) -> SingularControlHessianError:
-    problem = int(failed.nonzero()[0])
-    step = int((~definite[:, problem]).nonzero()[-1])
-    return SingularControlHessianError(
-        f"Quu is not positive definite at step {step} of problem {problem} with the "
-        f"regularization {a[step, problem]:g}: raise regularization, or add a control cost"
-    )
 
 
 def _check(problem: ControlProblem, x: Tensor, controls: Tensor, method: Method) -> None:
@@ -435,23 +464,15 @@ def _check(problem: ControlProblem, x: Tensor, controls: Tensor, method: Method)
     if x.ndim < 2:
         raise ValueError(f"x has shape {tuple(x.shape)}, expected (B, ...)")
     T, batch = problem.horizon, len(x)
-    if T < 1:
-        raise ValueError(f"horizon is {T}, expected at least 1")
+    check_at_least(1, horizon=T)
     if controls.ndim < 3 or controls.shape[:2] != (T, batch):
         raise ValueError(
             f"controls has shape {tuple(controls.shape)}, expected ({T}, {batch}, ...)"
         )
     check_alike(x=x, controls=controls)
     check_tensor("controls", controls)
-    if method.value_update not in VALUE_UPDATES:
-        raise ValueError(
-            f"value_update is {method.value_update!r}, expected one of {', '.join(VALUE_UPDATES)}"
-        )
     if not isinstance(method.rule, Rule):
         raise ValueError(
             f"rule is {method.rule!r}, expected such as LineSearch(), Adam(), LBFGS() or FullStep()"
         )
-    if method.iterations < 0:
-        raise ValueError(f"iterations is {method.iterations}, expected at least 0")
-    if not method.gradient_tolerance >= 0:
-        raise ValueError(f"gradient_tolerance is {method.gradient_tolerance}, expected at least 0")
+    check_at_least(0, iterations=method.iterations, gradient_tolerance=method.gradient_tolerance)

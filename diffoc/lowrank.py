@@ -31,14 +31,19 @@ is done.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from diffoc.checks import check_member
 from diffoc.costs import ControlCost
-from diffoc.hessian import HESSIANS, nystrom, symmetric_eigen, terminal_products
-from diffoc.riccati import Counts, System
+from diffoc.hessian import HESSIANS, check_rank, nystrom, symmetric_eigen, terminal_products
+from diffoc.riccati import matvec
+from diffoc.system import ControlProblem, Counts, Derivatives, StepGains
+
+__all__ = ["Counts", "MatrixFree"]
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,7 @@ class LowRankExpansion:
         px, pu: f_x^T p (B, n) and f_u^T p (B, m), of the costate p at the next state.
         W, U: f_x^T Z (B, n, k) and f_u^T Z (B, m, k), of the factor Z at the next state.
         u: the nominal control, flat, (B, m).
-        r: weight of the control cost.
+        r: the weight of the control cost.
     """
 
     px: Tensor
@@ -61,41 +66,32 @@ class LowRankExpansion:
 
     @property
     def gradient(self) -> Tensor:
-        """Of the open loop's total cost in the control, (B, m)."""
+        """The derivative of the open loop's total cost in the control, (B, m)."""
         return self.r * self.u + self.pu
 
 
 @dataclass(frozen=True)
-class LowRankGains:
+class LowRankGains(StepGains):
     r"""The locally optimal control of one step, :math:`\delta u = \epsilon k - U M W^T \delta x`.
 
-    Attributes:
-        k: feedforward, (B, m).
-        U, M, W: the factors of the feedback, (B, m, k), (B, k, k) and (B, n, k).
-        slope, curvature, definite: as in :class:`diffoc.riccati.Gains`.
+    The factors of the feedback are U (B, m, k), M (B, k, k) and W (B, n, k).
     """
 
-    k: Tensor
     U: Tensor
     M: Tensor
     W: Tensor
-    slope: Tensor
-    curvature: Tensor
-    definite: Tensor
 
     def feedback(self, dx: Tensor) -> Tensor:
-        """K dx, for flat deviations dx (B, n)."""
-        return -_times(self.U, _times(self.M, _times(self.W.mT, dx)))
+        """Returns K dx for flat deviations dx, (B, n)."""
+        return -matvec(self.U, matvec(self.M, matvec(self.W.mT, dx)))
 
 
 @dataclass(frozen=True)
 class LowRankValue:
     """The value function's gradient Vx = p + Z c and Hessian Z S Z^T at one state.
 
-    Attributes:
-        p: the costate, (B, n); at the final state it is the gradient.
-        Z, S: (B, n, k) and (B, k, k).
-        c: (B, k), None for zero.
+    The costate p is (B, n), at the final state the gradient; Z is (B, n, k), S is (B, k, k), and c
+    is (B, k) or None for zero.
     """
 
     p: Tensor
@@ -106,17 +102,18 @@ class LowRankValue:
     @property
     def Vx(self) -> Tensor:
         """The gradient, (B, n)."""
-        return self.p if self.c is None else self.p + _times(self.Z, self.c)
+        return self.p if self.c is None else self.p + matvec(self.Z, self.c)
 
     def step_back(
         self, e: LowRankExpansion, a: Tensor, update: str
     ) -> tuple[LowRankGains, LowRankValue]:
-        """One Riccati step; arguments as for :meth:`diffoc.riccati.DenseValue.step_back`.
+        """Returns the gains of a step and the value at its state.
 
-        Its result is that of the dense step for the same Hessian, up to rounding.
+        They are those of :meth:`diffoc.riccati.DenseValue.step_back` for the same Hessian, up to
+        rounding.
         """
         c = self.S.new_zeros(self.S.shape[:-1]) if self.c is None else self.c
-        Qu = e.gradient + _times(e.U, c)
+        Qu = e.gradient + matvec(e.U, c)
         gains, dc, S = low_rank_step(Qu, e.W, e.U, self.S, e.r, a, update)
         return gains, LowRankValue(e.px, e.W, S, c + dc)
 
@@ -130,8 +127,8 @@ def low_rank_step(
         Qu: the gradient of Q, Eq. 41, (B, m).
         W, U: factors of Qxx and Quu, (B, n, k) and (B, m, k).
         S: the symmetric middle of both, (B, k, k).
-        r: weight of the control cost.
-        a: Tikhonov's constant, (B,).
+        r: the weight of the control cost.
+        a: Tikhonov's constants, (B,).
         update: a member of :data:`diffoc.riccati.VALUE_UPDATES`.
 
     Returns:
@@ -141,33 +138,31 @@ def low_rank_step(
     G = U.mT @ U
     M, definite = _woodbury(S, G, rho)
     rho = torch.where(rho > 0, rho, 1)[..., 0]
-    k = -(Qu - _times(U, _times(M, _times(U.mT, Qu)))) / rho
+    k = -(Qu - matvec(U, matvec(M, matvec(U.mT, Qu)))) / rho
     k = torch.where(definite[:, None], k, 0)
 
-    UTk = _times(U.mT, k)
-    Quuk = r * k + _times(U, _times(S, UTk))
-    squared = M @ (r * G + G @ S @ G) @ M  # of K^T Quu K = W squared W^T
+    UTk = matvec(U.mT, k)
+    Quuk = r * k + matvec(U, matvec(S, UTk))
+    squared = M @ (r * G + G @ S @ G) @ M  # K^T Quu K = W squared W^T
     if update == "paper":
-        c = _times(M, _times(U.mT, Quuk))  # Eq. 48
+        c = matvec(M, matvec(U.mT, Quuk))  # Eq. 48
         new_S = S - squared  # Eq. 49
     else:
-        c = _times(S, UTk) - _times(M, _times(U.mT, Quuk + Qu))
+        c = matvec(S, UTk) - matvec(M, matvec(U.mT, Quuk + Qu))
         cross = M @ G @ S
         new_S = S + squared - cross - cross.mT
-    slope, curvature = (k * Qu).sum(-1), (k * Quuk).sum(-1)
-    return LowRankGains(k, U, M, W, slope, curvature, definite), c, (new_S + new_S.mT) / 2
+    gains = LowRankGains(k, (k * Qu).sum(-1), (k * Quuk).sum(-1), definite, U, M, W)
+    return gains, c, (new_S + new_S.mT) / 2
 
 
 def _woodbury(S: Tensor, G: Tensor, rho: Tensor) -> tuple[Tensor, Tensor]:
-    """M = S (rho I + G S)^-1, and whether rho I + U S U^T is positive definite, (B,).
+    """Returns M = S (rho I + G S)^-1, and whether rho I + U S U^T is positive definite, (B,).
 
     The matrix has the eigenvalue rho across the span of U, and those of rho I + L^T S L within,
     with G = L L^T; an eigenvalue that is rounding of the largest counts as zero.
     """
     k = S.shape[-1]
-    if (
-        k == 0
-    ):  # the first order: no decompositions of nothing, a tenth of the step of a small prior
+    if k == 0:  # the decompositions of nothing would take a tenth of a small prior's step
         return S, rho[:, 0, 0] > 0
     eye = torch.eye(k, dtype=S.dtype, device=S.device)
     values, vectors = torch.linalg.eigh(G)
@@ -179,12 +174,7 @@ def _woodbury(S: Tensor, G: Tensor, rho: Tensor) -> tuple[Tensor, Tensor]:
     safe = torch.where(definite[:, None, None], rho * eye + G @ S, eye)
     # S (rho I + G S)^-1 = ((rho I + S G)^-1 S)^T for symmetric S and G.
     M = torch.linalg.solve(safe.mT, S)
-    M = torch.where(definite[:, None, None], (M + M.mT) / 2, 0)
-    return M, definite
-
-
-def _times(A: Tensor, v: Tensor) -> Tensor:
-    return (A @ v.unsqueeze(-1)).squeeze(-1)
+    return torch.where(definite[:, None, None], (M + M.mT) / 2, 0), definite
 
 
 @dataclass(frozen=True)
@@ -195,7 +185,7 @@ class MatrixFreeStep:
         pullback: maps cotangents of the next state, (c, B, n), to those of x, (c, B, n), and of
             u, (c, B, m), by a backward pass each.
         u: the nominal control, flat, (B, m).
-        r: weight of the control cost.
+        r: the weight of the control cost.
     """
 
     pullback: Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -204,52 +194,40 @@ class MatrixFreeStep:
 
 
 @dataclass(frozen=True)
-class MatrixFree:
+class MatrixFree(Derivatives):
     r"""Derivatives by products only, for the controller; suits images of any size.
 
     The running cost must be a :class:`diffoc.costs.ControlCost`, and the rank of the terminal
-    Hessian be given. The Hessian is approximated by randomised products with it, those of one
-    backward pass through its gradient.
+    Hessian be given. The Hessian is approximated by randomised products with it.
 
     In input mode, and without a test of the gradient, the controller needs :math:`(k + 3) T n`
     numbers beyond the trajectory and the network's activations, and Adam 3 T n more.
 
     Attributes:
-        keep_activations: of the forward sweep for the next backward sweep, which costs
+        keep_activations: whether the backward sweep uses those of the forward sweep, which costs
             :math:`T(F + (1 + k) B)`; otherwise each step is evaluated again, one F more.
-        oversampling: directions beyond the rank.
-        power: iterations of the range finder, see :mod:`diffoc.hessian`.
+        oversampling: how many directions are drawn beyond the rank.
         convex: whether the terminal cost is, so that one product a direction suffices (Nystrom).
         hessian: "full", or "gauss_newton", which is positive semidefinite whatever the operator,
             so that one product suffices; see :mod:`diffoc.hessian`.
-        together: pull the k + 1 vectors of a step back in one batched backward pass. Faster for
-            priors in closed form; slower for networks on a CPU, whose activations it multiplies,
-            and not every network can be batched.
-        seed: of the random directions, which are the same in every iteration.
-        counts: of the work done with this object.
+        together: whether the k + 1 vectors of a step are pulled back in one batched backward pass.
+            That is faster for priors in closed form; it is slower for networks on a CPU, whose
+            activations it multiplies, and not every network can be batched.
     """
 
     keep_activations: bool = True
     oversampling: int = 5
-    power: int = 0
     convex: bool = False
     hessian: str = "full"
     together: bool = False
-    seed: int = 0
-    counts: Counts = field(default_factory=Counts)
 
     def __post_init__(self) -> None:
-        if self.hessian not in HESSIANS:
-            raise ValueError(f"hessian is {self.hessian!r}, expected one of {', '.join(HESSIANS)}")
-
-    def fresh(self) -> MatrixFree:
-        """The same, with counts of its own that begin at zero."""
-        return replace(self, counts=Counts())
+        check_member(HESSIANS, hessian=self.hessian)
 
     def step(
-        self, problem: System, i: int, x: Tensor, u: Tensor
+        self, problem: ControlProblem, i: int, x: Tensor, u: Tensor
     ) -> tuple[Tensor, Callable[[], MatrixFreeStep]]:
-        """The next states, and what expands this step."""
+        """Returns the next states, and what expands this step."""
         r, flat = control_weight(problem, i), u.flatten(1)
 
         def linearize() -> tuple[Tensor, MatrixFreeStep]:
@@ -268,36 +246,33 @@ class MatrixFree:
         self.counts.evaluations += 1
         return problem.dynamics(i, x, u), lambda: linearize()[1]
 
-    def terminal(self, problem: System, x: Tensor, rank: int | None) -> LowRankValue:
-        """The value at the final states (B, ...), its Hessian of the given rank.
+    def terminal(self, problem: ControlProblem, x: Tensor, rank: int | None) -> LowRankValue:
+        """Returns the value at the final states (B, ...), its Hessian of the given rank.
 
-        Raises:
-            ValueError: if `rank` is missing, or not between 0 and n.
+        A ValueError refuses a rank that is missing, or not between 0 and n.
         """
         rank, batch, n = check_rank(x, rank), len(x), x[0].numel()
         Vx, product = terminal_products(problem.terminal_cost, x, self.hessian)
         if rank == 0:
             return LowRankValue(Vx, x.new_zeros(batch, n, 0), x.new_zeros(batch, 0, 0))
-        omega = random_directions(x, min(n, rank + self.oversampling), self.seed)
-        if self.convex or self.hessian == "gauss_newton":
-            Z, values = nystrom(product, omega, rank)
-        else:
-            Z, values = symmetric_eigen(product, omega, rank, self.power)
+        omega = random_directions(x, min(n, rank + self.oversampling))
+        semidefinite = self.convex or self.hessian == "gauss_newton"
+        Z, values = (nystrom if semidefinite else symmetric_eigen)(product, omega, rank)
         return LowRankValue(Vx, Z, torch.diag_embed(values))
 
     def expand(
         self, steps: list[Callable[[], MatrixFreeStep]], value: LowRankValue
     ) -> list[LowRankExpansion]:
-        """The trajectory's expansion, by :func:`pull_back`; `steps` is empty afterwards."""
+        """Returns the trajectory's expansions, see :func:`pull_back`; empties `steps`."""
         return pull_back(steps, value)
 
     def gradients(self, expansions: list[LowRankExpansion], value: LowRankValue) -> list[Tensor]:
-        """The derivatives of the total cost in the controls of every step, (B, m) each."""
+        """Returns the derivatives of the total cost in the controls of every step, (B, m) each."""
         return [e.gradient for e in expansions]
 
 
-def control_weight(problem: System, i: int) -> float:
-    """r of step i; a ValueError if the running cost is none that products can do."""
+def control_weight(problem: ControlProblem, i: int) -> float:
+    """Returns r of step i; a ValueError refuses a running cost that products cannot do."""
     if not isinstance(problem.running_cost, ControlCost):
         raise ValueError(
             f"running_cost is {type(problem.running_cost).__name__}, expected a ControlCost: "
@@ -306,18 +281,10 @@ def control_weight(problem: System, i: int) -> float:
     return problem.running_cost.weight(i)
 
 
-def check_rank(x: Tensor, rank: int | None) -> int:
-    """The rank; a ValueError if the Hessian at states (B, ...) cannot have it."""
-    n = x[0].numel()
-    if rank is None or not 0 <= rank <= n:
-        raise ValueError(f"rank is {rank}, expected 0 to {n}")
-    return rank
+def random_directions(x: Tensor, count: int, seed: int = 0) -> Tensor:
+    """Returns standard normal vectors (B, n, count) for states x (B, ...).
 
-
-def random_directions(x: Tensor, count: int, seed: int) -> Tensor:
-    """Standard normal vectors (B, n, count) for states x (B, ...).
-
-    The same for every problem, so that no result depends on the batch.
+    They are the same for every problem and iteration, so that no result depends on the batch.
     """
     n, generator = x[0].numel(), torch.Generator().manual_seed(seed)
     omega = torch.randn(n, count, generator=generator, dtype=torch.float64).to(x)
@@ -331,44 +298,32 @@ def linearize_step(
     u: Tensor,
     together: bool = False,
 ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor]]]:
-    """The next states, and their pullback through the activations that this call keeps.
+    """Returns the next states, and their pullback through the activations that this call keeps.
 
-    Args:
-        dynamics: maps (i, x, u) to the next states.
-        i: the step.
-        x, u: states and controls, (B, ...).
-        together: as in :class:`MatrixFree`.
-
-    Returns:
-        The next states, and :attr:`MatrixFreeStep.pullback`.
+    The dynamics map (i, x, u), states and controls (B, ...), to the next states. The pullback is
+    :attr:`MatrixFreeStep.pullback`, in one pass if `together`, see :class:`MatrixFree`.
     """
     x, u = x.detach().requires_grad_(), u.detach().requires_grad_()
     with torch.enable_grad():
         y = dynamics(i, x, u)
+    pull = partial(torch.autograd.grad, y, (x, u), retain_graph=True, materialize_grads=True)
 
     def pullback(cotangents: Tensor) -> tuple[Tensor, Tensor]:
-        shaped = cotangents.reshape(len(cotangents), *y.shape)
-        if together and len(shaped):
-            in_x, in_u = torch.autograd.grad(
-                y,
-                (x, u),
-                shaped,
-                is_grads_batched=True,
-                retain_graph=True,
-                materialize_grads=True,
-            )
+        count = len(cotangents)
+        shaped = cotangents.reshape(count, *y.shape)
+        if count == 0:
+            return x.new_empty(0, *x.flatten(1).shape), u.new_empty(0, *u.flatten(1).shape)
+        if together:
+            in_x, in_u = pull(shaped, is_grads_batched=True)
             # torch's zeros, where y does not depend on one, have no dimension for the cotangents.
-            pairs = ((in_x, x), (in_u, u))
-            in_x, in_u = (g.expand(len(shaped), *v.shape).flatten(2) for g, v in pairs)
-            return in_x, in_u
-        grads = [
-            torch.autograd.grad(y, (x, u), each, retain_graph=True, materialize_grads=True)
-            for each in shaped
-        ]
-        in_x = _stack([g for g, _ in grads], x)
-        # In input mode autograd gives one tensor for both: nothing is copied twice, or kept.
-        same = grads and all(a is b for a, b in grads)
-        return in_x, in_x if same else _stack([g for _, g in grads], u)
+            in_x, in_u = in_x.expand(count, *x.shape), in_u.expand(count, *u.shape)
+        else:
+            pairs = [pull(each) for each in shaped]
+            in_x = torch.stack([g for g, _ in pairs])
+            # In input mode autograd gives one tensor for both: nothing is copied twice, or kept.
+            same = all(a is b for a, b in pairs)
+            in_u = in_x if same else torch.stack([g for _, g in pairs])
+        return in_x.flatten(2), in_u.flatten(2)
 
     return y.detach(), pullback
 
@@ -376,15 +331,10 @@ def linearize_step(
 def pull_back(
     steps: list[Callable[[], MatrixFreeStep]], value: LowRankValue
 ) -> list[LowRankExpansion]:
-    """The costate and the factor of the value's Hessian, pulled back along a trajectory.
+    """Returns the expansions of the steps 0 to T - 1, from the value at the final state.
 
-    Args:
-        steps: give the steps 0 to T - 1, last one first; each is taken off the list when its
-            turn comes, and with it the last reference to its activations.
-        value: at the final state.
-
-    Returns:
-        The expansions of the steps 0 to T - 1.
+    Costate and factor are pulled back from the last step to the first. Each step is taken off the
+    list when its turn comes, and with it the last reference to its activations.
     """
     p, Z, expansions = value.p, value.Z, []
     while steps:
@@ -395,14 +345,7 @@ def pull_back(
 
 
 def _pull_back_step(step: MatrixFreeStep, p: Tensor, Z: Tensor) -> LowRankExpansion:
-    # Apart, because the gains keep W and not px.
+    # Two calls, because the gains keep W and not px.
     px, pu = (g[0] for g in step.pullback(p.unsqueeze(0)))
     W, U = (g.movedim(0, -1) for g in step.pullback(Z.movedim(-1, 0)))
     return LowRankExpansion(px, pu, W, U, step.u, step.r)
-
-
-def _stack(tensors: list[Tensor], like: Tensor) -> Tensor:
-    """Flat derivatives (c, B, n) in a tensor (B, ...), none of them too."""
-    if not tensors:
-        return like.new_empty(0, len(like), like[0].numel())
-    return torch.stack(tensors).flatten(2)

@@ -26,23 +26,18 @@ from azula.denoise import Denoiser
 from azula.noise import Schedule
 from torch import Tensor
 
-from diffoc.checks import check_tensor, evaluating
+from diffoc.checks import check_at_least, check_member, check_size, check_tensor, evaluating
 
 MODES = ("input", "output")
 
 
 def drift_and_diffusion(schedule: Schedule, t: Tensor) -> tuple[Tensor, Tensor]:
-    r"""The coefficients of the diffusion's SDE, Eq. 1, from its schedule.
+    r"""Returns phi(t) and g(t)^2 of the diffusion's SDE, Eq. 1, at times in ]0, 1] of any shape.
 
     .. math:: dx = \phi(t) \, x \, dt + g(t) \, dw, \quad \phi = \alpha' / \alpha, \quad
               g^2 = 2 \sigma^2 (\sigma' / \sigma - \alpha' / \alpha)
 
-    Args:
-        schedule: maps times to :math:`(\alpha_t, \sigma_t)`, differentiably.
-        t: times in ]0, 1], any shape.
-
-    Returns:
-        :math:`\phi(t)` and :math:`g(t)^2`, each with the shape of `t`.
+    The schedule maps times to :math:`(\alpha_t, \sigma_t)`, differentiably.
     """
     t = t.detach().requires_grad_()
     with torch.enable_grad():
@@ -96,13 +91,13 @@ class ReverseProcess:
     Step `i` goes from `times[i]` to `times[i + 1]`; state 0 is noise and state T the image.
 
     Args:
-        denoiser: the prior, an azula denoiser.
+        denoiser: the prior.
         steps: the number T of steps, uniform in time from 1 to 0, or the T + 1 times
             themselves, decreasing within [0, 1].
         method: a key of :data:`METHODS`.
         mode: "input" for :math:`h_i(x + u)` (Eq. 17), "output" for :math:`h_i(x) + u` (Eq. 18).
-        noise: for "ddpm", the frozen standard normal noise of every step and problem, shape
-            (T, B, ...) as :meth:`draw_noise` returns it. Zeros give the mean of each step.
+        noise: for "ddpm", the frozen standard normal noise of every step and problem, (T, B, ...),
+            as :func:`draw_noise` returns it. Zeros give the mean of each step.
 
     Raises:
         ValueError: if an argument is out of its range, or the noise does not fit the method.
@@ -116,38 +111,28 @@ class ReverseProcess:
         mode: str = "input",
         noise: Tensor | None = None,
     ) -> None:
-        if method not in METHODS:
-            raise ValueError(f"method is {method!r}, expected one of {', '.join(METHODS)}")
-        if mode not in MODES:
-            raise ValueError(f"mode is {mode!r}, expected one of {', '.join(MODES)}")
+        check_member(METHODS, method=method)
+        check_member(MODES, mode=mode)
         if isinstance(steps, int):
-            if steps < 1:
-                raise ValueError(f"steps is {steps}, expected at least 1")
-            times = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
-        else:
-            times = torch.as_tensor(steps, dtype=torch.float64)
-            check_tensor("steps", times)
-            times = times.cpu()
-            if times.ndim != 1 or len(times) < 2 or not (times.diff() < 0).all():
-                raise ValueError("steps is a list of times, which must decrease and be at least 2")
-            if times[0] > 1 or times[-1] < 0:
-                raise ValueError(f"steps runs from {times[0]:g} to {times[-1]:g}, outside [1, 0]")
-        if (noise is None) == (method == "ddpm"):
-            raise ValueError(
-                "noise is missing: method 'ddpm' needs draw_noise(...)"
-                if noise is None
-                else f"noise is given, but method {method!r} is deterministic"
-            )
-        if noise is not None and len(noise) != len(times) - 1:
-            raise ValueError(f"noise has {len(noise)} steps, expected {len(times) - 1}")
+            check_at_least(1, steps=steps)
+            steps = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+        times = torch.as_tensor(steps, dtype=torch.float64)
+        check_tensor("steps", times)
+        times = times.cpu()
+        if times.ndim != 1 or len(times) < 2 or not (times.diff() < 0).all():
+            raise ValueError("steps is a list of times, which must decrease and be at least 2")
+        if times[0] > 1 or times[-1] < 0:
+            raise ValueError(f"steps runs from {times[0]:g} to {times[-1]:g}, outside [1, 0]")
+        if noise is None and method == "ddpm":
+            raise ValueError("noise is missing: method 'ddpm' needs draw_noise(...)")
         if noise is not None:
+            if method != "ddpm":
+                raise ValueError(f"noise is given, but method {method!r} is deterministic")
+            if len(noise) != len(times) - 1:
+                raise ValueError(f"noise has {len(noise)} steps, expected {len(times) - 1}")
             check_tensor("noise", noise)
-
-        self.denoiser = denoiser
-        self.times = times
-        self.method = method
-        self.mode = mode
-        self.noise = noise
+        self.denoiser, self.times = denoiser, times
+        self.method, self.mode, self.noise = method, mode, noise
         # Python numbers: they follow every state's dtype and device without a copy.
         self.coefficients: list[tuple[float, ...]] = torch.stack(
             METHODS[method](denoiser.schedule, times[:-1], times[1:]), dim=-1
@@ -159,14 +144,10 @@ class ReverseProcess:
         return len(self.times) - 1
 
     def initial_state(self, shape: Sequence[int], generator: torch.Generator) -> Tensor:
-        r"""Draws :math:`x_1 \sim N(0, \sigma_1^2 I)`, float64 on the generator's device.
+        r"""Draws :math:`x_1 \sim N(0, \sigma_1^2 I)` of a shape (B, ...), in float64.
 
-        Args:
-            shape: (B, ...).
-            generator: the source of randomness.
-
-        Raises:
-            ValueError: if the process begins later, where states are noisy images.
+        It lies on the generator's device. A ValueError says that a process which begins later than
+        time 1 begins with noisy images.
         """
         if self.times[0] < 1:
             raise ValueError(
@@ -174,46 +155,32 @@ class ReverseProcess:
                 "begin with alpha x_0 + sigma z of an image x_0"
             )
         _, sigma = self.denoiser.schedule(self.times[0])
-        noise = torch.randn(
-            *shape, generator=generator, dtype=torch.float64, device=generator.device
-        )
-        return sigma.item() * noise
+        return sigma.item() * draw_noise(1, shape, generator)[0]
 
     def step(self, i: int, x: Tensor, u: Tensor | None = None) -> Tensor:
-        r"""One step :math:`h_i(x)`, controlled where `u` is given.
+        r"""Returns the states :math:`h_i(x)` at `times[i + 1]`, controlled where `u` is given.
 
-        Args:
-            i: the step, 0 to T - 1.
-            x: states, shape (B, ...).
-            u: controls, shape of `x`.
-
-        Returns:
-            The states at `times[i + 1]`, shape of `x`.
+        States and controls have the shape (B, ...).
         """
         if u is not None and self.mode == "input":
             x = x + u
         t = self.times[i].to(dtype=x.dtype, device=x.device)
         y = self.affine(i, x, self.denoiser(x, t).mean)
-        if u is not None and self.mode == "output":
-            y = y + u
-        return y
+        return y + u if u is not None and self.mode == "output" else y
 
     def affine(self, i: int, x: Tensor, mean: Tensor) -> Tensor:
-        """One step without control, where the posterior mean at `x` is known, of its shape."""
+        """Returns the next states without control, from `x` and the posterior mean there."""
         a, b, c = self.coefficients[i]
-        y = a * x + b * mean
+        y = a * x + b * mean.to(x.dtype)
         return y if self.noise is None else y + c * self.noise[i].to(y.dtype)
 
     def rollout(self, x: Tensor, controls: Tensor | None = None, start: int = 0) -> Tensor:
-        r"""The trajectory from step `start` to the image.
+        r"""Returns the trajectory from step `start` to the image, (T - start + 1, B, ...).
 
         Args:
-            x: states at `times[start]`, shape (B, ...), floating point and finite.
-            controls: shape (T - start, B, ...), or None for the uncontrolled process.
-            start: the first step.
-
-        Returns:
-            The states, `x` first, shape (T - start + 1, B, ...).
+            x: states at `times[start]`, (B, ...); they are the trajectory's first.
+            controls: (T - start, B, ...), or None for the uncontrolled process.
+            start: the first step, 0 to T.
 
         Raises:
             ValueError: if an argument's shape, type or range is wrong.
@@ -222,40 +189,33 @@ class ReverseProcess:
         if not 0 <= start <= self.horizon:
             raise ValueError(f"start is {start}, expected 0 to {self.horizon}")
         check_tensor("x", x)
-        if controls is not None and controls.shape != (steps, *x.shape):
-            raise ValueError(
-                f"controls has shape {tuple(controls.shape)}, expected {(steps, *x.shape)}"
-            )
+        if controls is not None:
+            check_size((steps, *x.shape), controls=controls)
         if controls is not None and steps:
             check_tensor("controls", controls)
         self.check_noise(x)
         states = [x]
         with evaluating(self.denoiser):
-            for i in range(start, self.horizon):
-                u = None if controls is None else controls[i - start]
-                states.append(self.step(i, states[-1], u))
+            for i in range(steps):
+                u = None if controls is None else controls[i]
+                states.append(self.step(start + i, states[-1], u))
         return torch.stack(states)
 
     def check_noise(self, x: Tensor) -> None:
         """Raises a ValueError unless the frozen noise, if there is any, is for states like `x`."""
-        if self.noise is None:
-            return
-        if self.noise.shape[1:] != x.shape or self.noise.device != x.device:
+        noise = self.noise
+        if noise is not None and (noise.shape[1:] != x.shape or noise.device != x.device):
             raise ValueError(
                 f"x has shape {tuple(x.shape)} on {x.device}, but the frozen noise is for "
-                f"{tuple(self.noise.shape[1:])} on {self.noise.device}"
+                f"{tuple(noise.shape[1:])} on {noise.device}"
             )
 
 
 def draw_noise(steps: int, shape: Sequence[int], generator: torch.Generator) -> Tensor:
-    """Standard normal noise to freeze into an ancestral process, shape `(steps, *shape)`, float64.
+    """Returns standard normal noise to freeze into an ancestral process, (T, B, ...), in float64.
 
-    Each problem of the batch has noise of its own; states of any precision can use it.
-
-    Args:
-        steps: the number T of steps.
-        shape: (B, ...), the shape of the states.
-        generator: the source of randomness; the noise lies on its device.
+    It lies on the generator's device. Each problem of the batch has noise of its own, and states
+    of any precision can use it.
     """
     return torch.randn(
         steps, *shape, generator=generator, dtype=torch.float64, device=generator.device

@@ -25,14 +25,13 @@ from azula.denoise import Denoiser
 from azula.noise import Schedule
 from torch import Tensor
 
-from diffoc.checks import check_tensor, evaluating
+from diffoc.checks import check_above, check_at_least, check_tensor, evaluating
 from diffoc.costs import ControlCost, GaussianLikelihood
-from diffoc.damping import Damping
 from diffoc.greedy import greedy_controls
 from diffoc.ilqr import Result
 from diffoc.lowrank import MatrixFree
 from diffoc.process import ReverseProcess
-from diffoc.rules import LBFGS, Adam, FullStep, LineSearch
+from diffoc.rules import LBFGS, Damping, Rule
 from diffoc.solve import image_units, solve
 from diffoc.system import Derivatives
 
@@ -68,8 +67,7 @@ class Problem:
                 f"physics is {self.physics!r}, expected a deepinv physics or a callable"
             )
         check_tensor("y", self.y)
-        if not 0 < self.noise_std < math.inf:
-            raise ValueError(f"noise_std is {self.noise_std}, expected finite and above 0")
+        check_above(0, noise_std=self.noise_std)
 
     @property
     def operator(self) -> Callable[[Tensor], Tensor]:
@@ -87,12 +85,19 @@ class Problem:
 
         Where inpainting has dropped pixels, there is no noise.
         """
-        kept = self.physics.mask.to(self.y).expand_as(self.y) if self._is("Inpainting") else None
-        return self.noise_std * (1.0 if kept is None else (kept != 0).double().mean().sqrt().item())
+        if not self._is("Inpainting"):
+            return self.noise_std
+        kept = self.physics.mask.to(self.y).expand_as(self.y) != 0
+        return self.noise_std * kept.double().mean().sqrt().item()
 
-    def residual(self, x0: Tensor) -> Tensor:
-        """A(x_0) - y for images (B, C, H, W), of the shape of `y`."""
-        return self.operator(x0) - self.y
+    def residual_over_noise(self, x0: Tensor) -> Tensor:
+        """Returns the root mean square of A(x_0) - y over the noise's, (B,)."""
+        residual = self.operator(x0) - self.y
+        return residual.flatten(1).square().mean(dim=1).sqrt() / self.noise_level
+
+    def explained(self, x0: Tensor) -> Tensor:
+        """Returns which images have a residual as small as the noise, (B,) bool."""
+        return self.residual_over_noise(x0) < 1
 
     def _is(self, kind: str) -> bool:
         # Whoever has a physics has imported deepinv; who has none need not wait for it.
@@ -101,30 +106,28 @@ class Problem:
 
 
 def snr_squared(schedule: Schedule, times: Tensor) -> Tensor:
-    r"""The precision :math:`\alpha_i^2 / \sigma_i^2` to which a state knows the image, (T,).
+    r"""Returns the precision :math:`\alpha_i^2 / \sigma_i^2` to which states know x_0, (T,).
 
-    Args:
-        schedule: of the prior.
-        times: of the process, (T + 1,).
+    The schedule is the prior's, the T + 1 times are the process's.
     """
     alpha, sigma = schedule(times[:-1])
     return (alpha / sigma).square()
 
 
 def constant(schedule: Schedule, times: Tensor) -> Tensor:
-    """Ones, (T,); arguments as for :func:`snr_squared`."""
+    """Returns ones, (T,); arguments as for :func:`snr_squared`."""
     return torch.ones(len(times) - 1, dtype=torch.float64)
 
 
 def likelihood(problem: Problem) -> GaussianLikelihood:
-    """The terminal cost -log p(y | x_0)."""
+    """Returns the terminal cost -log p(y | x_0)."""
     return GaussianLikelihood(problem.operator, problem.y, problem.noise_std)
 
 
 def deterministic(
     prior: Denoiser, steps: int, x: Tensor, generator: torch.Generator
 ) -> ReverseProcess:
-    """The process of DDIM's steps, uniform in time; it draws nothing."""
+    """Returns the process of DDIM's steps, uniform in time; it draws nothing."""
     return ReverseProcess(prior, steps)
 
 
@@ -146,7 +149,6 @@ class Recipe:
         derivatives: how they are represented.
         regularization: Tikhonov's constant or schedule, or a function of the prior's schedule and
             the process's times, as :func:`snr_squared` is.
-        feedback: whether the gains K are used.
         weight: w of the control cost's weights :math:`r_i = w\, \rho_i`, at least 0; without one,
             Quu has to be kept positive by `regularization`.
         weights: gives :math:`\rho_i`, such as :func:`snr_squared` or :func:`constant`.
@@ -166,12 +168,11 @@ class Recipe:
     budget: int | None = None
     iterations: int | None = None
     spare: float = 0.0
-    rule: LBFGS | Adam | LineSearch | FullStep = field(default_factory=LBFGS)
+    rule: Rule = field(default_factory=LBFGS)
     preconditioned: bool = False
     rank: int = 0
     derivatives: Derivatives = field(default_factory=MatrixFree)
     regularization: Damping | float | Callable[[Schedule, Tensor], Tensor] = 0.0
-    feedback: bool = True
     weight: float = 1.0
     weights: Callable[[Schedule, Tensor], Tensor] = constant
     guess: bool = False
@@ -182,23 +183,20 @@ class Recipe:
     by_task: Mapping[tuple[str, int], Mapping[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ValueError(f"steps is {self.steps}, expected at least 1")
+        check_at_least(1, steps=self.steps)
+        check_at_least(0, weight=self.weight)
         if self.budget is None and self.iterations is None:
             raise ValueError("budget and iterations are both None: give at least one")
         if self.budget is not None and self.budget < 4 * self.steps:
             raise ValueError(
                 f"budget is {self.budget}, expected at least 4 times the {self.steps} steps"
             )
-        if not 0 <= self.weight < math.inf:
-            raise ValueError(f"weight is {self.weight}, expected finite and at least 0")
 
     def at(self, task: str | None, budget: int | None = None) -> Recipe:
-        """The recipe as it was tuned for a task, at the nearest budget below, or else above.
+        """Returns the recipe as tuned for a task at the nearest budget below, or else above.
 
-        Args:
-            task: a name of :data:`diffoc.problems.tasks.TASKS`; others, and None, change nothing.
-            budget: of evaluations; the recipe's own by default.
+        A task that is not in `by_task`, and None, change nothing; the budget of evaluations is the
+        recipe's own by default.
         """
         most = budget or self.budget or sys.maxsize
         budgets = sorted(each for name, each in self.by_task if name == task)
@@ -287,8 +285,7 @@ def reconstruct(
         ValueError: if the operator, the measurements and the prior do not fit each other, or an
             argument is out of its range.
     """
-    if starts < 1:
-        raise ValueError(f"starts is {starts}, expected at least 1")
+    check_at_least(1, starts=starts)
     recipe = recipe.at(problem.task)
     generator = generator or torch.Generator().manual_seed(0)
     with evaluating(prior, problem.physics):
@@ -298,65 +295,55 @@ def reconstruct(
         process = recipe.process(prior, recipe.steps, x, generator)
         first = len(x) // starts if given or not recipe.from_noise else 0
         x[first:] = process.initial_state(x[first:].shape, generator).to(x)
-        schedule, times = process.denoiser.schedule, process.times
-        rule, guess = recipe.rule, None
+        guess = None
         if recipe.guess and problem.linear:
             guess = greedy_controls(process, problem.physics, problem.y, x, problem.noise_std)
-        if recipe.preconditioned and isinstance(rule, LBFGS):
-            rule = replace(rule, units=image_units(schedule, times))
-        elif guess is not None and isinstance(rule, LBFGS):
-            rule = replace(rule, first=FIRST_FROM_GUESS)
         spent = 0 if guess is None else recipe.steps
-        regularization = recipe.regularization
+        schedule, times = process.denoiser.schedule, process.times
+        rule, damping = recipe.rule, recipe.regularization
+        if isinstance(rule, LBFGS) and recipe.preconditioned:
+            rule = replace(rule, units=image_units(schedule, times))
+        elif isinstance(rule, LBFGS) and guess is not None:
+            rule = replace(rule, first=FIRST_FROM_GUESS)
         result = solve(
             process,
             recipe.cost(problem),
             x,
             guess,
             control_cost=ControlCost(recipe.weight * recipe.weights(schedule, times)),
+            derivatives=recipe.derivatives,
             rank=recipe.rank,
             iterations=recipe.planned,
             rule=rule,
-            regularization=regularization(schedule, times)
-            if callable(regularization)
-            else regularization,
-            feedback=recipe.feedback,
-            residual=problem.residual if recipe.stopped else None,
-            noise_level=problem.noise_level if recipe.stopped else None,
+            regularization=damping(schedule, times) if callable(damping) else damping,
             budget=None if recipe.spare or recipe.budget is None else recipe.budget - spent,
-            derivatives=recipe.derivatives,
+            stop=problem.explained if recipe.stopped else None,
             progress=progress,
             callback=callback,
         )
-        squares = problem.residual(result.x0).flatten(1).square().mean(dim=1)
-    return replace(
-        result,
-        evaluations=result.evaluations + spent,
-        residual_over_noise=squares.sqrt() / problem.noise_level,
-    )
+        residual = problem.residual_over_noise(result.x0)
+    return replace(result, evaluations=result.evaluations + spent, residual_over_noise=residual)
 
 
 def _start(problem: Problem, prior: Denoiser, x: Tensor | None) -> Tensor:
-    """The initial states, zeros by default, once operator, measurements and prior fit."""
+    """Returns the initial states, zeros by default, once operator, measurements and prior fit."""
     y = problem.y
     if x is None:
         x = torch.zeros(len(y), *prior.image_shape, dtype=y.dtype, device=y.device)
+    images, measured = tuple(x.shape), tuple(y.shape)
     try:
-        found = problem.operator(torch.zeros_like(x)).shape
+        expected = tuple(problem.operator(torch.zeros_like(x)).shape)
     except (RuntimeError, TypeError, ValueError) as error:
         raise ValueError(
-            f"physics cannot measure images of shape {tuple(x.shape)}, the prior's: {error}"
+            f"physics cannot measure images of shape {images}, the prior's: {error}"
         ) from error
-    if found != y.shape:
+    if expected != measured:
         raise ValueError(
-            f"y has shape {tuple(y.shape)}, but physics makes {tuple(found)} of images of shape "
-            f"{tuple(x.shape)}"
+            f"y has shape {measured}, but physics makes {expected} of images of shape {images}"
         )
-    if problem.linear:
-        back = problem.physics.A_adjoint(y).shape
-        if back != x.shape:
-            raise ValueError(
-                f"physics has an adjoint that makes {tuple(back)} of y, where images have shape "
-                f"{tuple(x.shape)}: the operator does not fit images of this size"
-            )
+    if problem.linear and (back := tuple(problem.physics.A_adjoint(y).shape)) != images:
+        raise ValueError(
+            f"physics has an adjoint that makes {back} of y, where images have shape {images}: "
+            "the operator does not fit images of this size"
+        )
     return x

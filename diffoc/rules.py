@@ -1,29 +1,32 @@
-"""How a step is made of the gains, and how far it goes.
+r"""How a step is made of the gains, how far it goes, and how much Quu is damped.
 
 A *rule* answers four questions of an iteration: what it remembers (`start`), which change of the
 controls it tries first (`direction`), which trial is good enough (`accept`), and what is left where
-all trials were refused (`retry`). It is a frozen value; what changes in a run is in the memory that
-it returns. Nothing of one problem of a batch depends on another.
+all trials were refused (`retry`). A *damping* says what Tikhonov's constants a of Quu + a I are,
+and how they move with success and failure. Both are frozen values; what changes in a run is in what
+they return. Nothing of one problem of a batch depends on another.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim.adam import adam
 
+from diffoc.checks import check_above, check_at_least, check_tensor
+
 
 class Direction(NamedTuple):
-    """The change of the controls that a rule tries first.
+    r"""The change of the controls that a rule tries first.
 
     Attributes:
         change: of the controls of every step, (B, m) each.
-        slope, curvature: s and c of the cost's expected change :math:`\\epsilon s + \\epsilon^2 c
-            / 2` after a step :math:`\\epsilon`, (B,) each.
+        slope, curvature: s and c of the cost's expected change :math:`\epsilon s + \epsilon^2 c
+            / 2` after a step :math:`\epsilon`, (B,) each.
     """
 
     change: list[Tensor]
@@ -31,70 +34,53 @@ class Direction(NamedTuple):
     curvature: Tensor
 
     def decrease(self, step: float) -> Tensor:
-        """The decrease of the cost that a step is expected to bring, (B,)."""
+        """Returns the decrease of the cost that a step is expected to bring, (B,)."""
         return -(step * self.slope + step**2 * self.curvature / 2)
 
 
+@dataclass(frozen=True)
 class Rule:
-    """A rule that takes every full step, whatever it costs, as long as the cost is finite.
+    """Takes every full step, whatever it costs, as long as the cost is finite.
 
-    The other rules are made of it by changing some of its answers.
-
-    Attributes:
-        trials, contraction: how many steps are tried, from 1 down, each `contraction` times the one
-            before.
-        searches: whether trials may be refused though their cost is finite.
-        keeps_best: whether the cheapest iterate is the result, because costs go up and down.
-        adapts: whether `direction` uses the gradients, and `retry` may find another one for the
-            same expansion.
+    The other rules are made of it by changing some of its answers. `trials` steps are tried, from 1
+    down, each `contraction` times the one before. A rule `searches` if it may refuse trials whose
+    cost is finite; it `keeps_best` if the cheapest iterate is the result, because costs go up and
+    down; it `adapts` if `direction` uses the gradients, and `retry` may find another one for the
+    same expansion.
     """
 
-    trials: int = 1
-    contraction: float = 1.0
-    searches: bool = False
-    keeps_best: bool = False
-    adapts: bool = False
+    trials = 1
+    contraction = 1.0
+    searches = False
+    keeps_best = False
+    adapts = False
 
-    def start(self, horizon: int, iterations: int) -> Any:
-        """The memory of a run of at most so many iterations over T steps.
-
-        Raises:
-            ValueError: if the rule is for another T.
-        """
+    def start(self, horizon: int) -> Any:
+        """Returns the memory of a run over T steps; a ValueError if the rule is for another T."""
 
     def direction(
         self, memory: Any, newton: Direction, gradients: list[Tensor], controls: list[Tensor]
     ) -> Direction:
-        """The change to try first.
+        """Returns the change to try first, and may change the memory.
 
-        Args:
-            memory: of `start`; it may be changed.
-            newton: the feedforward gains k, and what a full step of them is expected to bring.
-            gradients: of the total cost in the controls of every step, (B, m) each; none unless
-                the rule `adapts`.
-            controls: where they were taken, (B, ...) each.
+        `newton` has the feedforward gains k and what a full step of them is expected to bring. The
+        gradients are those of the total cost in the controls of every step, (B, m) each, none
+        unless the rule adapts; the controls are where they were taken, (B, ...) each.
         """
         return newton
 
     def accept(self, decrease: Tensor, expected: Tensor, negligible: Tensor) -> Tensor:
-        """Says which trials are good enough, (B,) bool.
+        """Returns which trials are good enough, (B,) bool.
 
-        Args:
-            decrease: of the cost, (B,); not finite where the new cost is not.
-            expected: the decrease that the step was expected to bring, (B,).
-            negligible: where even a full step's drowns in rounding, (B,) bool.
+        All arguments are (B,): the cost's decrease, which is not finite where the new cost is not,
+        the decrease that was expected, and where even a full step's drowns in rounding.
         """
         return decrease.isfinite()
 
     def retry(self, memory: Any, refused: Tensor) -> Tensor:
-        """Prepares another direction where all trials were refused.
+        """Prepares another direction for the problems that refused all trials, (B,) bool.
 
-        Args:
-            memory: of `start`; it may be changed.
-            refused: those problems, (B,) bool.
-
-        Returns:
-            Those of them for which nothing is left to try, (B,) bool.
+        Returns those of them for which nothing is left to try, (B,) bool.
         """
         return refused
 
@@ -106,34 +92,24 @@ class FullStep(Rule):
 
 @dataclass(frozen=True)
 class LineSearch(Rule):
-    """Backtracking: the first step, from 1 down, whose decrease is a fraction of the expected.
+    """Backtracks: takes the first of `trials` steps whose decrease is a 1e-4 of the expected.
 
-    Attributes:
-        sufficient: the fraction, in ]0, 1/2[.
-        contraction: the ratio of a step to the one before, in ]0, 1[.
-        trials: the number of steps tried.
-
-    Raises:
-        ValueError: if one is out of its range.
+    Each step is `contraction`, in ]0, 1[, times the one before; a ValueError refuses others.
     """
 
-    sufficient: float = 1e-4
     contraction: float = 0.5
     trials: int = 20
 
     searches = True
 
     def __post_init__(self) -> None:
-        if not 0 < self.sufficient < 0.5:
-            raise ValueError(f"sufficient is {self.sufficient}, expected in ]0, 1/2[")
         if not 0 < self.contraction < 1:
             raise ValueError(f"contraction is {self.contraction}, expected in ]0, 1[")
-        if self.trials < 1:
-            raise ValueError(f"trials is {self.trials}, expected at least 1")
+        check_at_least(1, trials=self.trials)
 
     def accept(self, decrease: Tensor, expected: Tensor, negligible: Tensor) -> Tensor:
         """Takes a sufficient decrease; where the expected one drowns in rounding, no increase."""
-        return ((decrease >= self.sufficient * expected) | negligible) & (decrease >= 0)
+        return ((decrease >= 1e-4 * expected) | negligible) & (decrease >= 0)
 
 
 @dataclass(frozen=True)
@@ -141,16 +117,12 @@ class Adam(Rule):
     r"""Adam on the feedforward gains in place of a line search, Eq. 80, by torch's own function.
 
     A gain k is treated as a negative gradient: :math:`k \to \eta\, \hat m / (\sqrt{\hat v} +
-    \varepsilon)` with running means m of k and v of its square, for every step and component on
-    its own. The cost need not fall from one iteration to the next.
+    10^{-8})` with running means m of k and v of its square, which decay by 0.9 and 0.999, for every
+    step and component on its own. The cost need not fall from one iteration to the next, and at a
+    constant rate, as in the paper, every control keeps moving by about the rate.
 
     Attributes:
         rate: :math:`\eta > 0`, about the largest change of a control in an iteration.
-        betas: decays of the two means, in [0, 1[.
-        epsilon: above 0.
-        anneal: whether the rate falls to zero, as half a cosine over the iterations. At a constant
-            rate, as in the paper, every control keeps moving by about the rate, and a cost that
-            all T steps act on does not settle.
         weight_decay: the share of a control, times the rate, that an iteration takes from it, as
             AdamW does; not negative.
         keeps_best: whether the cheapest iterate is the result, or the last whatever it costs.
@@ -162,91 +134,58 @@ class Adam(Rule):
     """
 
     rate: float = 5e-3
-    betas: tuple[float, float] = (0.9, 0.999)
-    epsilon: float = 1e-8
-    anneal: bool = False
     weight_decay: float = 0.0
     keeps_best: bool = True
 
     def __post_init__(self) -> None:
-        if not 0 < self.rate < math.inf:
-            raise ValueError(f"rate is {self.rate}, expected finite and above 0")
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas are {self.betas}, expected in [0, 1[")
-        if not 0 < self.epsilon < math.inf:
-            raise ValueError(f"epsilon is {self.epsilon}, expected finite and above 0")
-        if not 0 <= self.weight_decay < math.inf:
-            raise ValueError(f"weight_decay is {self.weight_decay}, expected finite and at least 0")
+        check_above(0, rate=self.rate)
+        check_at_least(0, weight_decay=self.weight_decay)
 
-    def start(self, horizon: int, iterations: int) -> AdamMemory:
-        """Remembers the two means, and how many iterations there will be."""
-        return AdamMemory(iterations)
+    def start(self, horizon: int) -> list[list[Tensor]]:
+        """Remembers the two means and the count of every step, once there are gains."""
+        return []
 
     def direction(
-        self, memory: AdamMemory, newton: Direction, gradients: list[Tensor], controls: list[Tensor]
+        self,
+        memory: list[list[Tensor]],
+        newton: Direction,
+        gradients: list[Tensor],
+        controls: list[Tensor],
     ) -> Direction:
         """Preconditions the gains; what they were expected to bring says nothing of that."""
-        gains, rate = newton.change, self.rate
-        if not memory.count:
-            memory.means = [torch.zeros_like(k) for k in gains]
-            memory.squares = [torch.zeros_like(k) for k in gains]
-        if self.anneal:
-            rate *= (1 + math.cos(math.pi * memory.count / memory.iterations)) / 2
+        gains = newton.change
+        if not memory:
+            memory += [[torch.zeros_like(k) for k in gains] for _ in range(2)]
+            memory += [[torch.zeros(()) for _ in gains]]
+        means, squares, counts = memory
         changes = [torch.zeros_like(k) for k in gains]
         adam(
-            changes,
-            gains,
-            memory.means,
-            memory.squares,
-            max_exp_avg_sqs=[],
-            state_steps=[torch.tensor(float(memory.count)) for _ in gains],
-            foreach=False,
-            amsgrad=False,
-            beta1=self.betas[0],
-            beta2=self.betas[1],
-            lr=rate,
-            weight_decay=0.0,
-            eps=self.epsilon,
-            maximize=True,
-        )
-        memory.count += 1
-        if decay := rate * self.weight_decay:
+            changes, gains, means, squares, [], counts, foreach=False, lr=self.rate, maximize=True,
+            beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, amsgrad=False,
+        )  # fmt: skip
+        if decay := self.rate * self.weight_decay:
             for change, u in zip(changes, controls, strict=True):
                 change.sub_(u.flatten(1), alpha=decay)
         return newton._replace(change=changes)
 
 
-@dataclass
-class AdamMemory:
-    """What Adam remembers of a run.
-
-    Attributes:
-        iterations: how many there will be.
-        count: of the iterations so far.
-        means, squares: running means of the gains and of their squares, of every step.
-    """
-
-    iterations: int
-    count: int = 0
-    means: list[Tensor] = field(default_factory=list)
-    squares: list[Tensor] = field(default_factory=list)
+MEMORY = 50
+"""How many changes L-BFGS remembers, each of 2 T n numbers."""
 
 
 @dataclass(frozen=True)
-class LBFGS(Rule):
+class LBFGS(LineSearch):
     """Limited-memory BFGS on the controls, with a backtracking line search.
 
     The feedforward gains are replaced by a quasi-Newton direction. Where a terminal Hessian of
     rank k knows k directions at k products a step, this learns one an iteration, for nothing, from
-    how the gradient changed; rank 0 is what it is for.
+    how the gradient changed; rank 0 is what it is for. After the first iterations the full step
+    nearly always passes; where all trials fail, what is remembered is forgotten.
 
     Attributes:
-        memory: how many changes are remembered, each of 2 T n numbers.
         first: root mean square of the first change of the controls, when nothing is known yet; None
             for 0.001, and for 0.01 where there are `units`, which are the image's: less than that
             drowns in the rounding of a large cost in single precision.
-        search: the line search; after the first iterations the full step nearly always passes.
-            Where all its trials fail, what is remembered is forgotten.
         units: of the controls of each step, T numbers above 0, or None for 1. A control is
             measured in units of its step, in `first` as well: until something is learnt, that is a
             change of variables. It does not move the optimum.
@@ -257,38 +196,26 @@ class LBFGS(Rule):
     Source: Nocedal & Wright 2006 (doi:10.1007/978-0-387-40065-5), Algorithm 7.4.
     """
 
-    memory: int = 50
+    trials: int = 8
     first: float | None = None
-    search: LineSearch = field(default_factory=lambda: LineSearch(trials=8))
     units: tuple[float, ...] | None = None
 
-    searches = True
     adapts = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.units is not None and not all(0 < unit < math.inf for unit in self.units):
             raise ValueError(f"units is {self.units}, expected finite numbers above 0")
-        if self.memory < 1:
-            raise ValueError(f"memory is {self.memory}, expected at least 1")
-        if self.first is not None and not 0 < self.first < math.inf:
-            raise ValueError(f"first is {self.first}, expected finite and above 0")
-
-    @property
-    def trials(self) -> int:  # type: ignore[override]
-        """Of the line search."""
-        return self.search.trials
-
-    @property
-    def contraction(self) -> float:  # type: ignore[override]
-        """Of the line search."""
-        return self.search.contraction
+        check_above(0, first=self.length)
 
     @property
     def length(self) -> float:
-        """Of the first change: what `first` says or means."""
-        return self.first or (1e-3 if self.units is None else 1e-2)
+        """The root mean square of the first change: what `first` says or means."""
+        if self.first is not None:
+            return self.first
+        return 1e-3 if self.units is None else 1e-2
 
-    def start(self, horizon: int, iterations: int) -> LBFGSMemory:
+    def start(self, horizon: int) -> LBFGSMemory:
         """Remembers changes of controls and gradients."""
         if self.units is not None and len(self.units) != horizon:
             raise ValueError(f"rule has {len(self.units)} units, expected {horizon}")
@@ -301,7 +228,7 @@ class LBFGS(Rule):
         gradients: list[Tensor],
         controls: list[Tensor],
     ) -> Direction:
-        """The quasi-Newton direction of all controls together."""
+        """Returns the quasi-Newton direction of all controls together."""
         gradient = torch.cat(gradients, dim=1)
         if gradient.isnan().any():
             raise ValueError(
@@ -309,13 +236,8 @@ class LBFGS(Rule):
             )
         change = memory.direction(gradient, torch.cat([u.flatten(1) for u in controls], dim=1))
         slope = _dot(gradient, change)
-        return Direction(
-            list(change.split([k.shape[1] for k in newton.change], dim=1)), slope, 0 * slope
-        )
-
-    def accept(self, decrease: Tensor, expected: Tensor, negligible: Tensor) -> Tensor:
-        """Accepts as its line search does."""
-        return self.search.accept(decrease, expected, negligible)
+        changes = change.split([k.shape[1] for k in newton.change], dim=1)
+        return Direction(list(changes), slope, 0 * slope)
 
     def retry(self, memory: LBFGSMemory, refused: Tensor) -> Tensor:
         """Forgets what it remembers; who had nothing to forget has nothing left."""
@@ -323,11 +245,7 @@ class LBFGS(Rule):
 
 
 class LBFGSMemory:
-    """What L-BFGS remembers, of each problem of the batch on its own.
-
-    Args:
-        rule: its parameters.
-    """
+    """What L-BFGS remembers, of each problem of the batch on its own."""
 
     def __init__(self, rule: LBFGS) -> None:
         self.rule = rule
@@ -336,19 +254,14 @@ class LBFGSMemory:
         self.last: tuple[Tensor, Tensor] | None = None
 
     def direction(self, gradient: Tensor, controls: Tensor) -> Tensor:
-        """The change of the controls to try first, of both arguments' shape (B, T m).
-
-        Args:
-            gradient: of the total cost in the controls.
-            controls: where it was taken.
-        """
+        """Returns the change to try first where the total cost has this gradient, (B, T m) each."""
         if self.last is not None:
             s, y = controls - self.last[0], gradient - self.last[1]
             product = _dot(s, y)
             # Without positive curvature along a change, nothing is learnt from it.
             known = product > torch.finfo(y.dtype).eps * _dot(y, y)
             self.pairs.append((s, y, torch.where(known, 1 / product.where(known, 1), 0)))
-            del self.pairs[: -self.rule.memory]
+            del self.pairs[:-MEMORY]
         self.last = controls, gradient
 
         q, factors = gradient, []
@@ -367,7 +280,7 @@ class LBFGSMemory:
         return -q
 
     def _squares(self, like: Tensor) -> Tensor | float:
-        """The squared unit of every number of a problem, (T m,)."""
+        """Returns the squared unit of every number of a problem, (T m,)."""
         if self.rule.units is None:
             return 1.0
         numbers = like.shape[1] // len(self.rule.units)
@@ -384,3 +297,70 @@ class LBFGSMemory:
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).sum(dim=1)
+
+
+@dataclass(frozen=True)
+class Damping:
+    """Keeps Tikhonov's constants as they are: one for all steps, or one for each, (T,).
+
+    The controller holds the constants a, (T, B), and the factor of their next change, (B,). A
+    ValueError refuses constants that are negative or not finite.
+    """
+
+    value: float | Tensor = 0.0
+
+    adapts = False
+
+    def __post_init__(self) -> None:
+        value = torch.as_tensor(self.value, dtype=torch.float64)
+        check_tensor("regularization", value)
+        if value.ndim > 1 or not (value >= 0).all():
+            raise ValueError("regularization must be a number or one for each step, not negative")
+
+    def start(self, horizon: int, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the first constants and factors, for T steps and states x (B, ...)."""
+        a = torch.as_tensor(self.value, dtype=x.dtype, device=x.device).reshape(-1, 1)
+        if len(a) not in (1, horizon):
+            raise ValueError(f"regularization has {len(a)} numbers, expected 1 or {horizon}")
+        return a.expand(horizon, len(x)), x.new_ones(len(x))
+
+    def grow(self, a: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the next constants and factors after a failure."""
+        return a, delta
+
+    def shrink(self, a: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the next constants and factors after a success."""
+        return a, delta
+
+    def exhausted(self, a: Tensor) -> Tensor:
+        """Returns the problems whose constants cannot grow, (B,) bool."""
+        return torch.ones(a.shape[1], dtype=torch.bool, device=a.device)
+
+
+SMALLEST, GREATEST, FACTOR = 1e-8, 1e12, 2.0
+
+
+@dataclass(frozen=True)
+class Tikhonov(Damping):
+    """The quadratic schedule of Tassa et al. 2012 (doi:10.1109/IROS.2012.6386025, Sec. II-F).
+
+    After a success the constant shrinks faster and faster, to zero below 1e-8; after a failed
+    factorisation or line search it grows faster and faster, up to 1e12.
+    """
+
+    adapts = True
+
+    def exhausted(self, a: Tensor) -> Tensor:
+        """Returns the problems whose constants are the greatest, (B,) bool."""
+        return (a >= GREATEST).all(dim=0)
+
+    def shrink(self, a: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+        """Divides a by a factor that grows with every success."""
+        delta = (delta / FACTOR).clamp(max=1 / FACTOR)
+        a = a * delta
+        return torch.where(a >= SMALLEST, a, 0), delta
+
+    def grow(self, a: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+        """Multiplies a by a factor that grows with every failure."""
+        delta = (delta * FACTOR).clamp(min=FACTOR)
+        return (a * delta).clamp(SMALLEST, GREATEST), delta

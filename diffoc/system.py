@@ -1,59 +1,19 @@
 r"""A controlled system, its trajectories, and the two sweeps of an iteration of iLQR.
 
 The backward sweep turns expansions into gains, the forward sweep gains into a new trajectory,
-Eqs. 15 and 16. :mod:`diffoc.ilqr` decides what to do with them.
+Eqs. 15 and 16. Neither knows how derivatives are represented: :class:`diffoc.riccati.Dense` has
+matrices, :class:`diffoc.lowrank.MatrixFree` products only, and
+:class:`diffoc.theory.projected.Projected` the paper's projections.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-
-from diffoc.lowrank import LowRankGains
-from diffoc.riccati import Counts, Gains, System
-
-StepGains = Gains | LowRankGains
-"""The locally optimal control of one step."""
-
-
-class Value(Protocol):
-    """The value function at one state, such as :class:`diffoc.riccati.DenseValue`."""
-
-    def step_back(self, e: Any, a: Tensor, update: str) -> tuple[StepGains, Value]:
-        """One Riccati step; `e` is an expansion that belongs to it."""
-
-
-class Derivatives(Protocol):
-    """How derivatives are represented: what the controller asks of :class:`diffoc.riccati.Dense`,
-    :class:`diffoc.lowrank.MatrixFree` and :class:`diffoc.theory.projected.Projected`.
-
-    It only passes on what they return, steps, expansions and values, each to the one it is from.
-    """
-
-    @property
-    def counts(self) -> Counts:
-        """Of the work done with this object."""
-
-    def fresh(self) -> Derivatives:
-        """The same, with counts of its own that begin at zero."""
-
-    def step(
-        self, problem: System, i: int, x: Tensor, u: Tensor
-    ) -> tuple[Tensor, Callable[[], Any]]:
-        """The next states, and what expands this step."""
-
-    def terminal(self, problem: System, x: Tensor, rank: int | None) -> Any:
-        """The :class:`Value` at the final states."""
-
-    def expand(self, steps: list[Any], value: Any) -> list[Any]:
-        """The trajectory's expansion, from its steps'."""
-
-    def gradients(self, expansions: list[Any], value: Any) -> list[Tensor]:
-        """The derivatives of the total cost in the controls of every step, (B, m) each."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +33,7 @@ class ControlProblem:
     horizon: int
 
     def rollout(self, x: Tensor, controls: Sequence[Tensor] | Tensor) -> Tensor:
-        """The states (T + 1, B, ...) from x (B, ...) under controls (T, B, ...)."""
+        """Returns the states (T + 1, B, ...) from x (B, ...) under controls (T, B, ...)."""
         states = [x]
         for i in range(self.horizon):
             states.append(self.dynamics(i, states[-1], controls[i]))
@@ -82,17 +42,91 @@ class ControlProblem:
     def cost(
         self, states: Sequence[Tensor] | Tensor, controls: Sequence[Tensor] | Tensor
     ) -> Tensor:
-        """The total cost J, Eq. 10, (B,), of states (T + 1, B, ...) and controls (T, B, ...)."""
+        """Returns the total cost J (B,), Eq. 10, of states (T + 1, B, ...) and controls."""
         running, terminal = self.parts(states, controls)
         return running + terminal
 
     def parts(
         self, states: Sequence[Tensor] | Tensor, controls: Sequence[Tensor] | Tensor
     ) -> tuple[Tensor, Tensor]:
-        """The running costs' sum and the terminal cost, (B,) each."""
+        """Returns the running costs' sum and the terminal cost, (B,) each."""
         terminal = self.terminal_cost(states[-1])
         running = (self.running_cost(i, states[i], controls[i]) for i in range(self.horizon))
         return sum(running, torch.zeros_like(terminal)), terminal
+
+
+@dataclass
+class Counts:
+    """The work done by a batch, in units of one problem.
+
+    Attributes:
+        evaluations: of the dynamics.
+        products: vector-Jacobian products of the dynamics.
+        tangents: Jacobian-vector products of the dynamics, which only
+            :class:`diffoc.theory.projected.Projected` takes.
+    """
+
+    evaluations: int = 0
+    products: int = 0
+    tangents: int = 0
+
+
+@dataclass(frozen=True)
+class StepGains:
+    r"""The locally optimal control of one step, :math:`\delta u = \epsilon k + K \delta x`.
+
+    Attributes:
+        k: the feedforward gain, (B, m).
+        slope, curvature: :math:`k^T Q_u` and :math:`k^T Q_{uu} k`, (B,): this step's share of the
+            expected change :math:`\epsilon\, k^T Q_u + \tfrac12 \epsilon^2 k^T Q_{uu} k`.
+        definite: whether Quu + a I was positive definite, (B,) bool; where it was not, k and K
+            are zero.
+    """
+
+    k: Tensor
+    slope: Tensor
+    curvature: Tensor
+    definite: Tensor
+
+    def feedback(self, dx: Tensor) -> Tensor:
+        """Returns K dx for flat deviations dx, (B, n)."""
+        raise NotImplementedError
+
+
+class Value(Protocol):
+    """The value function at one state, such as :class:`diffoc.riccati.DenseValue`."""
+
+    def step_back(self, e: Any, a: Tensor, update: str) -> tuple[StepGains, Value]:
+        """Returns the gains of a step with the expansion `e`, and the value at its state."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Derivatives:
+    """How derivatives are represented, which is what the controller asks of it.
+
+    It only passes on what the methods return, steps, expansions and values, each to its source.
+    The counts are those of the work done with this object.
+    """
+
+    counts: Counts = field(default_factory=Counts)
+
+    def step(
+        self, problem: ControlProblem, i: int, x: Tensor, u: Tensor
+    ) -> tuple[Tensor, Callable[[], Any]]:
+        """Returns the next states, and a function that expands this step."""
+        raise NotImplementedError
+
+    def terminal(self, problem: ControlProblem, x: Tensor, rank: int | None) -> Any:
+        """Returns the :class:`Value` at the final states, its Hessian truncated to a rank."""
+        raise NotImplementedError
+
+    def expand(self, steps: list[Callable[[], Any]], value: Any) -> list[Any]:
+        """Returns the trajectory's expansions from its steps and the value at its end."""
+        return [step() for step in steps]
+
+    def gradients(self, expansions: list[Any], value: Any) -> list[Tensor]:
+        """Returns the derivatives of the total cost in the controls of every step, (B, m) each."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -111,31 +145,33 @@ class Trajectory:
 
     @property
     def states(self) -> Tensor:
-        """(T + 1, B, ...), a copy."""
+        """A copy of the states, (T + 1, B, ...)."""
         return torch.stack(self.x)
 
     @property
     def controls(self) -> Tensor:
-        """(T, B, ...), a copy."""
+        """A copy of the controls, (T, B, ...)."""
         return torch.stack(self.u)
+
+    def advance(self, problem: ControlProblem, u: Tensor, derivatives: Derivatives) -> None:
+        """Appends the control `u` and the state that it leads to."""
+        y, step = derivatives.step(problem, len(self.u), self.x[-1], u)
+        self.u.append(u)
+        self.x.append(y)
+        self.steps.append(step)
 
 
 def backward_sweep(
-    expansions: Sequence[Any], value: Value, a: Tensor, update: str
+    expansions: Sequence[Any], value: Value, a: Tensor, update: str = "full"
 ) -> tuple[list[StepGains], Value]:
-    """Gains of all steps and the value at the initial state.
+    """Returns the gains of all steps and the value at the initial state.
 
-    The sweep knows nothing of how the value represents its Hessian: it only asks it to step back.
-
-    Args:
-        expansions: of the steps 0 to T - 1, such as the value takes.
-        value: at the final state.
-        a: Tikhonov's constant of every step and problem, (T, B).
-        update: a member of :data:`diffoc.riccati.VALUE_UPDATES`.
+    `value` is the one at the final state, `a` has Tikhonov's constants, (T, B), and `update` is a
+    member of :data:`diffoc.riccati.VALUE_UPDATES`.
     """
     gains: list[StepGains] = []
-    for i in reversed(range(len(expansions))):
-        step_gains, value = value.step_back(expansions[i], a[i], update)
+    for e, a_i in zip(reversed(expansions), a.flip(0), strict=True):
+        step_gains, value = value.step_back(e, a_i, update)
         gains.append(step_gains)
     return gains[::-1], value
 
@@ -146,25 +182,16 @@ def forward_sweep(
     gains: Sequence[StepGains],
     step: Tensor,
     derivatives: Derivatives,
-    feedback: bool = True,
 ) -> Trajectory:
-    """The trajectory under the new controls, Eqs. 15 and 16.
+    r"""Returns the trajectory under the new controls, Eqs. 15 and 16.
 
-    Args:
-        problem: the system.
-        nominal: the trajectory that the gains belong to.
-        gains: of every step.
-        step: of every problem, (B,).
-        derivatives: how the new trajectory will be expanded.
-        feedback: whether to use the gains K, or k only.
+    The gains belong to the `nominal` trajectory; each problem has a step of its own, (B,).
     """
     new = Trajectory([nominal.x[0]], [], [])
-    for i, g in enumerate(gains):
-        du = step[:, None] * g.k
-        if feedback:
-            du = du + g.feedback((new.x[i] - nominal.x[i]).flatten(1))
-        new.u.append(nominal.u[i] + du.reshape(nominal.u[i].shape))
-        _advance(problem, new, derivatives)
+    for i, (u, g) in enumerate(zip(nominal.u, gains, strict=True)):
+        # du = step k + K dx
+        du = step[:, None] * g.k + g.feedback((new.x[i] - nominal.x[i]).flatten(1))
+        new.advance(problem, u + du.reshape(u.shape), derivatives)
     return new
 
 
@@ -174,17 +201,8 @@ def roll_out(
     controls: Sequence[Tensor] | Tensor,
     derivatives: Derivatives,
 ) -> Trajectory:
-    """The trajectory from x (B, ...) under controls (T, B, ...)."""
+    """Returns the trajectory from x (B, ...) under controls (T, B, ...)."""
     new = Trajectory([x], [], [])
     for u in controls:
-        new.u.append(u)
-        _advance(problem, new, derivatives)
+        new.advance(problem, u, derivatives)
     return new
-
-
-def _advance(problem: ControlProblem, trajectory: Trajectory, derivatives: Derivatives) -> None:
-    """Appends the state that the last control leads to."""
-    i = len(trajectory.u) - 1
-    y, step = derivatives.step(problem, i, trajectory.x[i], trajectory.u[i])
-    trajectory.x.append(y)
-    trajectory.steps.append(step)

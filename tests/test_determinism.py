@@ -10,7 +10,6 @@ from azula.denoise import KarrasDenoiser
 from azula.noise import VPSchedule
 
 from diffoc.costs import GaussianLikelihood
-from diffoc.damping import Tikhonov
 from diffoc.data.provenance import digest
 from diffoc.lowrank import MatrixFree
 from diffoc.priors.gaussian import GaussianMixturePrior
@@ -18,14 +17,13 @@ from diffoc.priors.mixture import mixture_from_loadings
 from diffoc.priors.networks import UNetBackbone
 from diffoc.problems.operators import average_pool
 from diffoc.process import ReverseProcess, draw_noise
-from diffoc.rules import LBFGS, Adam, LineSearch
+from diffoc.rules import LBFGS, Adam, LineSearch, Tikhonov
 from diffoc.solve import solve
 from diffoc.theory.projected import Projected
 
 SHAPE = (1, 8, 8)
 RULES = {
     "Adam": {"rule": Adam(0.05), "rank": 1},
-    "annealed Adam": {"rule": Adam(0.05, anneal=True), "rank": 0},
     "L-BFGS": {"rule": LBFGS(), "rank": 0},
     "line search": {"rule": LineSearch(), "rank": 3},
     "Tikhonov": {"rule": LineSearch(), "rank": 1, "regularization": Tikhonov(1.0)},

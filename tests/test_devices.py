@@ -17,13 +17,13 @@ from torch.overrides import TorchFunctionMode
 
 from diffoc.baselines.paper import snr_weights
 from diffoc.costs import GaussianLikelihood
-from diffoc.damping import Tikhonov
 from diffoc.experiments.memory import LiveTensors
+from diffoc.lowrank import MatrixFree
 from diffoc.priors.networks import UNetBackbone
 from diffoc.priors.pretrained import untrained_adm
 from diffoc.problems.operators import average_pool
 from diffoc.process import ReverseProcess, draw_noise
-from diffoc.rules import Adam, LineSearch
+from diffoc.rules import Adam, LineSearch, Tikhonov
 from diffoc.solve import solve
 
 DEVICE = torch.device("cuda:0" if torch.cuda.is_available() else "lazy:0")
@@ -101,9 +101,8 @@ def pipeline(
         rule=rule,
         regularization=Tikhonov() if isinstance(rule, LineSearch) else 1.0,
         iterations=iterations,
-        keep_activations=keep,
-        residual=lambda x0: operator(x0) - y,
-        noise_level=1e-3,
+        derivatives=MatrixFree(keep_activations=keep),
+        stop=lambda x0: (operator(x0) - y).flatten(1).square().mean(1) < 1e-6,
     )
     return [found.x0, found.controls, found.states, found.cost, found.costs, found.terminal_costs]
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from diffoc.costs import GaussianLikelihood
+from diffoc.lowrank import MatrixFree
 from diffoc.priors.networks import parameter_count
 from diffoc.priors.pretrained import untrained_adm
 from diffoc.problems.operators import average_pool
@@ -27,7 +28,7 @@ def test_one_iteration_of_the_paper_s_network():
     process = ReverseProcess(prior, 1)
     x = process.initial_state((1, 3, 256, 256), g).float()
     likelihood = GaussianLikelihood(average_pool(4), torch.zeros(1, 3, 64, 64), 0.05)
-    found = solve(process, likelihood, x, iterations=1, keep_activations=False)
+    found = solve(process, likelihood, x, iterations=1, derivatives=MatrixFree(False))
     assert found.cost < found.costs[0]
     assert (found.controls != 0).any(dim=(1, 2, 3, 4)).all()
     assert found.x0.isfinite().all()

@@ -26,7 +26,6 @@ from PIL import Image
 import diffoc
 from diffoc.baselines.released import ResidualNorm
 from diffoc.costs import ClassLikelihood, ControlCost, GaussianLikelihood
-from diffoc.damping import Tikhonov
 from diffoc.data import faces, mnist, portrait
 from diffoc.data.manifest import checked_bytes, load_weights
 from diffoc.data.pictures import picture_size, read_picture, read_transparency
@@ -81,7 +80,7 @@ HALVED = super_resolution(2)
 PROBLEM = ControlProblem(PROCESS.step, ControlCost(1.0), LIKELIHOOD, 2)
 
 
-def solve(x, controls, control_cost, rank, iterations, regularization, noise_level):
+def solve(x, controls, control_cost, rank, iterations, regularization, budget):
     return diffoc.solve(
         PROCESS,
         LIKELIHOOD,
@@ -91,8 +90,7 @@ def solve(x, controls, control_cost, rank, iterations, regularization, noise_lev
         rank=rank,
         iterations=iterations,
         regularization=regularization,
-        residual=lambda x0: POOL(x0) - LIKELIHOOD.y,
-        noise_level=noise_level,
+        budget=budget,
     )
 
 
@@ -126,7 +124,7 @@ DOORS = [
             "rank": 1,
             "iterations": 1,
             "regularization": 0.1,
-            "noise_level": 1e-3,
+            "budget": 4,
         },
         {"control_cost": "weights", "rank": "rank", "iterations": "iterations"},
         diffoc.solve,
@@ -279,10 +277,9 @@ DOORS = [
         {"y": LIKELIHOOD.y.float(), "x": X.float(), "noise_std": 0.1},
         of=greedy_controls,
     ),
-    Door(Tikhonov, {"initial": 1.0, "minimum": 1e-8, "maximum": 1e12, "factor": 2.0}),
-    Door(LineSearch, {"sufficient": 1e-4, "contraction": 0.5, "trials": 3}, positive=("trials",)),
-    Door(Adam, {"rate": 0.1, "epsilon": 1e-8}),
-    Door(LBFGS, {"memory": 3, "first": 1e-3}, positive=("memory",)),
+    Door(LineSearch, {"contraction": 0.5, "trials": 3}, positive=("trials",)),
+    Door(Adam, {"rate": 0.1, "weight_decay": 0.1}),
+    Door(LBFGS, {"contraction": 0.5, "trials": 3, "first": 1e-3}, positive=("trials",)),
     Door(portrait, {"name": "astronaut", "size": 8}, positive=("size",)),
     Door(lambda split: mnist(split, Path("nowhere")), {"split": "test"}, of=mnist),
     Door(
@@ -544,7 +541,6 @@ def test_whatever_is_no_picture_is_refused(content, read):
 MODULES = [
     "diffoc.baselines",
     "diffoc.costs",
-    "diffoc.damping",
     "diffoc.data.images",
     "diffoc.data.pictures",
     "diffoc.experiments.cells",
@@ -587,7 +583,8 @@ OTHERS = {
     "Rule": "behind ilqr",
     "Direction": "behind ilqr",
     "FullStep": "has no setting",
-    "Constant": "test_ilqr, as regularization",
+    "Damping": "test_ilqr, as regularization",
+    "Tikhonov": "has no setting",
     "GaussianPosterior": "a result",
     "UnsupportedTask": "an error",
     "as_picture": "test_latent_baselines",

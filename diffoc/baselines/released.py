@@ -220,7 +220,6 @@ RELEASED = Recipe(
     rule=Adam(5e-3, weight_decay=0.01, keeps_best=False),
     derivatives=MatrixFree(),
     regularization=1e-3,
-    feedback=False,
     weight=1e-6,
     weights=_weights,
     from_noise=True,

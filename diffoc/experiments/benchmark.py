@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from diffoc.costs import GaussianLikelihood
 from diffoc.experiments.memory import peak_memory
+from diffoc.lowrank import MatrixFree
 from diffoc.priors.pretrained import load_prior, untrained_adm
 from diffoc.problems.operators import average_pool
 from diffoc.process import ReverseProcess
@@ -111,7 +112,7 @@ def measure(
     process = ReverseProcess(prior, steps)
     operator = average_pool(2)
     likelihood = GaussianLikelihood(operator, torch.zeros_like(operator(x)), 0.05)
-    options: dict[str, Any] = {"rank": rank, "keep_activations": keep_activations}
+    options: dict[str, Any] = {"rank": rank, "derivatives": MatrixFree(keep_activations)}
     bare: list[float] = []
     controlled: list[float] = []
     resumed: list[float] = []

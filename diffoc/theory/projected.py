@@ -49,21 +49,20 @@ two give differs by the projections alone.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from diffoc.hessian import HESSIANS, range_finder, terminal_products
+from diffoc.hessian import HESSIANS, check_rank, range_finder, terminal_products
 from diffoc.lowrank import (
     LowRankGains,
-    check_rank,
     control_weight,
     linearize_step,
     low_rank_step,
     random_directions,
 )
-from diffoc.riccati import Counts, System
+from diffoc.system import ControlProblem, Derivatives
 
 
 @dataclass(frozen=True)
@@ -118,7 +117,7 @@ class ProjectedValue:
 
 
 @dataclass(frozen=True)
-class Projected:
+class Projected(Derivatives):
     r"""Derivatives as Appendix D.1 has them, for the controller; for comparison.
 
     An iteration costs :math:`T (2 F + r J + (1 + r) B)` with two passes, J being one
@@ -135,7 +134,6 @@ class Projected:
             not projected; the rest is, from the left. None for D.1 to the letter. Input mode only.
         hessian: "full" or "gauss_newton", see :mod:`diffoc.hessian`.
         seed: of the random directions, which are the same for every matrix and iteration.
-        counts: of the work done with this object.
 
     Raises:
         ValueError: if an argument is out of its range.
@@ -147,7 +145,6 @@ class Projected:
     kept: tuple[float, ...] | None = None
     hessian: str = "full"
     seed: int = 0
-    counts: Counts = field(default_factory=Counts)
 
     def __post_init__(self) -> None:
         if self.rank < 0:
@@ -158,12 +155,8 @@ class Projected:
         if self.hessian not in HESSIANS:
             raise ValueError(f"hessian is {self.hessian!r}, expected one of {', '.join(HESSIANS)}")
 
-    def fresh(self) -> Projected:
-        """The same, with counts of its own that begin at zero."""
-        return replace(self, counts=Counts())
-
     def step(
-        self, problem: System, i: int, x: Tensor, u: Tensor
+        self, problem: ControlProblem, i: int, x: Tensor, u: Tensor
     ) -> tuple[Tensor, Callable[[], ProjectedStep]]:
         """The next states, and what expands this step from the activations that are kept."""
         r, n = control_weight(problem, i), x[0].numel()
@@ -189,7 +182,7 @@ class Projected:
         step = ProjectedStep(basis, pullback, u.flatten(1), r, self.sides, kept)
         return y, lambda: step
 
-    def terminal(self, problem: System, x: Tensor, rank: int | None) -> ProjectedValue:
+    def terminal(self, problem: ControlProblem, x: Tensor, rank: int | None) -> ProjectedValue:
         """The value at the final states (B, ...), its Hessian H projected: P (P^T H P) P^T.
 
         Raises:
@@ -202,12 +195,6 @@ class Projected:
             return ProjectedValue(Vx, P, x.new_zeros(len(x), 0, 0))
         S = P.mT @ product(P)
         return ProjectedValue(Vx, P, (S + S.mT) / 2)
-
-    def expand(
-        self, steps: list[Callable[[], ProjectedStep]], value: ProjectedValue
-    ) -> list[ProjectedStep]:
-        """The steps themselves: what they pull back depends on the gains of those after them."""
-        return [step() for step in steps]
 
     def gradients(self, expansions: list[ProjectedStep], value: ProjectedValue) -> list[Tensor]:
         """NaN (B, m) of every step: they would cost another vector-Jacobian product each."""

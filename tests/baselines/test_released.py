@@ -234,7 +234,6 @@ def setting():
         "rank": 0,
         "rule": Adam(5e-3, weight_decay=0.01, keeps_best=False),
         "regularization": 1e-3,
-        "feedback": False,
     }
     return process, ResidualNorm(physics.A, y), normal(1, 1, 8, 8, seed=2), settings
 
@@ -257,15 +256,6 @@ def test_adam_cancels_the_constant_of_the_gains():
     )
     assert one.norm() > 0.1
     torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-6)
-
-
-def test_feedback_vanishes_with_the_rank():
-    process, cost, x, settings = setting()
-    one, two = (
-        solve(process, cost, x, iterations=3, **settings | {"feedback": feedback}).controls
-        for feedback in (False, True)
-    )
-    torch.testing.assert_close(one, two, rtol=0, atol=0)
 
 
 def test_the_first_iteration_moves_every_control_by_the_rate():

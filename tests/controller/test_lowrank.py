@@ -94,6 +94,7 @@ def test_indefinite_hessians_and_rank_zero_are_first_order(mode):
         in_x, in_u = e.pullback(cotangent.unsqueeze(0))
         # With a = 0 the controls' own quadratic cost is minimised: u + k = -f_u^T Vx / r.
         torch.testing.assert_close(e.u + g.k, -in_u[0] / e.r, rtol=1e-12, atol=1e-12)
+        assert not g.feedback(e.u).any()
         cotangent = in_x[0]
 
 

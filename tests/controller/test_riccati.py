@@ -1,5 +1,7 @@
 """Riccati steps against brute-force minimisation, finite differences, numpy and autograd."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -187,10 +189,7 @@ def test_value_at_the_start_is_the_policy_s_true_cost(update, a):
         if right:
             assert near(start.Vx[b], gradient, 1e-9)
             assert near(start.Vxx[b], hessian, 1e-9)
-            nothing = [
-                type(g)(torch.zeros_like(g.k), torch.zeros_like(g.K), g.slope, g.curvature, None)
-                for g in gains
-            ]
+            nothing = [replace(g, k=torch.zeros_like(g.k), K=torch.zeros_like(g.K)) for g in gains]
             start_cost = policy_cost(expansions, value, nothing, b, zero)
             assert change == pytest.approx((cost(zero) - start_cost).item(), rel=1e-9)
         else:

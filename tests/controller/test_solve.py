@@ -10,6 +10,7 @@ from diffoc.costs import ControlCost, GaussianLikelihood
 from diffoc.data import digits
 from diffoc.ilqr import DivergenceError, ilqr
 from diffoc.lowrank import Counts, MatrixFree
+from diffoc.priors.counting import CountedPrior
 from diffoc.priors.gaussian import GaussianPrior
 from diffoc.problems.operators import average_pool
 from diffoc.process import ReverseProcess
@@ -58,7 +59,7 @@ def test_the_counts_are_those_of_the_network(keep, rank):
     process, likelihood, x = setting()
     calls = []
     process.denoiser.register_forward_hook(lambda *a: calls.append(1))
-    found = solve(process, likelihood, x, rank=rank, iterations=4, keep_activations=keep)
+    found = solve(process, likelihood, x, rank=rank, iterations=4, derivatives=MatrixFree(keep))
     evaluations = 6 + (4 if keep else 8) * 6
     assert evaluations <= len(calls) <= evaluations + 6  # the best iterate, once more
     assert found.evaluations.tolist() == [evaluations] * len(x)
@@ -98,8 +99,7 @@ def test_the_discrepancy_principle_stops_in_time():
         rank=4,
         rule=Adam(0.05),
         iterations=300,
-        residual=residual,
-        noise_level=level,
+        stop=lambda x0: residual(x0).square().mean(1) < level**2,
     )
     assert short.status == ["stopped", "stopped"]
     assert len(short.costs) < 300
@@ -135,10 +135,6 @@ def test_divergence_names_the_rate():
 def test_wrong_arguments_are_named():
     process, likelihood, x = setting()
     for wrong, message in (
-        ({"precision": "float8"}, "precision is 'float8'"),
-        ({"noise_level": 0.1}, "belong together"),
-        ({"residual": likelihood.operator, "noise_level": 0.0}, "noise_level is 0.0"),
-        ({"derivatives": MatrixFree(), "keep_activations": False}, "keep_activations is False"),
         ({"rank": -1}, "rank is -1"),
         ({"iterations": -1}, "iterations is -1"),
     ):
@@ -184,18 +180,12 @@ def test_a_digit_is_reconstructed_by_the_trained_prior():
     image, operator = digits()[0][6:7], average_pool(2)
     g = torch.Generator().manual_seed(0)
     y = operator(image) + 0.05 * torch.randn(1, 1, 14, 14, generator=g)
-    process = ReverseProcess(prior, 4)
-    x = process.initial_state(image.shape, g).float()
+    x = ReverseProcess(prior, 4).initial_state(image.shape, g).float()
     errors = {}
     for precision in (None, "bfloat16"):
-        found = solve(
-            process,
-            GaussianLikelihood(operator, y, 0.05),
-            x,
-            iterations=12,
-            rule=Adam(0.05),
-            precision=precision,
-        )
+        process = ReverseProcess(CountedPrior(prior, precision), 4)
+        cost = GaussianLikelihood(operator, y, 0.05)
+        found = solve(process, cost, x, iterations=12, rule=Adam(0.05))
         assert found.x0.dtype == torch.float32
         assert found.cost < 0.2 * found.costs[0]
         errors[precision] = (found.x0 - image).square().mean().sqrt().item()
