@@ -4,8 +4,11 @@ import pytest
 import torch
 from azula.noise import VPSchedule
 
-from diffoc.costs import ControlCost
+from diffoc.costs import ControlCost, GaussianLikelihood
+from diffoc.experiments.known_posteriors import small_problems
+from diffoc.experiments.posterior_distance import random_directions, sliced_wasserstein
 from diffoc.ilqr import ilqr
+from diffoc.lowrank import MatrixFree
 from diffoc.priors.gaussian import GaussianPrior
 from diffoc.priors.mixture import with_noise
 from diffoc.process import ReverseProcess
@@ -127,6 +130,32 @@ def test_samples_by_products_have_the_law_of_the_dense_policies():
     columns = ends[1:] - ends[:1]
     assert relative_error(ends[0], mean) < 1e-9
     assert relative_error(columns.mT @ columns, covariance) < 1e-9
+
+
+def test_on_the_ring_it_is_near_the_posterior_and_the_plan_is_not():
+    """An approximation: eight modes, one coordinate measured, a quadratic around one plan."""
+    ring, g = small_problems()[-1], torch.Generator().manual_seed(0)
+    count, T = 200, 40
+    times = torch.linspace(1, 0.02, T + 1, dtype=torch.float64)
+    still = torch.zeros(T, count, 2, dtype=torch.float64)
+    process = ReverseProcess(ring.prior, times, "ddpm", "output", still)
+    weights = torch.tensor([1 / c**2 for _, _, c in process.coefficients], dtype=torch.float64)
+    A, y, s = ring.measurement.matrix, ring.measurement.y, ring.measurement.noise_std
+    cost = GaussianLikelihood(lambda x: x @ A.mT, y, s)
+    problem = ControlProblem(process.step, ControlCost(weights), cost, T)
+    start = torch.randn(count, 2, generator=g, dtype=torch.float64)
+    noise = torch.randn(T, count, 2, generator=g, dtype=torch.float64)
+    exact, directions = ring.posterior.sample(4000, g)[:, 0], random_directions(2, 50, g)
+    scale = (torch.cov(exact.mT).trace() / 2).sqrt()
+
+    def distance(x):
+        return sliced_wasserstein(x, exact, directions) / scale
+
+    derivatives = MatrixFree(convex=True, together=True)
+    plan = ilqr(problem, start, derivatives=derivatives, rank=1, iterations=2).states[-1]
+    drawn = riccati_samples(problem, start, still, noise, rank=1)
+    assert distance(drawn) < 0.45
+    assert distance(plan) > 0.8
 
 
 @pytest.mark.parametrize("kind", ["positive", "indefinite", "dependent", "rank 0"])
