@@ -95,10 +95,16 @@ def frechet_between(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor])
         raise ValueError(
             f"first and second have {len(mu1)} and {len(mu2)} features, expected equal"
         )
-    # The square root's trace from the eigenvalues of the symmetric C1^1/2 C2 C1^1/2, which has
-    # those of C1 C2 and stays real where a covariance is singular.
-    values, vectors = torch.linalg.eigh(c1)
-    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.mT
-    overlap = torch.linalg.eigvalsh(root @ c2 @ root).clamp(min=0).sqrt().sum()
-    distance = (mu1 - mu2).square().sum() + c1.trace() + c2.trace() - 2 * overlap
+    # With R_i = C_i^1/2, tr (C_1 C_2)^1/2 is the nuclear norm of R_1 R_2, which is tr(U' R_1 R_2)
+    # with the polar factor U of R_1 R_2. So the rest of the distance is a sum of squares,
+    # |R_1 - U R_2|_F^2: never negative, and zero of equal sets up to rounding squared.
+    root1, root2 = _root(c1), _root(c2)
+    left, _, right = torch.linalg.svd(root1 @ root2)
+    distance = (mu1 - mu2).square().sum() + (root1 - left @ right @ root2).square().sum()
     return distance.item()
+
+
+def _root(covariance: Tensor) -> Tensor:
+    """Returns the symmetric square root of a covariance (d, d)."""
+    values, vectors = torch.linalg.eigh(covariance)
+    return (vectors * values.clamp(min=0).sqrt()) @ vectors.mT

@@ -12,6 +12,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -62,6 +63,25 @@ SMALLEST = 32  # side of an image of which AlexNet leaves a pixel in its last la
 def download() -> list[Path]:
     """Fetches the weights of all networks into the cache, 0.9 GB; raises as `fetch` does."""
     return [fetch(file) for file in WEIGHTS.values()]
+
+
+def missing_metrics() -> dict[str, str]:
+    """Returns why LPIPS and FID, by name, cannot be computed here, and where their weights go.
+
+    >>> for name, reason in missing_metrics().items():
+    ...     print(f"{name}: {reason}")
+    """
+    missing = {}
+    needs = {"lpips_alex": ("alex", "lpips"), "lpips_vgg": ("vgg", "lpips")}
+    for name, (net, package) in (needs | {"fid": ("inception", "torch_fidelity")}).items():
+        if find_spec(package) is None:
+            missing[name] = f"the package {package} is missing: pip install -e '.[metrics]'"
+            continue
+        try:
+            find(WEIGHTS[net], _hub_folder())
+        except FileNotFoundError as error:
+            missing[name] = str(error)
+    return missing
 
 
 def perceptual_metrics(

@@ -13,6 +13,7 @@ from diffoc.problems.metrics import frechet_distance
 from diffoc.problems.perceptual import (
     features,
     fid,
+    missing_metrics,
     perceptual_metrics,
     read_features,
     write_features,
@@ -92,6 +93,9 @@ def test_what_is_missing_is_said_and_nothing_takes_its_name(alex):
     for part in ("vgg16-397923af.pth", "https://download.pytorch.org", "553 MB", "checkpoints"):
         assert part in missing["lpips_vgg"]
     assert torch.equal(before, torch.random.get_rng_state())
+    known = missing_metrics()
+    assert {"lpips_alex", "lpips_vgg"} & set(known) == {"lpips_vgg"}
+    assert known["lpips_vgg"] == missing["lpips_vgg"]
 
 
 def test_weights_in_the_folder_of_torch_s_hub_are_found(alex, cache, tmp_path):
