@@ -601,7 +601,7 @@ OTHERS = {
     "keep_in": "test_rough_handling",
     "load_once": "load_prior",
     "metrics_of": "image_metrics",
-    "picture_names": "test_experiments",
+    "picture_names": "test_pictures",
     "read_images": "test_experiments",
     "time_prior": "measures",
     "tuning_cells": "of a cell",

@@ -52,7 +52,8 @@ def flash_diffusion(
             an evaluation and a product.
         guidance, gluing, eta: as for PSLD.
         correction: c, positive.
-        encoder: the severity encoder, by default that of "faces64_latent".
+        encoder: the severity encoder, by default that of "faces64_latent", or, for a prior of
+            colour images, of "faces64_rgb_latent".
 
     Raises:
         ValueError: for a prior of images, or one that the encoder is not for.
@@ -63,7 +64,9 @@ def flash_diffusion(
     if gluing and not isinstance(physics, LinearPhysics):
         raise UnsupportedTask("the gluing term needs the adjoint of a linear operator")
     picture = as_picture(y, autoencoder.decoded_shape)
-    encoder = load_severity_encoder().to(x) if encoder is None else encoder
+    if encoder is None:
+        faces = {1: "faces64", 3: "faces64_rgb"}[autoencoder.decoded_shape[0]]
+        encoder = load_severity_encoder(f"{faces}_severity").to(x)
     with torch.no_grad():
         estimate, log_severity = encoder(picture)
     if estimate.shape != x.shape:

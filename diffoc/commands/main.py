@@ -16,13 +16,10 @@ from diffoc.commands import ffhq
 from diffoc.commands.tables import add_commands
 from diffoc.data.provenance import ROOT
 
+_FACES = ("faces64", "faces64_rgb")
 TRAINED = [
     "mnist",
-    "faces64",
-    "faces64_rgb",
-    "faces64_autoencoder",
-    "faces64_latent",
-    "faces64_severity",
+    *(face + part for face in _FACES for part in ("", "_autoencoder", "_latent", "_severity")),
     "classifier",
     "judge",
 ]
@@ -69,12 +66,11 @@ def train(args: argparse.Namespace) -> int:
     recipe = replace(training.RECIPES[name], **{k: v for k, v in changes.items() if v is not None})
     labels = truth = None
     decode: Callable[[torch.Tensor], torch.Tensor] = torch.nn.Identity()
-    if name.startswith("faces64_rgb"):
-        images, held_out = data.colour_faces("train"), data.colour_faces("test")[::2]
-    elif name.startswith("faces64"):
-        images, held_out = data.faces("train"), data.faces("test")[::2]
-        if name == "faces64_latent":
-            network = load_autoencoder(args.out)
+    if name.startswith("faces64"):
+        read = data.colour_faces if name.startswith("faces64_rgb") else data.faces
+        images, held_out = read("train"), read("test")[::2]
+        if name.endswith("_latent"):
+            network = load_autoencoder(name.replace("latent", "autoencoder"), args.out)
             images = encoded(network, np.concatenate([images, images[:, :, ::-1]]))
             held_out, decode = encoded(network, held_out), network.decode
     else:
@@ -103,7 +99,7 @@ def train(args: argparse.Namespace) -> int:
             score = f"PSNR {reconstruction_psnr(run.average, held_out):.2f}"
         elif isinstance(run.average, SeverityEncoder):
             found = severities(
-                run.average, training.as_states(held_out), torch.Generator().manual_seed(0)
+                run.average, data.as_states(held_out), torch.Generator().manual_seed(0)
             )
             correlation = torch.corrcoef(found.log())[0, 1]
             score = f"RMSE {found[1].mean():.3f}, correlation of severities {correlation:.3f}"
@@ -111,7 +107,7 @@ def train(args: argparse.Namespace) -> int:
             prior = training.denoiser(run.average)
             psnr = (evaluation.denoising_psnr(prior, held_out, s) for s in (0.1, 0.3, 1.0))
             score = "PSNR at sigma 0.1, 0.3, 1: " + " / ".join(f"{p:.2f}" for p in psnr)
-            shape = (16, *training.as_states(held_out[:1]).shape[1:])
+            shape = (16, *data.as_states(held_out[:1]).shape[1:])
             generator = torch.Generator().manual_seed(0)
             sheet = evaluation.draw_samples(prior, shape, generator, decode=decode)
             write_sheet(sheet, checkpoint.with_suffix(".png"))
@@ -124,7 +120,7 @@ def train(args: argparse.Namespace) -> int:
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
     training.train(run, images, labels, checkpoint, args.every, report=report, compile=args.compile)
     if isinstance(run.average, Autoencoder):
-        run.average.standardise(training.as_states(images))
+        run.average.standardise(data.as_states(images))
     print(write_weights(run.average, name, args.out))
     return 0
 
@@ -153,8 +149,14 @@ def solve(args: argparse.Namespace) -> int:
         args.task, args.prior, noise_std=args.noise_std, seed=args.seed, **given
     )
     prior = load_prior(args.prior)
-    read = solving.from_measurement if args.measurement else solving.from_picture
-    case = read(args.measurement or args.image, prior.image_shape, settings)
+    if args.measurement:
+        if args.crop:
+            raise ValueError("crop is given, but it is of a picture: a measurement is taken whole")
+        case = solving.from_measurement(args.measurement, prior.image_shape, settings)
+    else:
+        case = solving.from_picture(args.image, prior.image_shape, settings, args.crop)
+        assert case.truth is not None
+        case.notes.extend(solving.unfamiliar(prior, settings, case.truth))
     for note in case.notes:
         print(f"note: {note}")
     result, report = solving.run(case, prior, settings, args.device)
@@ -226,7 +228,10 @@ def main(argv: list[str] | None = None) -> int:
     solver.add_argument(
         "--task", required=True, help="super_resolution, or another of diffoc.problems.tasks"
     )
-    solver.add_argument("--prior", default="faces64", help="a name or path for load_prior")
+    solver.add_argument(
+        "--crop", type=_crop, metavar="X,Y,SIDE", help="square of the picture: left, top, side"
+    )
+    solver.add_argument("--prior", default="faces64_rgb", help="a name or path for load_prior")
     solver.add_argument("--out", type=Path, default=Path("solved"), metavar="DIR")
     solver.add_argument("--noise-std", type=float, default=0.05, help="on the scale [-1, 1]")
     solver.add_argument("--recipe", help="ours by default; or stopped, cold, paper, released")
@@ -288,6 +293,17 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("diffoc: interrupted; what was written before is complete", file=sys.stderr)
         return 130
+
+
+def _crop(text: str) -> tuple[int, int, int]:
+    """Reads X,Y,SIDE."""
+    try:
+        left, top, side = map(int, text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(
+            f"crop is {text!r}, expected X,Y,SIDE in whole pixels, such as 120,80,200"
+        ) from error
+    return left, top, side
 
 
 def _check_device(name: str) -> None:

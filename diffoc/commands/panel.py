@@ -33,7 +33,7 @@ _IMAGES = {
 def _image(name: str) -> Tensor:
     if name.startswith("digit"):
         return data.digits()[0][2 * int(name[-1])][None]
-    return data.portrait(name.replace(" ", "_"))
+    return data.portrait(name.replace(" ", "_"), grey=True)
 
 
 class _Cancelled(Exception):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,10 +16,17 @@ from deepinv.physics import Inpainting, Physics
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from diffoc.baselines.flash_diffusion import time_of_ratio
 from diffoc.baselines.paper import PAPER
 from diffoc.baselines.released import RELEASED
 from diffoc.data.files import replacing
-from diffoc.data.pictures import picture_size, read_picture, read_transparency, write_picture
+from diffoc.data.pictures import (
+    OVER_WHITE,
+    picture_size,
+    read_picture,
+    read_transparency,
+    write_picture,
+)
 from diffoc.ilqr import Result
 from diffoc.problems.metrics import image_metrics
 from diffoc.problems.tasks import NOISE_STD, measure, measured, task
@@ -27,6 +35,12 @@ from diffoc.reconstruct import COLD, OURS, STOPPED, Problem, Recipe, reconstruct
 # Their measurement is a picture that says all that is needed to know A.
 FROM_PICTURES = ("super_resolution", "gaussian_blur", "random_inpainting", "box_inpainting")
 
+
+FAMILIAR = {
+    "faces64_rgb": {0.3: 27.6, 1.0: 21.9},
+    "faces64": {0.3: 25.6, 1.0: 19.9},
+}
+"""The PSNR in dB, by noise level, that 99 % of 512 held-out faces reach (cards of the priors)."""
 
 RECIPES = {recipe.name: recipe for recipe in (OURS, STOPPED, COLD, PAPER, RELEASED)}
 """What `--recipe` names; the tables run the same ones."""
@@ -83,13 +97,56 @@ class Case:
     notes: list[str]
 
 
-def from_picture(path: Path, shape: tuple[int, int, int], settings: Settings) -> Case:
+def from_picture(
+    path: Path,
+    shape: tuple[int, int, int],
+    settings: Settings,
+    crop: tuple[int, int, int] | None = None,
+) -> Case:
     """Simulates the measurement of a picture; arguments and errors as for `read_picture`."""
-    truth, notes = read_picture(path, shape)
+    truth, notes = read_picture(path, shape, crop)
     generator = torch.Generator().manual_seed(settings.seed)
     physics = task(settings.task, shape, generator)
     y = measure(physics, truth, generator, settings.noise_std)
-    return Case(physics, y, truth, notes)
+    return Case(physics, y, truth, notes + saturation(y, settings.task))
+
+
+@torch.no_grad()
+def unfamiliar(prior: Denoiser, settings: Settings, truth: Tensor) -> list[str]:
+    """Returns a note where a prior of faces denoises a picture worse than its held-out faces.
+
+    Faces that are sharper or stranger than those get it, too, and smooth pictures of anything do
+    not: it says how well the prior knows the picture, not what is in it.
+
+    Args:
+        prior: with images of the shape of `truth`.
+        settings: has its name; for priors that are not in :data:`FAMILIAR` there are no notes.
+        truth: (1, C, H, W).
+    """
+    noise = torch.randn(truth.shape, generator=torch.Generator().manual_seed(0))
+    for ratio, least in FAMILIAR.get(settings.prior, {}).items():
+        t = time_of_ratio(prior, torch.tensor([ratio]))
+        alpha, _ = prior.schedule(t)
+        error = prior(alpha.reshape(-1, 1, 1, 1) * (truth + ratio * noise), t).mean - truth
+        psnr = 10 * math.log10(4 / error.square().mean().item())
+        if psnr < least:
+            return [
+                f"the prior knows tight crops of faces, and this picture little: it denoises it to "
+                f"{psnr:.1f} dB at noise {ratio:g}, and 99 % of its held-out faces to {least} dB "
+                "or better; expect details of faces where there are none"
+            ]
+    return []
+
+
+def saturation(y: Tensor, task_name: str) -> list[str]:
+    """Returns a note with the share of a measurement (B, C, H, W) that a PNG file clips."""
+    share = (picture_of(y, task_name).abs() > 1).float().mean().item()
+    if not share:
+        return []
+    return [
+        f"measurement.png clips {100 * share:.1f} % of the values to black or white: start again "
+        "from measurement.npz, which has them all"
+    ]
 
 
 def from_measurement(path: Path, shape: tuple[int, int, int], settings: Settings) -> Case:
@@ -110,7 +167,8 @@ def from_measurement(path: Path, shape: tuple[int, int, int], settings: Settings
     physics = task(settings.task, shape, generator)
     expected = physics.A(torch.zeros(1, *shape)).shape
     if path.suffix == ".npz":
-        return Case(physics, _read_measurement(path, expected, settings), None, [])
+        y = _read_measurement(path, expected, settings)
+        return Case(physics, y, None, saturation(y, settings.task))
     if settings.task not in FROM_PICTURES:
         raise ValueError(
             f"measurement {path} is not an .npz file: with a picture the task must be one of "
@@ -127,6 +185,7 @@ def from_measurement(path: Path, shape: tuple[int, int, int], settings: Settings
         mask = read_transparency(path)
         physics = Inpainting(shape, mask=mask)
         y = y * mask
+        notes = [note for note in notes if note != OVER_WHITE]  # what is transparent is dropped
     return Case(physics, y, None, notes)
 
 

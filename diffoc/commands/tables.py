@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from diffoc.data.pictures import picture_names
 from diffoc.data.provenance import ROOT
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     _add_grid(run_)
     run_.add_argument("--methods", nargs="+", help="by default the table's")
     run_.add_argument("--seeds", type=int, nargs="+", default=[0])
-    run_.add_argument("--images", type=Path, metavar="DIR", help="of PNG files, by name")
+    run_.add_argument("--images", type=Path, metavar="DIR", help="of pictures, by name")
     run_.add_argument("--last", type=int, default=1000, metavar="N", help="images only, at most")
     run_.add_argument("--batch", type=int, metavar="N", help="images at once; 1 from 256 pixels on")
     run_.add_argument("--shard", type=_shard, metavar="I/N", help="one part, in a file of its own")
@@ -95,11 +96,12 @@ def _precision(args: argparse.Namespace) -> str:
 def run(args: argparse.Namespace) -> int:
     """Computes what a table does not have yet, once it has said how long that takes."""
     from diffoc.experiments import cells as experiments
+    from diffoc.problems.perceptual import missing_metrics
 
     if args.last < 1:
         raise ValueError(f"last is {args.last}, expected at least 1")
     if args.images:
-        images = experiments.picture_names(args.images)
+        images = picture_names(args.images)
     elif args.table == "table1":
         images = experiments.held_out_faces()
     else:
@@ -108,6 +110,8 @@ def run(args: argparse.Namespace) -> int:
     folder = ROOT / "build" if args.random_weights else ROOT / "data" / "records"
     path = args.out or folder / f"{args.table}_{_as_file_name(prior)}.csv"
     compute = experiments.Computer(args.images and args.images.resolve(), args.device)
+    for name, reason in missing_metrics().items():
+        print(f"note: no {name}: {reason}")
     return _execute(
         cells, compute, path, args, args.shard, args.keep and experiments.keep_in(args.keep)
     )

@@ -17,6 +17,7 @@ v -> v / 127.5 - 1, when they are to be reconstructed.
 import gzip
 import io
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -34,9 +35,17 @@ _IDX = {
 }
 _IDX_DTYPE = 8  # the idx code of unsigned bytes
 
-# Left edge, top edge and side, in pixels, chosen so that in the 64 x 64 crop the eyes lie near
-# row 25 and columns 20 and 44 and the mouth near row 48, as in the mean face of faces64.
-_CROPS = {"astronaut": (164, 53, 122), "grace_hopper": (149, 98, 234)}
+# Left edge, top edge and side of a square, in pixels. For grey ones they are chosen so that in the
+# 64 x 64 crop the eyes lie near row 25 and columns 20 and 44 and the mouth near row 48, as in the
+# mean face of faces64.
+_GREY_CROPS = {"astronaut": (164, 53, 122), "grace_hopper": (149, 98, 234)}
+# In the mean of the colour faces the eyes are darkest at row 14.2, columns 17 and 47, and the mouth
+# at row 49.5, column 32. The squares take pupils and mouth of the pictures nearest to these three
+# points, by least squares over position and side; the pupils are at (202.5, 100.5), (246.5, 103)
+# and the mouth at (224, 146) in one picture, at (220, 187), (305, 184) and (268, 278) in the other.
+# The last number is the standard deviation, in pixels, of the Gaussian blur after which a crop has
+# as much power above a quarter of a cycle per pixel as the median training face: those are softer.
+_CROPS = {"astronaut": (182, 82, 85, 0.75), "grace_hopper": (178, 146, 172, 2.3)}
 
 
 def digits() -> tuple[Tensor, Tensor]:
@@ -161,21 +170,31 @@ def colour_faces(split: str, root: Path | str | None = None) -> np.ndarray:
     return images[: COLOUR_FACES[split]]
 
 
-def portrait(name: str, size: int = 64) -> Tensor:
-    """A public-domain portrait, cropped and scaled so that eyes and mouth lie as in `faces`.
+def portrait(name: str, size: int = 64, *, grey: bool = False) -> Tensor:
+    """Returns a public-domain portrait, cropped as the faces of training are, and scaled.
 
-    Both pictures ship in the wheels of packages that diffoc needs anyway; nothing is downloaded.
+    Eyes and mouth lie as in the mean of `colour_faces`, and the picture is as soft as those are. A
+    grey portrait is as sharp as it can be, and its crop is the looser one of `faces`. Both pictures
+    ship in the wheels of packages that diffoc needs anyway; nothing is downloaded.
 
-    Arguments:
+    >>> portrait("astronaut").shape
+    torch.Size([1, 3, 64, 64])
+
+    Args:
         name: "astronaut" (Eileen Collins, NASA, from scikit-image) or "grace_hopper" (Grace
             Hopper, US Navy, from matplotlib).
         size: side in pixels, at least 1; scaling down is anti-aliased.
+        grey: whether it is for a prior of grey faces.
 
-    Returns an image (1, 1, size, size) float32 in [-1, 1]. Raises ValueError for another name or
-    size.
+    Returns:
+        An image (1, 3, size, size), or (1, 1, size, size), float32 in [-1, 1].
+
+    Raises:
+        ValueError: for another name or size.
     """
     import matplotlib.cbook
     import skimage
+    from scipy.ndimage import gaussian_filter
     from skimage.color import rgb2gray
     from skimage.transform import resize
 
@@ -188,10 +207,40 @@ def portrait(name: str, size: int = 64) -> Tensor:
     else:
         file = matplotlib.cbook.get_sample_data("grace_hopper.jpg", asfileobj=False)
         picture = skimage.io.imread(file)
-    left, top, side = _CROPS[name]
-    grey = rgb2gray(picture[top : top + side, left : left + side])
-    scaled = resize(grey, (size, size), anti_aliasing=True).clip(0, 1)
-    return torch.from_numpy(2 * scaled - 1).float()[None, None]
+    if grey:
+        left, top, side = _GREY_CROPS[name]
+        luminance = rgb2gray(picture[top : top + side, left : left + side])
+        scaled = resize(luminance, (size, size), anti_aliasing=True).clip(0, 1)
+        return torch.from_numpy(2 * scaled - 1).float()[None, None]
+    *crop, blur = _CROPS[name]
+    soft = np.rint(gaussian_filter(picture.astype(np.float32), (blur, blur, 0))).astype(np.uint8)
+    return as_states(np.array(_scaled(Image.fromarray(soft), crop, size))[None])
+
+
+def _scaled(picture: Image.Image, crop: Sequence[int], size: int) -> Image.Image:
+    """A square (left, top, side) of a picture, scaled to size x size by Pillow's bicubic filter.
+
+    Pillow widens the filter where it makes smaller: scaling down is anti-aliased.
+    """
+    left, top, side = crop
+    box = (left, top, left + side, top + side)
+    return picture.resize((size, size), Image.Resampling.BICUBIC, box)
+
+
+def as_states(images: np.ndarray) -> Tensor:
+    """Returns images as the networks take them, and latents (N, C, H, W) as they are.
+
+    Args:
+        images: uint8, grey (N, H, W) or colour (N, H, W, 3); or latents, float32.
+
+    Returns:
+        Images (N, 1, H, W) or (N, 3, H, W) in [-1, 1].
+    """
+    x = torch.from_numpy(np.ascontiguousarray(images))
+    if x.dtype != torch.uint8:
+        return x
+    channels_first = x.unsqueeze(1) if x.ndim == 3 else x.movedim(-1, 1)
+    return channels_first.float() / 127.5 - 1
 
 
 # --- reading --------------------------------------------------------------------------------------
@@ -242,7 +291,7 @@ def _download_faces() -> Path:
         from sklearn.datasets import fetch_lfw_people
 
         path.parent.mkdir(parents=True, exist_ok=True)
-        # The square of the 250 x 250 pictures whose eyes and mouth lie as `_CROPS` says.
+        # The square of the 250 x 250 pictures whose eyes and mouth lie as `_GREY_CROPS` says.
         lfw = fetch_lfw_people(
             data_home=path.parent, resize=None, slice_=(slice(68, 184), slice(67, 183))
         )

@@ -12,49 +12,82 @@ from torch import Tensor
 
 from diffoc.data.files import replacing
 
+ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp")
+"""Of the files in a folder that count as pictures, in small letters or capitals."""
 
-def read_picture(path: Path, shape: Sequence[int]) -> tuple[Tensor, list[str]]:
-    """A picture as image in [-1, 1], and what had to be done to it.
+OVER_WHITE = "composited over white where it is transparent"
+_LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # of ITU-R 601
 
-    It is turned as its EXIF data say, made grey or coloured, cut to the wanted aspect ratio around
-    its centre, and resized (anti-aliased, bicubic).
+
+def picture_names(folder: Path) -> list[str]:
+    """Returns the names of a folder's pictures, sorted; hidden files such as ._a.png are none.
+
+    Raises:
+        FileNotFoundError: if there is none.
+    """
+    names = sorted(
+        path.name
+        for path in folder.glob("*")
+        if path.suffix.lower() in ENDINGS and not path.name.startswith(".")
+    )
+    if not names:
+        raise FileNotFoundError(
+            f"{folder} has no pictures: expected files there that end in {', '.join(ENDINGS)}"
+        )
+    return names
+
+
+def read_picture(
+    path: Path, shape: Sequence[int], crop: Sequence[int] | None = None
+) -> tuple[Tensor, list[str]]:
+    """Returns a picture as image in [-1, 1], and what had to be done to it.
+
+    It is turned as its EXIF data say, composited over white, made grey or coloured, cut to the
+    wanted aspect ratio, and resized (anti-aliased, bicubic). Nothing is rounded on the way.
+
+    >>> image, notes = read_picture(Path("face.jpg"), (3, 64, 64), crop=(120, 80, 200))
 
     Args:
-        path: of a file that Pillow reads: JPEG, PNG, TIFF, WebP and others, of 8 or 16 bits.
+        path: of a file that Pillow reads: JPEG, PNG, TIFF, WebP and others, of 8 or 16 bits, or of
+            floating-point values in [0, 1] or [-1, 1].
         shape: (C, H, W) of the image, with C 1 or 3.
+        crop: left and top edge and width, in pixels of the upright picture, of what is used of it;
+            by default the largest part around its centre.
 
     Returns:
         The image (1, C, H, W) float32, and notes for its user, one per change.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is no picture or a damaged one, or C is another number.
+        ValueError: if it is no picture or a damaged one, its values can be read in more than one
+            way, the crop is not within it, or C is another number.
     """
     channels, height, width = shape
     if channels not in (1, 3) or min(height, width) < 1:
         raise ValueError(f"shape is {tuple(shape)}, expected 1 or 3 channels and at least a pixel")
-    picture, notes = _open(path), []
-    grey = len(picture.getbands()) < 3 and picture.mode != "P"
-    if picture.mode.startswith(("I", "F")):
-        # Pillow would cut 16 bits off at 255.
-        values = np.asarray(picture, dtype=np.float32)
-        if not np.isfinite(values).all():
-            raise ValueError(f"{path} has pixels that are not finite")
-        bright = 65535 if picture.mode.startswith("I") else max(1.0, values.max())
-        picture = Image.fromarray((values * (255 / bright)).clip(0, 255).astype(np.uint8))
-    picture = picture.convert("L" if channels == 1 else "RGB")
-    if grey != (channels == 1):
-        notes.append("grey made from colour" if channels == 1 else "colour made from grey")
-    side = min(picture.width / width, picture.height / height)
-    window = (round(side * width), round(side * height))
-    if window != picture.size:
-        notes.append(f"cut from {_size(picture.size)} to {_size(window)} around its centre")
-    if window != (width, height):
-        notes.append(f"resized from {_size(window)} to {_size((width, height))}")
-    if notes:
-        picture = ImageOps.fit(picture, (width, height), Image.Resampling.BICUBIC)
-    pixels = torch.from_numpy(np.array(picture, dtype=np.float32)).reshape(height, width, channels)
-    return (pixels / 127.5 - 1).movedim(-1, 0).unsqueeze(0), notes
+    values, notes = _values(path)
+    if values.shape[-1] != channels:
+        if channels == 3:
+            values = values.repeat(3, axis=-1)
+            notes.append("colour made from grey")
+        elif (values == values[..., :1]).all():  # grey that was stored in colour
+            values = values[..., :1]
+        else:
+            values = (values @ _LUMA)[..., None]
+            notes.append("grey made from colour")
+    size = values.shape[1::-1]
+    box = _window(size, (width, height), crop)
+    used = (round(box[2] - box[0]), round(box[3] - box[1]))
+    if crop is not None:
+        notes.append(f"cut from {_size(size)} to {_size(used)} at {crop[0]},{crop[1]}")
+    elif used != size:
+        notes.append(f"cut from {_size(size)} to {_size(used)} around its centre")
+    if used != (width, height):
+        notes.append(f"resized from {_size(used)} to {_size((width, height))}")
+    layers = [Image.fromarray(np.ascontiguousarray(layer)) for layer in np.moveaxis(values, -1, 0)]
+    scaled = [layer.resize((width, height), Image.Resampling.BICUBIC, box) for layer in layers]
+    image = torch.from_numpy(np.stack([np.asarray(layer) for layer in scaled]))
+    return 2 * image.clamp(0, 1).unsqueeze(0) - 1, notes
 
 
 def read_transparency(path: Path) -> Tensor:
@@ -64,7 +97,7 @@ def read_transparency(path: Path) -> Tensor:
         FileNotFoundError: if there is no such file.
         ValueError: if it is no picture, or has no transparent pixel.
     """
-    picture = _open(path)
+    picture, _ = _open(path)
     opaque = np.array(picture.convert("RGBA"))[..., 3] > 127
     if opaque.all():
         raise ValueError(
@@ -75,7 +108,7 @@ def read_transparency(path: Path) -> Tensor:
 
 def picture_size(path: Path) -> tuple[int, int]:
     """Height and width of a picture in pixels; errors as for :func:`read_picture`."""
-    width, height = _open(path).size
+    width, height = _open(path)[0].size
     return height, width
 
 
@@ -95,12 +128,70 @@ def write_picture(image: Tensor, path: Path, mask: Tensor | None = None) -> None
         Image.fromarray(values[..., 0] if values.shape[-1] == 1 else values).save(part)
 
 
-def _open(path: Path) -> Image.Image:
+def _values(path: Path) -> tuple[np.ndarray, list[str]]:
+    """Returns a picture's values (H, W, 1 or 3) in [0, 1], float32, and what was done to them."""
+    picture, notes = _open(path)
+    if picture.mode.startswith(("I", "F")):
+        values, note = _of_many_bits(np.asarray(picture, dtype=np.float64), picture.mode, path)
+        return values[..., None].astype(np.float32), [*notes, note]
+    if picture.has_transparency_data:
+        layers = np.asarray(picture.convert("RGBA"), dtype=np.float32) / 255
+        opacity = layers[..., 3:]
+        values = layers[..., :3] * opacity + 1 - opacity
+        return values, notes + [OVER_WHITE] * bool((opacity < 1).any())
+    if picture.mode not in ("1", "L", "P", "RGB"):
+        notes.append(f"{picture.mode} converted to RGB")
+    grey = picture.mode in ("1", "L")
+    values = np.asarray(picture.convert("L" if grey else "RGB"), dtype=np.float32) / 255
+    return values.reshape(*values.shape[:2], -1), notes
+
+
+def _of_many_bits(values: np.ndarray, mode: str, path: Path) -> tuple[np.ndarray, str]:
+    """Returns values of 16 bits or more in [0, 1], and how they were read."""
+    if not np.isfinite(values).all():
+        raise ValueError(f"{path} has pixels that are not finite")
+    low, high = values.min(), values.max()
+    if mode.startswith("I") and low >= 0 and high <= 65535:
+        return values / 65535, "16 bits, 0 to 65535, kept"
+    if mode == "F" and low >= 0 and high <= 1:
+        return values, "floating-point values, black 0 and white 1, kept"
+    if mode == "F" and low >= -1 and high <= 1:
+        return (values + 1) / 2, "floating-point values, black -1 and white 1, kept"
+    expected = "0 to 65535" if mode.startswith("I") else "[0, 1] or [-1, 1]"
+    raise ValueError(f"{path} has values from {low:g} to {high:g}, expected {expected}: scale it")
+
+
+def _window(
+    size: tuple[int, int], shape: tuple[int, int], crop: Sequence[int] | None
+) -> tuple[float, float, float, float]:
+    """Returns the edges left, top, right, bottom of what is used of a picture; sizes are (W, H)."""
+    if crop is None:
+        scale = min(size[0] / shape[0], size[1] / shape[1])
+        used = (scale * shape[0], scale * shape[1])
+        left, top = ((a - b) / 2 for a, b in zip(size, used, strict=True))
+    else:
+        left, top, side = crop
+        used = (side, side * shape[1] / shape[0])
+        if min(left, top) < 0 or side < 1 or left + used[0] > size[0] or top + used[1] > size[1]:
+            raise ValueError(
+                f"crop is {','.join(map(str, crop))}, expected X,Y,SIDE of a part of the picture, "
+                f"which is {_size(size)} (width x height)"
+            )
+    return left, top, left + used[0], top + used[1]
+
+
+def _open(path: Path) -> tuple[Image.Image, list[str]]:
+    """Returns a picture, upright, and what of its file is left out."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: expected a picture there")
     try:
         with Image.open(path) as picture:
-            return ImageOps.exif_transpose(picture)
+            notes = []
+            if (frames := getattr(picture, "n_frames", 1)) > 1:
+                notes.append(f"the first of {frames} pictures in the file")
+            if ";16" in str(picture.tile) and not picture.mode.startswith("I"):
+                notes.append("16 bits a channel cut to 8, which Pillow's colour pictures have")
+            return ImageOps.exif_transpose(picture), notes
     except UnidentifiedImageError as error:
         raise ValueError(f"{path} is no picture that Pillow knows: save it as PNG") from error
     except Image.DecompressionBombError as error:

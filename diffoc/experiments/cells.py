@@ -63,18 +63,6 @@ def tuning_faces() -> list[str]:
     return [str(i) for i in range(8, 512, 64)]
 
 
-def picture_names(folder: Path) -> list[str]:
-    """The PNG files of a folder by name.
-
-    Raises:
-        FileNotFoundError: if there is none.
-    """
-    names = sorted(path.name for path in folder.glob("*.png"))
-    if not names:
-        raise FileNotFoundError(f"{folder} has no PNG files: expected the pictures there")
-    return names
-
-
 @dataclass(frozen=True)
 class Computer:
     """Computes cells, in this process or in another; see :data:`diffoc.experiments.runs.Compute`.

@@ -151,7 +151,7 @@ def _steering() -> Figure:
 
 @torch.no_grad()
 def _predicted_x0() -> Figure:
-    prior, truth = load_prior("faces64"), portrait("astronaut")
+    prior, truth = load_prior("faces64"), portrait("astronaut", grey=True)
     process = ReverseProcess(prior, 20, "ddim")
     noise = torch.randn(truth.shape, generator=torch.Generator().manual_seed(3))
     starts = [1, 4, 7, 10, 13, 16]
@@ -168,7 +168,7 @@ def _predicted_x0() -> Figure:
 
 
 def _reconstructions() -> Iterator[tuple[str, Figure]]:
-    prior, truth = load_prior("faces64"), portrait("astronaut")
+    prior, truth = load_prior("faces64"), portrait("astronaut", grey=True)
 
     def solved(name: str, steps: int) -> tuple[Tensor, Tensor, str]:
         """Measurement, image and its quality, by ours with few iterations."""

@@ -1,10 +1,10 @@
-r"""A small autoencoder of grey faces, which gives a latent diffusion model its space.
+r"""Small autoencoders of faces, grey and in colour, which give latent diffusion models their space.
 
 Images are folded (every square of pixels becomes one of as many channels), so that all layers work
 on the latents' grid; the blocks are those of `diffusers.AutoencoderKL`, without attention. Beside
-them runs a linear path, which begins as the squares' lowest cosines, so that the blocks need to
-learn no more than what those miss. It is trained as a variational autoencoder whose decoder has
-noise of standard deviation s,
+them runs a linear path, which begins as the lowest cosines of squares and colours, so that the
+blocks need to learn no more than what those miss. It is trained as a variational autoencoder whose
+decoder has noise of standard deviation s,
 
 .. math:: E \|x - D(z)\|^2 + 2 s^2 \, KL(q(z | x) \,\|\, N(0, I)), \qquad z \sim q(z | x),
 
@@ -14,6 +14,7 @@ decoder does not need. Latents are standardised channel by channel.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ import torch
 from scipy.fft import dct
 from torch import Tensor, nn
 
+from diffoc.data.images import as_states
 from diffoc.data.manifest import load_weights
 from diffoc.priors.weights import load_into
 
@@ -28,25 +30,27 @@ NOISE_STD = 0.01  # s, of the decoder
 
 
 class Autoencoder(nn.Module):
-    """Maps images (B, 1, H, W) in [-1, 1] to latents (B, channels, H / fold, W / fold) and back.
+    """Maps images in [-1, 1] to latents (B, channels, H / fold, W / fold) and back.
 
     Args:
         width: channels of the hidden layers, a multiple of 32.
         channels: of the latents.
         fold: side of the squares of pixels that become channels.
+        colours: channels of the images (B, colours, H, W), 1 or 3.
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, width: int = 64, channels: int = 4, fold: int = 4) -> None:
+    def __init__(self, width: int = 64, channels: int = 4, fold: int = 4, colours: int = 1) -> None:
         super().__init__()
         from diffusers import AutoencoderKL  # slow to import
 
         self.fold = fold
+        folded = colours * fold**2
         self.blocks = AutoencoderKL(
-            in_channels=fold**2,
-            out_channels=fold**2,
+            in_channels=folded,
+            out_channels=folded,
             down_block_types=("DownEncoderBlock2D",),
             up_block_types=("UpDecoderBlock2D",),
             block_out_channels=(width,),
@@ -54,10 +58,10 @@ class Autoencoder(nn.Module):
             latent_channels=channels,
             mid_block_add_attention=False,
         )
-        self.down = nn.Conv2d(fold**2, channels, 1)
-        self.up = nn.Conv2d(channels, fold**2, 1)
+        self.down = nn.Conv2d(folded, channels, 1)
+        self.up = nn.Conv2d(channels, folded, 1)
         with torch.no_grad():
-            basis = _lowest_cosines(fold)[:channels]
+            basis = _lowest_cosines(fold, colours)[:channels]
             self.down.weight.copy_(basis[:, :, None, None])
             self.up.weight.copy_(basis.mT[:, :, None, None])
             silent = (self.blocks.quant_conv, self.blocks.decoder.conv_out)
@@ -89,7 +93,7 @@ class Autoencoder(nn.Module):
 
     @torch.no_grad()
     def standardise(self, x: Tensor) -> None:
-        """Sets the latents' mean and standard deviation to those of images (B, 1, H, W)."""
+        """Sets the latents' mean and standard deviation to those of images (B, C, H, W)."""
         self.mean.zero_(), self.std.fill_(1)
         latents = torch.cat([self.encode(part) for part in x.split(64)])
         self.mean.copy_(latents.mean((0, 2, 3)).reshape(-1, 1, 1))
@@ -108,42 +112,64 @@ def autoencoding_loss(network: Autoencoder, x: Tensor, generator: torch.Generato
 
 @torch.no_grad()
 def reconstruction_psnr(network: Autoencoder, images: np.ndarray) -> float:
-    """Mean PSNR in dB (peak 2) of images (N, H, W), uint8, that went through an autoencoder."""
+    """Mean PSNR in dB (peak 2) of images that went through an autoencoder.
+
+    They are given as :func:`diffoc.data.images.as_states` takes them.
+    """
     device, errors = next(network.parameters()).device, []
-    for part in torch.from_numpy(images).unsqueeze(1).split(64):
-        x = part.to(device).float() / 127.5 - 1
+    for part in np.array_split(images, -(-len(images) // 64)):
+        x = as_states(part).to(device)
         errors.append((network.decode(network.encode(x)) - x).square().flatten(1).mean(1))
     return (10 * torch.log10(4 / torch.cat(errors))).mean().item()
 
 
 @torch.no_grad()
 def encoded(network: Autoencoder, images: np.ndarray) -> np.ndarray:
-    """The standardised latents (N, channels, h, w), float32, of images (N, H, W), uint8."""
-    parts = torch.from_numpy(np.ascontiguousarray(images)).unsqueeze(1).split(64)
-    return torch.cat([network.encode(part.float() / 127.5 - 1) for part in parts]).numpy()
+    """Standardised latents (N, channels, h, w), float32, of images as `as_states` takes them."""
+    parts = np.array_split(images, -(-len(images) // 64))
+    return torch.cat([network.encode(as_states(part)) for part in parts]).numpy()
 
 
-def load_autoencoder(folder: Path | None = None) -> Autoencoder:
-    """The trained autoencoder of "faces64", in evaluation mode, float32.
+AUTOENCODERS: dict[str, Callable[[], Autoencoder]] = {
+    "faces64_autoencoder": Autoencoder,
+    "faces64_rgb_autoencoder": lambda: Autoencoder(channels=6, colours=3),
+}
+"""What builds each autoencoder that ships, with random weights."""
+
+
+def load_autoencoder(name: str = "faces64_autoencoder", folder: Path | None = None) -> Autoencoder:
+    """A trained autoencoder of faces, in evaluation mode, float32.
 
     Args:
+        name: a key of :data:`AUTOENCODERS`.
         folder: where its weights lie, by default the repository's `data/`.
 
     Raises:
-        ValueError: if the weights are not those of the manifest.
+        ValueError: for another name, or if the weights are not those of the manifest.
         FileNotFoundError: if they are missing.
     """
-    network = Autoencoder()
-    load_into(
-        network, load_weights("faces64_autoencoder", folder), "faces64_autoencoder.safetensors"
-    )
+    if name not in AUTOENCODERS:
+        raise ValueError(f"name is {name!r}, expected one of {', '.join(AUTOENCODERS)}")
+    network = AUTOENCODERS[name]()
+    load_into(network, load_weights(name, folder), f"{name}.safetensors")
     return network.eval().requires_grad_(False)
 
 
-def _lowest_cosines(side: int) -> Tensor:
-    """The orthonormal cosine transform of side x side squares, (side^2, side^2), low rows first."""
-    rows = torch.from_numpy(dct(torch.eye(side, dtype=torch.float64).numpy(), axis=0, norm="ortho"))
-    basis = torch.kron(rows, rows)
+def _lowest_cosines(side: int, colours: int) -> Tensor:
+    """The orthonormal cosine transform of squares and colours, low rows first.
+
+    The transform along three colours gives their mean and two differences; a difference counts as
+    a frequency between the squares' third and fourth.
+
+    Returns:
+        (n, n), n = colours * side^2, of vectors in the order of a pixel-unshuffle.
+    """
+    space, colour = (
+        torch.from_numpy(dct(np.eye(n), axis=0, norm="ortho")) for n in (side, colours)
+    )
+    basis = torch.kron(colour, torch.kron(space, space))
     index = torch.arange(side).float()
-    frequency = index[:, None].square() + index.square()
-    return basis[frequency.flatten().argsort(stable=True)].float()
+    frequency = (index[:, None].square() + index.square()).flatten()
+    difference = 3.0 * (torch.arange(colours) > 0)
+    order = (difference[:, None] + frequency).flatten().argsort(stable=True)
+    return basis[order].float()

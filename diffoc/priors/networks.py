@@ -145,6 +145,7 @@ NETWORKS: dict[str, Callable[[], UNetBackbone]] = {
     "faces64": lambda: UNetBackbone((96, 160), (2, 3), fold=4),
     "faces64_rgb": lambda: UNetBackbone((96, 160), (2, 3), fold=4, in_channels=3),
     "faces64_latent": lambda: UNetBackbone((96, 160), (2, 3), in_channels=4),
+    "faces64_rgb_latent": lambda: UNetBackbone((64, 112), (2, 3), in_channels=6),
 }
 """What builds the backbone of each denoiser that ships, with random weights."""
 

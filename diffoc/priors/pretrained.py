@@ -32,6 +32,7 @@ SHIPPED = {
     "faces64": (1, 64, 64),
     "faces64_rgb": (3, 64, 64),
     "faces64_latent": (4, 16, 16),
+    "faces64_rgb_latent": (6, 16, 16),
 }
 
 # Sizes: the imagenet256 file's is exact, as its checksum is; ffhq256's is four bytes a parameter,
@@ -90,8 +91,8 @@ def load_prior(
         name_or_path: one of
 
             - "mnist" (1, 28, 28), "faces64" (1, 64, 64), "faces64_rgb" (3, 64, 64), faces in
-              colour, and "faces64_latent", of the grey faces' latents (4, 16, 16): ours, in the
-              repository;
+              colour, "faces64_latent", of the grey faces' latents (4, 16, 16), and
+              "faces64_rgb_latent", of the others' (6, 16, 16): ours, in the repository;
             - "ffhq256" (3, 256, 256), the weights of Chung et al. 2023 that the paper uses, and
               "imagenet256" (3, 256, 256), of Dhariwal & Nichol 2021, both ADM networks; their
               heads for the variance are cut off, and means are not clipped to [-1, 1], because
@@ -141,8 +142,8 @@ def load_prior(
             "owner/name of a diffusers model, a folder that holds one, or a checkpoint "
             "of `python -m diffoc train`, ending in .pt"
         )
-    if name == "faces64_latent":
-        prior = _with_autoencoder(prior)
+    if name in SHIPPED and name.endswith("_latent"):
+        prior = _with_autoencoder(prior, name)
     elif hasattr(prior, "image_shape"):
         shape = prior.image_shape
     if shape is None:
@@ -154,9 +155,10 @@ def load_prior(
 # --- ours -----------------------------------------------------------------------------------------
 
 
-def _with_autoencoder(denoiser: Denoiser) -> Denoiser:
-    prior = LatentPrior(denoiser, load_autoencoder())
-    prior.decoded_shape = SHIPPED["faces64"]
+def _with_autoencoder(denoiser: Denoiser, name: str) -> Denoiser:
+    images = name.removesuffix("_latent")
+    prior = LatentPrior(denoiser, load_autoencoder(f"{images}_autoencoder"))
+    prior.decoded_shape = SHIPPED[images]
     return prior
 
 

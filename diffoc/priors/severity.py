@@ -9,7 +9,7 @@ from the picture which one it is.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from azula.nn.unet import UNet
 from torch import Tensor, nn
@@ -19,13 +19,14 @@ from diffoc.priors.weights import load_into
 
 
 class SeverityEncoder(nn.Module):
-    """Maps pictures (B, 1, H, W) in [-1, 1] to latents (B, c, H / fold, W / fold) and severities.
+    """Maps pictures in [-1, 1] to latents (B, c, H / fold, W / fold) and severities.
 
     Args:
         channels: hidden, of every level.
         blocks: residual blocks of every level, each way.
         latents: c.
         fold: side of the squares of pixels that become channels.
+        colours: channels of the pictures (B, colours, H, W), 1 or 3.
     """
 
     def __init__(
@@ -34,11 +35,12 @@ class SeverityEncoder(nn.Module):
         blocks: Sequence[int] = (2, 3),
         latents: int = 4,
         fold: int = 4,
+        colours: int = 1,
     ) -> None:
         super().__init__()
         self.fold = fold
         self.unet = UNet(
-            fold**2,
+            colours * fold**2,
             latents + 1,
             hid_channels=channels,
             hid_blocks=blocks,
@@ -51,13 +53,25 @@ class SeverityEncoder(nn.Module):
         return output[:, :-1], output[:, -1].flatten(1).mean(1)
 
 
-def load_severity_encoder() -> SeverityEncoder:
-    """The trained severity encoder of "faces64_latent", in evaluation mode, float32.
+SEVERITY_ENCODERS: dict[str, Callable[[], SeverityEncoder]] = {
+    "faces64_severity": SeverityEncoder,
+    "faces64_rgb_severity": lambda: SeverityEncoder(latents=6, colours=3),
+}
+"""What builds each severity encoder, with random weights."""
+
+
+def load_severity_encoder(name: str = "faces64_severity") -> SeverityEncoder:
+    """The trained severity encoder of the latent prior of that name, in evaluation mode, float32.
+
+    Args:
+        name: a key of :data:`SEVERITY_ENCODERS`.
 
     Raises:
-        ValueError: if the weights are not those of the manifest.
+        ValueError: for another name, or if the weights are not those of the manifest.
         FileNotFoundError: if they are missing.
     """
-    network = SeverityEncoder()
-    load_into(network, load_weights("faces64_severity"), "faces64_severity.safetensors")
+    if name not in SEVERITY_ENCODERS:
+        raise ValueError(f"name is {name!r}, expected one of {', '.join(SEVERITY_ENCODERS)}")
+    network = SEVERITY_ENCODERS[name]()
+    load_into(network, load_weights(name), f"{name}.safetensors")
     return network.eval().requires_grad_(False)

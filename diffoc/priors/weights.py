@@ -25,6 +25,9 @@ TRAINED_ON = {
     "faces64_autoencoder": "faces",
     "faces64_latent": "faces",
     "faces64_severity": "faces",
+    "faces64_rgb_autoencoder": "faces",
+    "faces64_rgb_latent": "faces",
+    "faces64_rgb_severity": "faces",
 }
 
 

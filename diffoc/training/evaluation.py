@@ -11,11 +11,12 @@ from azula.noise import VESchedule
 from azula.sample import HeunSampler
 from torch import Tensor, nn
 
+from diffoc.data.images import as_states
 from diffoc.data.manifest import load_weights
 from diffoc.priors.networks import SIGMA_MAX, SIGMA_MIN, DigitClassifier, ResidualClassifier
 from diffoc.priors.pretrained import load_prior
 from diffoc.problems.metrics import frechet_between, frechet_distance, moments
-from diffoc.training.trainer import as_states, time_of
+from diffoc.training.trainer import time_of
 
 SIGMAS = (0.1, 0.3, 1.0)
 

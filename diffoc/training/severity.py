@@ -28,18 +28,19 @@ TRAINED_TASKS = (
     "motion_blur",
     "nonlinear_blur",
 )
+FACES = {1: "faces64", 3: "faces64_rgb"}  # whose latents, by the channels of the images
 ERROR_WEIGHT = 0.1  # lambda
 _GROUP = 4  # images of a batch that share a task and its operator
 
 
 def severity_loss(network: SeverityEncoder, x: Tensor, generator: torch.Generator) -> Tensor:
-    """The module's loss of images (B, 1, H, W), a task and an operator drawn for every four.
+    """The module's loss of images (B, 1 or 3, H, W), a task and an operator drawn for every four.
 
     The noise of the measurements is that of :data:`diffoc.problems.tasks.NOISE_STD`.
     """
     pictures = torch.cat([_degraded(part, generator) for part in x.split(_GROUP)])
     with torch.no_grad():
-        truth = _autoencoder().to(x).encode(x)
+        truth = _autoencoder(x.shape[1]).to(x).encode(x)
     estimate, log_severity = network(pictures)
     error = (estimate - truth).square().flatten(1).mean(1)
     prediction_error = (log_severity - error.detach().log() / 2).square()
@@ -48,10 +49,10 @@ def severity_loss(network: SeverityEncoder, x: Tensor, generator: torch.Generato
 
 @torch.no_grad()
 def severities(network: SeverityEncoder, x: Tensor, generator: torch.Generator) -> Tensor:
-    """Predicted and true severities, (2, B), of images (B, 1, H, W), degraded as in training."""
+    """Predicted and true severities, (2, B), of images (B, C, H, W), degraded as in training."""
     pictures = torch.cat([_degraded(part, generator) for part in x.split(_GROUP)])
     estimate, log_severity = network(pictures)
-    truth = _autoencoder().to(x).encode(x)
+    truth = _autoencoder(x.shape[1]).to(x).encode(x)
     return torch.stack([log_severity.exp(), (estimate - truth).square().flatten(1).mean(1).sqrt()])
 
 
@@ -62,5 +63,5 @@ def _degraded(x: Tensor, generator: torch.Generator) -> Tensor:
 
 
 @cache
-def _autoencoder() -> Autoencoder:
-    return load_autoencoder()
+def _autoencoder(colours: int) -> Autoencoder:
+    return load_autoencoder(f"{FACES[colours]}_autoencoder")

@@ -24,7 +24,8 @@ from azula.noise import VESchedule
 from torch import Tensor, nn
 
 from diffoc.data.files import replacing
-from diffoc.priors.autoencoder import Autoencoder, autoencoding_loss
+from diffoc.data.images import as_states
+from diffoc.priors.autoencoder import AUTOENCODERS, autoencoding_loss
 from diffoc.priors.networks import (
     NETWORKS,
     SIGMA_MAX,
@@ -32,7 +33,7 @@ from diffoc.priors.networks import (
     DigitClassifier,
     ResidualClassifier,
 )
-from diffoc.priors.severity import SeverityEncoder
+from diffoc.priors.severity import SEVERITY_ENCODERS
 from diffoc.priors.weights import load_into, read_checkpoint
 from diffoc.training.faint import LinearDenoiser, faint
 from diffoc.training.severity import severity_loss
@@ -92,20 +93,19 @@ RECIPES = {
         flip=True,
         faint=0.4,
     ),
-    "faces64_autoencoder": Recipe(
-        Autoencoder, images=50_000, batch=32, rate=2e-3, flip=True, loss=autoencoding_loss
-    ),
-    "faces64_severity": Recipe(
-        SeverityEncoder, images=24_000, batch=32, flip=True, loss=severity_loss
-    ),
+    **{
+        name: Recipe(build, images=50_000, batch=32, rate=2e-3, flip=True, loss=autoencoding_loss)
+        for name, build in AUTOENCODERS.items()
+    },
+    **{
+        name: Recipe(build, images=24_000, batch=32, flip=True, loss=severity_loss)
+        for name, build in SEVERITY_ENCODERS.items()
+    },
     # Latents are twice as wide as images: the noise levels move with them.
-    "faces64_latent": Recipe(
-        NETWORKS["faces64_latent"],
-        images=225_000,
-        batch=32,
-        rate=2e-3,
-        log_sigma=(-0.4, 1.4),
-    ),
+    **{
+        name: Recipe(NETWORKS[name], images=100_000, batch=32, rate=2e-3, log_sigma=(-0.4, 1.4))
+        for name in ("faces64_latent", "faces64_rgb_latent")
+    },
     "classifier": Recipe(DigitClassifier, images=900_000, batch=128, decay=0.998),
     "judge": Recipe(ResidualClassifier, images=600_000, batch=128, decay=0.998),
 }
@@ -306,22 +306,6 @@ def step(
             list(run.average.parameters()), list(run.network.parameters()), 1 - decay
         )
     return loss.item()
-
-
-def as_states(images: np.ndarray) -> Tensor:
-    """Returns images as the networks take them, and latents (N, C, H, W) as they are.
-
-    Args:
-        images: uint8, grey (N, H, W) or colour (N, H, W, 3); or latents, float32.
-
-    Returns:
-        Images (N, 1, H, W) or (N, 3, H, W) in [-1, 1].
-    """
-    x = torch.from_numpy(images)
-    if x.dtype != torch.uint8:
-        return x
-    channels_first = x.unsqueeze(1) if x.ndim == 3 else x.movedim(-1, 1)
-    return channels_first.float() / 127.5 - 1
 
 
 def shift(x: Tensor, generator: torch.Generator, most: int = 2) -> Tensor:

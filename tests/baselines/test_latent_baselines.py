@@ -240,7 +240,7 @@ def test_measurements_that_are_no_pictures_are_refused():
 
 def test_a_small_measurement_is_scaled_up():
     shape = (1, 64, 64)
-    x = data.portrait("astronaut")
+    x = data.portrait("astronaut", grey=True)
     y = tasks.task("super_resolution", shape, generator()).A(x)
     picture = tasks.as_picture(y, shape)
     assert picture.shape == x.shape
@@ -260,7 +260,7 @@ def test_the_severity_loss_is_by_hand(monkeypatch):
             return torch.zeros(len(picture), 4, 16, 16), torch.zeros(len(picture))
 
     monkeypatch.setattr(severity_training, "_autoencoder", Latents)
-    x = data.portrait("astronaut").repeat(6, 1, 1, 1)
+    x = data.portrait("astronaut", grey=True).repeat(6, 1, 1, 1)
     expected = 9 + severity_training.ERROR_WEIGHT * torch.tensor(3.0).log().square()
     torch.testing.assert_close(severity_training.severity_loss(Zero(), x, generator()), expected)
 
@@ -269,7 +269,7 @@ def test_the_shipped_encoder_predicts_its_own_error():
     """On portraits that it has not seen; the card says it of many faces."""
     network = severity.load_severity_encoder()
     assert parameter_count(network) <= 1_000_000
-    portraits = torch.cat([data.portrait(who) for who in ("astronaut", "grace_hopper")])
+    portraits = torch.cat([data.portrait(who, grey=True) for who in ("astronaut", "grace_hopper")])
     x = torch.cat([portraits, portraits.flip(-1)]).repeat_interleave(24, 0)
     predicted, true = severity_training.severities(network, x, generator()).log()
     assert torch.corrcoef(torch.stack([predicted, true]))[0, 1] > 0.3

@@ -8,7 +8,14 @@ import torch
 from PIL import Image
 
 from diffoc.commands import main as command_line
-from diffoc.commands.solve import FROM_PICTURES, OURS, Settings, from_measurement, from_picture
+from diffoc.commands.solve import (
+    FROM_PICTURES,
+    OURS,
+    Settings,
+    from_measurement,
+    from_picture,
+    unfamiliar,
+)
 from diffoc.data import images as data
 from diffoc.data.pictures import read_picture
 from diffoc.greedy import greedy_controls
@@ -38,7 +45,11 @@ def test_every_task_from_a_picture_and_again_from_its_measurement(name, picture,
     assert command(picture, "--task", name, "--out", out) == 0
     printed = capsys.readouterr().out
     assert "note: cut from 70x56 to 56x56" in printed
-    assert "note: grey made from colour" in printed
+    assert "grey made from colour" not in printed  # the file has three equal channels
+    clipped = np.load(out / "measurement.npz")["y"]
+    share = 100 * (abs(clipped) > 1).mean()
+    told = f"note: measurement.png clips {share:.1f} % of the values" in printed
+    assert told == (name != "phase_retrieval" and share > 0)
     report = json.loads((out / "report.json").read_text())
     assert report["evaluations"] >= 3
     assert report["vector_jacobian_products"] <= 6
@@ -54,6 +65,31 @@ def test_every_task_from_a_picture_and_again_from_its_measurement(name, picture,
     assert json.loads((again / "report.json").read_text())["metrics"] is None
     same = (again / "reconstruction.png").read_bytes() == (out / "reconstruction.png").read_bytes()
     assert same
+
+
+def test_a_square_of_the_picture_is_cut_by_argument(picture, tmp_path, capsys):
+    cropped = ("--crop", "5,3,40", "--task", "gaussian_blur", "--out", tmp_path)
+    assert command(picture, *cropped) == 0
+    assert "note: cut from 70x56 to 40x40 at 5,3" in capsys.readouterr().out
+    assert command(picture, "--crop", "40,0,40", "--task", "gaussian_blur") == 2
+    assert "crop is 40,0,40, expected X,Y,SIDE" in capsys.readouterr().err
+    measurement = tmp_path / "measurement.npz"
+    assert command("--measurement", measurement, *cropped) == 2
+    assert "crop is given" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        command(picture, "--crop", "40,0", "--task", "gaussian_blur")
+    assert "crop is '40,0', expected X,Y,SIDE" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["faces64_rgb", "faces64"])
+def test_pictures_of_other_things_get_a_note(name):
+    prior, settings = load_prior(name), Settings("super_resolution", name)
+    face = data.portrait("astronaut", 64, grey=name == "faces64")
+    noise = torch.rand(face.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    assert unfamiliar(prior, settings, face) == []
+    (note,) = unfamiliar(prior, settings, noise)
+    assert "the prior knows tight crops of faces" in note
+    assert unfamiliar(prior, Settings("super_resolution", "mnist"), noise) == []
 
 
 @pytest.mark.parametrize("name", FROM_PICTURES)

@@ -7,7 +7,6 @@ from PIL import Image
 
 from diffoc.data import images as data
 from diffoc.figures import sheet
-from diffoc.training.trainer import as_states
 
 
 @pytest.fixture
@@ -41,7 +40,7 @@ def test_faces_come_in_the_order_of_the_mosaics(mosaics):
 
 def test_states_are_channels_first_and_signed(mosaics):
     root, faces = mosaics
-    x = as_states(data.colour_faces("test", root))
+    x = data.as_states(data.colour_faces("test", root))
     assert x.shape == (5, 3, 64, 64)
     expected = torch.tensor(faces[3, 10, 20].astype(np.float32)) / 127.5 - 1
     torch.testing.assert_close(x[3, :, 10, 20], expected)

@@ -1,5 +1,6 @@
 """Data sets, shipped files and their checksums. No test needs data outside the repository."""
 
+import csv
 import gzip
 import json
 import shutil
@@ -13,6 +14,8 @@ from safetensors.torch import save_file
 
 from diffoc.data import images as data
 from diffoc.data import manifest
+from diffoc.data.pictures import read_picture, write_picture
+from diffoc.data.provenance import digest
 
 
 def idx(images: np.ndarray) -> bytes:
@@ -201,8 +204,37 @@ def test_faces_refuse_bad_input(tmp_path):
 
 @pytest.mark.parametrize("name", ["astronaut", "grace_hopper"])
 @pytest.mark.parametrize("size", [32, 64])
-def test_portraits(name, size):
+def test_colour_portraits(name, size):
     image = data.portrait(name, size)
+    assert image.shape == (1, 3, size, size)
+    assert image.dtype == torch.float32
+    red, green, blue = image.mean((0, 2, 3))
+    assert red > green > blue  # skin
+    # Pupils and mouth are darker than the cheeks between them, at the rows of the mean face.
+    grey, u = image.mean((0, 1)), size / 64
+    cheeks = grey[round(26 * u) : round(34 * u), round(12 * u) : round(20 * u)].mean()
+    for row, column in ((15, 16), (15, 47)):
+        near = (slice(round((r - 3) * u), round((r + 4) * u)) for r in (row, column))
+        assert grey[tuple(near)].min() < cheeks - 0.3
+    assert grey[round(44 * u) : round(54 * u), round(24 * u) : round(40 * u)].min() < cheeks - 0.2
+
+
+@pytest.mark.parametrize("name", ["astronaut", "grace_hopper"])
+def test_grey_portraits_are_those_of_the_records(name, tmp_path):
+    """The rows of the tables name their images, PNG files of 8 bits, by this checksum."""
+    write_picture(data.portrait(name, grey=True)[0], tmp_path / "a.png")
+    truth, notes = read_picture(tmp_path / "a.png", (1, 64, 64))
+    assert notes == []
+    found = digest(truth[0])
+    with (manifest.data_folder() / "records" / "few_steps_portraits.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["image"] == f"{name}.png"]
+    assert {row["image_sha256"] for row in rows} == {found}
+
+
+@pytest.mark.parametrize("name", ["astronaut", "grace_hopper"])
+@pytest.mark.parametrize("size", [32, 64])
+def test_portraits(name, size):
+    image = data.portrait(name, size, grey=True)
     assert image.shape == (1, 1, size, size)
     assert image.dtype == torch.float32
     assert -1 <= image.min() < image.max() <= 1
@@ -215,7 +247,7 @@ def test_portraits(name, size):
 
 def test_portrait_refuses_bad_input():
     with pytest.raises(ValueError, match="name"):
-        data.portrait("lena", 32)
+        data.portrait("lena", 32, grey=True)
     with pytest.raises(ValueError, match="size"):
         data.portrait("astronaut", 0)
 

@@ -5,7 +5,13 @@ import pytest
 import torch
 from PIL import Image
 
-from diffoc.data.pictures import picture_size, read_picture, read_transparency, write_picture
+from diffoc.data.pictures import (
+    picture_names,
+    picture_size,
+    read_picture,
+    read_transparency,
+    write_picture,
+)
 
 
 def test_a_picture_of_the_right_kind_is_read_as_it_is(tmp_path):
@@ -20,33 +26,94 @@ def test_a_picture_of_the_right_kind_is_read_as_it_is(tmp_path):
     assert picture_size(tmp_path / "a.png") == (6, 8)
 
 
-@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "P", "1", "CMYK", "LA", "I;16", "F"])
+LEVELS = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4  # every pixel another
+COLOUR = np.stack([LEVELS, LEVELS.T, 255 - LEVELS], -1)
+ALPHA = np.where(np.arange(64).reshape(8, 8) % 3, 255, 51).astype(np.uint8)
+RGB, GREY = COLOUR / 255, LEVELS[..., None] / 255
+FADED = ALPHA[..., None] / 255
+PALETTE = Image.fromarray(COLOUR).quantize(8)
+CLEAR = Image.fromarray(LEVELS).convert("P")
+CLEAR.info["transparency"] = 4
+FLOATS = np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)
+KINDS = {
+    "RGB": (COLOUR, RGB, None),
+    "RGB jpg": (Image.new("RGB", (8, 8), (200, 200, 200)), np.full((8, 8, 1), 200 / 255), None),
+    "grey in RGB": (LEVELS[..., None].repeat(3, -1), GREY, None),
+    "grey": (LEVELS, GREY, None),
+    "grey in a palette": (Image.fromarray(LEVELS).convert("P"), GREY, None),
+    "bits": (LEVELS > 99, 1.0 * (LEVELS > 99)[..., None], None),
+    "palette": (PALETTE, np.asarray(PALETTE.convert("RGB")) / 255, None),
+    "RGBA": (np.dstack([COLOUR, ALPHA]), RGB * FADED + 1 - FADED, "composited over white"),
+    "RGBA, opaque": (np.dstack([COLOUR, 0 * ALPHA + 255]), RGB, None),
+    "LA": (np.dstack([LEVELS, ALPHA]), GREY * FADED + 1 - FADED, "composited over white"),
+    "clear palette": (CLEAR, np.where(GREY == 4 / 255, 1, GREY), "composited over white"),
+    "CMYK tif": (Image.fromarray(COLOUR).convert("CMYK"), RGB, "CMYK converted to RGB"),
+    "16 bits": (LEVELS.astype(np.uint16) * 257 + 100, GREY + 100 / 65535, "16 bits, 0 to 65535"),
+    "floats tif": (FLOATS, FLOATS[..., None], "black 0 and white 1"),
+    "signed floats tif": (2 * FLOATS - 1, FLOATS[..., None], "black -1 and white 1"),
+}
+"""What is saved, the values (H, W, C) in [0, 1] that it means, and what has to be said."""
+
+
 @pytest.mark.parametrize("channels", [1, 3])
-def test_all_kinds_of_pictures(mode, channels, tmp_path):
-    """A left half of black and a right half of white stays one, in every format."""
-    values = np.zeros((40, 40), dtype=np.uint8)
-    values[:, 20:] = 255
-    if mode == "I;16":
-        picture = Image.fromarray(values.astype(np.uint16) * 257)
-    else:
-        picture = Image.fromarray(values).convert("RGB").convert(mode)
-    path = tmp_path / ("a.tif" if mode in ("F", "CMYK") else "a.png")
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_picture_is_read_as_what_it_means(kind, channels, tmp_path):
+    saved, values, note = KINDS[kind]
+    path = tmp_path / f"a.{kind.split()[-1] if kind[-3:] in ('tif', 'jpg') else 'png'}"
+    picture = saved if isinstance(saved, Image.Image) else Image.fromarray(saved)
     picture.save(path)
-    image, notes = read_picture(path, (channels, 16, 16))
-    assert image.shape == (1, channels, 16, 16)
-    assert (image[..., :6] + 1).abs().max() < 0.01
-    assert (image[..., 10:] - 1).abs().max() < 0.01
-    assert any("resized from 40x40 to 16x16" in note for note in notes)
+    image, notes = read_picture(path, (channels, 8, 8))
+    colour = values.shape[-1] == 3
+    if channels == 1 and colour:
+        values = (values @ [0.299, 0.587, 0.114])[..., None]
+    expected = torch.from_numpy(2 * np.broadcast_to(values, (8, 8, channels)) - 1).movedim(-1, 0)
+    torch.testing.assert_close(image[0].double(), expected.double(), rtol=0, atol=1e-6)
+    assert (note is None) or note in notes[0]
+    assert ("grey made from colour" in notes) == (channels == 1 and colour)
+    in_colour = kind.startswith(("RGB", "LA", "clear", "CMYK", "grey in", "palette"))
+    assert ("colour made from grey" in notes) == (channels == 3 and not in_colour)
+    assert len(notes) <= 2
 
 
-def test_colour_and_grey_are_told_apart(tmp_path):
-    Image.new("RGB", (8, 8), (255, 0, 0)).save(tmp_path / "red.png")
-    image, notes = read_picture(tmp_path / "red.png", (1, 8, 8))
-    assert notes == ["grey made from colour"]
-    # The luma of ITU-R 601.
-    assert image.unique().item() == pytest.approx(2 * round(0.299 * 255) / 255 - 1)
-    Image.new("L", (8, 8), 7).save(tmp_path / "grey.png")
-    assert read_picture(tmp_path / "grey.png", (3, 8, 8))[1] == ["colour made from grey"]
+def test_what_can_be_read_in_more_than_one_way_is_refused(tmp_path):
+    for values, message in (
+        (255 * FLOATS, r"values from 0 to 255, expected \[0, 1\] or \[-1, 1\]"),
+        (3 * FLOATS - 2, "values from -2 to 1"),
+        (np.full((8, 8), 70000, np.int32), "from 70000 to 70000, expected 0 to 65535"),
+        (np.full((8, 8), np.nan, np.float32), "not finite"),
+    ):
+        Image.fromarray(values).save(tmp_path / "a.tif")
+        with pytest.raises(ValueError, match=message):
+            read_picture(tmp_path / "a.tif", (1, 8, 8))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_pictures_are_resized_as_pillow_resizes_floats(channels, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (30, 50, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    for crop, box in ((None, (10, 0, 40, 30)), ((3, 4, 20), (3, 4, 23, 24))):
+        image, notes = read_picture(tmp_path / "a.png", (channels, 8, 8), crop)
+        part = pixels if channels == 3 else (pixels @ [0.299, 0.587, 0.114])[..., None]
+        for layer, found in zip(np.moveaxis(part, -1, 0), image[0], strict=True):
+            whole = Image.fromarray(layer.astype(np.float32))
+            scaled = np.asarray(whole.resize((8, 8), Image.Resampling.BICUBIC, box)) / 127.5 - 1
+            np.testing.assert_allclose(found, scaled, rtol=0, atol=1e-5)
+        where = "around its centre" if crop is None else "at 3,4"
+        side = box[2] - box[0]
+        assert f"cut from 50x30 to {side}x{side} {where}" in notes
+        assert f"resized from {side}x{side} to 8x8" in notes
+    for crop in ((31, 0, 20), (0, 0, 31), (-1, 0, 5), (0, 0, 0)):
+        with pytest.raises(ValueError, match=r"crop is .* which is 50x30"):
+            read_picture(tmp_path / "a.png", (channels, 8, 8), crop)
+
+
+def test_a_folder_s_pictures_by_name(tmp_path):
+    for name in ("b.PNG", "a.jpg", "c.JPEG", "._a.jpg", ".hidden.png", "notes.txt", "d.npz"):
+        (tmp_path / name).touch()
+    assert picture_names(tmp_path) == ["a.jpg", "b.PNG", "c.JPEG"]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="has no pictures"):
+        picture_names(tmp_path / "empty")
 
 
 def test_the_centre_is_kept_and_the_camera_turned_upright(tmp_path):

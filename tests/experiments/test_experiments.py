@@ -13,7 +13,7 @@ from diffoc.baselines.dps import dps
 from diffoc.commands.main import main
 from diffoc.data import digits, portrait
 from diffoc.data.manifest import data_folder, manifest_entry
-from diffoc.data.pictures import write_picture
+from diffoc.data.pictures import picture_names, write_picture
 from diffoc.experiments import cells as experiments
 from diffoc.experiments import methods
 from diffoc.experiments.cells import Computer, best_value, cells_of, next_value, work_of
@@ -61,7 +61,7 @@ def grid(names, batch=3, tasks=("gaussian_blur",), seeds=(0,), **options):
 
 def test_measurements_depend_on_image_and_seed_and_not_on_the_batch(folder, seen):
     compute = Computer(folder)
-    names = experiments.picture_names(folder)
+    names = picture_names(folder)
     assert names == ["0.png", "1.png", "2.png"]
     for cell in (*grid(names), *grid(names, batch=1), *grid(names, seeds=(1,))):
         compute(cell)
@@ -166,7 +166,7 @@ def test_a_grid_goes_on_beyond_an_edge_that_is_better(psnr, largest, expected):
 
 
 def test_tuning_writes_the_best_and_a_second_time_computes_nothing(tmp_path, monkeypatch, capsys):
-    faces = torch.cat([portrait("astronaut"), portrait("grace_hopper")])[:, 0]
+    faces = torch.cat([portrait("astronaut", grey=True), portrait("grace_hopper", grey=True)])[:, 0]
     monkeypatch.setattr(experiments, "_faces", lambda: ((faces + 1) * 127.5).byte().numpy())
     monkeypatch.setattr(experiments, "tuning_faces", lambda: ["0", "1"])
     tuned, calls = {}, []
@@ -268,7 +268,7 @@ def test_a_table_of_means():
 def run_method(method, prior, name, **settings):
     generator = torch.Generator().manual_seed(0)
     shape = prior.image_shape
-    truth = portrait("astronaut") if shape[-1] == 64 else digits()[0][:1]
+    truth = portrait("astronaut", grey=True) if shape[-1] == 64 else digits()[0][:1]
     physics = task(name, shape, generator)
     y = measure(physics, truth, generator)
     x = torch.randn(1, *shape, generator=generator)
