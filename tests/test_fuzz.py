@@ -607,6 +607,7 @@ OTHERS = {
     "tuning_cells": "of a cell",
     "work_of": "of a cell",
     "data_folder": "has no argument",
+    "as_states": "of a data set",
     "colour_faces": "test_colour_faces",
     "digits": "has no argument",
     "manifest_entry": "checked_bytes",

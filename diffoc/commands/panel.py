@@ -24,8 +24,8 @@ from diffoc.reconstruct import OURS, Problem, reconstruct
 
 # What can be chosen: the images that ship with the repository, each with its prior.
 _IMAGES = {
-    "astronaut": "faces64",
-    "grace hopper": "faces64",
+    "astronaut": "faces64_rgb",
+    "grace hopper": "faces64_rgb",
     **{f"digit {d}": "mnist" for d in range(10)},
 }
 
@@ -33,7 +33,7 @@ _IMAGES = {
 def _image(name: str) -> Tensor:
     if name.startswith("digit"):
         return data.digits()[0][2 * int(name[-1])][None]
-    return data.portrait(name.replace(" ", "_"), grey=True)
+    return data.portrait(name.replace(" ", "_"))
 
 
 class _Cancelled(Exception):
@@ -133,7 +133,8 @@ def _draw(truth: Tensor, measurement: Tensor, x0: Tensor, costs: list[float]) ->
     axes = figure.subplots(1, 4, width_ratios=[1, 1, 1, 1.3])
     pictures = {"truth": truth, "measurement": measurement, "reconstruction": x0}
     for ax, (title, picture) in zip(axes, pictures.items(), strict=False):
-        ax.imshow(picture[0, 0], cmap="gray", vmin=-1, vmax=1, interpolation="nearest")
+        values = ((picture[0] + 1) / 2).clamp(0, 1).movedim(0, -1)
+        ax.imshow(values, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
         ax.set_title(title)
         ax.axis("off")
     axes[-1].semilogy(range(1, len(costs) + 1), costs)
