@@ -6,6 +6,8 @@ variable ``DIFFOC_DATA``:
     $DIFFOC_DATA/MNIST/raw/    the four idx files of torchvision.datasets.MNIST, gzipped or not
     $DIFFOC_DATA/faces64.npz   arrays `train` and `test`, (N, 64, 64) uint8
     $DIFFOC_DATA/faces64_rgb/  mosaics train_00.webp, train_01.webp, ... and test.webp, in colour
+    $DIFFOC_DATA/lfw/          in place of those, the pictures of Labeled Faces in the Wild as its
+                               archive has them, lfw/PERSON/PERSON_0001.jpg
 
 Where that variable is not set they are downloaded into the cache by torchvision and scikit-learn,
 which `pip install -e '.[train]'` brings.
@@ -143,9 +145,13 @@ def colour_faces(split: str, root: Path | str | None = None) -> np.ndarray:
     They lie in lossless WebP mosaics with 32 faces a row, in order. A face is the box from
     (83, 92) to (166, 175) of LFW's 250x250 picture, scaled to 64x64 pixels.
 
+    Where there are no mosaics, the same people's faces are cut out of LFW's pictures, with Pillow's
+    bicubic filter, and kept in the cache; with which filter the mosaics were made is not known.
+
     Arguments:
-        split: "train" or "test"; no person is in both.
-        root: the folder that holds `faces64_rgb/`; $DIFFOC_DATA by default.
+        split: "train" or "test"; no person is in both (`lfw_left_out.txt` beside this module).
+        root: the folder that holds `faces64_rgb/`, or LFW as `lfw/`; $DIFFOC_DATA by default, else
+            a download of 200 MB.
 
     Returns images (N, 64, 64, 3) uint8. Raises ValueError for another split or a damaged file,
     FileNotFoundError if the mosaics are missing.
@@ -154,12 +160,18 @@ def colour_faces(split: str, root: Path | str | None = None) -> np.ndarray:
     """
     if split not in COLOUR_FACES:
         raise ValueError(f"split must be 'train' or 'test', got {split!r}")
-    folder = Path(root or os.environ.get("DIFFOC_DATA", "")) / "faces64_rgb"
-    files = sorted(folder.glob(f"{split}*.webp"))
+    root = root or os.environ.get("DIFFOC_DATA")
+    folder = Path(root or "") / "faces64_rgb"
+    files = sorted(folder.glob(f"{split}*.webp")) if root else []
     if not files:
+        lfw = Path(root) / "lfw" if root else _download_lfw()
+        if lfw.is_dir():
+            with np.load(_faces_of_lfw(lfw), allow_pickle=False) as archive:
+                return archive[split]
         raise FileNotFoundError(
             f"{folder} has no {split}*.webp: it holds mosaics of 64x64 colour faces; set "
-            "DIFFOC_DATA to the folder that `faces64_rgb` is in"
+            "DIFFOC_DATA to the folder that `faces64_rgb` is in, or `lfw`, the pictures of "
+            "Labeled Faces in the Wild"
         )
     images = np.concatenate([_faces_of_mosaic(file) for file in files])
     if len(images) < COLOUR_FACES[split]:
@@ -307,6 +319,54 @@ def _download_faces() -> Path:
     with replacing(path) as part:
         np.savez_compressed(part, train=pixels[~tested], test=pixels[tested])
     return path
+
+
+def _download_lfw() -> Path:
+    """The folder of LFW's own pictures, which scikit-learn has downloaded, now or earlier."""
+    folder = cache_folder() / "datasets"
+    if not (folder / "lfw_home" / "lfw").is_dir():
+        try:
+            from sklearn.datasets import fetch_lfw_people
+
+            folder.mkdir(parents=True, exist_ok=True)
+            corner = (slice(0, 8), slice(0, 8))  # of what it also reads, and nobody needs
+            fetch_lfw_people(data_home=folder, funneled=False, resize=None, slice_=corner)
+        except Exception as error:  # also of an archive that is damaged
+            raise _not_downloaded("faces64_rgb", error) from error
+    return folder / "lfw_home" / "lfw"
+
+
+def _faces_of_lfw(folder: Path) -> Path:
+    """A file in the cache with arrays `train` and `test`, cut out of LFW's pictures."""
+    path = cache_folder() / "datasets" / "faces64_rgb.npz"
+    if path.is_file():
+        return path
+    lines = (Path(__file__).parent / "lfw_left_out.txt").read_text().splitlines()
+    left_out = [line.split() for line in lines if not line.startswith("#")]
+    unseen = {person for person, *_ in left_out}
+    train = [p for p in sorted(folder.glob("*/*.jpg")) if p.parent.name not in unseen]
+    test = [folder / who / f"{who}_0001.jpg" for who, *marks in left_out if "test" in marks]
+    test = [picture for picture in test if picture.is_file()]
+    if not train or not test:
+        raise ValueError(f"{folder} has no pictures PERSON/PERSON_0001.jpg to train and test with")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as part:
+        np.savez(part, train=_lfw_crops(train), test=_lfw_crops(test))
+    return path
+
+
+def _lfw_crops(paths: Sequence[Path]) -> np.ndarray:
+    """The faces (N, 64, 64, 3) of LFW's pictures."""
+    faces = []
+    for path in paths:
+        try:
+            with Image.open(path) as picture:
+                if picture.size != (250, 250):
+                    raise ValueError(f"{path} is {picture.size}, expected 250x250 pixels as in LFW")
+                faces.append(np.asarray(_scaled(picture.convert("RGB"), (83, 92, 83), 64)))
+        except OSError as error:
+            raise ValueError(f"{path} is damaged or no picture: {error}") from error
+    return np.stack(faces)
 
 
 def _not_downloaded(what: str, error: Exception) -> FileNotFoundError:

@@ -1,5 +1,8 @@
 """Colour faces: read from mosaics that the test makes, and refused when damaged."""
 
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -46,6 +49,40 @@ def test_states_are_channels_first_and_signed(mosaics):
     torch.testing.assert_close(x[3, :, 10, 20], expected)
     # A sheet of the states gives the bytes back.
     assert np.array_equal(sheet(x, 5)[:64, 64:128].numpy(), faces[1])
+
+
+def test_faces_are_cut_out_of_lfw_s_own_pictures(tmp_path, monkeypatch):
+    """A small LFW: two people who are left out, one of them in the test set, and two others."""
+    monkeypatch.setenv("DIFFOC_CACHE", str(tmp_path / "cache"))
+    people = {"Abba_Eban": 1, "Abdel_Madi_Shabneh": 2, "George_W_Bush": 3, "Zico": 1}
+    generator, faces = np.random.default_rng(0), {}
+    for person, count in people.items():
+        (tmp_path / "lfw" / person).mkdir(parents=True)
+        for number in range(1, count + 1):
+            path = tmp_path / "lfw" / person / f"{person}_{number:04}.jpg"
+            Image.fromarray(generator.integers(0, 256, (250, 250, 3), dtype=np.uint8)).save(path)
+            part = Image.open(path).crop((83, 92, 166, 175))
+            faces[path.stem] = part.resize((64, 64), Image.Resampling.BICUBIC)
+    expected = {
+        "train": ["George_W_Bush_0001", "George_W_Bush_0002", "George_W_Bush_0003", "Zico_0001"],
+        "test": ["Abdel_Madi_Shabneh_0001"],
+    }
+    for _ in range(2):  # the second time from the cache
+        for split, names in expected.items():
+            found = data.colour_faces(split, tmp_path).astype(int)
+            wanted = np.stack([np.asarray(faces[name]) for name in names]).astype(int)
+            # Beyond the box's edge the filter sees the picture here, and nothing there.
+            assert found.shape == wanted.shape
+            assert abs(found - wanted)[:, 4:-4, 4:-4].max() <= 1
+        shutil.rmtree(tmp_path / "lfw", ignore_errors=True)
+        (tmp_path / "lfw").mkdir(exist_ok=True)
+
+
+def test_the_split_leaves_768_people_out():
+    text = (Path(data.__file__).parent / "lfw_left_out.txt").read_text()
+    lines = [line.split() for line in text.splitlines() if not line.startswith("#")]
+    assert len({person for person, *_ in lines}) == len(lines) == 768
+    assert sum(marks == ["test"] for _, *marks in lines) == 512
 
 
 def test_damaged_missing_and_cut_mosaics_are_named(mosaics):
