@@ -31,7 +31,7 @@ from diffoc.data.pictures import read_picture, write_picture
 from diffoc.experiments import ledger
 from diffoc.experiments.cells import keep_in
 from diffoc.experiments.methods import write_tuned
-from diffoc.experiments.records import Cell, as_json, read
+from diffoc.experiments.records import REQUIRED, Cell, as_json, read
 from diffoc.experiments.runs import run_cells
 from diffoc.priors.networks import DigitClassifier
 from diffoc.priors.pretrained import load_prior
@@ -106,7 +106,7 @@ CELLS = [replace(CELL, seed=seed) for seed in range(4)]
 
 
 def compute(cell):
-    return [{"psnr": str(cell.seed + i)} for i in range(2)], None
+    return [dict.fromkeys(REQUIRED, str(cell.seed + i)) for i in range(2)], None
 
 
 def test_a_table_on_a_full_disk_keeps_whole_cells_and_is_gone_on_with(tmp_path, full_disk):

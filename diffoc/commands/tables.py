@@ -16,8 +16,8 @@ from diffoc.data.provenance import ROOT
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from diffoc.experiments.cells import Computer
     from diffoc.experiments.records import Cell
-    from diffoc.experiments.runs import Compute
 
 NFE = 300
 """The usual budget of evaluations."""
@@ -245,17 +245,18 @@ def figures(args: argparse.Namespace) -> int:
 
 def _execute(
     cells: Sequence[Cell],
-    compute: Compute,
+    compute: Computer,
     path: Path,
     args: argparse.Namespace,
     shard: tuple[int, int] | None = None,
     keep: Callable[[Cell, Tensor], None] | None = None,
 ) -> int:
     """Says what is planned, and does it; 1 if a cell failed."""
-    from diffoc.experiments.cells import work_of
+    from diffoc.experiments.cells import check_inputs, work_of
     from diffoc.experiments.runs import run_cells, unfinished
 
     left = unfinished(cells, path, shard, args.retry_failed)
+    check_inputs(left, compute, getattr(args, "keep", None))
     _print_plan(left, len(cells), args, keep is not None)
     found = run_cells(
         cells,
@@ -270,6 +271,8 @@ def _execute(
         work=lambda cell: work_of(cell)[0],
     )
     print(f"{path}: " + ", ".join(f"{count} {name}" for name, count in found.items()))
+    if found["failed"]:
+        print("those that failed are computed again with --retry-failed")
     return int(found["failed"] > 0)
 
 
@@ -288,7 +291,7 @@ def _print_plan(left: Sequence[Cell], cells: int, args: argparse.Namespace, keep
     from diffoc.experiments.cells import load_once, time_prior, work_of
 
     if not left:
-        print(f"{cells} cells, all of them computed")
+        print(f"{cells} cells, none of them to compute")
         return
     images = sum(len(cell.images) for cell in left)
     hours, evaluations = 0.0, 0

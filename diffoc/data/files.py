@@ -1,10 +1,13 @@
-"""Files that are replaced by complete ones only, whatever happens while they are written."""
+"""Files that hold complete contents only, whatever happens while they are written."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from io import FileIO
+from itertools import count
 from pathlib import Path
 from typing import IO
 
@@ -29,12 +32,58 @@ def replacing(path: Path) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
+@contextmanager
+def appending(path: Path, complete: Callable[[bytes], int]) -> Iterator[Callable[[str], None]]:
+    """Locks a file, and gives a function that appends a text, which waits until the disk has it.
+
+    The text is appended whole or not at all. What a killed process left behind the complete bytes
+    is first moved to a new file, NAME.torn-1 or the next number that is free.
+
+    Args:
+        path: of the file, which is made if it is missing, with its folder.
+        complete: gives the number of bytes of a content that are complete; what it raises for a
+            content that is damaged leaves the file as it is.
+
+    Raises:
+        ValueError: if another process has locked the file.
+        OSError: if it cannot be locked or written; what was appended before is then complete.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab", buffering=0) as file:
+        lock(file)
+        content = path.read_bytes()
+        size = complete(content)
+        if torn := content[size:]:
+            names = (path.with_name(f"{path.name}.torn-{i}") for i in count(1))
+            with next(name for name in names if not name.exists()).open("xb") as beside:
+                beside.write(torn)
+                os.fsync(beside.fileno())
+            file.truncate(size)
+        yield partial(_append, file)
+
+
+def _append(file: FileIO, text: str) -> None:
+    size, content = file.seek(0, os.SEEK_END), memoryview(text.encode())
+    try:
+        while content:  # nothing is buffered, so that a part may be written
+            content = content[file.write(content) :]
+        os.fsync(file.fileno())
+    except BaseException as error:
+        file.truncate(size)
+        if not isinstance(error, OSError):
+            raise
+        raise OSError(
+            f"{file.name} could not be written ({error}): what it has is complete; free some disk "
+            "space and run the same again"
+        ) from error
+
+
 def lock(file: IO) -> None:
     """Locks an open file for this process, until it is closed.
 
     Raises:
         ValueError: if another process has locked it.
-        OSError: on Windows, which has no such locks.
+        OSError: on Windows and on file systems that have no such locks.
     """
     try:
         import fcntl
@@ -45,4 +94,9 @@ def lock(file: IO) -> None:
     except BlockingIOError as error:
         raise ValueError(
             f"{file.name} is being written by another process: wait until that has ended"
+        ) from error
+    except OSError as error:
+        raise OSError(
+            f"{file.name} cannot be locked ({error.strerror}): its file system has no locks; copy "
+            "it to a local disk, name it there with --out, and copy it back when it is complete"
         ) from error

@@ -8,7 +8,10 @@ image's own.
 from __future__ import annotations
 
 import hashlib
+import inspect
+import json
 import math
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -30,6 +33,7 @@ from diffoc.data.provenance import digest, short
 from diffoc.experiments.inaccurate import accurate_name, is_inaccurate, load_inaccurate
 from diffoc.experiments.methods import EDGE_GAIN, METHODS, TRIALS, settings_of
 from diffoc.experiments.records import METRICS, Cell, Row, as_json
+from diffoc.experiments.runs import method_errors
 from diffoc.priors.counting import CountedPrior
 from diffoc.priors.pretrained import REMOTE, SHIPPED, load_prior
 from diffoc.problems.metrics import image_metrics
@@ -80,6 +84,7 @@ class Computer:
 
         Raises:
             diffoc.problems.tasks.UnsupportedTask: if the method cannot do the task.
+            diffoc.experiments.runs.MethodError: if it fails.
         """
         prior, weights = load_once(cell.prior, self.device)
         shape = getattr(prior, "decoded_shape", prior.image_shape)
@@ -100,10 +105,10 @@ class Computer:
 
         began = _clock(self.device)
         run = METHODS[cell.method].run
-        x0 = run(counted, physics, y, x, generator, noise_std=NOISE_STD, **cell.keywords).detach()
-        seconds = (_clock(self.device) - began) / len(truth)
-
-        metrics = metrics_of(x0.float().cpu(), truth)
+        with method_errors():
+            x0 = run(counted, physics, y, x, generator, noise_std=NOISE_STD, **cell.keywords)
+            x0, seconds = x0.detach(), (_clock(self.device) - began) / len(truth)
+            metrics = metrics_of(x0.float().cpu(), truth)
         residual = (physics.A(x0) - y).square().flatten(1).mean(dim=1).sqrt()
         metrics["residual_over_noise"] = residual / noise_level(physics, y)
         common = {
@@ -120,6 +125,33 @@ class Computer:
             for i, h in enumerate(hashes)
         ]
         return rows, x0.float().cpu()
+
+
+def check_inputs(cells: Sequence[Cell], computer: Computer, keep: Path | None = None) -> None:
+    """Loads what cells need, each prior and picture once, before the first of them is computed.
+
+    Args:
+        cells: that are to be computed.
+        computer: that will do it.
+        keep: the folder for the reconstructions, which is made; None if they are not kept.
+
+    Raises:
+        ValueError: if a method does not have a setting, or a picture does not fit the prior.
+        OSError: if weights or pictures are missing, or the folder cannot be written.
+    """
+    for prior in dict.fromkeys(cell.prior for cell in cells):
+        network, _ = load_once(prior, computer.device)
+        shape = getattr(network, "decoded_shape", network.image_shape)
+        for name in dict.fromkeys(x for cell in cells if cell.prior == prior for x in cell.images):
+            read_images([name], shape, computer.folder)
+    for method, settings in dict.fromkeys((cell.method, cell.settings) for cell in cells):
+        known = inspect.signature(METHODS[method].run).parameters
+        if unknown := [key for key in json.loads(settings) if key not in known]:
+            raise ValueError(f"settings has {unknown[0]!r}, which {method} does not have")
+    if keep is not None:
+        keep.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=keep):
+            pass
 
 
 def metrics_of(x0: Tensor, truth: Tensor) -> dict[str, Tensor]:

@@ -17,10 +17,10 @@ from __future__ import annotations
 
 import csv
 import math
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 
 import torch
@@ -31,6 +31,7 @@ from torch import Tensor
 from diffoc.checks import check_tensor, evaluating
 from diffoc.costs import ClassLikelihood, ControlCost
 from diffoc.data import mnist
+from diffoc.data.files import appending
 from diffoc.data.provenance import environment
 from diffoc.experiments.records import ENVIRONMENT
 from diffoc.priors.counting import CountedPrior
@@ -205,7 +206,7 @@ def measures(digits: Tensor, label: int, real: Tensor) -> dict[str, float]:
 def record(path: Path, folder: Path, images: int = 100, labels: Sequence[int] = range(10)) -> None:
     """Makes digits of labels in all ways, and appends a row for each to a table.
 
-    Rows that the table has are not made again. Needs MNIST's test digits.
+    Rows that the table has are not made again, and it has one writer. Needs MNIST's test digits.
 
     Args:
         path: of the table, CSV.
@@ -215,21 +216,22 @@ def record(path: Path, folder: Path, images: int = 100, labels: Sequence[int] = 
 
     Raises:
         FileNotFoundError: without MNIST and without a network to download it from.
+        ValueError: if another process writes the table, or it is of another version.
     """
     prior = load_prior("mnist")
     digits, classes = mnist("test")
     torch.set_flush_denormal(True)
-    known = read(path) if path.exists() else []
-    done = {(row["way"], row["label"]) for row in known}
-    for label in labels:
-        real = torch.from_numpy(digits[classes == label]).float().unsqueeze(1) / 127.5 - 1
-        for name, way in WAYS.items():
-            if (name, str(label)) in done:
-                continue
+    with appending(path, lambda content: content.rfind(b"\n") + 1) as append:
+        if not path.stat().st_size:
+            append(",".join(COLUMNS) + "\n")
+        done = {(row["way"], row["label"]) for row in read(path)}
+        wanted = [(name, label) for label in labels for name in WAYS]
+        for name, label in (some for some in wanted if (some[0], str(some[1])) not in done):
+            real = torch.from_numpy(digits[classes == label]).float().unsqueeze(1) / 127.5 - 1
             counted = CountedPrior(prior)
             counted.image_shape = prior.image_shape
             began = time.perf_counter()
-            made = make(way, counted, label, images).cpu()
+            made = make(WAYS[name], counted, label, images).cpu()
             seconds = (time.perf_counter() - began) / images
             folder.mkdir(parents=True, exist_ok=True)
             save_file({"digits": made}, folder / f"{name}_{label}.safetensors")
@@ -237,32 +239,31 @@ def record(path: Path, folder: Path, images: int = 100, labels: Sequence[int] = 
                 "way": name,
                 "label": label,
                 "images": images,
-                "steps": way.steps,
-                "strength": way.strength or 0.0,
+                "steps": WAYS[name].steps,
+                "strength": WAYS[name].strength or 0.0,
                 "evaluations": counted.evaluations / images,
                 "products": counted.products / images,
                 **{k: f"{v:.6g}" for k, v in measures(made, label, real).items()},
                 "seconds": f"{seconds:.3f}",
                 **environment(),
             }
-            known.append({key: str(row[key]) for key in COLUMNS})
-            _write(path, known)
+            line = StringIO()
+            csv.writer(line, lineterminator="\n").writerow(row[key] for key in COLUMNS)
+            append(line.getvalue())
             print(", ".join(f"{key} {row[key]}" for key in COLUMNS[:13]), flush=True)
 
 
 def read(path: Path) -> list[dict[str, str]]:
-    """The rows of a table that :func:`record` wrote."""
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+    """The rows of a table that :func:`record` wrote, without one that it did not finish.
 
-
-def _write(path: Path, rows: list[dict[str, str]]) -> None:
-    part = path.with_name(path.name + ".part")
-    with part.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(part, path)
+    Raises:
+        ValueError: if it is of another version, or a row has not all of its columns.
+    """
+    content = path.read_bytes()
+    rows = list(csv.reader(content[: content.rfind(b"\n") + 1].decode().splitlines()))
+    if rows[:1] != [list(COLUMNS)] or any(len(row) != len(COLUMNS) or "" in row for row in rows):
+        raise ValueError(f"{path} is damaged, or no table of this version: name another")
+    return [dict(zip(COLUMNS, row, strict=True)) for row in rows[1:]]
 
 
 def guidance_controls(

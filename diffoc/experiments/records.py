@@ -2,9 +2,9 @@
 
 A cell is the unit of computation: a batch of images, a task, a method with its settings, a seed.
 It gives one row an image. Cells are flushed to the disk as they are computed, so that a process
-can be killed at any moment: the file may then end in a part of a cell, which readers leave out
-and the next writer cuts off. Shards of a table lie beside it, `NAME.shard-1-of-4.csv`, and are
-read with it.
+can be killed at any moment: the file may then end in the beginning of one cell, which readers leave
+out and the next writer moves to `NAME.csv.torn-1`. A file that is damaged in another way is refused
+by both. Shards of a table lie beside it, `NAME.shard-1-of-4.csv`, and are read with it.
 """
 
 from __future__ import annotations
@@ -12,20 +12,25 @@ from __future__ import annotations
 import csv
 import json
 import logging
-import os
-from collections.abc import Iterator
+import math
+import re
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
-from io import FileIO, StringIO
+from io import StringIO
 from pathlib import Path
 
-from diffoc.data.files import lock
+from diffoc.data.files import appending
 
 METRICS = (
     *("psnr", "ssim", "mse", "residual_over_noise"),
     *("lpips_alex", "lpips_vgg", "lpips_alex_01"),
 )
+REQUIRED = METRICS[:4]
+"""What every row has whose status is "ok"; the others are there where the weights of LPIPS are."""
+
 COUNTS = ("evaluations", "products")
+STATUSES = ("ok", "failed", "unsupported")
 ENVIRONMENT = ("versions", "device", "threads")
 """Where these and the precision are equal, so are the results, to the last digit."""
 
@@ -83,6 +88,10 @@ COLUMNS = (
 )
 """Status is "ok", "failed" with its error, or "unsupported": the method cannot do the task."""
 
+_HEADER = ",".join(COLUMNS) + "\n"
+_SHARED = tuple(key for key in COLUMNS if key not in ("image", "image_sha256", *METRICS))
+_NUMBERS = (*METRICS, *COUNTS, "seconds")
+
 
 def as_json(settings: dict) -> str:
     """Keyword arguments as text that is the same for the same ones."""
@@ -122,7 +131,7 @@ def read(path: Path) -> dict[Cell, list[Row]]:
         raise FileNotFoundError(f"{path} is missing, and has no shards: expected a table there")
     cells: dict[Cell, list[Row]] = {}
     for file in files:
-        for cell, rows in _parse(file)[0]:
+        for cell, rows in _parse(file, file.read_bytes())[0]:
             old = cells.get(cell)
             if old is None or old[0]["status"] == "failed":
                 cells[cell] = rows
@@ -142,98 +151,102 @@ def describe(cell: Cell) -> str:
     )
 
 
-class Writer:
-    """Appends cells to a file; see :func:`writing`."""
-
-    def __init__(self, file: FileIO) -> None:
-        self._file = file
-
-    def append(self, rows: list[Row]) -> None:
-        """Writes all rows of a cell, and waits until the disk has them.
-
-        Raises:
-            OSError: if the disk does not take them; the file is then as it was.
-        """
-        text = StringIO()
-        writer = csv.DictWriter(text, COLUMNS, restval="", lineterminator="\n")
-        if self._file.tell() == 0:
-            writer.writeheader()
-        for row in rows:
-            # One row a line, so that a torn one can be told by its missing end.
-            row = row | {"error": " ".join(row.get("error", "").split())}
-            if any("\n" in value or "\r" in value for value in row.values()):
-                raise ValueError(f"rows have a line break in one of {list(row.values())}")
-            writer.writerow(row)
-        size, content = self._file.tell(), memoryview(text.getvalue().encode())
-        try:
-            while content:  # nothing is buffered, so that a part may be written
-                content = content[self._file.write(content) :]
-            os.fsync(self._file.fileno())
-        except OSError as error:
-            self._file.truncate(size)
-            self._file.seek(size)
-            raise OSError(
-                f"{self._file.name} could not be written ({error}): its cells so far are complete; "
-                "free some disk space and run the same again"
-            ) from error
-
-
 @contextmanager
-def writing(path: Path) -> Iterator[Writer]:
-    """Opens a file for cells to be appended, once what is incomplete at its end is cut off.
+def writing(path: Path) -> Iterator[Callable[[list[Row]], None]]:
+    """Opens a file for cells, and gives a function that appends all rows of one, or none.
+
+    The beginning of a cell at the file's end is first moved to a file beside it, see
+    :func:`diffoc.data.files.appending`, which also says what is raised.
 
     Raises:
-        ValueError: if it is no table of this version, or another process writes it.
-        OSError: on Windows, where tables can be read but not written.
+        ValueError: if it is no table of this version or is damaged, or another process writes it.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab", buffering=0) as file:
-        lock(file)
-        file.truncate(_parse(path)[1])
-        file.seek(0, os.SEEK_END)
-        yield Writer(file)
+    with appending(path, lambda content: _parse(path, content)[1]) as append:
+
+        def append_cell(rows: list[Row]) -> None:
+            text = StringIO()
+            writer = csv.DictWriter(text, COLUMNS, restval="", lineterminator="\n")
+            for row in rows:
+                # One row a line, so that a torn one can be told by its missing end.
+                row = row | {"error": " ".join(row.get("error", "").split())}
+                if any("\n" in value or "\r" in value for value in row.values()):
+                    raise ValueError(f"rows have a line break in one of {list(row.values())}")
+                writer.writerow(row)
+            # What could not be read back is not written.
+            if len(_parse(path, (_HEADER + text.getvalue()).encode())[0]) != 1:
+                raise ValueError(f"rows are {len(rows)}, expected those of one whole cell")
+            append(_HEADER * (path.stat().st_size == 0) + text.getvalue())
+
+        yield append_cell
 
 
-def _parse(path: Path) -> tuple[list[tuple[Cell, list[Row]]], int]:
-    """The complete cells of one file, and the number of bytes they take."""
-    content = path.read_bytes()
-    lines = content.splitlines(keepends=True)
-    torn = bool(lines) and not lines[-1].endswith(b"\n")
-    whole = [line.decode() for line in (lines[:-1] if torn else lines)]
-    header = ",".join(COLUMNS) + "\n"
-    if not whole and header.startswith(content.decode(errors="replace")):
+def _parse(path: Path, content: bytes) -> tuple[list[tuple[Cell, list[Row]]], int]:
+    """The complete cells of a file's content, and the number of bytes they take."""
+    *lines, torn = content.split(b"\n")
+    if not lines and _HEADER.encode().startswith(torn):
         return [], 0  # was stopped before its first cell
-    if not whole or whole[0] != header:
+    if not lines or lines[0] + b"\n" != _HEADER.encode():
         raise ValueError(f"{path} is no table of this version: remove it, or name another")
-    found, start, size = [], 1, len(whole[0].encode())
-    while start < len(whole):
-        rows = _rows(path, whole[start : start + 1], start)
-        batch = int(rows[0]["batch"])
-        rows += _rows(path, whole[start + 1 : start + batch], start + 1)
-        if len(rows) < batch:
-            break
-        cell = Cell.of(rows)
-        if any({**row, **known} != row for row, known in zip(rows, cell.rows(), strict=True)):
-            raise ValueError(f"{path} is damaged: lines {start + 1} ff. are not one cell")
-        found.append((cell, rows))
-        size += len("".join(whole[start : start + batch]).encode())
-        start += batch
-    if size < len(content):
-        left = len(content) - size
+    found: list[tuple[Cell, list[Row]]] = []
+    rows: list[Row] = []
+    size = done = len(_HEADER)
+    for number, line in enumerate(lines[1:], 2):
+        try:
+            row = _row(line)
+            _check(row, (rows or [row])[0])
+            if row["image"] in (one["image"] for one in rows):
+                raise ValueError(f"image is {row['image']!r} a second time")
+        except (ValueError, csv.Error) as error:
+            raise ValueError(f"{path} is damaged: line {number}: {error}") from error
+        rows.append(row)
+        size += len(line) + 1
+        if len(rows) == int(row["batch"]):
+            found.append((Cell.of(rows), rows))
+            rows, done = [], size
+    # A torn line is the beginning of a row of the same cell, but for its last value.
+    values = next(csv.reader([torn.decode(errors="replace")]), [])[:-1]
+    begun = [rows[0][key] for key in COLUMNS[: COLUMNS.index("image")]] if rows else values
+    if len(values) >= len(COLUMNS) or any(a != b for a, b in zip(values, begun, strict=False)):
+        raise ValueError(f"{path} is damaged: line {len(lines) + 1} is no beginning of a row")
+    if done < len(content):
+        left = len(content) - done
         _LOG.warning("%s: %d bytes of an unfinished cell at its end are left out", path, left)
-    return found, size
+    return found, done
 
 
-def _rows(path: Path, lines: list[str], start: int) -> list[Row]:
-    rows = []
-    for number, values in enumerate(csv.reader(lines), start + 1):
-        if len(values) != len(COLUMNS):
-            raise ValueError(
-                f"{path} is damaged: line {number} has {len(values)} columns, expected "
-                f"{len(COLUMNS)}"
-            )
-        rows.append(dict(zip(COLUMNS, values, strict=True)))
-    return rows
+def _row(line: bytes) -> Row:
+    values = next(csv.reader([line.decode()]), [])
+    if len(values) != len(COLUMNS):
+        raise ValueError(f"it has {len(values)} columns, expected {len(COLUMNS)}")
+    return dict(zip(COLUMNS, values, strict=True))
+
+
+def _check(row: Row, first: Row) -> None:
+    """Raises a ValueError unless a row is one that runs write, and of the cell of another."""
+    for key in _SHARED:
+        if row[key] != first[key]:
+            raise ValueError(f"{key} is {row[key]!r}, but {first[key]!r} in its cell's first row")
+    for key in ("nfe", "seed", "batch"):
+        if not re.fullmatch(r"0|-?[1-9]\d*", row[key]) or (key == "batch" and int(row[key]) < 1):
+            raise ValueError(f"{key} is {row[key]!r}, expected a whole number")
+    settings = json.loads(row["settings"])
+    if not isinstance(settings, dict) or as_json(settings) != row["settings"]:
+        raise ValueError(f"settings are {row['settings']!r}, expected JSON with sorted keys")
+    if row["status"] not in STATUSES:
+        raise ValueError(f"status is {row['status']!r}, expected one of {', '.join(STATUSES)}")
+    for key in _NUMBERS:
+        if row[key] and not math.isfinite(float(row[key])):
+            raise ValueError(f"{key} is {row[key]}, expected a finite number")
+        if bool(row[key]) != bool(first[key]):
+            raise ValueError(f"{key} is in some rows of its cell only")
+        if key in METRICS and row[key] and row["status"] != "ok":
+            raise ValueError(f"{key} is {row[key]}, but status {row['status']}")
+        if key in REQUIRED and not row[key] and row["status"] == "ok":
+            raise ValueError(f"{key} is missing, but status ok")
+    if row["status"] == "failed" and not row["error"]:
+        raise ValueError("error is missing, but status failed")
+    if not row["image"]:
+        raise ValueError("image is missing")
 
 
 def _results(rows: list[Row]) -> list[list[str]]:

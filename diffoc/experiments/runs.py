@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -38,7 +43,8 @@ def run_cells(
 ) -> dict[str, int]:
     """Computes cells and appends them to a table; those that it has are skipped.
 
-    A cell that fails is recorded with its error, and the others go on.
+    A cell whose method fails is recorded with its error, and the others go on; any other error, of
+    the machine, the data or the code, ends the run and is no record.
 
     Args:
         cells: of the whole grid.
@@ -57,7 +63,8 @@ def run_cells(
         How many cells there are now, of those of the shard, by status.
 
     Raises:
-        ValueError: if an argument is out of its range, or the table is another's.
+        ValueError: if an argument is out of its range, or the table is another's or damaged.
+        OSError: if memory or the disk is full; what was recorded before is complete.
         ImportError: for the backend "ray" where it is not installed.
     """
     if jobs < 1:
@@ -65,17 +72,18 @@ def run_cells(
     if backend not in ("loky", "ray"):
         raise ValueError(f"backend is {backend!r}, expected 'loky' or 'ray'")
     target = records.shard_path(path, shard)
-    with records.writing(target) as writer:
+    with records.writing(target) as append:
         mine, known = _part(cells, shard), records.read(path)
         status = {cell: known[cell][0]["status"] for cell in mine if cell in known}
         left = unfinished(cells, path, shard, retry_failed)
-        calls = [(compute, cell, device, jobs > 1) for cell in left]
+        parent = os.getpid() if jobs > 1 or backend != "loky" else 0
+        calls = [(compute, cell, device, parent) for cell in left]
         total = sum(work(cell) for cell in left)
         with tqdm(total=total, disable=not progress, unit="evaluation", unit_scale=True) as bar:
             for cell, rows, images in _results(calls, jobs, backend):
                 if keep is not None and images is not None:
                     keep(cell, images)
-                writer.append(rows)
+                append(rows)
                 status[cell] = rows[0]["status"]
                 if rows[0]["status"] == "failed":
                     bar.write(f"failed: {records.describe(cell)}: {rows[0]['error']}")
@@ -130,23 +138,70 @@ def _register_ray() -> None:
     register_ray()
 
 
-def _attempt(compute: Compute, cell: Cell, device: str, worker: bool) -> tuple:
-    """The cell, its complete rows, and its images; runs in the workers."""
-    if worker:
+class MethodError(Exception):
+    """What a method raised; its text is that error's."""
+
+
+@contextmanager
+def method_errors() -> Iterator[None]:
+    """Tells what a method raises by itself from what its machine or its code raises.
+
+    A method fails by a value that it cannot go on with, by a singular matrix, or by numbers that
+    are not finite. A full memory, a missing file or package and a wrong name are no result of it.
+
+    Raises:
+        MethodError: in place of ValueError, ArithmeticError and RuntimeError.
+        OSError: in place of what torch raises where memory is full.
+    """
+    try:
+        yield
+    except (UnsupportedTask, NotImplementedError):
+        raise
+    except MemoryError as error:
+        raise OSError(_FULL) from error
+    except (ValueError, ArithmeticError, RuntimeError) as error:
+        text = str(error).lower()
+        if any(words in text for words in ("out of memory", "can't allocate memory")):
+            raise OSError(_FULL) from error
+        if "cuda error" in text or "cudnn_status" in text:
+            raise OSError(f"the device failed: {error}") from error
+        raise MethodError(repr(error)) from error
+
+
+_FULL = "memory is full: give fewer images at once with --batch, or fewer workers with --jobs"
+
+
+def _attempt(compute: Compute, cell: Cell, device: str, parent: int = 0) -> tuple:
+    """The cell, its complete rows, and its images; in a worker if it has a parent."""
+    if parent:
         torch.set_num_threads(1)
         torch.set_flush_denormal(True)
+        _end_with(parent)
     images = None
     try:
         found, images = compute(cell)
         if len(found) != len(cell.images):
-            raise RuntimeError(f"{len(found)} rows of {len(cell.images)} images")
+            raise TypeError(f"compute gave {len(found)} rows of {len(cell.images)} images")
         found = [{"status": "ok"} | row for row in found]
     except UnsupportedTask as error:
         found = [{"status": "unsupported", "error": str(error)}] * len(cell.images)
-    except Exception as error:  # whatever it is, the other cells are not concerned
-        found = [{"status": "failed", "error": repr(error)}] * len(cell.images)
+    except MethodError as error:
+        found = [{"status": "failed", "error": str(error)}] * len(cell.images)
     common = environment(device)
     return cell, [c | common | row for c, row in zip(cell.rows(), found, strict=True)], images
+
+
+@cache
+def _end_with(parent: int) -> None:
+    """Ends this worker soon after its parent has ended, by whatever signal."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.2)
+        os._exit(1)
+
+    if os.getppid() == parent:  # the workers of a cluster have another
+        threading.Thread(target=watch, daemon=True).start()
 
 
 @dataclass(frozen=True)
@@ -203,7 +258,7 @@ def check(
     chosen = dict.fromkeys(owners[i] for i in order[:rows])
     checked, exactly, differences = 0, 0, []
     for cell in chosen:
-        _, new, _ = _attempt(compute, cell, device, False)
+        _, new, _ = _attempt(compute, cell, device)
         exact = all(new[0][key] == cells[cell][0][key] for key in ENVIRONMENT)
         checked += len(new)
         exactly += exact * len(new)

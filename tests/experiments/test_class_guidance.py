@@ -9,6 +9,7 @@ from torch.distributions import MultivariateNormal, Normal, kl_divergence
 from diffoc import classifier
 from diffoc.costs import ClassLikelihood, ControlCost
 from diffoc.data import digits
+from diffoc.data.files import lock
 from diffoc.experiments import class_guidance
 from diffoc.experiments.class_guidance import (
     Way,
@@ -129,6 +130,27 @@ def test_records_of_digits_go_on_where_they_were_stopped(tmp_path, monkeypatch):
     assert [(row["way"], row["label"]) for row in rows] == [(w, c) for c in "34" for w in "ab"]
     assert [float(row["products"]) for row in rows] == [0, 2, 0, 2]
     assert load_file(tmp_path / "images" / "b_4.safetensors")["digits"].shape == (2, 1, 28, 28)
+
+
+def test_a_table_of_digits_has_one_writer_and_is_cut_at_whole_rows(tmp_path, monkeypatch):
+    images, labels = digits()
+    pictures = ((images[:, 0] + 1) * 127.5).round().byte().numpy()
+    monkeypatch.setattr(class_guidance, "mnist", lambda split: (pictures, labels.numpy()))
+    monkeypatch.setattr(class_guidance, "WAYS", {"a": Way(2, None)})
+    path = tmp_path / "digits.csv"
+    record(path, tmp_path / "images", 2, [3])
+    whole = path.read_bytes()
+    with path.open("ab") as other:
+        lock(other)
+        with pytest.raises(ValueError, match="written by another process"):
+            record(path, tmp_path / "images", 2, [3, 4])
+    path.write_bytes(whole + b"a,4,2")
+    record(path, tmp_path / "images", 2, [3])
+    assert path.read_bytes() == whole
+    assert (tmp_path / "digits.csv.torn-1").read_bytes() == b"a,4,2"
+    path.write_bytes(whole.replace(b",2,", b",", 1))
+    with pytest.raises(ValueError, match=r"digits.csv is damaged"):
+        record(path, tmp_path / "images", 2, [3])
 
 
 def test_what_guidance_and_plans_refuse():

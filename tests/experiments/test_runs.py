@@ -15,14 +15,18 @@ from diffoc.data.provenance import device_name
 from diffoc.experiments import runs, spread
 from diffoc.experiments.methods import METHODS
 from diffoc.experiments.records import METRICS, Cell, read, shard_path
-from diffoc.experiments.runs import check, run_cells, unfinished
+from diffoc.experiments.runs import MethodError, check, method_errors, run_cells, unfinished
 from diffoc.problems.tasks import TASKS, UnsupportedTask
+from diffoc.riccati import SingularControlHessianError
 
 CELLS = [
     Cell("none", "float32", task, "fake", 5, "{}", seed, tuple("abc"[: 1 + seed % 3]))
     for task in ("one", "two")
     for seed in range(6)
 ]
+
+
+NUMBERS = dict.fromkeys(METRICS, "1")
 
 
 def fake(cell):
@@ -82,7 +86,8 @@ def test_a_failure_is_recorded_and_stops_nothing(tmp_path):
 
     def fragile(cell):
         if cell in broken:
-            raise RuntimeError("it broke")
+            with method_errors():
+                raise RuntimeError("it broke")
         return fake(cell)
 
     path = tmp_path / "table.csv"
@@ -94,6 +99,41 @@ def test_a_failure_is_recorded_and_stops_nothing(tmp_path):
     broken.clear()
     assert run(path, fragile)["failed"] == 2, "not tried again unless asked for"
     assert run(path, fragile, retry_failed=True) == {"ok": 11, "failed": 0, "unsupported": 1}
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        *((kind("no"), MethodError) for kind in (ValueError, RuntimeError, ZeroDivisionError)),
+        (SingularControlHessianError("no"), MethodError),
+        (UnsupportedTask("no"), UnsupportedTask),
+        *((MemoryError(), OSError), (torch.OutOfMemoryError("CUDA out of memory"), OSError)),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 9 bytes"), OSError),
+        (RuntimeError("CUDA error: an illegal memory access"), OSError),
+        *((kind("no"), kind) for kind in (OSError, FileNotFoundError, ImportError, KeyError)),
+        *((kind("no"), kind) for kind in (TypeError, NotImplementedError, KeyboardInterrupt)),
+    ],
+)
+def test_only_what_a_method_raises_is_a_record(tmp_path, error, kind):
+    """What the machine, the data or the code raise ends the run, and the next one computes it."""
+
+    def broken(cell):
+        if cell == CELLS[1]:
+            with method_errors():
+                raise error
+        return fake(cell)
+
+    path = tmp_path / "table.csv"
+    if kind in (MethodError, UnsupportedTask):
+        run(path, broken, CELLS[:3])
+        status = {MethodError: "failed", UnsupportedTask: "unsupported"}[kind]
+        assert read(path)[CELLS[1]][0]["status"] == status
+    else:
+        with pytest.raises(kind) as raised:
+            run(path, broken, CELLS[:3])
+        assert "\n" not in str(raised.value)
+        assert list(read(path)) == CELLS[:1]
+        assert unfinished(CELLS[:3], path) == CELLS[1:3]
 
 
 def test_images_are_kept_before_their_rows_are_written(tmp_path):
@@ -149,6 +189,61 @@ def test_a_killed_process_goes_on_where_it_was(tmp_path, expected):
     run(path)
     assert results(path) == expected
     assert len(path.read_text().splitlines()) == 1 + sum(len(cell.images) for cell in CELLS)
+
+
+WORKERS = """
+import os, sys, time
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+import test_runs
+
+print("ready", flush=True)
+test_runs.run(Path({path!r}), test_runs.sleeping, jobs=2)
+"""
+
+
+def sleeping(cell):
+    """The third cell takes longer than the test."""
+    folder = Path(os.environ["WORKERS"])
+    (folder / str(os.getpid())).touch()
+    if cell.seed > 1:
+        time.sleep(60)
+    return fake(cell)
+
+
+def test_workers_end_with_the_run_that_started_them(tmp_path, monkeypatch):
+    path, pids = tmp_path / "table.csv", tmp_path / "workers"
+    pids.mkdir()
+    monkeypatch.setenv("WORKERS", str(pids))
+    monkeypatch.setenv("PYTHONPATH", f"{Path(__file__).parent}:{os.environ.get('PYTHONPATH', '')}")
+    script = WORKERS.format(tests=str(Path(__file__).parent), path=str(path))
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        while process.poll() is None and (not path.exists() or len(read(path)) < 2):
+            time.sleep(0.05)
+        process.terminate()
+        process.wait()
+    workers = {int(file.name) for file in pids.iterdir()}
+    assert workers
+    for _ in range(400):
+        workers = {pid for pid in workers if runs_still(pid)}
+        if not workers:
+            break
+        time.sleep(0.05)
+    assert not workers
+    assert len(read(path)) == 2
+
+
+def runs_still(pid):
+    """Whether there is such a process, and it is more than the entry of a dead one."""
+    try:
+        return ") Z " not in Path(f"/proc/{pid}/stat").read_text()
+    except FileNotFoundError:
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return False
+        return not Path("/proc").is_dir()
 
 
 def test_shards_make_the_table(tmp_path, expected):
@@ -273,8 +368,8 @@ def test_a_machine_is_named_with_the_instructions_that_it_may_use(monkeypatch):
 
 def test_check_says_that_inputs_differ(tmp_path):
     path = tmp_path / "table.csv"
-    run(path, lambda cell: ([{"psnr": "1", "image_sha256": "a"}], None), CELLS[:1])
-    other = check(path, lambda cell: ([{"psnr": "1", "image_sha256": "b"}], None))
+    run(path, lambda cell: ([NUMBERS | {"image_sha256": "a"}], None), CELLS[:1])
+    other = check(path, lambda cell: ([NUMBERS | {"image_sha256": "b"}], None))
     assert other.differences == ["fake, one, image a: image_sha256 is b now, a in the record"]
 
 
