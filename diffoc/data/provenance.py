@@ -59,7 +59,9 @@ def device_name(device: str) -> str:
     model and stepping follow the name.
     """
     if torch.device(device).type == "cuda":
-        return f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}"
+        tf32 = torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32
+        name = torch.cuda.get_device_name(device)
+        return f"{name}, CUDA {torch.version.cuda}" + ", TF32" * tf32
     names = [platform.processor()]
     if Path("/proc/cpuinfo").exists():
         first = Path("/proc/cpuinfo").read_text().split("\n\n")[0]

@@ -177,6 +177,8 @@ def _attempt(compute: Compute, cell: Cell, device: str, parent: int = 0) -> tupl
         torch.set_num_threads(1)
         torch.set_flush_denormal(True)
         _end_with(parent)
+    # A GPU would shorten float32's products to TF32 unasked, the operator's too.
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     images = None
     try:
         found, images = compute(cell)

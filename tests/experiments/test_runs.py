@@ -81,6 +81,18 @@ def test_what_is_there_is_not_computed_again(tmp_path, expected):
     assert results(path) == expected
 
 
+def test_products_are_not_shortened(tmp_path):
+    found = []
+
+    def asked(cell):
+        found.append(torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32)
+        return fake(cell)
+
+    torch.backends.cudnn.allow_tf32 = True
+    run(tmp_path / "table.csv", asked, CELLS[:1])
+    assert found == [False]
+
+
 def test_a_failure_is_recorded_and_stops_nothing(tmp_path):
     broken = {CELLS[2], CELLS[4]}
 
