@@ -156,7 +156,7 @@ def largest_batch(cell: Cell, compute: Computer, names: Sequence[str], report: R
         keywords = cell.keywords | {"iterations": 1}
         try:
             compute(replace(cell, images=some, settings=as_json(keywords)))
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, OSError):  # what a full memory raises
             break
         except Exception as error:  # it is said, and the rest goes on
             report.refuse(f"largest batch: {cell.method} with {batch} images: {error!r}")
