@@ -114,7 +114,8 @@ def by_method(name):
         settings = METHODS[name].settings("random_inpainting", 12) if name not in LONG else {}
         settings |= LONG.get(name, {}) | more
         if METHODS[name].tuned:
-            settings |= {METHODS[name].tuned[0]: METHODS[name].tuned[1][0]}
+            keyword, values = next(iter(METHODS[name].tuned.items()))
+            settings |= {keyword: values[0]}
         method = METHODS[name].run
         return method(used, PHYSICS, Y, images(), generator(), noise_std=NOISE_STD, **settings)
 

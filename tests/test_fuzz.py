@@ -441,7 +441,7 @@ def settings_by_name(name):
     budgets |= {"paper": 1000, "released": 1000}
     nfe = budgets.get(name, 12)
     found = method.settings("random_inpainting", nfe)
-    return found | ({method.tuned[0]: method.tuned[1][-1]} if method.tuned else {})
+    return found | (method.trials(nfe)[-1] if method.tuned else {})
 
 
 def run_method(name, **changes):
@@ -591,13 +591,20 @@ OTHERS = {
     "residual_of": "behind the costs",
     "correction": "behind greedy_controls and the methods",
     "method": "decorates the methods, above",
+    "methods": "has no argument",
+    "Share": "a number",
+    "one_a_step": "behind the methods",
+    "product_a_step": "behind the methods",
+    "no_products": "behind the methods",
+    "PerImage": "test_operator_per_image",
+    "LinearPerImage": "test_operator_per_image",
+    "BlurPerImage": "test_operator_per_image",
+    "for_each": "test_operator_per_image",
+    "parts_of": "test_operator_per_image",
     "global_generator": "behind the methods",
     "Computer": "computes cells, which cells_of makes",
-    "best_value": "of records",
-    "next_value": "of records",
+    "best_trial": "of records",
     "few_faces": "fixed names",
-    "held_out_faces": "fixed names",
-    "tuning_faces": "fixed names",
     "keep_in": "test_rough_handling",
     "load_once": "load_prior",
     "metrics_of": "image_metrics",

@@ -389,7 +389,8 @@ def test_a_prior_s_name_makes_no_path(monkeypatch, capsys):
         commands, "_execute", lambda cells, compute, path, *a: places.append(path) or 0
     )
     monkeypatch.setattr(commands, "_cells", lambda args, images: (args.prior, []))
-    monkeypatch.setattr(experiments, "cells_of", lambda *a: [])
+    monkeypatch.setattr(experiments, "tuning_cells", lambda *a: [])
+    monkeypatch.setattr(experiments, "best_trial", lambda rows: None)
     monkeypatch.setattr("diffoc.experiments.records.read", lambda path: {})
     monkeypatch.setattr("diffoc.experiments.methods.write_tuned", lambda tuned: None)
     for prior in ("../../elsewhere", "/etc/passwd", "owner/name"):

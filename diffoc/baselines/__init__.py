@@ -13,14 +13,21 @@ arguments are the method's settings, in the notation of the notebooks; :func:`me
 all share. Times run from 1 (noise) to 0,
 :math:`x_t = \alpha_t x_0 + \sigma_t z`, and :math:`m(x, t)` is the posterior mean that the prior
 returns.
+
+A file ends with ``METHOD = Method(...)``, which says how the tables run it. They know it by the
+file's name, and nothing else has to be told of a new one.
 """
 
 from __future__ import annotations
 
+import importlib
 import math
-from collections.abc import Callable, Iterator
+import pkgutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import wraps
+from itertools import product
 from typing import TYPE_CHECKING
 
 import torch
@@ -31,6 +38,109 @@ from diffoc.checks import check_tensor, evaluating
 
 if TYPE_CHECKING:
     from deepinv.physics import Physics
+
+    from diffoc.reconstruct import Recipe
+
+TRIALS = 8
+"""How many settings of each method are tried for a task, for all methods alike."""
+
+
+class Share(float):
+    """A share of the budget, for keywords such as a number of steps."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method, and how the tables run it.
+
+    Attributes:
+        label: as in the paper's tables.
+        run: see :mod:`diffoc.baselines`.
+        settings: maps a task's name and a budget of evaluations to keyword arguments; it raises a
+            ValueError for a budget that the method cannot have.
+        work: maps keyword arguments to the evaluations and products of an image.
+        tuned: the values to try of the one or two keywords that are tuned for a task; all their
+            pairs are tried.
+        largest: the largest value that the first of them may have.
+        latent: whether the method needs a :class:`diffoc.priors.latent.LatentPrior`.
+        recipe: of the controller, which `run` puts the settings into; None for other methods.
+
+    Raises:
+        ValueError: if there are fewer or more trials than other methods have.
+    """
+
+    label: str
+    run: Callable[..., Tensor]
+    settings: Callable[[str, int], dict]
+    work: Callable[[dict], tuple[int, int]]
+    tuned: Mapping[str, Sequence[float]] | None = None
+    largest: float = math.inf
+    latent: bool = False
+    recipe: Recipe | None = None
+
+    def __post_init__(self) -> None:
+        if self.tuned and math.prod(map(len, self.tuned.values())) != TRIALS:
+            raise ValueError(f"tuned is {self.tuned}, expected {TRIALS} trials, no more, no fewer")
+
+    def trials(self, nfe: int) -> list[dict]:
+        """Returns the settings that are tried for a budget of evaluations, in a fixed order."""
+        tuned = self.tuned or {}
+        values = [
+            [max(1, round(v * nfe)) if isinstance(v, Share) else v for v in some]
+            for some in tuned.values()
+        ]
+        return [dict(zip(tuned, some, strict=True)) for some in product(*values)] if tuned else []
+
+    def trials_near(self, best: int, nfe: int) -> list[dict]:
+        """Returns the settings that are tried for a budget once another has been tuned.
+
+        The first keyword moves half a step of its values to either side of the best one, and one
+        and a half; steps are factors, or differences where one of the values is 0.
+
+        Args:
+            best: the place in :meth:`trials` of what was best for the other budget.
+            nfe: the budget.
+        """
+        centre, keyword = self.trials(nfe)[best], next(iter(self.tuned or {}))
+        values = sorted({trial[keyword] for trial in self.trials(nfe)})
+        moved = []
+        for step in (-1.5, -0.5, 0.5, 1.5):
+            if values[0] > 0:
+                ratio = (values[-1] / values[0]) ** (1 / (len(values) - 1))
+                value = centre[keyword] * ratio**step
+            else:
+                value = max(0, centre[keyword] + step * values[-1] / (len(values) - 1))
+            value = min(float(f"{value:.2g}"), self.largest)
+            moved.append(centre | {keyword: round(value) if isinstance(values[0], int) else value})
+        return [trial for i, trial in enumerate(moved) if trial not in moved[:i]]
+
+
+def one_a_step(task: str, nfe: int) -> dict:
+    """Settings of a method whose step costs one evaluation."""
+    return {"steps": nfe}
+
+
+def product_a_step(settings: dict) -> tuple[int, int]:
+    """Work of a method whose step costs an evaluation and a product."""
+    return settings["steps"], settings["steps"]
+
+
+def no_products(settings: dict) -> tuple[int, int]:
+    """Work of a method whose step costs an evaluation alone."""
+    return settings["steps"], 0
+
+
+def methods() -> dict[str, Method]:
+    """Returns the methods of this package by their files' names."""
+    modules = (
+        importlib.import_module(f"{__name__}.{found.name}")
+        for found in pkgutil.iter_modules(__path__)
+    )
+    return {
+        module.__name__.rpartition(".")[2]: module.METHOD
+        for module in modules
+        if hasattr(module, "METHOD")
+    }
 
 
 @contextmanager
@@ -83,7 +193,7 @@ def method(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
 @torch.no_grad()
 def _check_fit(physics: Physics, y: Tensor, x: Tensor) -> None:
     try:
-        expected = (len(x), *physics.A(x[:1]).shape[1:])
+        expected = physics.A(x).shape
     except (RuntimeError, TypeError) as error:
         raise ValueError(f"x has shape {tuple(x.shape)}, not that of the task: {error}") from error
     if y.shape != expected:

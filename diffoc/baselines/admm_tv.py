@@ -16,7 +16,7 @@ from deepinv.optim.prior import TVPrior
 from deepinv.physics import Physics
 from torch import Tensor
 
-from diffoc.baselines import method
+from diffoc.baselines import Method, method
 from diffoc.baselines.decomposition import require_linear
 from diffoc.baselines.pnp_admm import ImageByImage
 from diffoc.problems.tasks import UnsupportedTask
@@ -68,3 +68,12 @@ def admm_tv(
         max_iter=steps,
     )
     return solver(y, physics)
+
+
+METHOD = Method(
+    "ADMM-TV",
+    admm_tv,
+    lambda task, nfe: {},
+    lambda settings: (0, 0),
+    tuned={"weight": (0.001, 0.003, 0.006, 0.01, 0.02, 0.03, 0.06, 0.1)},
+)

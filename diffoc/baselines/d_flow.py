@@ -31,7 +31,7 @@ from azula.denoise import Denoiser
 from deepinv.physics import LinearPhysics, Physics
 from torch import Tensor
 
-from diffoc.baselines import method
+from diffoc.baselines import Method, method
 from diffoc.baselines.decomposition import pseudo_inverse
 from diffoc.process import ReverseProcess
 from diffoc.rules import LBFGS, LBFGSMemory
@@ -117,3 +117,13 @@ def _inversion(process: ReverseProcess, x: Tensor) -> Tensor:
         mean = prior(x, t).mean
         x = alpha_s * mean + sigma_s / sigma_t * (x - alpha_t * mean)
     return x
+
+
+METHOD = Method(
+    "D-Flow",
+    d_flow,
+    lambda task, nfe: {"steps": 6, "iterations": max(1, nfe // 6 - 1)},
+    lambda s: (s["steps"] * (s["iterations"] + 1), s["steps"] * s["iterations"]),
+    tuned={"blend": (0.03, 0.1, 0.3, 1.0), "regularization": (0.0, 0.01)},
+    largest=1.0,
+)

@@ -42,7 +42,7 @@ from azula.denoise import Denoiser
 from deepinv.physics import DecomposablePhysics, Physics
 from torch import Tensor
 
-from diffoc.baselines import method
+from diffoc.baselines import Method, method
 from diffoc.baselines.decomposition import decompose
 from diffoc.baselines.noise_level import times_of_levels
 from diffoc.problems.tasks import UnsupportedTask
@@ -178,3 +178,19 @@ def _end_of_chain(svd: DecomposablePhysics, y: Tensor) -> Langevin:
         return svd.V(sum(scale * part for scale, part in zip(scales, parts, strict=True)))
 
     return langevin
+
+
+def _settings(task: str, nfe: int) -> dict:
+    # The released code has 200 levels of five steps. Where the budget is less, levels come first,
+    # which on tuning faces is worth some 5 dB of random inpainting at 100 evaluations.
+    ode_steps = min(5, max(1, nfe // 100))
+    return {"steps": max(1, nfe // ode_steps), "ode_steps": ode_steps}
+
+
+METHOD = Method(
+    "DAPS",
+    daps,
+    _settings,
+    lambda settings: (settings["steps"] * settings["ode_steps"], 0),
+    tuned={"likelihood_std": (0.01, 0.02, 0.03, 0.05), "last_level": (0.05, 0.1)},
+)

@@ -31,7 +31,7 @@ from azula.denoise import Denoiser
 from deepinv.physics import Physics
 from torch import Tensor
 
-from diffoc.baselines import method
+from diffoc.baselines import Method, Share, method, no_products, one_a_step
 from diffoc.baselines.decomposition import decompose
 
 
@@ -66,7 +66,7 @@ def ddnm(
     if not noise_std >= 0:
         raise ValueError(f"noise_std is {noise_std}, expected at least 0")
     svd = decompose(physics, x)
-    singular = svd.mask.to(x).expand_as(x[:1])
+    singular = svd.mask.to(x) * torch.ones_like(x[:1])
     inverse = torch.where(singular > 0, 1 / singular, 0)
     kappa = (1 - eta**2) ** 0.5
 
@@ -89,3 +89,13 @@ def ddnm(
         corrected = alpha_s * gain * svd.U_adjoint(y - physics.A(mean))
         x = alpha_s * mean + svd.V(corrected + std * noise.to(x) + kept * predicted)
     return x
+
+
+METHOD = Method(
+    "DDNM+",
+    ddnm,
+    one_a_step,
+    no_products,
+    tuned={"eta": (0.3, 0.6, 0.85, 1.0), "steps": (Share(1 / 3), Share(1))},
+    largest=1.0,
+)

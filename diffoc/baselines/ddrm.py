@@ -25,7 +25,7 @@ from azula.denoise import Denoiser
 from deepinv.physics import Physics
 from torch import Tensor
 
-from diffoc.baselines import method
+from diffoc.baselines import Method, Share, method, no_products, one_a_step
 from diffoc.baselines.decomposition import decompose
 
 
@@ -91,3 +91,13 @@ def ddrm(
         seen = m_bar + eta_b * (y_bar - m_bar) + std * noise
         x_bar = torch.where(measured, torch.where(y_noise > tau_s, noisy, seen), unseen)
     return svd.V(x_bar) * alphas[-1].item()
+
+
+METHOD = Method(
+    "DDRM",
+    ddrm,
+    one_a_step,
+    no_products,
+    tuned={"eta": (0.3, 0.6, 0.85, 1.0), "steps": (Share(1 / 15), Share(1))},
+    largest=1.0,
+)

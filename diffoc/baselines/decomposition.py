@@ -19,13 +19,14 @@ itself is asked in the precision of the images, without the shortened products o
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import cycle
 from weakref import WeakKeyDictionary
 
 import torch
 from deepinv.physics import Blur, DecomposablePhysics, Inpainting, LinearPhysics, Physics
 from torch import Tensor
 
-from diffoc.problems.tasks import UnsupportedTask
+from diffoc.problems.tasks import UnsupportedTask, parts_of
 
 LARGEST = 4096  # numbers of a channel whose dense matrix is decomposed
 _TOLERANCE = 1e-5  # relative, of what A does to random images: kernels are in single precision
@@ -50,7 +51,8 @@ def pseudo_inverse(physics: LinearPhysics, y: Tensor) -> Tensor:
 
     They are inverted one by one: deepinv's iterations stop by the whole batch.
     """
-    return torch.cat([physics.A_dagger(each) for each in y.split(1)])
+    pairs = zip(cycle(parts_of(physics)), y.split(1), strict=False)
+    return torch.cat([part.A_dagger(each) for part, each in pairs])
 
 
 @torch.no_grad()
@@ -68,12 +70,27 @@ def decompose(physics: Physics, x: Tensor) -> DecomposablePhysics:
     require_linear(physics)
     if isinstance(physics, Inpainting):
         return physics
+    if len(parts := parts_of(physics)) > 1:
+        return _together([decompose(part, x) for part in parts])
     known = _known.setdefault(physics, {})
     kind = (x.shape[1:], x.dtype, x.device)
     if kind not in known:
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             known[kind] = _decompose(physics, x)
     return known[kind]
+
+
+def _together(parts: list[DecomposablePhysics]) -> DecomposablePhysics:
+    """The decomposition of a batch, whose image i has that of `parts[i]`."""
+
+    def each(name: str) -> Callable[[Tensor], Tensor]:
+        return lambda x: torch.cat(
+            [getattr(part, name)(one) for part, one in zip(parts, x.split(1), strict=True)]
+        )
+
+    maps = {name: each(name) for name in ("U", "U_adjoint", "V", "V_adjoint")}
+    mask = torch.cat([part.mask for part in parts])
+    return DecomposablePhysics(**maps, mask=mask, device=mask.device)
 
 
 def _decompose(physics: LinearPhysics, x: Tensor) -> DecomposablePhysics:

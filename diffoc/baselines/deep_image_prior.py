@@ -9,14 +9,16 @@ well; this one ends like the controller, where the residual is the noise's.
 
 from __future__ import annotations
 
+from itertools import cycle
+
 import torch
 from azula.denoise import Denoiser
 from deepinv.models import ConvDecoder
 from deepinv.physics import Physics
 from torch import Tensor
 
-from diffoc.baselines import global_generator, method
-from diffoc.problems.tasks import UnsupportedTask, noise_level
+from diffoc.baselines import Method, global_generator, method
+from diffoc.problems.tasks import UnsupportedTask, noise_level, parts_of
 
 
 @method
@@ -56,10 +58,11 @@ def deep_image_prior(
     target = noise_level(physics, y, noise_std) ** 2
     images = []
     with global_generator(generator):
-        for each in y.split(1):  # the decoder normalises over the batch
+        # One by one: the decoder normalises over the batch.
+        for each, operator in zip(y.split(1), cycle(parts_of(physics)), strict=False):
             decoder = ConvDecoder(tuple(x.shape[1:]), channels=channels).to(x)
             z = torch.randn(1, channels, 4, 4, device=x.device, dtype=x.dtype)
-            images.append(_fit(decoder, z, physics, each, target, iterations, rate))
+            images.append(_fit(decoder, z, operator, each, target, iterations, rate))
     return torch.cat(images)
 
 
@@ -83,3 +86,6 @@ def _fit(
         loss.backward()
         optimizer.step()
     return image.detach()
+
+
+METHOD = Method("Deep image prior", deep_image_prior, lambda task, nfe: {}, lambda settings: (0, 0))

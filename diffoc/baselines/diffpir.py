@@ -28,7 +28,7 @@ from azula.denoise import Denoiser
 from deepinv.physics import LinearPhysics, Physics
 from torch import Tensor
 
-from diffoc.baselines import method
+from diffoc.baselines import Method, method, no_products
 from diffoc.greedy import correction
 from diffoc.problems.tasks import UnsupportedTask
 
@@ -81,3 +81,18 @@ def diffpir(
         drawn = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
         x = alpha_s * x0 + sigma_s * ((1 - renewal) ** 0.5 * predicted + renewal**0.5 * drawn)
     return x
+
+
+def _settings(task: str, nfe: int) -> dict:
+    # The released code's shares of new noise.
+    return {"steps": nfe, "renewal": 1.0 if task.endswith("inpainting") else 0.1}
+
+
+METHOD = Method(
+    "DiffPIR",
+    diffpir,
+    _settings,
+    no_products,
+    # In the released code 0.25.
+    tuned={"strength": (0.1, 0.25, 0.8, 2.0), "renewal": (0.1, 1.0)},
+)

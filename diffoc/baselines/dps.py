@@ -15,7 +15,7 @@ from azula.guidance import DPSSampler
 from deepinv.physics import Physics
 from torch import Tensor
 
-from diffoc.baselines import global_generator, method
+from diffoc.baselines import Method, Share, global_generator, method, one_a_step, product_a_step
 
 
 @method
@@ -53,3 +53,12 @@ def dps(
     sampler = DPSSampler(prior, y.new_zeros(1), distances, zeta=guidance, steps=steps, silent=True)
     with global_generator(generator):
         return sampler(x)
+
+
+METHOD = Method(
+    "DPS",
+    dps,
+    one_a_step,
+    product_a_step,
+    tuned={"guidance": (0.3, 1.0, 3.0, 10.0), "steps": (Share(1 / 6), Share(1))},
+)

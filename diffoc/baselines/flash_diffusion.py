@@ -19,7 +19,7 @@ from azula.denoise import Denoiser
 from deepinv.physics import LinearPhysics, Physics
 from torch import Tensor
 
-from diffoc.baselines import method
+from diffoc.baselines import Method, method
 from diffoc.baselines.psld import guided_step
 from diffoc.priors.latent import latent_prior
 from diffoc.priors.severity import SeverityEncoder, load_severity_encoder
@@ -99,3 +99,14 @@ def time_of_ratio(prior: Denoiser, ratio: Tensor) -> Tensor:
         above = sigma > ratio * alpha
         low, high = torch.where(above, low, middle), torch.where(above, middle, high)
     return (low + high) / 2
+
+
+METHOD = Method(
+    "Flash-Diffusion",
+    flash_diffusion,
+    # It starts at some fifth of the time, by the severity of the picture.
+    lambda task, nfe: {"steps": 5 * nfe},
+    lambda settings: (settings["steps"] // 5, settings["steps"] // 5),
+    tuned={"guidance": (0.1, 0.25, 0.5, 1.0), "gluing": (0.0, 0.1)},
+    latent=True,
+)

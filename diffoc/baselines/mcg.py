@@ -17,7 +17,7 @@ from azula.guidance import DPSSampler
 from deepinv.physics import Physics
 from torch import Tensor
 
-from diffoc.baselines import method
+from diffoc.baselines import Method, method, one_a_step, product_a_step
 from diffoc.baselines.decomposition import require_linear
 from diffoc.baselines.score_sde import sample_projected
 
@@ -61,3 +61,12 @@ def mcg(
         prior, y.new_zeros(1), distances, zeta=guidance, steps=steps, silent=True, dtype=x.dtype
     )
     return sample_projected(sampler, physics, y, x, generator, strength)
+
+
+METHOD = Method(
+    "MCG",
+    mcg,
+    one_a_step,
+    product_a_step,
+    tuned={"guidance": (0.03, 0.1, 0.3, 1.0), "strength": (0.1, 1.0)},
+)

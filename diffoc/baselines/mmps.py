@@ -22,7 +22,7 @@ from azula.sample import DDIMSampler
 from deepinv.physics import Physics
 from torch import Tensor
 
-from diffoc.baselines import global_generator, method
+from diffoc.baselines import Method, Share, global_generator, method
 
 
 @method
@@ -65,3 +65,14 @@ def mmps(
     sampler = DDIMSampler(conditioned, eta=eta, steps=steps, silent=True, dtype=x.dtype)
     with global_generator(generator):
         return sampler(x)
+
+
+METHOD = Method(
+    "MMPS",
+    mmps,
+    # One iteration of GMRES, as in the paper: two products.
+    lambda task, nfe: {"steps": nfe, "iterations": 1},
+    lambda settings: (settings["steps"], 2 * settings["steps"]),
+    tuned={"eta": (0.0, 0.3, 0.6, 1.0), "steps": (Share(1 / 3), Share(1))},
+    largest=1.0,
+)

@@ -23,7 +23,7 @@ from azula.guidance import PGDMSampler
 from deepinv.physics import LinearPhysics, Physics
 from torch import Tensor
 
-from diffoc.baselines import global_generator, method
+from diffoc.baselines import Method, global_generator, method, one_a_step, product_a_step
 from diffoc.baselines.decomposition import decompose
 from diffoc.greedy import correction
 from diffoc.problems.tasks import UnsupportedTask
@@ -115,3 +115,12 @@ class _NoisySampler(PGDMSampler):
             return self.guidance * self.svd.V(gain * self.svd.U_adjoint(y))
         zero = torch.zeros_like(self.like)
         return self.guidance * correction(self.physics, y, zero, ratio, 100, 1e-5)
+
+
+METHOD = Method(
+    "PiGDM",
+    pgdm,
+    one_a_step,
+    product_a_step,
+    tuned={"guidance": (0.25, 0.5, 1.0, 2.0), "eta": (0.0, 1.0)},
+)

@@ -18,7 +18,7 @@ from deepinv.optim import ADMM, L2, PnP
 from deepinv.physics import LinearPhysics, Physics
 from torch import Tensor
 
-from diffoc.baselines import method
+from diffoc.baselines import Method, method, no_products, one_a_step
 from diffoc.baselines.decomposition import require_linear
 from diffoc.baselines.noise_level import NoiseLevelDenoiser
 from diffoc.greedy import correction
@@ -82,3 +82,13 @@ def pnp_admm(
         max_iter=steps,
     )
     return solver(y, physics)
+
+
+METHOD = Method(
+    "PnP-ADMM",
+    pnp_admm,
+    one_a_step,
+    no_products,
+    # From 1 the box diverges; by the weight other tasks lose a decibel.
+    tuned={"first_std": (0.2, 0.4, 0.7, 1.0), "weight": (1.0, 3.0)},
+)

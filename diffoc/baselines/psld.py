@@ -19,7 +19,7 @@ from azula.denoise import Denoiser
 from deepinv.physics import LinearPhysics, Physics
 from torch import Tensor
 
-from diffoc.baselines import method
+from diffoc.baselines import Method, method, one_a_step, product_a_step
 from diffoc.priors.latent import latent_prior
 from diffoc.problems.tasks import UnsupportedTask
 
@@ -99,3 +99,13 @@ def guided_step(
 
 def _norms(residual: Tensor) -> Tensor:
     return residual.flatten(1).norm(dim=1)
+
+
+METHOD = Method(
+    "PSLD",
+    psld,
+    one_a_step,
+    product_a_step,
+    tuned={"guidance": (0.25, 0.5, 1.0, 2.0), "gluing": (0.0, 0.1)},
+    latent=True,
+)

@@ -17,19 +17,22 @@ and for the learned variance.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from azula.denoise import Denoiser, Posterior
 from azula.noise import Schedule
+from deepinv.physics import Physics
 from torch import Tensor
 
+from diffoc.baselines import Method, method
 from diffoc.baselines.noise_level import times_of_levels
 from diffoc.checks import check_tensor
 from diffoc.costs import residual_of
 from diffoc.lowrank import MatrixFree
 from diffoc.process import METHODS, ReverseProcess, draw_noise
-from diffoc.reconstruct import Problem, Recipe
+from diffoc.reconstruct import Problem, Recipe, reconstruct
 from diffoc.rules import Adam
 
 LEVELS = 1000
@@ -260,3 +263,65 @@ evaluates the prior three times in each step of an iteration, of which ours need
 
 Source: github.com/lihenryhfl/diffusion_optimal_control, commit f20ebff.
 """
+
+
+@method
+def released(
+    prior: Denoiser,
+    physics: Physics,
+    y: Tensor,
+    x: Tensor,
+    generator: torch.Generator,
+    *,
+    noise_std: float,
+    steps: int = RELEASED.steps,
+    iterations: int = 50,
+    rate: float = 5e-3,
+    weight_scale: float = RELEASED.weight,
+    learned_variance: bool = False,
+    keep_activations: bool = True,
+) -> Tensor:
+    r"""Images (B, ...) by :data:`RELEASED`.
+
+    Args:
+        noise_std: of the measurements, which the released code does not use.
+        steps: T, 2 to 1000; at most 22 where the prior's schedule ends at 100 times as much noise
+            as image.
+        iterations: their number: evaluations are (T - 1)(1 + iterations), products (T - 1)
+            iterations.
+        rate: of AdamW.
+        weight_scale: of the control cost.
+        learned_variance: whether a step's variance is that of the prior's own head.
+        keep_activations: for speed; otherwise they are recomputed, for memory.
+    """
+    _, sigma = prior.schedule(torch.ones((), dtype=torch.float64))
+    recipe = replace(
+        RELEASED,
+        steps=steps,
+        iterations=iterations,
+        rule=Adam(rate, weight_decay=0.01, keeps_best=False),
+        weight=weight_scale,
+        process=partial(released_process, learned_variance=learned_variance),
+        derivatives=MatrixFree(keep_activations=keep_activations),
+    )
+    # Its states have unit variance at every level.
+    problem = Problem(physics, y, noise_std)
+    return reconstruct(problem, prior, recipe, x=x / sigma.item(), generator=generator).x0
+
+
+def _settings(task: str, nfe: int) -> dict:
+    if nfe != 1000:
+        raise ValueError(f"nfe is {nfe}: the released code's settings are for 1000 only")
+    rate = 5e-3 if task.endswith(("inpainting", "resolution", "motion_blur")) else 1e-2
+    scale = 1e-5 if task == "gaussian_blur" else 1e-6
+    return {"steps": 20, "iterations": 50, "rate": rate, "weight_scale": scale}
+
+
+METHOD = Method(
+    "Released",
+    released,
+    _settings,
+    lambda s: ((s["steps"] - 1) * (1 + s["iterations"]), (s["steps"] - 1) * s["iterations"]),
+    tuned={"rate": (1e-3, 5e-3, 2e-2, 1e-1), "weight_scale": (1e-6, 1e-4)},
+    recipe=RELEASED,
+)

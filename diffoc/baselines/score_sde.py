@@ -19,8 +19,9 @@ from azula.sample import DDPMSampler
 from deepinv.physics import LinearPhysics, Physics
 from torch import Tensor
 
-from diffoc.baselines import global_generator, method
+from diffoc.baselines import Method, Share, global_generator, method, no_products, one_a_step
 from diffoc.baselines.decomposition import require_linear
+from diffoc.problems.tasks import parts_of
 
 
 @method
@@ -75,10 +76,24 @@ def sample_projected(
     if not 0 <= strength <= 1:
         raise ValueError(f"strength is {strength}, expected in [0, 1]")
     with global_generator(generator):
-        norm = physics.compute_sqnorm(torch.randn_like(x[:1]), verbose=False)
+        norms = [
+            part.compute_sqnorm(torch.randn_like(x[:1]), verbose=False)
+            for part in parts_of(physics)
+        ]
+        norm = torch.stack(norms).reshape(-1, *[1] * (x.ndim - 1))
         for t, s in sampler.timesteps.to(x.device).unfold(0, 2, 1):
             x = sampler.step(x, t, s)
             alpha, sigma = sampler.denoiser.schedule(s)
             residual = alpha * y + physics.A(sigma * torch.randn_like(x) - x)
             x = x + strength / norm * physics.A_adjoint(residual)
     return x
+
+
+METHOD = Method(
+    "Score-SDE",
+    score_sde,
+    one_a_step,
+    no_products,
+    tuned={"strength": (0.1, 0.3, 0.6, 1.0), "steps": (Share(1 / 3), Share(1))},
+    largest=1.0,
+)

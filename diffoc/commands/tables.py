@@ -6,7 +6,8 @@ import argparse
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,16 +41,8 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     run_.add_argument("--shard", type=_shard, metavar="I/N", help="one part, in a file of its own")
     run_.add_argument("--keep", type=Path, metavar="DIR", help="write reconstructions there")
     run_.add_argument("--random-weights", action="store_true", help="for a trial without weights")
-    run_.add_argument(
-        "--set",
-        type=_setting,
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="a keyword argument of the methods, such as steps=2",
-    )
     tune_ = commands.add_parser("tune", help="tune methods on faces that are in no table")
-    tune_.add_argument("methods", nargs="+", metavar="METHOD")
+    tune_.add_argument("methods", nargs="*", metavar="METHOD", help="by default the table's")
     _add_grid(tune_)
     check_ = commands.add_parser("check", help="compute some records again: 1 if they differ")
     check_.add_argument("records", type=Path, metavar="CSV")
@@ -76,6 +69,11 @@ def _add_grid(parser: argparse.ArgumentParser) -> None:
         "--tasks", nargs="+", help="of diffoc.problems.tasks; the table's by default"
     )
     parser.add_argument("--nfe", type=int, nargs="+", help="budgets of evaluations; by default 300")
+    parser.add_argument(
+        "--equal-work",
+        action="store_true",
+        help="give each method the evaluations that make its work, products too, that of DPS",
+    )
     parser.add_argument("--jobs", type=int, default=1, help="workers of one thread each")
     parser.add_argument("--backend", choices=["loky", "ray"], default="loky")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
@@ -86,16 +84,41 @@ def _add_grid(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", type=Path, metavar="CSV")
     parser.add_argument("--retry-failed", action="store_true")
+    parser.add_argument(
+        "--set",
+        type=_setting,
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a keyword argument of the methods, such as steps=2",
+    )
 
 
 def _precision(args: argparse.Namespace) -> str:
-    """A processor without bfloat16 emulates it, so that is the choice of GPUs alone."""
-    return args.precision or ("bfloat16" if args.device.startswith("cuda") else "float32")
+    """That of the protocol; a processor without bfloat16 emulates it, so it is one for GPUs."""
+    from diffoc.experiments.protocol import protocol_of
+
+    usual = protocol_of(args.prior).precision
+    fast = "bfloat16" if args.device.startswith("cuda") else "float32"
+    if usual and args.precision not in (None, usual):
+        raise ValueError(f"precision is {args.precision!r}, but the protocol has {usual!r}")
+    return usual or args.precision or fast
+
+
+def _product_cost(args: argparse.Namespace) -> float | None:
+    """What a product costs, where equal work is asked for."""
+    from diffoc.experiments.protocol import protocol_of
+
+    cost = protocol_of(args.prior).product_cost
+    if args.equal_work and cost is None:
+        raise ValueError(f"equal-work is set, but the protocol of {args.prior} has no cost")
+    return cost if args.equal_work else None
 
 
 def run(args: argparse.Namespace) -> int:
     """Computes what a table does not have yet, once it has said how long that takes."""
     from diffoc.experiments import cells as experiments
+    from diffoc.experiments.protocol import protocol_of
     from diffoc.problems.perceptual import missing_metrics
 
     if args.last < 1:
@@ -103,7 +126,7 @@ def run(args: argparse.Namespace) -> int:
     if args.images:
         images = picture_names(args.images)
     elif args.table == "table1":
-        images = experiments.held_out_faces()
+        images = list(protocol_of(args.prior).held_out)
     else:
         images = experiments.few_faces()
     prior, cells = _cells(args, images[-args.last :])
@@ -122,17 +145,26 @@ def _cells(args: argparse.Namespace, images: Sequence[str]) -> tuple[str, list[C
     from diffoc.experiments import cells as experiments
     from diffoc.experiments.ablations import TASKS, ablation_cells
     from diffoc.experiments.inaccurate import UNTRAINED
-    from diffoc.experiments.methods import METHODS, NOT_IN_TABLE_1
+    from diffoc.experiments.methods import compared
 
     prior = UNTRAINED * args.random_weights + args.prior
     batch = args.batch or (1 if "256" in args.prior else 8)
     if args.table == "table1":
-        methods = args.methods or [name for name in METHODS if name not in NOT_IN_TABLE_1]
-        tasks = args.tasks or experiments.TABLES["table1"]
-        budgets, changes = args.nfe or [NFE], dict(args.set)
+        tasks, budgets = args.tasks or experiments.TABLES["table1"], args.nfe or [NFE]
         return prior, experiments.cells_of(
-            prior, tasks, methods, budgets, args.seeds, images, batch, _precision(args), changes
+            prior,
+            tasks,
+            args.methods or compared(args.prior, min(budgets)),
+            budgets,
+            args.seeds,
+            images,
+            batch,
+            _precision(args),
+            dict(args.set),
+            _product_cost(args),
         )
+    if args.equal_work:
+        raise ValueError(f"equal-work is set, but the grid of {args.table} has budgets of its own")
     if args.set:
         raise ValueError(f"set is given, but the grid of {args.table} has its own")
     if args.nfe and (args.table != "robustness" or len(args.nfe) > 1):
@@ -152,58 +184,81 @@ def _cells(args: argparse.Namespace, images: Sequence[str]) -> tuple[str, list[C
 
 
 def tune(args: argparse.Namespace) -> int:
-    """Tries values of each method's tuned keyword, and writes down the best by mean PSNR."""
+    """Tries settings of each method on the tuning faces, and writes down the best by mean PSNR."""
     from diffoc.experiments import cells as experiments
-    from diffoc.experiments.methods import METHODS, read_tuned, write_tuned
+    from diffoc.experiments.methods import METHODS, compared, read_tuned, write_tuned
     from diffoc.experiments.records import read
 
-    trials = {}
-    for method in args.methods:
-        tunable = METHODS[method].tuned if method in METHODS else None
-        if tunable is None:
-            possible = [name for name in METHODS if METHODS[name].tuned]
-            raise ValueError(f"METHOD is {method!r}, expected one of {', '.join(possible)}")
-        keyword, values = tunable
-        names = experiments.tuning_faces()
-        for cell in experiments.cells_of(
-            args.prior,
-            args.tasks or experiments.TABLES["table1"],
-            [method],
-            args.nfe or [NFE],
-            [0],
-            names,
-            len(names),
-            _precision(args),
-            {keyword: values[0]},
-        ):
-            trials[cell] = keyword, experiments.tuning_cells(cell, values)
+    plan = _trials(args, args.methods or compared(args.prior, min(args.nfe or [NFE])))
     path = args.out or ROOT / "data" / "records" / f"tuning_{_as_file_name(args.prior)}.csv"
-    cells = [cell for _, some in trials.values() for cell in some.values()]
-    compute, status = experiments.Computer(None, args.device), 0
-    while True:
-        status |= _execute(cells, compute, path, args)
-        records, cells = read(path), []
-        for cell, (_, some) in trials.items():
-            found = {value: records[one] for value, one in some.items()}
-            value = experiments.next_value(found, METHODS[cell.method].largest)
-            if value is not None:
-                some |= experiments.tuning_cells(cell, [value])
-                cells.append(some[value])
-        if not cells:
-            break
-    tuned = read_tuned()
-    for cell, (keyword, some) in trials.items():
-        best = experiments.best_value({value: records[one] for value, one in some.items()})
-        if best is None and any(records[one][0]["status"] == "failed" for one in some.values()):
-            print(f"{cell.method}, {cell.task}, nfe {cell.nfe}: every value failed")
+    cells = {
+        place: experiments.tuning_cells(
+            args.prior, *place, [dict(args.set) | trial for trial in trials], _precision(args)
+        )
+        for place, trials in plan.items()
+    }
+    compute = experiments.Computer(None, args.device)
+    status = _execute([cell for some in cells.values() for cell in some], compute, path, args)
+    records, tuned = read(path), read_tuned()
+    for (task, method, nfe), trials in plan.items():
+        rows = [records[cell] for cell in cells[task, method, nfe]]
+        best = experiments.best_trial(rows)
+        if best is None and any(some[0]["status"] == "failed" for some in rows):
+            print(f"{method}, {task}, nfe {nfe}: every trial failed")
             continue
-        place = tuned.setdefault(args.prior, {}).setdefault(cell.method, {})
-        place.setdefault(cell.task, {})[str(cell.nfe)] = {} if best is None else {keyword: best}
-        edge = " (at the grid's edge)" if best in (min(some), max(some)) else ""
-        said = "unsupported" if best is None else f"{keyword} {best:g}{edge}"
-        print(f"{cell.method}, {cell.task}, nfe {cell.nfe}: {said}")
+        chosen = {} if best is None else trials[best]
+        place = tuned.setdefault(args.prior, {}).setdefault(method, {})
+        place.setdefault(task, {})[str(nfe)] = chosen
+        values = (trial[next(iter(METHODS[method].tuned or {}))] for trial in trials)
+        first = next(iter(chosen.values()), None)
+        edge = " (at the edge)" if first is not None and first in _ends(values) else ""
+        said = ", ".join(f"{key} {value:g}" for key, value in chosen.items()) or "unsupported"
+        print(f"{method}, {task}, nfe {nfe}: {said}{edge}")
     write_tuned(tuned)
     return status
+
+
+def _ends(values: Iterable[float]) -> tuple[float, float]:
+    ordered = sorted(values)
+    return ordered[0], ordered[-1]
+
+
+def _trials(
+    args: argparse.Namespace, methods: Sequence[str]
+) -> dict[tuple[str, str, int], list[dict]]:
+    """The settings to try by task, method and budget.
+
+    With the usual budget, or the only one that a method has, they are all of its trials; with
+    another they lie around the best of those.
+    """
+    from diffoc.experiments import cells as experiments
+    from diffoc.experiments.methods import METHODS, check_method, equal_work, read_tuned
+
+    cost, plan = _product_cost(args), {}
+    for method, task, asked in product(
+        methods, args.tasks or experiments.TABLES["table1"], args.nfe or [NFE]
+    ):
+        check_method(method)
+        if not METHODS[method].tuned:
+            raise ValueError(f"method is {method!r}, which has nothing to tune")
+        nfe = asked if cost is None else equal_work(method, task, asked, cost)
+        usual = METHODS[method].trials(NFE)
+        known = read_tuned().get(args.prior, {}).get(method, {}).get(task, {}).get(str(NFE))
+        try:
+            METHODS[method].settings(task, NFE)
+            alone = False
+        except ValueError:
+            alone = True
+        if nfe == NFE or alone:
+            plan[task, method, nfe] = METHODS[method].trials(nfe)
+        elif known in usual:
+            plan[task, method, nfe] = METHODS[method].trials_near(usual.index(known), nfe)
+        else:
+            raise ValueError(
+                f"method {method} is not tuned for {task} with {args.prior} and nfe {NFE}, which "
+                f"nfe {nfe} starts from: run `python -m diffoc tune {method}` first"
+            )
+    return plan
 
 
 def check(args: argparse.Namespace) -> int:
@@ -296,15 +351,15 @@ def _print_plan(left: Sequence[Cell], cells: int, args: argparse.Namespace, keep
     images = sum(len(cell.images) for cell in left)
     hours, evaluations = 0.0, 0
     for batch, _ in Counter(len(cell.images) for cell in left).items():
-        one, product = time_prior(left[0].prior, batch, _precision(args), args.device)
+        one, back = time_prior(left[0].prior, batch, _precision(args), args.device)
         works = [work_of(cell) for cell in left if len(cell.images) == batch]
         evaluations += sum(work[0] for work in works)
-        hours += sum(work[0] * one + work[1] * product for work in works) / 3600
+        hours += sum(work[0] * one + work[1] * back for work in works) / 3600
     print(f"{len(left)} cells to compute, of {cells}: {images} images, {evaluations:,} evaluations")
     kind = "GPU-hours" if args.device.startswith("cuda") else "hours of one worker"
     print(
         f"estimated {hours:.2g} {kind}, {hours / args.jobs:.2g} hours with {args.jobs} jobs "
-        f"(an evaluation {one:.3g} s, a product {product:.3g} s an image, measured here)"
+        f"(an evaluation {one:.3g} s, a product {back:.3g} s an image, measured here)"
     )
     if keep:
         size = math.prod(load_once(left[0].prior, args.device)[0].image_shape) * images / 1e6

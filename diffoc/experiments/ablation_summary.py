@@ -8,7 +8,7 @@ so are those without a result.
 from __future__ import annotations
 
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from diffoc.experiments.ablations import (
@@ -97,9 +97,11 @@ def by_constant(rows: Iterable[Row], metric: str) -> Panels:
 def by_part(rows: Iterable[Row]) -> dict[str, dict[str, list[Row]]]:
     """Rows of the grid `parts` by task and by what was taken away, :data:`WHOLE` where nothing."""
     found: dict[str, dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
+    rows = [row for row in rows if row["method"] == "ours"]
+    steps = Counter((row["task"], _settings(row).get("steps")) for row in rows)
+    usual = {task: T for (task, T), _ in reversed(steps.most_common())}
     for row in rows:
-        if row["method"] == "ours":
-            found[row["task"]][_part(_settings(row))].append(row)
+        found[row["task"]][_part(_settings(row), usual[row["task"]])].append(row)
     return found
 
 
@@ -127,7 +129,7 @@ def _settings(row: Row) -> dict:
     return json.loads(row["settings"])
 
 
-def _part(settings: dict) -> str:
+def _part(settings: dict, usual_steps: int | None) -> str:
     if "in_units" in settings:
         return "units of the state"
     if "stopped" in settings:
@@ -136,7 +138,7 @@ def _part(settings: dict) -> str:
         return f"constant cost {settings['weight']:g}"
     if settings["weight"] == NO_COST:
         return "next to no cost"
-    return "T of the stopped one" if "steps" in settings else WHOLE
+    return WHOLE if settings.get("steps") == usual_steps else "T of the stopped one"
 
 
 def _steps(

@@ -1,7 +1,7 @@
 """Experiments beside the tables as grids of cells: few steps, rank, a wrong score, our own parts.
 
-What is tuned has the value that was best on the tuning faces with the trained prior and 300
-evaluations, in every cell: with other numbers of steps, other budgets and wrong priors too.
+What is tuned has the value that was best on the tuning faces with the trained prior, or with that
+of the grey faces, for a cell's budget; where nothing was tuned for that, for 300 evaluations.
 """
 
 from __future__ import annotations
@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 
-from diffoc.experiments.controllers import iterations_within
-from diffoc.experiments.inaccurate import IDENTITY, RANDOM, UNTRAINED
-from diffoc.experiments.methods import TABLE_2, settings_of
+from diffoc.baselines import Share
+from diffoc.baselines.cold import iterations_within
+from diffoc.baselines.paper import TABLE_2
+from diffoc.experiments.inaccurate import IDENTITY, RANDOM, UNTRAINED, accurate_name
+from diffoc.experiments.methods import METHODS, read_tuned
 from diffoc.experiments.records import Cell, as_json
 from diffoc.reconstruct import OURS
 
@@ -19,13 +21,16 @@ TASKS = ("super_resolution", "random_inpainting")
 """Of the paper's Tables 4 to 6 too."""
 
 TUNED = ("faces64", 300)
-"""The prior and the budget whose tuned values all cells have."""
+"""The prior and the budget whose tuned values a cell has where there are none of its own."""
 
 HORIZONS = (5, 10, 20, 50, 100, 200)
 """T, as in Figure 3 and Table 6."""
 
 BUDGETS = (20, 50, 100, 200, 300)
 """Evaluations, where the controller has the steps that it was tuned for, if they are enough."""
+
+PUBLISHED_STEPS = (5, 10, 20, 50)
+"""T of the paper's algorithm."""
 
 RANKS = (0, 1, 4, 16)
 REGULARIZATIONS = (0, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1, "lemma_4_2")
@@ -35,10 +40,10 @@ NOISE_LEVELS = (0.05, 0.1, 0.2)
 """Of the weights' noise, relative to their root mean square."""
 
 CONSTANT_COSTS = (0.3, 3.0, 30.0, 300.0)
-"""r of all controls, where ours loses its weights."""
+"""r of all controls, where the controller that is not stopped loses its weights."""
 
 NO_COST = 1e-6
-"""w of ours, where it loses its cost: zero makes Quu singular."""
+"""w of the controller that is not stopped, where it loses its cost: zero makes Quu singular."""
 
 Choice = tuple[str, str, str, int, dict]
 """Prior, task, method, budget and settings of a cell."""
@@ -52,14 +57,15 @@ def few_steps(prior: str, tasks: Sequence[str]) -> Iterator[Choice]:
     for name in tasks:
         for nfe in BUDGETS:
             # A plan of T steps takes 4 T evaluations at least.
-            steps = min(_tuned("stopped", name)["steps"], nfe // 4)
-            yield prior, name, "dps", nfe, _tuned("dps", name) | {"steps": nfe}
+            steps = min(_tuned(prior, "stopped", name, nfe)["steps"], nfe // 4)
+            yield prior, name, "dps", nfe, _tuned(prior, "dps", name, nfe)
             yield from _controllers(prior, name, nfe, steps)
-            yield _ours(prior, name, nfe, min(OURS.steps, nfe // 4))
+            yield _unstopped(prior, name, nfe, min(OURS.steps, nfe // 4))
         for steps in HORIZONS:
-            yield prior, name, "dps", steps, _tuned("dps", name) | {"steps": steps}
+            tuned = _tuned(prior, "dps", name, steps) | {"steps": steps}
+            yield prior, name, "dps", steps, tuned
             yield from _controllers(prior, name, max(TUNED[1], 4 * steps), steps)
-            yield _ours(prior, name, max(TUNED[1], 4 * steps), steps)
+            yield _unstopped(prior, name, max(TUNED[1], 4 * steps), steps)
 
 
 def rank(prior: str, tasks: Sequence[str]) -> Iterator[Choice]:
@@ -69,7 +75,7 @@ def rank(prior: str, tasks: Sequence[str]) -> Iterator[Choice]:
     Tikhonov's constant a. With a = 0 and no control cost, Eq. 28, Quu has the rank k alone: that
     cell fails, as the paper says. With the control cost Quu stays regular. The
     first order has nothing to project, and Adam makes its constant irrelevant, see
-    :func:`diffoc.experiments.controllers.paper`.
+    :func:`diffoc.baselines.paper.paper`.
     """
     steps, iterations = 10, 20
     for name in tasks:
@@ -82,6 +88,30 @@ def rank(prior: str, tasks: Sequence[str]) -> Iterator[Choice]:
         for change in changes:
             settings = usual | change
             yield prior, name, "paper", steps * iterations, settings
+
+
+def published(prior: str, tasks: Sequence[str]) -> Iterator[Choice]:
+    """Tables 4 to 6 and Figure 3 by the paper's algorithm at its settings for NFE 1000.
+
+    The rank k, Tikhonov's constant a, and the number of steps T vary one at a time, with the 50
+    iterations that the paper fixes and, for k and T, with as many as make the work equal: an
+    iteration has T evaluations and T (1 + k) products, which cost as much each.
+    """
+    for name in tasks:
+        usual = METHODS["paper"].settings(name, 1000) | {"keep_activations": True}
+        steps, iterations = usual["steps"], usual["iterations"]
+        changes: list[dict] = [{"regularization": a} for a in REGULARIZATIONS]
+        changes += [{"regularization": 0, "weight_scale": 0.0}]
+        for k in RANKS:
+            work = round(iterations * (2 + usual["rank"]) / (2 + k))
+            changes += [{"rank": k}, {"rank": k, "iterations": work}]
+        for T in PUBLISHED_STEPS:
+            changes += [{"steps": T}, {"steps": T, "iterations": iterations * steps // T}]
+            changes += [{"steps": T, "rank": 0}]
+        for change in changes:
+            settings = usual | change
+            nfe = settings["steps"] * settings["iterations"]
+            yield prior, name, "paper", nfe, settings
 
 
 def robustness(
@@ -100,29 +130,29 @@ def robustness(
     else:
         wrong = [UNTRAINED + prior, RANDOM + prior]
     for name in tasks:
-        steps = min(_tuned("stopped", name)["steps"], nfe // 4)
+        steps = min(_tuned(prior, "stopped", name, nfe)["steps"], nfe // 4)
         for used in wrong:
-            yield used, name, "dps", nfe, _tuned("dps", name) | {"steps": nfe}
+            yield used, name, "dps", nfe, _tuned(prior, "dps", name, nfe)
             yield from _controllers(used, name, nfe, steps)
-            yield _ours(used, name, nfe, min(OURS.steps, nfe // 4))
+            yield _unstopped(used, name, nfe, min(OURS.steps, nfe // 4))
         none = IDENTITY + prior
         yield from _controllers(none, name, nfe, steps)
-        yield _ours(none, name, nfe, min(OURS.steps, nfe // 4))
+        yield _unstopped(none, name, nfe, min(OURS.steps, nfe // 4))
         yield none, name, "deep_image_prior", nfe, {}
 
 
 def parts(prior: str, tasks: Sequence[str]) -> Iterator[Choice]:
-    """Ours, and the same with one of its parts taken away, at 300 evaluations.
+    """Ours, not stopped, and the same with one of its parts taken away, at 300 evaluations.
 
     In place of the weighted control cost there are constant ones, and none, so that the comparison
     is with the best of them; in place of its steps those that the stopped controller is tuned to.
     """
     nfe = TUNED[1]
     for name in tasks:
-        usual = _tuned("ours", name) | {"budget": nfe}
+        usual = _tuned(prior, "ours", name, nfe)
         changes: list[dict] = [{}, {"in_units": False}, {"stopped": True}, {"weight": NO_COST}]
         changes += [{"weighted": False, "weight": r} for r in CONSTANT_COSTS]
-        changes += [{"steps": _tuned("stopped", name)["steps"]}]
+        changes += [{"steps": _tuned(prior, "stopped", name, nfe)["steps"]}]
         for change in changes:
             yield prior, name, "ours", nfe, usual | change
 
@@ -130,6 +160,7 @@ def parts(prior: str, tasks: Sequence[str]) -> Iterator[Choice]:
 ABLATIONS: dict[str, Callable[..., Iterator[Choice]]] = {
     "few_steps": few_steps,
     "rank": rank,
+    "published": published,
     "robustness": robustness,
     "parts": parts,
 }
@@ -190,21 +221,30 @@ def ablation_cells(
     return list(dict.fromkeys(cells))
 
 
-def _tuned(method: str, task: str) -> dict:
-    prior, nfe = TUNED
-    return settings_of(prior, method, task, nfe, {})
+def _tuned(prior: str, method: str, task: str, nfe: int) -> dict:
+    """The settings of a method for a budget, tuned for it or, as far as they go, for 300."""
+    found = METHODS[method].settings(task, nfe)
+    tuned = read_tuned()
+    own = tuned.get(accurate_name(prior), {}).get(method) or tuned[TUNED[0]][method]
+    if str(nfe) in own[task]:
+        return found | own[task][str(nfe)]
+    # Steps that are a share of 300 evaluations are none of another budget.
+    shares = {key for key, some in (METHODS[method].tuned or {}).items() if _has_share(some)}
+    usual = own[task][str(TUNED[1])]
+    return found | {key: value for key, value in usual.items() if key not in shares}
+
+
+def _has_share(values: Sequence[float]) -> bool:
+    return any(isinstance(value, Share) for value in values)
 
 
 def _controllers(prior: str, task: str, nfe: int, steps: int) -> Iterator[Choice]:
     """The controller from the greedy guess and from zero, with a budget and T."""
-    planned = _tuned("stopped", task) | {"budget": nfe, "steps": steps}
-    yield prior, task, "stopped", nfe, planned
+    yield prior, task, "stopped", nfe, _tuned(prior, "stopped", task, nfe) | {"steps": steps}
     changed = {"steps": steps, "iterations": iterations_within(nfe, steps)}
-    cold = _tuned("cold", task) | changed
-    yield prior, task, "cold", nfe, cold
+    yield prior, task, "cold", nfe, _tuned(prior, "cold", task, nfe) | changed
 
 
-def _ours(prior: str, task: str, nfe: int, steps: int) -> Choice:
+def _unstopped(prior: str, task: str, nfe: int, steps: int) -> Choice:
     """The controller that goes on until the budget is spent."""
-    settings = _tuned("ours", task) | {"budget": nfe, "steps": steps}
-    return prior, task, "ours", nfe, settings
+    return prior, task, "ours", nfe, _tuned(prior, "ours", task, nfe) | {"steps": steps}

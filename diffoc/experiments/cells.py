@@ -1,8 +1,8 @@
 """What the tables compare: images, tasks, methods and their budgets as cells, and how one is run.
 
 Measurements depend on the seed and the image alone, so that all methods see the same, in whatever
-batches: the task's mask or kernel is one for all images of a seed, noise and initial state are each
-image's own.
+batches: noise and initial state are each image's own, and so is the task's mask or kernel where the
+:mod:`protocol <diffoc.experiments.protocol>` says so.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-import math
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cache
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache, lru_cache
 from itertools import product
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 import torch
@@ -31,40 +31,31 @@ from diffoc.data.downloads import cache_folder, sha256_of
 from diffoc.data.pictures import read_picture, write_picture
 from diffoc.data.provenance import digest, short
 from diffoc.experiments.inaccurate import accurate_name, is_inaccurate, load_inaccurate
-from diffoc.experiments.methods import EDGE_GAIN, METHODS, TRIALS, settings_of
+from diffoc.experiments.methods import LATENT, METHODS, equal_work, settings_of
+from diffoc.experiments.protocol import ONE_OPERATOR, protocol_of
 from diffoc.experiments.records import METRICS, Cell, Row, as_json
 from diffoc.experiments.runs import method_errors
 from diffoc.priors.counting import CountedPrior
+from diffoc.priors.latent import LatentPrior
 from diffoc.priors.pretrained import REMOTE, SHIPPED, load_prior
 from diffoc.problems.metrics import image_metrics
 from diffoc.problems.perceptual import LPIPS, SMALLEST, perceptual_metrics
-from diffoc.problems.tasks import NOISE_STD, TASKS, measure, noise_level, task
+from diffoc.problems.tasks import (
+    TASKS,
+    UnsupportedTask,
+    for_each,
+    measure,
+    noise_level,
+    task,
+)
 
 TABLES = {"table1": tuple(TASKS)[:5]}
 """The tasks of the paper's tables; the records of Table 1 have the metrics of Table 3 too."""
 
-LATENT = {"faces64": "faces64_latent"}
-"""The priors that methods in a latent space use in place of others."""
-
-PROTOCOL = (
-    "images clipped to [-1, 1], not rounded; PSNR and MSE on [-1, 1]; SSIM on "
-    "[0, 1], Gaussian 11x11 windows within the image; LPIPS 0.1 on [-1, 1], _01 on [0, 1]"
-)
-
-
-def held_out_faces() -> list[str]:
-    """Names of the 32 faces of the tables: every 16th of the test set."""
-    return [str(i) for i in range(0, 512, 16)]
-
 
 def few_faces() -> list[str]:
-    """Eight of :func:`held_out_faces`, every fourth, for what takes many runs."""
-    return held_out_faces()[::4]
-
-
-def tuning_faces() -> list[str]:
-    """Eight others, from the test set too, for what has to be tuned; in no table."""
-    return [str(i) for i in range(8, 512, 64)]
+    """Eight of the held-out faces, every fourth, for what takes many runs."""
+    return list(ONE_OPERATOR.held_out[::4])
 
 
 @dataclass(frozen=True)
@@ -86,44 +77,51 @@ class Computer:
             diffoc.problems.tasks.UnsupportedTask: if the method cannot do the task.
             diffoc.experiments.runs.MethodError: if it fails.
         """
+        method, protocol = METHODS[cell.method], protocol_of(cell.prior)
         prior, weights = load_once(cell.prior, self.device)
+        if method.latent and not isinstance(prior, LatentPrior):
+            raise UnsupportedTask(f"{cell.method} needs a prior in a latent space: {cell.prior}")
         shape = getattr(prior, "decoded_shape", prior.image_shape)
         truth = read_images(cell.images, shape, self.folder)
-        physics = _task(cell.task, shape, cell.seed)
-        operator = {"noise_std": NOISE_STD, "sha256": digest(dict(physics.named_buffers()))}
         hashes = [digest(image) for image in truth]
+        whose = hashes if protocol.operator_per_image else [None] * len(hashes)
+        parts = [_operator(cell.task, shape, cell.seed, image, "cpu") for image in whose]
         noise = [_generator(cell.seed, cell.task, name, "noise") for name in hashes]
-        y = torch.cat([measure(physics, x[None], g) for x, g in zip(truth, noise, strict=True)])
+        pairs = zip(parts, truth, noise, strict=True)
+        y = torch.cat([measure(A, x[None], g, protocol.noise_std) for A, x, g in pairs])
         starts = [_generator(cell.seed, name, "start") for name in hashes]
         start = torch.stack([torch.randn(prior.image_shape, generator=g) for g in starts])
         _, sigma = prior.schedule(torch.ones(()))
         counted = CountedPrior(prior, None if cell.precision == "float32" else cell.precision)
         counted.image_shape = prior.image_shape
         generator = _generator(cell.seed, cell.task, *hashes, device=self.device)
-        physics, y = physics.to(self.device), y.to(self.device)
-        x = (sigma.cpu() * start).to(self.device)
+        physics = for_each([_operator(cell.task, shape, cell.seed, w, self.device) for w in whose])
+        y, x = y.to(self.device), (sigma.cpu() * start).to(self.device)
 
         began = _clock(self.device)
-        run = METHODS[cell.method].run
         with method_errors():
-            x0 = run(counted, physics, y, x, generator, noise_std=NOISE_STD, **cell.keywords)
+            x0 = method.run(
+                counted, physics, y, x, generator, noise_std=protocol.noise_std, **cell.keywords
+            )
             x0, seconds = x0.detach(), (_clock(self.device) - began) / len(truth)
             metrics = metrics_of(x0.float().cpu(), truth)
         residual = (physics.A(x0) - y).square().flatten(1).mean(dim=1).sqrt()
-        metrics["residual_over_noise"] = residual / noise_level(physics, y)
+        level = noise_level(physics, y, protocol.noise_std)
+        metrics["residual_over_noise"] = residual / level
         common = {
             "evaluations": f"{counted.evaluations / len(truth):g}",
             "products": f"{counted.products / len(truth):g}",
             "seconds": f"{seconds:.3f}",
             "weights_sha256": weights,
-            "operator": as_json(operator),
-            "protocol": PROTOCOL,
+            "protocol": protocol.name,
         }
-        rows = [
+        rows = []
+        for i, (h, A) in enumerate(zip(hashes, parts, strict=True)):
+            buffers = digest(dict(A.named_buffers()))
+            operator = as_json({"noise_std": protocol.noise_std, "sha256": buffers})
             # Nine digits tell all numbers of float32 apart.
-            common | {"image_sha256": h} | {k: f"{metrics[k][i].item():.9g}" for k in metrics}
-            for i, h in enumerate(hashes)
-        ]
+            own = {key: f"{values[i].item():.9g}" for key, values in metrics.items()}
+            rows.append(common | {"image_sha256": h, "operator": operator} | own)
         return rows, x0.float().cpu()
 
 
@@ -173,10 +171,14 @@ def read_images(names: Sequence[str], shape: Sequence[int], folder: Path | None)
         ValueError: if pictures have another size than `shape`, or faces are not what is asked for.
     """
     if folder is None:
-        if tuple(shape) != SHIPPED["faces64"]:
+        if tuple(shape) not in ((1, 64, 64), (3, 64, 64)):
             raise ValueError(f"images is missing: the prior's images are {tuple(shape)}, no faces")
-        faces = torch.from_numpy(_faces()[[int(name) for name in names]])
-        return faces.float().unsqueeze(1) / 127.5 - 1
+        chosen = [int(name) for name in names]
+        if shape[0] == 3:
+            faces = torch.from_numpy(_colour_faces()[chosen]).movedim(-1, 1)
+        else:
+            faces = torch.from_numpy(_faces()[chosen]).unsqueeze(1)
+        return faces.float() / 127.5 - 1
     pictures = []
     for name in names:
         picture, notes = read_picture(folder / name, shape)
@@ -186,15 +188,27 @@ def read_images(names: Sequence[str], shape: Sequence[int], folder: Path | None)
     return torch.cat(pictures)
 
 
-@cache
-def _task(name: str, shape: tuple[int, ...], seed: int) -> Physics:
-    """The same object for all cells, because some methods decompose it, once, which takes long."""
-    return task(name, shape, _generator(seed, name))
+@lru_cache(maxsize=16)
+def _operator(
+    name: str, shape: tuple[int, ...], seed: int, image: str | None, device: str
+) -> Physics:
+    """The operator of an image, or of all images for None, on a device.
+
+    Some methods decompose it, which takes long: it is the same object for cells in a row, and
+    nothing changes it.
+    """
+    drawn = (seed, name) if image is None else (seed, name, image, "operator")
+    return task(name, shape, _generator(*drawn)).to(device)
 
 
 @cache
 def _faces() -> np.ndarray:
     return data.faces("test")
+
+
+@cache
+def _colour_faces() -> np.ndarray:
+    return data.colour_faces("test")
 
 
 @cache
@@ -225,8 +239,9 @@ def cells_of(
     batch: int,
     precision: str,
     overrides: dict | None = None,
+    product_cost: float | None = None,
 ) -> list[Cell]:
-    """The grid, task by task.
+    """The grid, task by task, and batch by batch: methods that decompose an operator share it.
 
     Args:
         prior: a name for :func:`load_once`; methods in a latent space use that of :data:`LATENT`.
@@ -235,76 +250,61 @@ def cells_of(
         batch: images of a cell, at least 1.
         precision: "bfloat16" or "float32".
         overrides: keyword arguments for the methods in place of their own.
+        product_cost: where given, each method has the evaluations that make its work equal, see
+            :func:`diffoc.experiments.methods.equal_work`.
 
     Raises:
         ValueError: if there is no such task or method, the method was not tuned, or a number is out
             of its range.
     """
+    _check_grid(tasks, budgets, batch)
+    cells = []
+    batches = [tuple(images[i : i + batch]) for i in range(0, len(images), batch)]
+    for name, seed, some in product(tasks, seeds, batches):
+        for method, nfe in product(methods, budgets):
+            n = nfe if product_cost is None else equal_work(method, name, nfe, product_cost)
+            # A trial with random weights has nothing that could be tuned for it.
+            settings = as_json(settings_of(accurate_name(prior), method, name, n, overrides or {}))
+            used = LATENT.get(prior, prior) if METHODS[method].latent else prior
+            cells.append(Cell(used, precision, name, method, n, settings, seed, some))
+    return cells
+
+
+def tuning_cells(
+    prior: str, task: str, method: str, nfe: int, trials: Iterable[dict], precision: str
+) -> list[Cell]:
+    """A cell of all tuning images for each of the settings to try, in their order."""
+    _check_grid([task], [nfe], 1)
+    used = LATENT.get(prior, prior) if METHODS[method].latent else prior
+    usual, images = METHODS[method].settings(task, nfe), protocol_of(prior).tuning
+    return [
+        Cell(used, precision, task, method, nfe, as_json(usual | trial), 0, images)
+        for trial in trials
+    ]
+
+
+def best_trial(trials: Sequence[Sequence[Row]]) -> int | None:
+    """The place of the trial with the highest mean PSNR, or None if none has one.
+
+    Args:
+        trials: rows of each.
+    """
+    scores = {
+        i: sum(float(row["psnr"]) for row in rows) / len(rows)
+        for i, rows in enumerate(trials)
+        if rows[0]["status"] == "ok"
+    }
+    # What is not finite is refused by the metrics, so the largest is one.
+    return max(scores, key=scores.__getitem__, default=None)
+
+
+def _check_grid(tasks: Sequence[str], budgets: Sequence[int], batch: int) -> None:
     if batch < 1:
         raise ValueError(f"batch is {batch}, expected at least 1")
     if min(budgets, default=1) < 1:
         raise ValueError(f"budgets has {min(budgets)}, expected at least 1")
     if unknown := [name for name in tasks if name not in TASKS]:
         raise ValueError(f"tasks has {unknown[0]!r}, expected some of {', '.join(TASKS)}")
-    cells = []
-    for name, method, nfe in product(tasks, methods, budgets):
-        # A trial with random weights has nothing that could be tuned for it.
-        known = accurate_name(prior)
-        settings = as_json(settings_of(known, method, name, nfe, overrides or {}))
-        used = LATENT.get(prior, prior) if METHODS[method].latent else prior
-        for seed, start in product(seeds, range(0, len(images), batch)):
-            some = tuple(images[start : start + batch])
-            cells.append(Cell(used, precision, name, method, nfe, settings, seed, some))
-    return cells
-
-
-def tuning_cells(cell: Cell, values: Iterable[float]) -> dict[float, Cell]:
-    """A cell with each of some values of its method's tuned keyword."""
-    keyword, _ = METHODS[cell.method].tuned or ("", ())
-    return {
-        value: replace(cell, settings=as_json(cell.keywords | {keyword: value})) for value in values
-    }
-
-
-def best_value(trials: Mapping[float, list[Row]]) -> float | None:
-    """The value with the highest mean PSNR, or None if none has one.
-
-    Args:
-        trials: rows of every value.
-    """
-    scores = _scores(trials)
-    # What is not finite is refused by the metrics, so the largest is one.
-    return max(scores, key=scores.__getitem__, default=None)
-
-
-def next_value(trials: Mapping[float, list[Row]], largest: float = math.inf) -> float | None:
-    """The value beyond the grid's edge that is worth a trial, or None.
-
-    The grid goes on by the factor of its last two values while the best is at its edge and ahead of
-    its neighbour by more than `EDGE_GAIN`, to twice as many values as it may have at first.
-
-    Args:
-        trials: rows of every value so far.
-        largest: that the keyword may be.
-    """
-    scores, tried = _scores(trials), sorted(trials)
-    best = best_value(trials)
-    if best not in (tried[0], tried[-1]) or not 2 <= len(tried) < 2 * TRIALS:
-        return None
-    neighbour = tried[1] if best == tried[0] else tried[-2]
-    if 0 in (best, neighbour) or scores[best] - scores.get(neighbour, -math.inf) <= EDGE_GAIN:
-        return None
-    value = best * best / neighbour
-    value = round(value) if isinstance(best, int) else float(f"{value:.2g}")
-    return None if value > largest or value in tried else value
-
-
-def _scores(trials: Mapping[float, list[Row]]) -> dict[float, float]:
-    return {
-        value: sum(float(row["psnr"]) for row in rows) / len(rows)
-        for value, rows in trials.items()
-        if rows[0]["status"] == "ok"
-    }
 
 
 def keep_in(folder: Path) -> Callable[[Cell, Tensor], None]:
@@ -321,25 +321,35 @@ def keep_in(folder: Path) -> Callable[[Cell, Tensor], None]:
 
 def work_of(cell: Cell) -> tuple[int, int]:
     """Evaluations and products of a cell, of all its images, as planned."""
-    work = METHODS[cell.method].work
-    evaluations, products = work(cell.keywords) if work else (cell.nfe, cell.nfe)
+    evaluations, products = METHODS[cell.method].work(cell.keywords)
     return evaluations * len(cell.images), products * len(cell.images)
 
 
-def time_prior(prior: str, batch: int, precision: str, device: str) -> tuple[float, float]:
-    """Seconds of an evaluation and of a product of a prior, for each image of a batch."""
+def time_prior(
+    prior: str, batch: int, precision: str, device: str, repeats: int = 3
+) -> tuple[float, float]:
+    """Seconds of an evaluation and of a product of a prior, for each image of a batch.
+
+    Args:
+        prior: a name for :func:`load_once`.
+        batch: images at once.
+        precision: "bfloat16" or "float32".
+        device: that computes.
+        repeats: of which the medians are taken, after one that warms up.
+    """
     network, _ = load_once(prior, device)
     counted = CountedPrior(network, None if precision == "float32" else precision)
     x = torch.zeros(batch, *network.image_shape, device=device, requires_grad=True)
     times = []
-    for _ in range(2):  # the first warms up
+    for _ in range(1 + repeats):
         began = _clock(device)
         mean = counted(x, torch.tensor(0.5, device=device)).mean
         between = _clock(device)
         torch.autograd.grad(mean.sum(), x)
-        times = [(between - began) / batch, (_clock(device) - between) / batch]
+        times.append((between - began, _clock(device) - between))
         del mean
-    return times[0], times[1]
+    evaluation, product = (median(some) / batch for some in zip(*times[1:], strict=True))
+    return evaluation, product
 
 
 def _clock(device: str) -> float:

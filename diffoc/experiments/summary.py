@@ -79,18 +79,21 @@ def by_budget(rows: Iterable[Row], metric: str) -> dict[str, dict[str, Curve]]:
 def by_setting(rows: Iterable[Row], metric: str) -> dict[str, dict[str, Curve]]:
     """Method's label and tuned keyword to task to its curve over that keyword's values.
 
-    A label names the budget if the rows have several of its method. Rows of methods that have
-    nothing to tune are left out.
+    The keyword is the one with the most values. A label names the budget if the rows have several
+    of its method. Rows of methods that have nothing to tune are left out.
     """
-    rows, keyed = list(rows), []
+    rows = [row for row in rows if row["method"] in METHODS and METHODS[row["method"]].tuned]
     labels = _labels((row["method"], row["nfe"]) for row in rows)
+    tried: dict[tuple[str, str], dict] = defaultdict(lambda: defaultdict(set))
     for row in rows:
-        method = METHODS.get(row["method"])
-        if method and method.tuned:
-            keyword = method.tuned[0]
-            value = float(json.loads(row["settings"])[keyword])
-            label = labels[row["method"], row["nfe"]]
-            keyed.append((f"{label}: {keyword}", row["task"], value, row))
+        for key, value in json.loads(row["settings"]).items():
+            tried[row["method"], row["nfe"]][key].add(value)
+    keyed = []
+    for row in rows:
+        place = row["method"], row["nfe"]
+        keyword = max(tried[place], key=lambda key: len(tried[place][key]))
+        value = float(json.loads(row["settings"])[keyword])
+        keyed.append((f"{labels[place]}: {keyword}", row["task"], value, row))
     return curves(keyed, metric)
 
 

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 
 import torch
-from deepinv.physics import Blur, DownsamplingMatlab, Inpainting, Physics
+from deepinv.physics import Blur, DownsamplingMatlab, Inpainting, LinearPhysics, Physics
 from deepinv.physics.functional import conv2d
 from scipy.ndimage import gaussian_filter
 from torch import Tensor, nn
@@ -195,6 +195,70 @@ def task(name: str, shape: Sequence[int], generator: torch.Generator) -> Physics
     if name not in TASKS:
         raise ValueError(f"task is {name!r}, expected one of {', '.join(TASKS)}")
     return TASKS[name](shape, generator)
+
+
+class PerImage(Physics):
+    """An operator for a batch, whose image i is measured by `parts[i]`.
+
+    Args:
+        parts: each for a batch of one.
+    """
+
+    def __init__(self, parts: Sequence[Physics]) -> None:
+        super().__init__()
+        self.parts = list(parts)
+
+    def A(self, x: Tensor, **kwargs: object) -> Tensor:
+        """Measurements (B, ...) of images (B, C, H, W); ValueError for another batch size."""
+        return _each([part.A for part in self.parts], x)
+
+
+class LinearPerImage(PerImage, LinearPhysics):
+    """The same of linear parts."""
+
+    def A_adjoint(self, y: Tensor, **kwargs: object) -> Tensor:
+        """The adjoint: images (B, C, H, W) of measurements (B, ...)."""
+        return _each([part.A_adjoint for part in self.parts], y)
+
+
+class BlurPerImage(Blur):
+    """The same of blurs, by one convolution, which is five times as fast."""
+
+    def __init__(self, parts: Sequence[Blur]) -> None:
+        super().__init__(torch.cat([part.filter for part in parts]), padding=parts[0].padding)
+        self.parts = list(parts)
+
+
+def for_each(parts: Sequence[Physics]) -> Physics:
+    """One operator for a batch, whose image i is measured by `parts[i]`.
+
+    Args:
+        parts: of one kind. Where they are equal, the first of them is returned, and masks make an
+            `Inpainting` with a mask for each image.
+    """
+    first, states = parts[0], [dict(part.named_buffers()) for part in parts]
+    if all(torch.equal(state[name], states[0][name]) for state in states for name in state):
+        return first
+    if isinstance(first, Inpainting):
+        return Inpainting(first.img_size, mask=torch.cat([state["mask"] for state in states]))
+    if isinstance(first, Blur):
+        return BlurPerImage(parts)
+    return LinearPerImage(parts) if isinstance(first, LinearPhysics) else PerImage(parts)
+
+
+def parts_of(physics: Physics) -> list[Physics]:
+    """The operators of single images that :func:`for_each` has put together, or the only one."""
+    if isinstance(physics, PerImage | BlurPerImage):
+        return physics.parts
+    if isinstance(physics, Inpainting) and len(physics.mask) > 1:
+        return [Inpainting(physics.img_size, mask=mask[None]) for mask in physics.mask]
+    return [physics]
+
+
+def _each(maps: Sequence[Callable[[Tensor], Tensor]], x: Tensor) -> Tensor:
+    if len(x) != len(maps):
+        raise ValueError(f"x has {len(x)} images, expected {len(maps)}: each has its operator")
+    return torch.cat([f(one) for f, one in zip(maps, x.split(1), strict=True)])
 
 
 def measure(

@@ -83,7 +83,7 @@ def test_an_image_beside_noise_comes_out_as_alone(name, place, priors):
 
     large = {"stopped": 120, "paper": 1000, "released": 1000}
     settings = method.settings(place, large.get(name, 4))
-    settings |= {method.tuned[0]: method.tuned[1][-1]} if method.tuned else {}
+    settings |= {key: values[-1] for key, values in list((method.tuned or {}).items())[:1]}
     settings |= SHORT.get(name, {})
     if name == "flash_diffusion":
         settings["encoder"] = load_severity_encoder().double()

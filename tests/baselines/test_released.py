@@ -128,7 +128,7 @@ def results(monkeypatch):
         found.append(reconstruct(*args, **settings))
         return found[-1]
 
-    monkeypatch.setattr("diffoc.experiments.controllers.reconstruct", recorded)
+    monkeypatch.setattr("diffoc.baselines.released.reconstruct", recorded)
     return found
 
 

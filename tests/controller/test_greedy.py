@@ -7,7 +7,8 @@ import torch
 from azula.noise import VPSchedule
 from deepinv.physics import LinearPhysics
 
-from diffoc.experiments.controllers import ours, stopped
+from diffoc.baselines.ours import ours
+from diffoc.baselines.stopped import stopped
 from diffoc.greedy import PIXEL_VARIANCE, correction, greedy_controls
 from diffoc.priors.counting import CountedPrior
 from diffoc.priors.gaussian import GaussianPrior

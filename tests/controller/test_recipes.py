@@ -14,7 +14,6 @@ from diffoc.commands.panel import Panel
 from diffoc.commands.solve import RECIPES, Settings
 from diffoc.data import digits
 from diffoc.data.manifest import data_folder
-from diffoc.experiments import controllers
 from diffoc.experiments.methods import METHODS, settings_of
 from diffoc.priors.gaussian import GaussianPrior
 from diffoc.priors.pretrained import load_prior
@@ -42,7 +41,8 @@ def test_rows_of_the_table_run_the_named_recipe(name, nfe, monkeypatch):
     """What a row hands on is, field by field, the recipe that a reader gets for that task."""
     ran = []
     monkeypatch.setattr(
-        controllers, "reconstruct", lambda problem, prior, recipe, **_: ran.append(recipe) or 1 / 0
+        "diffoc.baselines.ours.reconstruct",
+        lambda problem, prior, recipe, **_: ran.append(recipe) or 1 / 0,
     )
     method = METHODS["ours"]
     assert method.recipe is OURS
@@ -61,7 +61,7 @@ def test_every_door_has_the_same_default():
     assert RECIPES[Settings("gaussian_blur", "mnist").recipe] is OURS
     assert RECIPES[Panel().recipe.value] is OURS
     assert Settings("gaussian_blur", "mnist").changed == OURS.at("gaussian_blur")
-    assert [METHODS[key].recipe for key in ("stopped", "cold", "paper", "released")] == [
+    assert [METHODS[name].recipe for name in ("stopped", "cold", "paper", "released")] == [
         STOPPED,
         COLD,
         diffoc.PAPER,

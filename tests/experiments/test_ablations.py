@@ -7,15 +7,14 @@ import pytest
 import torch
 
 from diffoc.baselines.deep_image_prior import deep_image_prior
-from diffoc.baselines.paper import guidance_regularization
+from diffoc.baselines.paper import TABLE_2, guidance_regularization, paper
 from diffoc.commands.main import main
 from diffoc.data import digits
 from diffoc.data.pictures import write_picture
 from diffoc.experiments import cells as experiments
 from diffoc.experiments.ablations import ABLATIONS, BUDGETS, HORIZONS, TASKS, ablation_cells
 from diffoc.experiments.cells import Computer, work_of
-from diffoc.experiments.controllers import paper
-from diffoc.experiments.methods import METHODS, TABLE_2, read_tuned
+from diffoc.experiments.methods import METHODS, read_tuned
 from diffoc.experiments.records import read
 from diffoc.priors.counting import CountedPrior
 from diffoc.priors.pretrained import load_prior
@@ -207,7 +206,7 @@ def test_without_weights_a_grid_takes_random_ones(folder, tmp_path, monkeypatch)
 
 def test_eight_faces_of_the_tables():
     assert len(experiments.few_faces()) == 8
-    assert set(experiments.few_faces()) <= set(experiments.held_out_faces())
+    assert set(experiments.few_faces()) <= set(experiments.ONE_OPERATOR.held_out)
 
 
 def test_a_deep_image_prior_ends_at_the_noise():

@@ -1,23 +1,28 @@
 """What the tables are made of: same measurements for all, records that a second run repeats."""
 
-import math
+import os
+import shutil
+import subprocess
+import sys
 from collections import Counter
-from itertools import pairwise
 
 import numpy as np
 import pytest
 import scipy.stats
 import torch
 
+from diffoc.baselines import TRIALS, Method, Share, no_products
 from diffoc.baselines.dps import dps
+from diffoc.baselines.paper import TABLE_2, paper
 from diffoc.commands.main import main
 from diffoc.data import digits, portrait
 from diffoc.data.manifest import data_folder, manifest_entry
 from diffoc.data.pictures import picture_names, write_picture
 from diffoc.experiments import cells as experiments
 from diffoc.experiments import methods
-from diffoc.experiments.cells import Computer, best_value, cells_of, next_value, work_of
-from diffoc.experiments.methods import METHODS, TABLE_2, Method, paper, settings_of
+from diffoc.experiments.cells import Computer, best_trial, cells_of, work_of
+from diffoc.experiments.methods import LATENT, METHODS, compared, equal_work, settings_of
+from diffoc.experiments.protocol import COLOUR_FACES, ONE_OPERATOR, protocol_of
 from diffoc.experiments.records import METRICS, as_json, read
 from diffoc.experiments.summary import by_method, mean_and_interval, paired, summarise
 from diffoc.priors.counting import CountedPrior
@@ -49,9 +54,11 @@ def seen(monkeypatch):
         calls.append({"y": y, "x": x, "noise_std": noise_std, "steps": steps, "drawn": drawn})
         return torch.zeros_like(x)
 
-    grid = ("level", (0.1, 0.2))
-    monkeypatch.setitem(METHODS, "look", Method("Look", look, lambda task, nfe: {"steps": nfe}))
-    monkeypatch.setitem(METHODS, "tuned", Method("T", look, lambda task, nfe: {}, grid))
+    plain = Method("Look", look, lambda task, nfe: {"steps": nfe}, no_products)
+    monkeypatch.setitem(METHODS, "look", plain)
+    grid = {"level": [0.1 * i for i in range(1, 9)]}
+    tuned = Method("T", look, lambda task, nfe: {}, no_products, grid)
+    monkeypatch.setitem(METHODS, "tuned", tuned)
     return calls
 
 
@@ -125,80 +132,203 @@ def test_what_was_not_tuned_is_not_guessed(seen):
 
 
 def test_no_method_has_more_trials_than_the_others():
-    assert {len(method.tuned[1]) for method in METHODS.values() if method.tuned} == {methods.TRIALS}
-    with pytest.raises(ValueError, match="tuned has 7 values"):
-        Method("", dps, lambda task, nfe: {}, ("guidance", tuple(range(7))))
+    counts = {name: len(method.trials(300)) for name, method in METHODS.items() if method.tuned}
+    assert set(counts.values()) == {TRIALS}
+    assert set(METHODS) - set(counts) == {"deep_image_prior"}
+    with pytest.raises(ValueError, match="expected 8 trials"):
+        Method("", dps, lambda task, nfe: {}, no_products, {"guidance": tuple(range(7))})
 
 
-def test_the_best_value_is_that_of_the_highest_mean():
+def method_of(**tuned):
+    largest = tuned.pop("largest", float("inf"))
+    return Method("", dps, lambda task, nfe: {}, no_products, tuned, largest)
+
+
+def test_trials_are_all_pairs_and_then_lie_around_the_best():
+    two = method_of(guidance=(1.0, 4.0, 16.0, 64.0), steps=(Share(1 / 6), Share(1)))
+    assert two.trials(300)[:3] == [
+        {"guidance": 1.0, "steps": 50},
+        {"guidance": 1.0, "steps": 300},
+        {"guidance": 4.0, "steps": 50},
+    ]
+    # Factors of 4 are half a step to the factor 2, one and a half to 8; steps go with the budget.
+    found = two.trials_near(2, 1200)
+    assert [trial["guidance"] for trial in found] == [0.5, 2.0, 8.0, 32.0]
+    assert {trial["steps"] for trial in found} == {200}
+    # With a value of zero there are no factors; what is too large or small is tried once.
+    bounded = method_of(eta=(0.0, 0.2, 0.4, 1.2), steps=(2, 3), largest=1.2)
+    assert [t["eta"] for t in bounded.trials_near(6, 300)] == [0.6, 1.0, 1.2]
+    assert [t["eta"] for t in bounded.trials_near(0, 300)] == [0.0, 0.2, 0.6]
+    whole = method_of(steps=(5, 10, 20, 40), weight=(1.0, 2.0))
+    assert [t["steps"] for t in whole.trials_near(2, 300)] == [4, 7, 14, 28]
+
+
+def test_equal_work_counts_products():
+    """With c = 1, DPS keeps its budget; what has no products gets twice as many evaluations."""
+    work = {name: equal_work(name, "super_resolution", 300, 1.0) for name in compared("p", 300)}
+    assert work["dps"] == work["ours"] == 300
+    assert work["ddrm"] == work["pnp_admm"] == 600
+    assert work["mmps"] == 200  # two products an evaluation
+    assert work["admm_tv"] == 300  # no network at all
+    for name, nfe in work.items():
+        evaluations, products = METHODS[name].work(METHODS[name].settings("motion_blur", nfe))
+        assert evaluations + products <= 600
+    assert equal_work("ddrm", "super_resolution", 300, 0.5) == 450
+
+
+def test_the_table_s_methods_are_those_that_can_have_its_budget():
+    few, many = compared("faces64", 300), compared("faces64", 1000)
+    assert set(many) - set(few) == {"paper", "released"}
+    assert {"ours", "dps", "psld"} <= set(few)
+    assert "deep_image_prior" not in many
+    assert "psld" not in compared("mnist", 300)
+    assert not set(LATENT) & {"faces64_rgb", "mnist"}
+
+
+def test_the_best_trial_is_that_of_the_highest_mean():
     ok = [[{"status": "ok", "psnr": psnr} for psnr in pair] for pair in (("9", "30"), ("20", "20"))]
     failed = [{"status": "failed", "psnr": ""}]
-    assert best_value({0.1: ok[0], 0.2: ok[1], 0.3: failed}) == 0.2
-    assert best_value({0.3: failed}) is None
-
-
-@pytest.mark.parametrize(
-    ("psnr", "largest", "expected"),
-    [
-        ({1.0: 20, 3.0: 21, 9.0: 20}, math.inf, None),  # the best is inside
-        ({1.0: 20, 3.0: 21, 9.0: 22}, math.inf, 27.0),
-        ({1.0: 22, 3.0: 21, 9.0: 20}, math.inf, 0.33),
-        ({1.0: 20, 3.0: 21, 9.0: 21.09}, math.inf, None),  # flat
-        ({1.0: 20, 3.0: 21, 9.0: 22}, 10.0, None),
-        ({0.0: 22, 3.0: 21}, math.inf, None),  # nothing is below zero
-        ({0.0: 21, 3.0: 22}, math.inf, None),  # and nothing a factor from it
-        ({10: 20, 20: 21, 30: 22}, math.inf, 45),  # steps are whole numbers
-        ({2.0**i: i for i in range(7)}, math.inf, 130.0),  # two digits
-        ({2.0**i: i for i in range(8)}, math.inf, None),  # twice four
-        ({1.0: 20, 3.0: None, 9.0: 22}, math.inf, 27.0),
-        ({1.0: 20, 3.0: 21, 9.0: None}, math.inf, None),
-        ({1.0: None, 3.0: None}, math.inf, None),
-    ],
-)
-def test_a_grid_goes_on_beyond_an_edge_that_is_better(psnr, largest, expected):
-    trials = {
-        value: [{"status": "failed" if mean is None else "ok", "psnr": str(mean)}]
-        for value, mean in psnr.items()
-    }
-    found = next_value(trials, largest)
-    assert found == expected
-    assert type(found) is type(expected)
+    assert best_trial([*ok, failed]) == 1
+    assert best_trial([failed]) is None
 
 
 def test_tuning_writes_the_best_and_a_second_time_computes_nothing(tmp_path, monkeypatch, capsys):
     faces = torch.cat([portrait("astronaut", grey=True), portrait("grace_hopper", grey=True)])[:, 0]
-    monkeypatch.setattr(experiments, "_faces", lambda: ((faces + 1) * 127.5).byte().numpy())
-    monkeypatch.setattr(experiments, "tuning_faces", lambda: ["0", "1"])
+    pixels = ((faces + 1) * 127.5).byte().numpy()
+    monkeypatch.setattr(experiments, "_faces", lambda: np.resize(pixels, (512, 64, 64)))
     tuned, calls = {}, []
     monkeypatch.setattr(methods, "read_tuned", lambda path=None: tuned)
     monkeypatch.setattr(methods, "write_tuned", lambda new, path=None: tuned.update(new))
 
     def level(prior, physics, y, x, generator, *, noise_std, level, steps):
-        calls.append(level)
-        return torch.full_like(x, level)
+        calls.append((level, steps))
+        return torch.full_like(x, level - 0.5)
 
-    fake = Method("", level, lambda task, nfe: {"steps": nfe}, ("level", (-1.0, -0.1, 0.9)))
+    values = {"level": (0.1, 0.4, 1.6, 6.4), "steps": (Share(0.5), Share(1))}
+    fake = Method("", level, lambda task, nfe: {"steps": nfe}, no_products, values)
     monkeypatch.setitem(METHODS, "fake", fake)
-    command = ["tune", "fake", "--tasks", "gaussian_blur", "--nfe", "7"]
+    path = tmp_path / "tuning.csv"
+    command = ["tune", "fake", "--tasks", "gaussian_blur", "--out", str(path)]
+    assert main([*command, "--nfe", "40"]) == 2
+    assert "not tuned for gaussian_blur with faces64 and nfe 300" in capsys.readouterr().err
+    assert not calls
     for _ in range(2):
-        assert main([*command, "--out", str(tmp_path / "tuning.csv")]) == 0
-        assert "fake, gaussian_blur, nfe 7: level -0.1\n" in capsys.readouterr().out
-        assert tuned == {"faces64": {"fake": {"gaussian_blur": {"7": {"level": -0.1}}}}}
-    assert calls == [-1.0, -0.1, 0.9]
+        assert main(command) == 0
+        assert "fake, gaussian_blur, nfe 300: level 0.4, steps 150\n" in capsys.readouterr().out
+    assert calls == [(v, s) for v in (0.1, 0.4, 1.6, 6.4) for s in (150, 300)]
+    assert len(read(path)) == TRIALS, "all trials are in the records"
     calls.clear()
-    beyond = Method("", level, lambda task, nfe: {"steps": nfe}, ("level", (-0.9, -0.6)))
-    monkeypatch.setitem(METHODS, "beyond", beyond)
-    command[1] = "beyond"
     for _ in range(2):
-        assert main([*command, "--out", str(tmp_path / "tuning.csv")]) == 0
-        best = tuned["faces64"]["beyond"]["gaussian_blur"]["7"]["level"]
-        assert f"beyond, gaussian_blur, nfe 7: level {best:g}" in capsys.readouterr().out
-    # By two thirds each time, until a grey is no better by a tenth of a decibel than the last.
-    psnr = [-10 * ((faces - grey) / 2).square().mean((1, 2)).log10().mean() for grey in calls]
-    assert calls[:4] == [-0.9, -0.6, -0.4, -0.27]
-    assert psnr[-1] - psnr[-2] < 0.1
-    assert all(after - before > 0.1 for before, after in pairwise(psnr[:-1]))
-    assert best == calls[int(torch.stack(psnr).argmax())]
+        assert main([*command, "--nfe", "40"]) == 0
+    near = (0.05, 0.2, 0.8, 3.2)
+    assert calls == [(v, 20) for v in near]
+    # All tuning faces are even, so that they are the first portrait.
+    best = min(near, key=lambda v: (faces[0] - (v - 0.5)).square().mean())
+    assert tuned["faces64"]["fake"]["gaussian_blur"] == {
+        "300": {"level": 0.4, "steps": 150},
+        "40": {"level": best, "steps": 20},
+    }
+
+
+def test_each_colour_face_has_an_operator_of_its_own(monkeypatch):
+    """Masks differ by image and seed and not by method or batch; old records keep theirs."""
+    seen = []
+
+    def look(prior, physics, y, x, generator, *, noise_std):
+        seen.append((physics, y))
+        return torch.zeros_like(x)
+
+    monkeypatch.setitem(METHODS, "look", Method("", look, lambda *_: {}, no_products))
+    compute, (a, b, *_) = Computer(), COLOUR_FACES.held_out
+
+    def rows(images, prior="faces64_rgb", seed=0):
+        (cell,) = cells_of(prior, ["box_inpainting"], ["look"], [1], [seed], images, 8, "float32")
+        return compute(cell)[0]
+
+    try:
+        together, alone, other = rows([a, b]), rows([b]), rows([a, b], seed=1)
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    (physics, y), (single, y_single), _ = seen
+    assert not torch.equal(physics.mask[0], physics.mask[1])
+    assert torch.equal(physics.mask[1:], single.mask)
+    assert torch.equal(y[1:], y_single)
+    keys = ("operator", "image_sha256", "psnr", "residual_over_noise")
+    assert all(together[1][key] == alone[0][key] for key in keys[:2])
+    operators = {row["operator"] for row in (*together, *other)}
+    assert len(operators) == 4
+    assert together[0]["protocol"] == COLOUR_FACES.name
+    grey = rows([a, b], "faces64")
+    assert grey[0]["operator"] == grey[1]["operator"]
+    assert grey[0]["protocol"] == ONE_OPERATOR.name
+    assert protocol_of("faces64_rgb+noise0.1") is protocol_of("untrained faces64_rgb")
+    assert protocol_of("untrained faces64_rgb") is COLOUR_FACES
+
+
+def test_nothing_that_is_cached_is_moved():
+    """Two cells on other devices: what the first has is not changed by the second."""
+    shape = (1, 8, 8)
+    here = experiments._operator("motion_blur", shape, 0, None, "cpu")
+    there = experiments._operator("motion_blur", shape, 0, None, "meta")
+    assert experiments._operator("motion_blur", shape, 0, None, "cpu") is here
+    assert here.filter.device.type == "cpu"
+    assert there.filter.device.type == "meta"
+
+
+ADDED = """
+from deepinv.physics import Physics
+def _negative(shape, generator):
+    return Physics(A=lambda x: -x)
+TASKS["negative"] = _negative
+"""
+SAMPLER = """
+import torch
+from diffoc.baselines import Method, method, no_products, one_a_step
+@method
+def negated(prior, physics, y, x, generator, *, noise_std, steps, sign=1.0):
+    for _ in range(steps):
+        prior(x, torch.tensor(0.5))
+    return sign * y
+METHOD = Method(
+    "Negated", negated, one_a_step, no_products, {"sign": [-1.0, *(0.1 * i for i in range(1, 8))]}
+)
+"""
+
+
+def test_an_operator_and_a_sampler_are_added_in_one_file_each(folder, tmp_path):
+    """A copy of the package with two files changed: the command line has both, in a table."""
+    root = data_folder().parent
+    shutil.copytree(root / "diffoc", tmp_path / "diffoc")
+    (tmp_path / "data").symlink_to(root / "data")
+    with (tmp_path / "diffoc" / "problems" / "tasks.py").open("a") as file:
+        file.write(ADDED)
+    (tmp_path / "diffoc" / "baselines" / "negated.py").write_text(SAMPLER)
+    command = ["run", "table1", "--prior", "mnist", "--images", str(folder), "--set", "sign=-1.0"]
+    command += ["--tasks", "negative", "--methods", "negated", "--nfe", "3"]
+    command += ["--out", str(tmp_path / "table.csv")]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-m", "diffoc", *command],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    ((cell, rows),) = read(tmp_path / "table.csv").items()
+    assert (cell.task, cell.method) == ("negative", "negated")
+    assert [row["evaluations"] for row in rows] == ["3", "3", "3"]
+    # What is left is the noise: 20 log10(2 / 0.05), less where it was clipped.
+    assert all(32 < float(row["psnr"]) < 36 for row in rows)
+
+
+def test_a_latent_method_says_that_it_has_no_prior(folder):
+    overrides = {"guidance": 1.0}
+    cells = cells_of(
+        "mnist", ["gaussian_blur"], ["psld"], [2], [0], ["0.png"], 1, "float32", overrides
+    )
+    with pytest.raises(UnsupportedTask, match="psld needs a prior in a latent space"):
+        Computer(folder)(cells[0])
 
 
 def test_the_commands_make_check_and_print_a_table(folder, tmp_path, seen, capsys):
@@ -334,10 +464,26 @@ def test_the_readme_s_table_is_that_of_the_records():
         assert " | ".join([f"| {label}", *cells]) + " |" in text
 
 
-def test_no_face_is_in_both_sets():
-    assert len(experiments.held_out_faces()) == 32
-    assert len(experiments.tuning_faces()) == 8
-    assert not set(experiments.held_out_faces()) & set(experiments.tuning_faces())
+@pytest.mark.parametrize("protocol", [ONE_OPERATOR, COLOUR_FACES])
+def test_the_page_of_the_protocol_says_what_the_value_has(protocol):
+    assert len(protocol.held_out) == 32
+    assert len(protocol.tuning) == 8
+    assert not set(protocol.held_out) & set(protocol.tuning)
+    text = (data_folder().parent / "docs" / "protocol.md").read_text()
+    row = {
+        "name": f"`{protocol.name}`",
+        "held-out faces": f"{len(protocol.held_out)}: every 16th of the test set, from 0",
+        "tuning faces": f"{len(protocol.tuning)}: every 64th, from 8",
+        "operator": "each image its own" if protocol.operator_per_image else "one for all images",
+        "noise": f"{protocol.noise_std:g}",
+        "precision": protocol.precision or "any",
+        "cost c of a product": str(protocol.product_cost or "not measured"),
+    }
+    for key, value in row.items():
+        (line,) = [line for line in text.splitlines() if line.startswith(f"| {key} |")]
+        assert f" {value} |" in line
+    assert protocol.held_out == tuple(str(i) for i in range(0, 512, 16))
+    assert protocol.tuning == tuple(str(i) for i in range(8, 512, 64))
 
 
 def test_paired_differences_are_those_of_a_paired_t_test():

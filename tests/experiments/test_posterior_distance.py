@@ -8,8 +8,8 @@ from azula.noise import VPSchedule
 from scipy.optimize import linear_sum_assignment
 from scipy.stats import wasserstein_distance
 
+from diffoc.baselines.cold import cold
 from diffoc.baselines.dps import dps
-from diffoc.experiments.controllers import cold
 from diffoc.experiments.known_posteriors import (
     control_frozen_noise,
     digit_problem,

@@ -1,0 +1,62 @@
+"""What the tables hold fixed, as values that their records name; `docs/protocol.md` is the page."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from diffoc.experiments.inaccurate import accurate_name
+from diffoc.problems.tasks import NOISE_STD
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How the methods of a table are compared.
+
+    Attributes:
+        name: what the records have in their column `protocol`.
+        held_out: the names of the images of the tables.
+        tuning: those of the images that methods are tuned on; none is in both.
+        operator_per_image: whether each image has a mask, box or kernel of its own, drawn from the
+            seed, the task and the image; otherwise one drawn from seed and task serves all.
+        noise_std: of the measurements, on the scale of images in [-1, 1].
+        precision: of the network; None for any.
+        product_cost: c, what a vector-Jacobian product costs in evaluations of the network; None
+            where it was not measured.
+    """
+
+    name: str
+    held_out: tuple[str, ...]
+    tuning: tuple[str, ...]
+    operator_per_image: bool
+    noise_std: float
+    precision: str | None
+    product_cost: float | None
+
+
+ONE_OPERATOR = Protocol(
+    name="images clipped to [-1, 1], not rounded; PSNR and MSE on [-1, 1]; SSIM on "
+    "[0, 1], Gaussian 11x11 windows within the image; LPIPS 0.1 on [-1, 1], _01 on [0, 1]",
+    held_out=tuple(str(i) for i in range(0, 512, 16)),
+    tuning=tuple(str(i) for i in range(8, 512, 64)),
+    operator_per_image=False,
+    noise_std=NOISE_STD,
+    precision=None,
+    product_cost=None,
+)
+"""Of the tables of grey faces, whose records have no other name for it."""
+
+COLOUR_FACES = Protocol(
+    name="colour faces, an operator per image, 1",
+    held_out=ONE_OPERATOR.held_out,
+    tuning=ONE_OPERATOR.tuning,
+    operator_per_image=True,
+    noise_std=NOISE_STD,
+    precision="float32",
+    product_cost=0.9,
+)
+"""Of the tables of colour faces. The cost of a product is that of `faces64_rgb`, see the page."""
+
+
+def protocol_of(prior: str) -> Protocol:
+    """Returns the protocol of a prior's tables, also of those with inaccurate copies of it."""
+    return COLOUR_FACES if accurate_name(prior) == "faces64_rgb" else ONE_OPERATOR
