@@ -60,9 +60,14 @@ html_copy_source = False
 # One file with its fonts inside. The package is for Django, but needs none of it.
 _mathjax = Path(find_spec("mathjax").origin).parent / "static/mathjax/es5/tex-svg-full.js"
 mathjax_path = _mathjax.name
-html_static_path = ["site.css", "ledger.js", str(_mathjax)]
+html_static_path = [
+    "site.css",
+    "site.js",
+    *(str(path) for path in (ROOT / "figures/moving").glob("*.webp")),
+    str(_mathjax),
+]
 html_css_files = ["site.css"]
-html_js_files = ["ledger.js"]
+html_js_files = ["site.js"]
 
 
 def complete(app: Sphinx, docname: str, source: list[str]) -> None:

@@ -28,6 +28,7 @@ PAGES = [
     "index.html",
     "docs/ledger.html",
     "docs/notation.html",
+    "docs/watch.html",
     "docs/api.html",
     "docs/records.html",
     "data/README.html",
@@ -204,6 +205,29 @@ def test_the_ledger_can_be_searched_and_filtered(site: Path, browser: Browser) -
     assert all("lemma" in text.lower() for text in shown.all_text_contents())
     visit.page.get_by_label("Search the claims").fill("no claim says this")
     assert shown.count() == 0
+    assert visit.complaints == []
+    visit.page.close()
+
+
+def test_the_slider_moves_through_its_frames(site: Path, browser: Browser) -> None:
+    visit = Visit(browser.new_page())
+    visit.read(site / "docs/watch.html")
+    slider = visit.page.locator(".frames input[type=range]")
+    picture = visit.page.locator(".frames .picture")
+    places, labels = [], []
+    for place in range(int(slider.get_attribute("max") or 0) + 1):
+        slider.fill(str(place))
+        places.append(picture.evaluate("e => e.style.backgroundPositionY"))
+        labels.append(visit.page.locator(".frames label").inner_text())
+    assert len(set(places)) == len(set(labels)) == len(places) > 5
+    source = picture.evaluate("e => getComputedStyle(e).backgroundImage.slice(5, -2)")
+    size = visit.page.evaluate(
+        "async s => { const i = new Image(); i.src = s; await i.decode(); "
+        "return [i.naturalWidth, i.naturalHeight] }",
+        source,
+    )
+    width, height = map(int, picture.evaluate("e => e.style.aspectRatio").split("/"))
+    assert size == [width, height * len(places)]
     assert visit.complaints == []
     visit.page.close()
 

@@ -116,7 +116,11 @@ def from_paper() -> Iterator[Made]:
 
 def computed() -> Iterator[Made]:
     """Figures 1 to 4 on the priors of the repository, and what the theorems miss."""
-    yield "steering", _steering(), ("mixture of three Gaussians, T 20, control cost 30",)
+    yield (
+        "steering",
+        plots.steering(*steered(30.0)),
+        ("mixture of three Gaussians, T 20, control cost 30",),
+    )
     yield "predicted_x0", _predicted_x0(), ("prior faces64, T 20",)
     solver = f"greedy guess, {ITERATIONS} iterations of L-BFGS"
     for name, figure in _reconstructions():
@@ -125,7 +129,14 @@ def computed() -> Iterator[Made]:
     yield "scores", _scores(), ("prior N(0, 1), y 0.7, x 0.3, noise 0.1",)
 
 
-def _steering() -> Figure:
+def steered(
+    control_cost: float,
+) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor], float, float]:
+    """What :func:`diffoc.figures.plots.steering` draws: six noises, steered to a measurement of 1.
+
+    The prior is a mixture of three Gaussians in the plane, and the control cost r the same for all
+    of the 20 steps.
+    """
     mixture = mixture_from_loadings(
         torch.tensor([0.40, 0.35, 0.25], dtype=torch.float64).log(),
         torch.tensor([[-1.3, 0.8], [1.3, 1.0], [0.1, -1.2]], dtype=torch.float64),
@@ -139,14 +150,14 @@ def _steering() -> Figure:
     for mode in ("input", "output"):
         process = ReverseProcess(prior, 20, "ddim", mode)
         start = torch.randn(6, 2, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
-        problem = ControlProblem(process.step, ControlCost(30.0), cost, 20)
+        problem = ControlProblem(process.step, ControlCost(control_cost), cost, 20)
         result = ilqr(problem, start, iterations=25, gradient_tolerance=1e-5)
         paths[f"{mode} perturbation"] = result.states
     side = torch.linspace(-3, 3, 120, dtype=torch.float64)
     plane = torch.cartesian_prod(side, side)
     density = prior.log_prob(plane, torch.tensor(0.0, dtype=torch.float64)).exp()
     free = process.rollout(start)
-    return plots.steering(side, density.reshape(120, 120).T, free, paths, y.item(), noise_std)
+    return side, density.reshape(120, 120).T, free, paths, y.item(), noise_std
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-/* The ledger's page: a search field, and buttons that show one verdict alone. */
+/* The ledger's page: a search field, and a list that shows one verdict alone. */
 document.addEventListener("DOMContentLoaded", () => {
   const ledger = document.querySelector("section#ledger");
   if (!ledger) return;
@@ -38,4 +38,33 @@ document.addEventListener("DOMContentLoaded", () => {
   search.addEventListener("input", filter);
   choice.addEventListener("change", filter);
   filter();
+});
+
+/* A slider over frames that lie below each other in one picture. */
+document.addEventListener("DOMContentLoaded", () => {
+  for (const place of document.querySelectorAll(".frames")) {
+    const labels = place.dataset.labels.split(" ");
+    const picture = document.createElement("div");
+    picture.className = "picture";
+    picture.role = "img";
+    picture.ariaLabel = place.dataset.alt;
+    picture.style.backgroundImage = `url(${place.dataset.src})`;
+    picture.style.backgroundSize = `100% ${100 * labels.length}%`;
+    picture.style.aspectRatio = place.dataset.ratio;
+    const slider = document.createElement("input");
+    slider.type = "range";
+    slider.max = labels.length - 1;
+    slider.value = place.dataset.first;
+    const label = document.createElement("label");
+    const text = document.createElement("span");
+    label.append(slider, text);
+
+    function show() {
+      picture.style.backgroundPositionY = `${(100 * slider.value) / (labels.length - 1)}%`;
+      text.textContent = ` ${place.dataset.name} ${labels[slider.value]}`;
+    }
+    slider.addEventListener("input", show);
+    place.replaceChildren(label, picture);
+    show();
+  }
 });
