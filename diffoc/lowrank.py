@@ -41,9 +41,7 @@ from diffoc.checks import check_member
 from diffoc.costs import ControlCost
 from diffoc.hessian import HESSIANS, check_rank, nystrom, symmetric_eigen, terminal_products
 from diffoc.riccati import matvec
-from diffoc.system import ControlProblem, Counts, Derivatives, StepGains
-
-__all__ = ["Counts", "MatrixFree"]
+from diffoc.system import ControlProblem, Derivatives, StepGains
 
 
 @dataclass(frozen=True)
