@@ -15,8 +15,8 @@ first need not be (Nocedal & Wright 2006, doi:10.1007/978-0-387-40065-5, Sec. 10
 A mask's Gauss-Newton Hessian is a multiple of a projector :math:`\Pi`: all its eigenvalues but zero
 are equal, and no eigenvector comes before another. A decomposition in floating point returns
 whichever rounding makes the largest, and what is kept of it jumps from one thread count to another.
-Here equal eigenvalues have the eigenvectors that Gram and Schmidt make of the random directions,
-projected onto their eigenspace: a matrix :math:`c \Pi` of rank k gets
+Where only some of equal eigenvalues are kept, their eigenvectors are those that Gram and Schmidt
+make of the random directions, projected onto the eigenspace: :math:`c \Pi` gets
 :math:`\Pi \omega_1 / \|\Pi \omega_1\|` first, which is as smooth as :math:`\Pi` is.
 """
 
@@ -87,10 +87,10 @@ def nystrom(product: Product, directions: Tensor, rank: int) -> tuple[Tensor, Te
 def _largest(
     vectors: Tensor, values: Tensor, directions: Tensor, rank: int
 ) -> tuple[Tensor, Tensor]:
-    r"""The eigenpairs that are largest in magnitude, chosen by `directions` where some are equal.
+    r"""The eigenpairs that are largest in magnitude, chosen by `directions` where equals are cut.
 
-    Where V are the eigenvectors of the group of equal eigenvalues that the p-th belongs to, as the
-    o-th of them, it is
+    All of a group of equal eigenvalues span the same space however they are chosen. Of a group
+    that `rank` cuts through, where V are its eigenvectors, the p-th of all, which is its o-th, is
 
     .. math:: q_p \propto (I - \sum_{r < p} q_r q_r^T) \, V V^T \omega_o .
 
@@ -114,12 +114,16 @@ def _largest(
     vectors = vectors.gather(-1, order.unsqueeze(-2).expand_as(vectors))
 
     projections = vectors.mT @ directions
+    units = torch.eye(values.shape[-1]).to(values)
+    cut = group[..., rank - 1 :][..., :1] if rank else group[..., :0]
+    cut = torch.where((group[..., rank:] == cut).any(dim=-1, keepdim=True), cut, -1)
     chosen = vectors.new_zeros(*values.shape, 0)
     for p in range(rank):
         equal = group == group[..., p, None]
         o = p - equal.long().argmax(dim=-1)
         q = projections.gather(-1, o[..., None, None].expand_as(projections[..., :1]))
         q = torch.where(equal[..., None], q, 0)
+        q = torch.where((group[..., p, None] == cut)[..., None], q, units[:, p, None])
         for _ in range(2):  # once leaves what it rounded
             q = q - chosen @ (chosen.mT @ q)
         chosen = torch.cat([chosen, torch.nn.functional.normalize(q, dim=-2)], dim=-1)

@@ -6,8 +6,7 @@ variable ``DIFFOC_DATA``:
     $DIFFOC_DATA/MNIST/raw/    the four idx files of torchvision.datasets.MNIST, gzipped or not
     $DIFFOC_DATA/faces64.npz   arrays `train` and `test`, (N, 64, 64) uint8
     $DIFFOC_DATA/faces64_rgb/  mosaics train_00.webp, train_01.webp, ... and test.webp, in colour
-    $DIFFOC_DATA/lfw/          in place of those, the pictures of Labeled Faces in the Wild as its
-                               archive has them, lfw/PERSON/PERSON_0001.jpg
+    $DIFFOC_DATA/lfw/          or lfw/PERSON/PERSON_0001.jpg, the archive of Labeled Faces in the Wild
 
 Where that variable is not set they are downloaded into the cache by torchvision and scikit-learn,
 which `pip install -e '.[train]'` brings.

@@ -140,6 +140,15 @@ def test_whole_groups_are_those_of_a_dense_decomposition(method):
     torch.testing.assert_close(values[0], torch.tensor([7.0, 7, 7, 4, 4]).double())
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_spectrum_without_gaps_is_exact_where_nothing_is_cut_off(method):
+    """Neighbours closer than the tolerance all the way down are no one group."""
+    A = matrix(torch.logspace(0, -12, 40, dtype=torch.float64))
+    vectors, values = method(lambda X: A @ X, random(2, 40, 40, seed=9), 40)
+    found = vectors @ values.diag_embed() @ vectors.mT
+    torch.testing.assert_close(found, A.expand(2, -1, -1), rtol=0, atol=1e-13)
+
+
 def test_of_one_magnitude_the_positive_come_first():
     A = matrix(torch.tensor([3.0] * 2 + [-3.0] * 2 + [0.0] * 6).double())
     for seed in range(5):
