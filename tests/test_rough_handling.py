@@ -65,7 +65,7 @@ WRITERS = {
         f / "features.safetensors", "net", torch.full((9, 9), float(seed))
     ),
     "run.pt": lambda f, seed: training.save(
-        training.start(training.Recipe(DigitClassifier, images=1), seed), f / "run.pt"
+        training.start(training.Plan(DigitClassifier, images=1), seed), f / "run.pt"
     ),
     "a.png": lambda f, seed: write_picture(noise(seed), f / "a.png"),
     "drawing.png": lambda f, seed: figures.save(drawing(seed), "drawing"),

@@ -63,7 +63,7 @@ def train(args: argparse.Namespace) -> int:
     name = args.name
     checkpoint = args.checkpoint or ROOT / "build" / "training" / f"{name}.pt"
     changes = {"images": args.images, "rate": args.rate}
-    recipe = replace(training.RECIPES[name], **{k: v for k, v in changes.items() if v is not None})
+    plan = replace(training.PLANS[name], **{k: v for k, v in changes.items() if v is not None})
     labels = truth = None
     decode: Callable[[torch.Tensor], torch.Tensor] = torch.nn.Identity()
     if name.startswith("faces64"):
@@ -87,10 +87,10 @@ def train(args: argparse.Namespace) -> int:
             "out, or name another --checkpoint"
         )
     if checkpoint.exists():
-        run = training.resume(recipe, checkpoint, args.device, precision)
+        run = training.resume(plan, checkpoint, args.device, precision)
     else:
         weights = args.init and read_weights(args.init)
-        run = training.start(recipe, args.seed or 0, args.device, precision, weights)
+        run = training.start(plan, args.seed or 0, args.device, precision, weights)
 
     def report(run: training.Run, rate: float) -> None:
         if truth is not None:
@@ -113,7 +113,7 @@ def train(args: argparse.Namespace) -> int:
             write_sheet(sheet, checkpoint.with_suffix(".png"))
         loss = sum(run.losses) / len(run.losses)
         print(
-            f"{run.seen:>9,} of {recipe.images:,} images  {rate:6.0f}/s  loss {loss:.4f}  {score}",
+            f"{run.seen:>9,} of {plan.images:,} images  {rate:6.0f}/s  loss {loss:.4f}  {score}",
             flush=True,
         )
 
@@ -211,8 +211,8 @@ def main(argv: list[str] | None = None) -> int:
     trainer.add_argument("--checkpoint", type=Path, help="default: build/training/NAME.pt")
     trainer.add_argument("--out", type=Path, default=ROOT / "data", metavar="DIR")
     trainer.add_argument("--init", type=Path, metavar="FILE", help="weights to begin with")
-    trainer.add_argument("--images", type=int, help="to see, instead of the recipe's")
-    trainer.add_argument("--rate", type=float, help="learning rate, instead of the recipe's")
+    trainer.add_argument("--images", type=int, help="to see, instead of the plan's")
+    trainer.add_argument("--rate", type=float, help="learning rate, instead of the plan's")
     trainer.add_argument("--seed", type=int, help="of a new run; 0 by default")
     trainer.add_argument("--device", default="cpu", help="cpu or cuda")
     trainer.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")

@@ -6,7 +6,7 @@ variable ``DIFFOC_DATA``:
     $DIFFOC_DATA/MNIST/raw/    the four idx files of torchvision.datasets.MNIST, gzipped or not
     $DIFFOC_DATA/faces64.npz   arrays `train` and `test`, (N, 64, 64) uint8
     $DIFFOC_DATA/faces64_rgb/  mosaics train_00.webp, train_01.webp, ... and test.webp, in colour
-    $DIFFOC_DATA/lfw/          or lfw/PERSON/PERSON_0001.jpg, the archive of Labeled Faces in the Wild
+    $DIFFOC_DATA/lfw/          or the archive of Labeled Faces in the Wild, lfw/PERSON/*.jpg
 
 Where that variable is not set they are downloaded into the cache by torchvision and scikit-learn,
 which `pip install -e '.[train]'` brings.

@@ -25,7 +25,7 @@ class _Recipe(NamedTuple):
     source: str
 
 
-RECIPES = {
+MIXTURES = {
     "mnist": _Recipe(
         shape=(1, 28, 28),
         components=20,
@@ -192,9 +192,9 @@ def bits_per_pixel(nats_per_pixel: float) -> float:
 
 
 def _recipe(name: str) -> _Recipe:
-    if name not in RECIPES:
-        raise ValueError(f"name must be one of {sorted(RECIPES)}, got {name!r}")
-    return RECIPES[name]
+    if name not in MIXTURES:
+        raise ValueError(f"name must be one of {sorted(MIXTURES)}, got {name!r}")
+    return MIXTURES[name]
 
 
 def _print_step(step: int, likelihood: float) -> None:

@@ -1,6 +1,6 @@
 r"""The trainer of the small denoisers and of the digit classifier.
 
-A training run is a function of its recipe and seed: every random number comes from one generator
+A training run is a function of its plan and seed: every random number comes from one generator
 whose state is part of the checkpoint, so a run that was stopped and resumed ends with the same
 weights, bit for bit on one machine, as one that was not. Denoisers are preconditioned as in EDM
 (Karras et al. 2022, arXiv:2206.00364) by azula's `KarrasDenoiser`; the noise level is log-normal,
@@ -40,7 +40,7 @@ from diffoc.training.severity import severity_loss
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Plan:
     """What a training run depends on besides its data and seed.
 
     Attributes:
@@ -70,22 +70,22 @@ class Recipe:
     loss: Callable[[Any, Tensor, torch.Generator], Tensor] | None = None
 
 
-RECIPES = {
-    "mnist": Recipe(
+PLANS = {
+    "mnist": Plan(
         NETWORKS["mnist"],
         images=2_700_000,
         rate=2e-3,
         decay=0.9995,
         log_sigma=(-0.3, 1.2),  # around 1, where the digit is decided
     ),
-    "faces64": Recipe(
+    "faces64": Plan(
         NETWORKS["faces64"],
         images=225_000,
         batch=32,
         rate=2e-3,
         flip=True,
     ),
-    "faces64_rgb": Recipe(
+    "faces64_rgb": Plan(
         NETWORKS["faces64_rgb"],
         images=700_000,
         batch=32,
@@ -94,20 +94,20 @@ RECIPES = {
         faint=0.4,
     ),
     **{
-        name: Recipe(build, images=50_000, batch=32, rate=2e-3, flip=True, loss=autoencoding_loss)
+        name: Plan(build, images=50_000, batch=32, rate=2e-3, flip=True, loss=autoencoding_loss)
         for name, build in AUTOENCODERS.items()
     },
     **{
-        name: Recipe(build, images=24_000, batch=32, flip=True, loss=severity_loss)
+        name: Plan(build, images=24_000, batch=32, flip=True, loss=severity_loss)
         for name, build in SEVERITY_ENCODERS.items()
     },
     # Latents are twice as wide as images: the noise levels move with them.
     **{
-        name: Recipe(NETWORKS[name], images=100_000, batch=32, rate=2e-3, log_sigma=(-0.4, 1.4))
+        name: Plan(NETWORKS[name], images=100_000, batch=32, rate=2e-3, log_sigma=(-0.4, 1.4))
         for name in ("faces64_latent", "faces64_rgb_latent")
     },
-    "classifier": Recipe(DigitClassifier, images=900_000, batch=128, decay=0.998),
-    "judge": Recipe(ResidualClassifier, images=600_000, batch=128, decay=0.998),
+    "classifier": Plan(DigitClassifier, images=900_000, batch=128, decay=0.998),
+    "judge": Plan(ResidualClassifier, images=600_000, batch=128, decay=0.998),
 }
 
 
@@ -116,7 +116,7 @@ class Run:
     """A training run in progress.
 
     Attributes:
-        recipe: what is done.
+        plan: what is done.
         network: the weights that are optimised.
         average: their moving average, the result.
         optimizer: AdamW.
@@ -125,11 +125,11 @@ class Run:
         precision: of the forward and backward passes, torch.float32 or torch.bfloat16; weights,
             optimiser and loss stay in float32.
         seen: images so far.
-        linear: of the training images, where the recipe has faint states; set by :func:`train`.
+        linear: of the training images, where the plan has faint states; set by :func:`train`.
         losses: of the steps since they were last read.
     """
 
-    recipe: Recipe
+    plan: Plan
     network: nn.Module
     average: nn.Module
     optimizer: torch.optim.Optimizer
@@ -146,7 +146,7 @@ class Run:
 
 
 def start(
-    recipe: Recipe,
+    plan: Plan,
     seed: int = 0,
     device: torch.device | str = "cpu",
     precision: torch.dtype = torch.float32,
@@ -155,7 +155,7 @@ def start(
     """A run that has seen nothing yet.
 
     Args:
-        recipe: what to train.
+        plan: what to train.
         seed: of the initialisation and of everything drawn later.
         device: where to train.
         precision: torch.float32, or torch.bfloat16 for autocast.
@@ -168,17 +168,17 @@ def start(
         raise ValueError(f"precision is {precision}, expected torch.float32 or torch.bfloat16")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = recipe.build()
+        network = plan.build()
     if weights is not None:
         load_into(network, weights, "weights")
     # On a CPU neither memory format is faster; tensor cores want the channels last.
     on_cpu = torch.device(device).type == "cpu"
     layout = torch.contiguous_format if on_cpu else torch.channels_last
     network = network.to(device).to(memory_format=layout)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=recipe.rate, weight_decay=1e-2)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=plan.rate, weight_decay=1e-2)
     average = copy.deepcopy(network).requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
-    return Run(recipe, network, average, optimizer, generator, precision)
+    return Run(plan, network, average, optimizer, generator, precision)
 
 
 def save(run: Run, path: Path) -> None:
@@ -195,7 +195,7 @@ def save(run: Run, path: Path) -> None:
 
 
 def resume(
-    recipe: Recipe,
+    plan: Plan,
     path: Path,
     device: torch.device | str = "cpu",
     precision: torch.dtype = torch.float32,
@@ -207,7 +207,7 @@ def resume(
         ValueError: if it is damaged or belongs to another network.
     """
     state = read_checkpoint(path)
-    run = start(recipe, device=device, precision=precision)
+    run = start(plan, device=device, precision=precision)
     load_into(run.network, state["network"], f"path {path}")
     load_into(run.average, state["average"], f"path {path}")
     try:
@@ -219,12 +219,12 @@ def resume(
     return run
 
 
-def learning_rate(recipe: Recipe, seen: int) -> float:
-    """Linear warm-up, then a cosine to zero at the recipe's last image."""
-    if seen < recipe.warmup:
-        return recipe.rate * (seen + recipe.batch) / (recipe.warmup + recipe.batch)
-    progress = (seen - recipe.warmup) / max(1, recipe.images - recipe.warmup)
-    return recipe.rate * (1 + math.cos(math.pi * min(1.0, progress))) / 2
+def learning_rate(plan: Plan, seen: int) -> float:
+    """Linear warm-up, then a cosine to zero at the plan's last image."""
+    if seen < plan.warmup:
+        return plan.rate * (seen + plan.batch) / (plan.warmup + plan.batch)
+    progress = (seen - plan.warmup) / max(1, plan.images - plan.warmup)
+    return plan.rate * (1 + math.cos(math.pi * min(1.0, progress))) / 2
 
 
 def denoising_loss(network: nn.Module, x: Tensor, run: Run) -> Tensor:
@@ -235,14 +235,14 @@ def denoising_loss(network: nn.Module, x: Tensor, run: Run) -> Tensor:
         x: clean images in [-1, 1], (B, C, H, W).
         run: gives the noise's distribution and generator.
     """
-    mean, std = run.recipe.log_sigma
+    mean, std = run.plan.log_sigma
     log_sigma = mean + std * torch.randn(len(x), generator=run.generator)
     sigma = log_sigma.exp().clamp(SIGMA_MIN, SIGMA_MAX).to(x.device)
     z = torch.randn(x.shape, generator=run.generator).to(x.device)
     expanded = sigma.reshape(-1, 1, 1, 1)
     states, target = x + expanded * z, x
     if run.linear is not None:
-        k = round(run.recipe.faint * len(x))
+        k = round(run.plan.faint * len(x))
         first = faint(x[:k], z[:k], sigma[:k], run.linear, run.generator)
         states, target = (
             torch.cat([some, rest[k:]]) for some, rest in zip(first, (states, x), strict=True)
@@ -275,19 +275,19 @@ def step(
         labels: of the images, for a classifier; None for a denoiser.
         forward: the run's network, compiled; the network itself by default.
     """
-    recipe, forward = run.recipe, run.network if forward is None else forward
-    index = torch.randint(len(images), (recipe.batch,), generator=run.generator).numpy()
+    plan, forward = run.plan, run.network if forward is None else forward
+    index = torch.randint(len(images), (plan.batch,), generator=run.generator).numpy()
     x = as_states(images[index])
-    if recipe.flip:
+    if plan.flip:
         mirrored = torch.rand(len(x), generator=run.generator) < 0.5
         x = torch.where(mirrored.reshape(-1, 1, 1, 1), x.flip(-1), x)
     for group in run.optimizer.param_groups:
-        group["lr"] = learning_rate(recipe, run.seen)
+        group["lr"] = learning_rate(plan, run.seen)
     device = run.device
     with torch.autocast(device.type, torch.bfloat16, enabled=run.precision == torch.bfloat16):
         if labels is None:
-            if recipe.loss:
-                loss = recipe.loss(forward, x.to(device), run.generator)
+            if plan.loss:
+                loss = plan.loss(forward, x.to(device), run.generator)
             else:
                 loss = denoising_loss(forward, x.to(device), run)
         else:
@@ -298,9 +298,9 @@ def step(
     loss.backward()
     nn.utils.clip_grad_norm_(run.network.parameters(), 1.0)
     run.optimizer.step()
-    run.seen += recipe.batch
+    run.seen += plan.batch
     # A young average forgets its random start faster.
-    decay = min(recipe.decay, run.seen / (run.seen + 10 * recipe.batch))
+    decay = min(plan.decay, run.seen / (run.seen + 10 * plan.batch))
     with torch.no_grad():
         torch._foreach_lerp_(
             list(run.average.parameters()), list(run.network.parameters()), 1 - decay
@@ -325,7 +325,7 @@ def train(
     report: Callable[[Run, float], None] | None = None,
     compile: bool = False,
 ) -> None:
-    """Trains until the recipe's last image, writing checkpoints on the way.
+    """Trains until the plan's last image, writing checkpoints on the way.
 
     Args:
         run: changed in place.
@@ -336,15 +336,15 @@ def train(
         compile: whether to compile the network (it pays on a GPU).
     """
     forward = run.network
-    if run.recipe.faint:
+    if run.plan.faint:
         run.linear = LinearDenoiser.fit(as_states(images).to(run.device))
     if compile:
         forward = torch.compile(run.network)  # type: ignore[assignment]  # a module, typed as function
     mark, seen = time.monotonic(), run.seen
-    while run.seen < run.recipe.images:
+    while run.seen < run.plan.images:
         run.losses.append(step(run, images, labels, forward))
         elapsed = time.monotonic() - mark
-        if elapsed > every_seconds or run.seen >= run.recipe.images:
+        if elapsed > every_seconds or run.seen >= run.plan.images:
             if checkpoint:
                 save(run, checkpoint)
             if report:

@@ -73,7 +73,7 @@ def test_the_shipped_networks_are_small_and_in_half_precision():
     for name in AUTOENCODERS:
         assert parameter_count(load_autoencoder(name)) <= 700_000
     for name in ("faces64_latent", "faces64_rgb_latent"):
-        assert parameter_count(training.RECIPES[name].build()) <= 5_000_000
+        assert parameter_count(training.PLANS[name].build()) <= 5_000_000
 
 
 def test_the_colour_autoencoder_keeps_colours():
@@ -153,7 +153,7 @@ def test_the_autoencoder_s_loss_is_the_variational_bound():
 
 @pytest.mark.parametrize(("images", "channels"), [("faces64", 1), ("faces64_rgb", 3)])
 def test_checkpoints_of_the_latent_network_are_latent_priors(images, channels, tmp_path):
-    run = training.start(training.RECIPES[f"{images}_latent"])
+    run = training.start(training.PLANS[f"{images}_latent"])
     training.save(run, tmp_path / "run.pt")
     prior = load_prior(tmp_path / "run.pt")
     assert isinstance(prior, LatentPrior)
@@ -173,12 +173,12 @@ def test_the_commands_train_autoencoder_prior_and_severity_encoder(
         monkeypatch.setattr(f"diffoc.data.images.{read}", lambda split: faces)
     for part, score in (("autoencoder", "PSNR"), ("latent", "sigma"), ("severity", "correlation")):
         name = f"{images}_{part}"
-        recipe = replace(training.RECIPES[name], images=16, batch=8)
+        recipe = replace(training.PLANS[name], images=16, batch=8)
         if part == "latent":
             recipe = replace(
                 recipe, build=lambda: UNetBackbone((16, 16), (1, 1), in_channels=latents)
             )
-        monkeypatch.setitem(training.RECIPES, name, recipe)
+        monkeypatch.setitem(training.PLANS, name, recipe)
         command = ["train", name, "--out", str(tmp_path)]
         assert command_line.main([*command, "--checkpoint", str(tmp_path / f"{part}.pt")]) == 0
         assert score in capsys.readouterr().out

@@ -251,7 +251,7 @@ def test_unknown_names_are_listed(name, tmp_path, monkeypatch):
 
 
 def test_checkpoints_of_the_trainer_are_priors(tmp_path):
-    run = training.start(training.RECIPES["mnist"])
+    run = training.start(training.PLANS["mnist"])
     randomize(run.average)
     training.save(run, tmp_path / "run.pt")
     prior = load_prior(tmp_path / "run.pt", VESchedule(2e-3, 80))
@@ -259,7 +259,7 @@ def test_checkpoints_of_the_trainer_are_priors(tmp_path):
     with torch.no_grad():
         expected = training.denoiser(run.average)(x, t).mean
         torch.testing.assert_close(prior(x, t).mean, expected)
-    training.save(training.start(training.Recipe(DigitClassifier, images=1)), tmp_path / "c.pt")
+    training.save(training.start(training.Plan(DigitClassifier, images=1)), tmp_path / "c.pt")
     with pytest.raises(ValueError, match="another network"):
         load_prior(tmp_path / "c.pt")
     with pytest.raises(FileNotFoundError, match=r"missing\.pt"):

@@ -7,7 +7,7 @@ from diffoc.data import images as data
 from diffoc.data import manifest
 from diffoc.priors.networks import DigitClassifier
 from diffoc.priors.weights import classifier, write_weights
-from diffoc.training.trainer import RECIPES, denoiser, time_of
+from diffoc.training.trainer import PLANS, denoiser, time_of
 
 
 def test_half_precision_gives_the_same_results_to_a_percent(tmp_path):
@@ -22,7 +22,7 @@ def test_half_precision_gives_the_same_results_to_a_percent(tmp_path):
 @pytest.mark.parametrize("name", ["mnist", "faces64"])
 def test_a_denoiser_in_half_precision_estimates_the_same_to_a_percent(name, tmp_path):
     torch.manual_seed(0)
-    network, read = RECIPES[name].build(), RECIPES[name].build()
+    network, read = PLANS[name].build(), PLANS[name].build()
     path = write_weights(network, name, tmp_path)
     assert path.stat().st_size < 16 * 2**20
     read.load_state_dict({k: v.float() for k, v in manifest.load_weights(name, tmp_path).items()})

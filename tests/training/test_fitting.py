@@ -236,8 +236,8 @@ def small_faces(tmp_path, monkeypatch):
     faces = np.random.default_rng(0).integers(0, 256, (60, 64, 64), dtype=np.uint8)
     np.savez(tmp_path / "faces64.npz", train=faces, test=faces[:7])
     monkeypatch.setenv("DIFFOC_DATA", str(tmp_path))
-    recipe = recipes.RECIPES["faces32"]._replace(components=2, rank=3, held_out=10)
-    monkeypatch.setitem(recipes.RECIPES, "faces32", recipe)
+    recipe = recipes.MIXTURES["faces32"]._replace(components=2, rank=3, held_out=10)
+    monkeypatch.setitem(recipes.MIXTURES, "faces32", recipe)
     return tmp_path
 
 

@@ -18,7 +18,7 @@ from diffoc.priors.weights import classifier, read_weights
 from diffoc.training import evaluation
 from diffoc.training import trainer as training
 from diffoc.training.trainer import (
-    Recipe,
+    Plan,
     learning_rate,
     resume,
     save,
@@ -46,7 +46,7 @@ def images(count=50, side=8):
 
 
 def tiny(**changes):
-    return Recipe(Tiny, **{"images": 64, "batch": 8, "warmup": 16, "flip": True, **changes})
+    return Plan(Tiny, **{"images": 64, "batch": 8, "warmup": 16, "flip": True, **changes})
 
 
 def test_a_resumed_run_ends_with_the_same_weights(tmp_path):
@@ -120,12 +120,12 @@ def test_checkpoints_of_others_are_refused(tmp_path):
         resume(tiny(), path)
     save(start(tiny()), path)
     with pytest.raises(ValueError, match="another network"):
-        resume(Recipe(DigitClassifier, images=1), path)
+        resume(Plan(DigitClassifier, images=1), path)
 
 
 def test_learning_rate_warms_up_and_decays():
-    recipe = tiny(images=1000, warmup=100, rate=0.5)
-    rates = [learning_rate(recipe, seen) for seen in range(0, 1001, 10)]
+    plan = tiny(images=1000, warmup=100, rate=0.5)
+    rates = [learning_rate(plan, seen) for seen in range(0, 1001, 10)]
     peak = rates.index(max(rates))
     assert peak == 10  # at the end of the warm-up
     assert rates[peak] == pytest.approx(0.5)
@@ -145,7 +145,7 @@ def test_the_loss_is_edm_s_for_a_known_denoiser(monkeypatch):
         def forward(self, x, log_sigma):
             return 0 * x
 
-    run = start(Recipe(Zero, images=1, log_sigma=(math.log(0.7), 0.0)))
+    run = start(Plan(Zero, images=1, log_sigma=(math.log(0.7), 0.0)))
     x = torch.randn(4000, 1, 4, 4, generator=torch.Generator().manual_seed(1))
     loss = training.denoising_loss(Zero(), x, run).item()
     s2 = 0.7**2
@@ -197,7 +197,7 @@ def test_the_classifier_learns_bright_from_dark():
     labels = np.arange(60) % 2
     pictures = np.where(labels[:, None, None] == 1, 220, 30) + np.zeros((60, 28, 28))
     pictures = pictures.astype(np.uint8)
-    run = start(Recipe(DigitClassifier, images=640, batch=16, warmup=64), seed=0)
+    run = start(Plan(DigitClassifier, images=640, batch=16, warmup=64), seed=0)
     train(run, pictures, labels)
     assert evaluation.accuracy(run.average, pictures, labels) == 1.0
 
@@ -292,10 +292,10 @@ def test_the_trainer_s_checkpoints_run_no_code(tmp_path):
 
 def test_sizes_are_as_promised():
     assert parameter_count(DigitClassifier()) <= 500_000
-    assert parameter_count(training.RECIPES["mnist"].build()) <= 2_000_000
-    assert parameter_count(training.RECIPES["faces64"].build()) <= 5_000_000
+    assert parameter_count(training.PLANS["mnist"].build()) <= 2_000_000
+    assert parameter_count(training.PLANS["faces64"].build()) <= 5_000_000
     # At most 2 MB in half precision.
-    assert parameter_count(training.RECIPES["faces64_severity"].build()) <= 1_000_000
+    assert parameter_count(training.PLANS["faces64_severity"].build()) <= 1_000_000
 
 
 def test_the_command_trains_goes_on_and_writes_weights(tmp_path, monkeypatch, capsys):
@@ -306,11 +306,11 @@ def test_the_command_trains_goes_on_and_writes_weights(tmp_path, monkeypatch, ca
     out.mkdir()
     command = ["train", "classifier", "--checkpoint", str(checkpoint), "--out", str(out)]
     for images in (32, 96):  # the second call goes on where the first one ended
-        recipe = Recipe(DigitClassifier, images=images, batch=16, warmup=16)
-        monkeypatch.setitem(training.RECIPES, "classifier", recipe)
+        plan = Plan(DigitClassifier, images=images, batch=16, warmup=16)
+        monkeypatch.setitem(training.PLANS, "classifier", plan)
         assert command_line.main(command) == 0
         assert f"{images} of {images} images" in capsys.readouterr().out
-    trained = resume(recipe, checkpoint).average
+    trained = resume(plan, checkpoint).average
     x = torch.from_numpy(pictures).float().unsqueeze(1) / 127.5 - 1
     torch.testing.assert_close(classifier(folder=out)(x), trained(x), rtol=1e-2, atol=1e-3)
 
@@ -318,8 +318,8 @@ def test_the_command_trains_goes_on_and_writes_weights(tmp_path, monkeypatch, ca
 def test_the_command_reports_a_denoiser_with_a_sheet_of_samples(tmp_path, monkeypatch, capsys):
     pictures = np.random.default_rng(1).integers(0, 256, (40, 28, 28), dtype=np.uint8)
     monkeypatch.setattr("diffoc.data.images.mnist", lambda split: (pictures, np.arange(40) % 10))
-    recipe = Recipe(lambda: UNetBackbone((16, 16), (1, 1), fold=2), images=32, batch=16)
-    monkeypatch.setitem(training.RECIPES, "mnist", recipe)
+    plan = Plan(lambda: UNetBackbone((16, 16), (1, 1), fold=2), images=32, batch=16)
+    monkeypatch.setitem(training.PLANS, "mnist", plan)
     checkpoint = tmp_path / "mnist.pt"
     command = ["train", "mnist", "--checkpoint", str(checkpoint), "--out", str(tmp_path)]
     assert command_line.main([*command, "--precision", "bf16"]) == 0
@@ -336,7 +336,7 @@ def test_the_command_goes_on_from_shipped_weights(tmp_path, monkeypatch, capsys)
     first = tmp_path / "first.safetensors"
     save_file(DigitClassifier().state_dict(), first)
     monkeypatch.setitem(
-        training.RECIPES, "classifier", Recipe(DigitClassifier, images=10_000, batch=16)
+        training.PLANS, "classifier", Plan(DigitClassifier, images=10_000, batch=16)
     )
     command = ["train", "classifier", "--init", str(first), "--images", "32", "--rate", "1e-9"]
     where = ["--checkpoint", str(tmp_path / "run.pt"), "--out", str(tmp_path)]
