@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,7 +15,7 @@ import torch
 
 from diffoc.commands import ffhq
 from diffoc.commands.tables import add_commands
-from diffoc.data.provenance import ROOT
+from diffoc.data.provenance import ROOT, told
 
 _FACES = ("faces64", "faces64_rgb")
 TRAINED = [
@@ -79,8 +80,6 @@ def train(args: argparse.Namespace) -> int:
             # Not the first ones: the set may be sorted by class.
             held_out, labels, truth = held_out[::40], None, None
     precision = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.precision]
-    if args.images is not None and args.images < 1:
-        raise ValueError(f"images is {args.images}, expected at least 1")
     if checkpoint.exists() and (args.seed is not None or args.init):
         raise ValueError(
             f"seed and init are of a new run, but {checkpoint} is there to go on from: leave them "
@@ -192,8 +191,8 @@ def benchmark(args: argparse.Namespace) -> int:
     return 0
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs one command and returns the exit status."""
+def parser_of() -> argparse.ArgumentParser:
+    """The command line, with all its commands."""
     parser = argparse.ArgumentParser(prog="python -m diffoc", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("verify", help="check the theory's identities in float64")
@@ -258,6 +257,12 @@ def main(argv: list[str] | None = None) -> int:
         "--random-weights", action="store_true", help="for ffhq256, without its file"
     )
     bench.add_argument("--out", type=Path, metavar="JSON")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command and returns the exit status."""
+    parser = parser_of()
     args = parser.parse_args(argv)
     if args.command == "solve" and (args.image is None) == (args.measurement is None):
         parser.error("solve needs either a picture or --measurement FILE")
@@ -265,6 +270,7 @@ def main(argv: list[str] | None = None) -> int:
     # Activations and optimiser states decay into denormals, which halve the speed of a CPU.
     torch.set_flush_denormal(True)
     try:
+        _check_numbers(args)
         if "device" in args:
             _check_device(args.device)
         if args.command == "verify":
@@ -288,7 +294,7 @@ def main(argv: list[str] | None = None) -> int:
         fit_mixture_prior(args.name, args.out, args.seed)
         return 0
     except (ValueError, OSError, ImportError) as error:
-        print(f"diffoc: {error}", file=sys.stderr)
+        print(f"diffoc: {told(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("diffoc: interrupted; what was written before is complete", file=sys.stderr)
@@ -304,6 +310,24 @@ def _crop(text: str) -> tuple[int, int, int]:
             f"crop is {text!r}, expected X,Y,SIDE in whole pixels, such as 120,80,200"
         ) from error
     return left, top, side
+
+
+FROM_ZERO = {"seed", "seeds", "rank", "ranks", "noise_std"}
+"""Options that may be zero; all other numbers are positive."""
+
+
+def _check_numbers(args: argparse.Namespace) -> None:
+    """Raises a ValueError for a number that none of the commands can use."""
+    for name, given in vars(args).items():
+        for value in given if isinstance(given, list) else [given]:
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                continue
+            most = 1.0 if name == "rate" else math.inf
+            good = 0 <= value <= most if name in FROM_ZERO else 0 < value <= most
+            if not good or not math.isfinite(value):
+                above = "0 or more" if name in FROM_ZERO else "a number above 0"
+                limit = " and at most 1" if name == "rate" else ""
+                raise ValueError(f"{name} is {value}, expected {above}{limit}")
 
 
 def _check_device(name: str) -> None:

@@ -121,8 +121,6 @@ def run(args: argparse.Namespace) -> int:
     from diffoc.experiments.protocol import protocol_of
     from diffoc.problems.perceptual import missing_metrics
 
-    if args.last < 1:
-        raise ValueError(f"last is {args.last}, expected at least 1")
     if args.images:
         images = picture_names(args.images)
     elif args.table == "table1":

@@ -30,6 +30,17 @@ def environment(device: str = "cpu") -> dict[str, str]:
     }
 
 
+def told(error: object) -> str:
+    """What an error says, in one line, without what is of this machine or this user alone.
+
+    Names and passwords in addresses are left out, paths begin at the project or at the home.
+    """
+    text = re.sub(r"(?<=://)[^/@\s]+@", "", " ".join(str(error).split()))
+    for folder, short in ((ROOT, ""), (Path.home(), "~/")):
+        text = text.replace(f"{folder}/", short)
+    return text
+
+
 @cache
 def commit(root: Path = ROOT) -> str:
     """The git commit of a checkout, "+changes" if code or data were changed; else empty.

@@ -17,7 +17,7 @@ from joblib import Parallel, delayed
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from diffoc.data.provenance import environment
+from diffoc.data.provenance import environment, told
 from diffoc.experiments import records
 from diffoc.experiments.records import COUNTS, ENVIRONMENT, METRICS, Cell, Row
 from diffoc.experiments.spread import tolerance
@@ -165,7 +165,7 @@ def method_errors() -> Iterator[None]:
             raise OSError(_FULL) from error
         if "cuda error" in text or "cudnn_status" in text:
             raise OSError(f"the device failed: {error}") from error
-        raise MethodError(repr(error)) from error
+        raise MethodError(told(repr(error))) from error
 
 
 _FULL = "memory is full: give fewer images at once with --batch, or fewer workers with --jobs"
@@ -186,7 +186,7 @@ def _attempt(compute: Compute, cell: Cell, device: str, parent: int = 0) -> tupl
             raise TypeError(f"compute gave {len(found)} rows of {len(cell.images)} images")
         found = [{"status": "ok"} | row for row in found]
     except UnsupportedTask as error:
-        found = [{"status": "unsupported", "error": str(error)}] * len(cell.images)
+        found = [{"status": "unsupported", "error": told(error)}] * len(cell.images)
     except MethodError as error:
         found = [{"status": "failed", "error": str(error)}] * len(cell.images)
     common = environment(device)

@@ -253,16 +253,18 @@ def test_the_command_compares_other_notebooks(tmp_path, capsys):
     assert f"DISAGREES: sec-4-true-score, conditional score there: {where}" in out
 
 
-def test_the_readme_counts_as_the_ledger_does():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_the_results_count_as_the_ledger_does():
+    text = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     found = ledger.counts(ledger.read())
     assert f"ledger of {sum(found.values())} claims" in text
     for verdict, count in found.items():
         assert f"\n| {verdict} | {count} |" in text
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"{sum(found.values())} claims" in readme
 
 
-def test_the_readme_has_the_numbers_of_the_ledger():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_the_results_have_the_numbers_of_the_ledger():
+    text = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     values = {
         number.source.name: number.value
         for claim in ledger.read()
