@@ -201,10 +201,15 @@ def test_a_table_is_drawn_with_its_budgets_and_shards(tmp_path: Path) -> None:
             writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
             writer.writeheader()
             values = {"a": 20.0 + nfe / 100, "b": 21.0}
-            writer.writerows(rows("dps", "super_resolution", nfe, values, guidance=1.0))
+            others = {"ssim": "0.5", "mse": "0.1", "residual_over_noise": "1"}
+            found = rows("dps", "super_resolution", nfe, values, guidance=1.0)
+            writer.writerows(row | others for row in found)
     made = {name: sources for name, _, sources in paper.from_records(tmp_path)}
     source = ("table1_faces64.csv",)
-    assert made == {"table1_faces64_psnr": source, "table1_faces64_psnr_budget": source}
+    names = [
+        f"table1_faces64_{metric}{of}" for metric in ("psnr", "ssim") for of in ("", "_budget")
+    ]
+    assert made == dict.fromkeys(names, source)
 
 
 def test_todays_records_and_the_papers_tables_are_drawn() -> None:

@@ -627,6 +627,8 @@ OTHERS = {
     "untrained_adm": "test_benchmark",
     "drift_and_diffusion": "behind the process",
     "draw_noise": "torch.randn",
+    "check_inputs": "of a grid, which it checks",
+    "take_nearest_timesteps": "of a network that was just loaded",
     "AdamMemory": "behind ilqr",
     "LBFGSMemory": "behind ilqr",
     "snr_weights": "of a process's times, which it has checked",

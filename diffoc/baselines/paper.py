@@ -10,11 +10,11 @@ none, and ours is well above the rounding of 1 / s^2 = 400. What that code does 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from azula.denoise import Denoiser
 from azula.noise import Schedule
-from deepinv.physics import Physics
 from torch import Tensor
 
 from diffoc.baselines import Method, method
@@ -23,6 +23,9 @@ from diffoc.process import drift_and_diffusion
 from diffoc.reconstruct import Problem, Recipe, reconstruct
 from diffoc.rules import Adam
 from diffoc.theory.projected import Projected
+
+if TYPE_CHECKING:
+    from deepinv.physics import Physics
 
 
 def snr_weights(schedule: Schedule, times: Tensor, scale: float = 1e-6) -> Tensor:

@@ -19,11 +19,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from azula.denoise import Denoiser, Posterior
 from azula.noise import Schedule
-from deepinv.physics import Physics
 from torch import Tensor
 
 from diffoc.baselines import Method, method
@@ -34,6 +34,9 @@ from diffoc.lowrank import MatrixFree
 from diffoc.process import METHODS, ReverseProcess, draw_noise
 from diffoc.reconstruct import Problem, Recipe, reconstruct
 from diffoc.rules import Adam
+
+if TYPE_CHECKING:
+    from deepinv.physics import Physics
 
 LEVELS = 1000
 """Of the chain that is respaced."""

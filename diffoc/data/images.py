@@ -6,7 +6,7 @@ variable ``DIFFOC_DATA``:
     $DIFFOC_DATA/MNIST/raw/    the four idx files of torchvision.datasets.MNIST, gzipped or not
     $DIFFOC_DATA/faces64.npz   arrays `train` and `test`, (N, 64, 64) uint8
     $DIFFOC_DATA/faces64_rgb/  mosaics train_00.webp, train_01.webp, ... and test.webp, in colour
-    $DIFFOC_DATA/lfw/          or the archive of Labeled Faces in the Wild, lfw/PERSON/*.jpg
+    $DIFFOC_DATA/lfw/          or the archive of Labeled Faces in the Wild, lfw/PERSON/
 
 Where that variable is not set they are downloaded into the cache by torchvision and scikit-learn,
 which `pip install -e '.[train]'` brings.
@@ -250,7 +250,7 @@ def as_states(images: np.ndarray) -> Tensor:
     x = torch.from_numpy(np.ascontiguousarray(images))
     if x.dtype != torch.uint8:
         return x
-    channels_first = x.unsqueeze(1) if x.ndim == 3 else x.movedim(-1, 1)
+    channels_first = x.unsqueeze(1) if x.ndim == 3 else x.movedim(-1, 1).contiguous()
     return channels_first.float() / 127.5 - 1
 
 

@@ -175,7 +175,7 @@ def read_images(names: Sequence[str], shape: Sequence[int], folder: Path | None)
             raise ValueError(f"images is missing: the prior's images are {tuple(shape)}, no faces")
         chosen = [int(name) for name in names]
         if shape[0] == 3:
-            faces = torch.from_numpy(_colour_faces()[chosen]).movedim(-1, 1)
+            faces = torch.from_numpy(_colour_faces()[chosen]).movedim(-1, 1).contiguous()
         else:
             faces = torch.from_numpy(_faces()[chosen]).unsqueeze(1)
         return faces.float() / 127.5 - 1

@@ -259,7 +259,7 @@ def test_the_severity_loss_is_by_hand(monkeypatch):
         def forward(self, picture):
             return torch.zeros(len(picture), 4, 16, 16), torch.zeros(len(picture))
 
-    monkeypatch.setattr(severity_training, "_autoencoder", Latents)
+    monkeypatch.setattr(severity_training, "_autoencoder", lambda colours: Latents())
     x = data.portrait("astronaut", grey=True).repeat(6, 1, 1, 1)
     expected = 9 + severity_training.ERROR_WEIGHT * torch.tensor(3.0).log().square()
     torch.testing.assert_close(severity_training.severity_loss(Zero(), x, generator()), expected)

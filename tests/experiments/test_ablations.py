@@ -193,7 +193,7 @@ def test_a_grid_by_command_is_resumed_and_checked(folder, tmp_path, monkeypatch,
 
 
 def test_without_weights_a_grid_takes_random_ones(folder, tmp_path, monkeypatch):
-    def nothing(prior, physics, y, x, generator, **settings):
+    def nothing(prior, physics, y, x, generator, *, noise_std, steps, guidance):
         return torch.zeros_like(x)
 
     monkeypatch.setitem(METHODS, "dps", replace(METHODS["dps"], run=nothing))
