@@ -312,7 +312,7 @@ def _crop(text: str) -> tuple[int, int, int]:
     return left, top, side
 
 
-FROM_ZERO = {"seed", "seeds", "rank", "ranks", "noise_std"}
+FROM_ZERO = {"seed", "seeds", "rank", "ranks", "iterations", "noise_std"}
 """Options that may be zero; all other numbers are positive."""
 
 
