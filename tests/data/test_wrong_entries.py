@@ -83,7 +83,11 @@ def test_manifests(tmp_path):
     ("name", "make", "read"),
     [
         ("classifier", DigitClassifier, lambda folder: classifier("mnist", folder)),
-        ("faces64_autoencoder", Autoencoder, load_autoencoder),
+        (
+            "faces64_autoencoder",
+            Autoencoder,
+            lambda folder: load_autoencoder("faces64_autoencoder", folder),
+        ),
     ],
 )
 def test_weights_that_are_registered_but_wrong(name, make, read, tmp_path):
@@ -105,19 +109,19 @@ def test_weights_that_are_registered_but_wrong(name, make, read, tmp_path):
         assert refused(lambda: read_weights(path), path.name)
 
 
-RECIPE = training.Recipe(DigitClassifier, images=8, batch=4)
+PLAN = training.Plan(DigitClassifier, images=8, batch=4)
 
 
 def test_checkpoints(tmp_path):
     path = tmp_path / "a.pt"
-    run = training.start(RECIPE, 0)
+    run = training.start(PLAN, 0)
     training.save(run, path)
     whole, state = path.read_bytes(), read_torch_file(path)
-    training.resume(RECIPE, path)
+    training.resume(PLAN, path)
 
     def is_refused(wrong):
         torch.save(wrong, path)
-        return refused(lambda: training.resume(RECIPE, path), "a.pt")
+        return refused(lambda: training.resume(PLAN, path), "a.pt")
 
     for key in state:
         assert is_refused({name: value for name, value in state.items() if name != key})
