@@ -83,8 +83,8 @@ def fit_mixture_prior(
     file = f"mixture_{name}.safetensors"
     tensors = {
         "log_weights": mixture.log_weights,
-        "means": mixture.means,
-        "loadings": mixture.loadings,
+        "means": mixture.means.half(),  # costs 2e-6 nats a pixel, and is half as large
+        "loadings": mixture.loadings.half(),
         "noise_variance": mixture.noise_variance,
     }
     shape = ",".join(map(str, recipe.shape))
