@@ -3,7 +3,8 @@
 The executable companion of "Solving Inverse Problems via Diffusion Optimal Control"
 (Li & Pereira, NeurIPS 2024, arXiv:2412.16748). The modules beside this file are the controller::
 
-    process -> costs -> system -> riccati, lowrank, hessian -> rules -> ilqr -> solve -> reconstruct
+    process -> costs -> system -> riccati, lowrank, hessian -> rules -> ilqr -> sampler -> solve
+    -> reconstruct
 
 Whatever compares, trains, records, draws or loads lies in a folder of its own: `data`, `problems`,
 `priors`, `baselines`, `theory`, `training`, `experiments`, `figures` and `commands`. Pretrained
@@ -20,7 +21,7 @@ from diffoc.baselines.released import RELEASED
 from diffoc.ilqr import Result
 from diffoc.priors.pretrained import load_prior
 from diffoc.priors.weights import classifier
-from diffoc.reconstruct import COLD, OURS, STOPPED, Problem, Recipe, reconstruct
+from diffoc.reconstruct import COLD, OURS, RICCATI, STOPPED, Problem, Recipe, reconstruct
 from diffoc.solve import solve
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ __all__ = [
     "OURS",
     "PAPER",
     "RELEASED",
+    "RICCATI",
     "STOPPED",
     "Problem",
     "Recipe",

@@ -86,6 +86,8 @@ class Result:
         tangents: Jacobian-vector products of the dynamics, likewise.
         residual_over_noise: the root mean square of the residual over the noise's, (B,), where
             :func:`diffoc.reconstruct` was called; else None.
+        log_weights: of draws in the plan's place, (B,), see :class:`diffoc.sampler.Draws`; else
+            None.
     """
 
     states: Tensor
@@ -98,6 +100,7 @@ class Result:
     products: Tensor
     tangents: Tensor
     residual_over_noise: Tensor | None = None
+    log_weights: Tensor | None = None
 
     @property
     def x0(self) -> Tensor:

@@ -30,8 +30,8 @@ from diffoc.costs import ControlCost, GaussianLikelihood
 from diffoc.greedy import greedy_controls
 from diffoc.ilqr import Result
 from diffoc.lowrank import MatrixFree
-from diffoc.process import ReverseProcess
-from diffoc.rules import LBFGS, Damping, Rule
+from diffoc.process import METHODS, ReverseProcess, draw_noise
+from diffoc.rules import LBFGS, Damping, LineSearch, Rule
 from diffoc.solve import image_units, solve
 from diffoc.system import Derivatives
 
@@ -119,6 +119,14 @@ def constant(schedule: Schedule, times: Tensor) -> Tensor:
     return torch.ones(len(times) - 1, dtype=torch.float64)
 
 
+def noise_price(schedule: Schedule, times: Tensor) -> Tensor:
+    r"""Returns :math:`1 / c_i^2` of DDPM's noise, (T,), the weights that make exp(-J) a posterior.
+
+    Arguments are as for :func:`snr_squared`.
+    """
+    return METHODS["ddpm"](schedule, times[:-1], times[1:])[2] ** -2.0
+
+
 def likelihood(problem: Problem) -> GaussianLikelihood:
     """Returns the terminal cost -log p(y | x_0)."""
     return GaussianLikelihood(problem.operator, problem.y, problem.noise_std)
@@ -129,6 +137,14 @@ def deterministic(
 ) -> ReverseProcess:
     """Returns the process of DDIM's steps, uniform in time; it draws nothing."""
     return ReverseProcess(prior, steps)
+
+
+def ancestral_mean(
+    prior: Denoiser, steps: int | Tensor, x: Tensor, generator: torch.Generator
+) -> ReverseProcess:
+    """Returns the process of DDPM's means, to which the controls add what noise there is."""
+    horizon = steps if isinstance(steps, int) else len(steps) - 1
+    return ReverseProcess(prior, steps, "ddpm", "output", x.new_zeros(horizon, *x.shape))
 
 
 @dataclass(frozen=True)
@@ -158,6 +174,9 @@ class Recipe:
             probable noise; a random start would only add the texture of a sample.
         stopped: whether an image is left where its residual is as small as the noise (the
             discrepancy principle).
+        sampled: whether the images are draws around the plans and not the plans, see
+            :mod:`diffoc.sampler`; those of the posterior need a process and weights as
+            :data:`RICCATI` has.
         process: makes the reverse process.
         cost: makes the terminal cost.
         by_task: changes for (task, budget): what was tuned for them.
@@ -178,6 +197,7 @@ class Recipe:
     guess: bool = False
     from_noise: bool = False
     stopped: bool = False
+    sampled: bool = False
     process: Callable[[Denoiser, int, Tensor, torch.Generator], ReverseProcess] = deterministic
     cost: Callable[[Problem], Callable[[Tensor], Tensor]] = likelihood
     by_task: Mapping[tuple[str, int], Mapping[str, Any]] = field(default_factory=dict)
@@ -251,6 +271,26 @@ COLD = replace(STOPPED, name="cold", iterations=25, budget=None, weight=1.0, gue
 """As `STOPPED`, from controls of zero: without the guess, which the paper does not have."""
 
 
+RICCATI = Recipe(
+    "riccati",
+    steps=20,
+    iterations=3,
+    rule=LineSearch(),
+    rank=32,
+    derivatives=MatrixFree(hessian="gauss_newton"),
+    weights=noise_price,
+    from_noise=True,
+    sampled=True,
+    process=ancestral_mean,
+)
+r"""Draws from the posterior by the Riccati sampler: as many as `starts`, each around its own plan.
+
+Their law is that of DDPM's chain given y where the prior is Gaussian, A linear and the rank that of
+A; elsewhere it is an approximation, which the result's `log_weights` correct. What is measured in
+more directions than the rank is planned, but not narrowed.
+"""
+
+
 def reconstruct(
     problem: Problem,
     prior: Denoiser,
@@ -299,6 +339,8 @@ def reconstruct(
         if recipe.guess and problem.linear:
             guess = greedy_controls(process, problem.physics, problem.y, x, problem.noise_std)
         spent = 0 if guess is None else recipe.steps
+        noise = draw_noise(recipe.steps, x.shape, generator).to(x) if recipe.sampled else None
+        reserved = spent + 2 * recipe.steps * recipe.sampled
         schedule, times = process.denoiser.schedule, process.times
         rule, damping = recipe.rule, recipe.regularization
         if isinstance(rule, LBFGS) and recipe.preconditioned:
@@ -316,10 +358,11 @@ def reconstruct(
             iterations=recipe.planned,
             rule=rule,
             regularization=damping(schedule, times) if callable(damping) else damping,
-            budget=None if recipe.spare or recipe.budget is None else recipe.budget - spent,
+            budget=None if recipe.spare or recipe.budget is None else recipe.budget - reserved,
             stop=problem.explained if recipe.stopped else None,
             progress=progress,
             callback=callback,
+            noise=noise,
         )
         residual = problem.residual_over_noise(result.x0)
     return replace(result, evaluations=result.evaluations + spent, residual_over_noise=residual)

@@ -563,6 +563,7 @@ OTHERS = {
     "OURS": "a recipe",
     "PAPER": "a recipe",
     "RELEASED": "a recipe",
+    "RICCATI": "a recipe",
     "STOPPED": "a recipe",
     "Problem": "test_recipes",
     "Recipe": "test_recipes",

@@ -19,10 +19,13 @@ from torch.distributions import MultivariateNormal, kl_divergence
 
 from diffoc.costs import ControlCost
 from diffoc.ilqr import ilqr
+from diffoc.lowrank import MatrixFree
 from diffoc.priors.gaussian import GaussianPrior
 from diffoc.priors.mixture import MixturePosterior, with_noise
 from diffoc.problems.operators import LinearMeasurement
 from diffoc.process import ReverseProcess, drift_and_diffusion
+from diffoc.reconstruct import ancestral_mean, noise_price
+from diffoc.sampler import low_rank_draw, riccati_draws
 from diffoc.system import ControlProblem
 from diffoc.theory.beliefs import believed_covariance
 from diffoc.theory.certificate import Guidance
@@ -37,7 +40,7 @@ from diffoc.theory.linear_gaussian import (
 )
 from diffoc.theory.most_likely_path import bimodal_prior
 from diffoc.theory.riccati_sampler import (
-    low_rank_draw,
+    ancestral_kernels,
     path_divergence,
     propagate,
     reverse_kernels,
@@ -162,6 +165,42 @@ def riccati_sampler() -> Iterator[Identity]:
     )
 
 
+def draws_by_products() -> Iterator[Identity]:
+    """The draws of :mod:`diffoc.sampler` have the law of the dense policies, and one weight."""
+    n, steps = 6, 5
+    setting = linear_gaussian(n, 3, 0.3)
+    prior = GaussianPrior(setting.prior.mean, setting.prior.matrix, VPSchedule(sigma_min=1e-2))
+    kernels, measurement = ancestral_kernels(prior, steps), setting.measurement
+    g = torch.Generator().manual_seed(1)
+    x, plan = (torch.randn(*shape, 1, n, generator=g).double() for shape in ((), (steps,)))
+    policies = riccati_policies(kernels, measurement)
+    mean, covariance = propagate(kernels, policies, x[0])[-1]
+    # No noise, and then every unit of it, is pushed through the sampler.
+    count = 1 + steps * n
+    noise = torch.eye(count, dtype=torch.float64)[:, 1:].reshape(count, steps, n).movedim(1, 0)
+    x, plan = x.expand(count, n), plan.expand(steps, count, n)
+    process = ancestral_mean(prior, steps, x, g)
+    price = ControlCost(noise_price(prior.schedule, process.times))
+    problem = ControlProblem(process.step, price, setting.likelihood, steps)
+    draws = riccati_draws(problem, x, plan, noise, MatrixFree(convex=True, together=True), 3)
+    ends = draws.states[-1]
+    columns = ends[1:] - ends[:1]
+    # log p(y | x_T) of the chain, but for the constant that the cost leaves out
+    A, s = measurement.matrix, measurement.noise_std
+    centre, spread = x[0], torch.zeros(n, n, dtype=torch.float64)
+    for F, b, C in kernels:
+        centre, spread = F @ centre + b, F @ spread @ F.mT + C
+    predicted = MultivariateNormal(A @ centre, with_noise(A @ spread @ A.mT, s))
+    constant = len(A) * math.log(2 * math.pi * s**2) / 2
+    evidence = (predicted.log_prob(measurement.y[0]) + constant).expand(count)
+    where = f"DDPM, n = {n}, T = {steps}, rank 3 of 3, any plan"
+    yield Identity("Draws by products: mean given y", where, relative_error(ends[0], mean), EXACT)
+    error = relative_error(columns.mT @ columns, covariance)
+    yield Identity("Draws by products: covariance given y", where, error, EXACT)
+    error = relative_error(draws.log_weights, evidence)
+    yield Identity("Draws by products: every weight is p(y|x_T)", where, error, EXACT)
+
+
 def posterior_from(setting: LinearGaussian, x: Tensor) -> MixturePosterior:
     """p(x_0 | x_1 = x, y) of a setting by conditioning a mixture of one, for x (1, n)."""
     scales = setting.prior.schedule(torch.ones((), dtype=torch.float64))
@@ -174,7 +213,7 @@ def low_rank_error(m: int = 40, k: int = 5, r: float = 0.3) -> float:
     U, root = (torch.randn(*shape, generator=g, dtype=torch.float64) for shape in ((m, k), (k, k)))
     S = root @ root.mT
     unit = torch.eye(m, dtype=torch.float64)
-    pushed = low_rank_draw(U.expand(m, m, k), S.expand(m, k, k), r, unit)
+    pushed, _ = low_rank_draw(U.expand(m, m, k), S.expand(m, k, k), r, unit)
     return relative_error(pushed.mT @ pushed, torch.linalg.inv(r * unit + U @ S @ U.mT))
 
 
@@ -324,6 +363,7 @@ DOOB_IDENTITIES: tuple[Callable[[], Iterator[Identity]], ...] = (
     gaussian_case,
     price_of_noise,
     riccati_sampler,
+    draws_by_products,
     girsanov,
     believed_prior,
     flow_push_forward,

@@ -9,7 +9,8 @@ covariance is smaller than the process's:
     Q_{uu} = C^{-1} + P, \quad K = -Q_{uu}^{-1} P F, \quad k = -Q_{uu}^{-1} (P b + q), \qquad
     u \sim N(k + K x, \; Q_{uu}^{-1}) .
 
-No Monte Carlo is needed: the chain's moments are propagated. Meng, Zou, Darbon & Karniadakis 2024
+No Monte Carlo is needed: the chain's moments are propagated. Draws by products, for states of any
+size, are those of :mod:`diffoc.sampler`. Meng, Zou, Darbon & Karniadakis 2024
 (arXiv:2409.09614) have a Riccati variant of their sampler for stochastic differential equations.
 """
 
@@ -21,10 +22,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from diffoc.lowrank import MatrixFree
+from diffoc.priors.gaussian import GaussianPrior
 from diffoc.priors.mixture import log_normal
 from diffoc.problems.operators import LinearMeasurement
-from diffoc.system import ControlProblem, roll_out
+from diffoc.process import ReverseProcess
 from diffoc.theory.linear_gaussian import LinearGaussian
 
 Kernel = tuple[Tensor, Tensor, Tensor]
@@ -50,6 +51,17 @@ def reverse_kernels(setting: LinearGaussian, steps: int, start: float = 1.0) -> 
     """The exact kernels of the reverse process at `steps` + 1 times, uniform from start to 0."""
     times = torch.linspace(start, 0, steps + 1, dtype=torch.float64).tolist()
     return [setting.prior.reverse_kernel(times[i], times[i + 1]) for i in range(steps)]
+
+
+def ancestral_kernels(prior: GaussianPrior, steps: int) -> list[Kernel]:
+    """The kernels of DDPM's chain of a Gaussian prior: their means are affine, their noise c I."""
+    unit = torch.eye(len(prior.mean), dtype=torch.float64)
+    still = torch.zeros(steps, *unit.shape, dtype=torch.float64)
+    process, kernels = ReverseProcess(prior, steps, "ddpm", noise=still), []
+    for i, (_, _, c) in enumerate(process.coefficients):
+        b = process.step(i, torch.zeros_like(unit))
+        kernels.append(((process.step(i, unit) - b).mT, b[0], c**2 * unit))
+    return kernels
 
 
 def riccati_policies(kernels: Sequence[Kernel], measurement: LinearMeasurement) -> list[Policy]:
@@ -122,75 +134,3 @@ def path_divergence(
     expected = log_normal(measurement.y - mean @ A.mT, root)[0]
     expected = expected - (A @ covariance @ A.mT).trace() / (2 * s**2)
     return total - expected + log_evidence
-
-
-def riccati_samples(
-    problem: ControlProblem, x: Tensor, controls: Tensor, noise: Tensor, rank: int
-) -> Tensor:
-    r"""Final states of the Riccati sampler by products only, for states of any size.
-
-    The value is that of rank k around one plan: :math:`1 + k` products a step, and no matrices
-    of n columns. The result is exact where the steps are affine, the terminal cost is quadratic
-    and `rank` is that of its Hessian; elsewhere it is an approximation around the plan.
-
-    Args:
-        problem: steps without noise, with the controls added after each (output mode), and a
-            :class:`diffoc.costs.ControlCost` of weights :math:`1 / c_i^2`, the price of noise.
-        x: the starts, (B, ...).
-        controls: of the plan, (T, B, ...): those that :func:`diffoc.ilqr.ilqr` found, or zero.
-        noise: standard normal, (T, B, ...).
-        rank: of the terminal Hessian.
-
-    Returns:
-        Draws of the final state, (B, ...), one for each start.
-
-    Raises:
-        ValueError: if the terminal Hessian is negative enough to make a step's indefinite.
-    """
-    derivatives = MatrixFree(convex=True, together=True)
-    plan = roll_out(problem, x, controls, derivatives)
-    states, value = list(plan.x), derivatives.terminal(problem, plan.x[-1], rank)
-    policies, a = [], x.new_zeros(len(x))
-    for e in reversed(derivatives.expand(plan.steps, value)):
-        middle = value.S
-        gains, value = value.step_back(e, a, "full")
-        policies.append((gains, e.U, middle, e.r))
-    z = x
-    for i, (gains, U, S, r) in enumerate(reversed(policies)):
-        u = gains.k + gains.feedback((z - states[i]).flatten(1))
-        u = u + low_rank_draw(U, S, r, noise[i].flatten(1))
-        z = problem.dynamics(i, z, controls[i] + u.reshape(controls[i].shape))
-    return z
-
-
-def low_rank_draw(U: Tensor, S: Tensor, r: float, noise: Tensor) -> Tensor:
-    r"""Draws from N(0, Quu^-1) for :math:`Q_{uu} = r I + U S U^T`, without an m x m matrix.
-
-    With :math:`U = Q R` and the eigenvalues :math:`\lambda` and eigenvectors of
-    :math:`R S R^T`, turned by Q into columns W,
-
-    .. math:: Q_{uu}^{-1/2} = r^{-1/2} \big(I - W (I - (1 + \Lambda / r)^{-1/2}) W^T\big) .
-
-    U and S are those of :class:`diffoc.lowrank.LowRankExpansion` and
-    :class:`diffoc.lowrank.LowRankValue`.
-
-    Args:
-        U: (B, m, k), k at most m; its columns may be dependent.
-        S: symmetric, (B, k, k).
-        r: the weight of the control cost, above 0.
-        noise: standard normal, (B, m).
-
-    Returns:
-        The draws, (B, m).
-
-    Raises:
-        ValueError: if r I + U S U^T is not positive definite.
-    """
-    Q, R = torch.linalg.qr(U)
-    values, vectors = torch.linalg.eigh(R @ S @ R.mT)
-    if not r > 0 or not (values > -r).all():
-        raise ValueError("S makes r I + U S U^T indefinite: raise r, or keep what is above 0 of S")
-    W = Q @ vectors
-    inside = (W.mT @ noise.unsqueeze(-1)).squeeze(-1)
-    kept = 1 - (1 + values / r).rsqrt()
-    return (noise - (W @ (kept * inside).unsqueeze(-1)).squeeze(-1)) / r**0.5

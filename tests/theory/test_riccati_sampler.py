@@ -1,27 +1,17 @@
-"""The Riccati sampler against iLQR, dense conditioning of whole paths, and dense inverses."""
+"""The Riccati sampler in closed form against iLQR and dense conditioning of whole paths."""
 
 import pytest
 import torch
-from azula.noise import VPSchedule
 
-from diffoc.costs import ControlCost, GaussianLikelihood
-from diffoc.experiments.known_posteriors import small_problems
-from diffoc.experiments.posterior_distance import random_directions, sliced_wasserstein
 from diffoc.ilqr import ilqr
-from diffoc.lowrank import MatrixFree
-from diffoc.priors.gaussian import GaussianPrior
 from diffoc.priors.mixture import with_noise
-from diffoc.process import ReverseProcess
-from diffoc.system import ControlProblem
 from diffoc.theory.doob_identities import posterior_from
 from diffoc.theory.linear_gaussian import exact_kernel_problem, linear_gaussian, relative_error
 from diffoc.theory.riccati_sampler import (
-    low_rank_draw,
     path_divergence,
     propagate,
     reverse_kernels,
     riccati_policies,
-    riccati_samples,
     shift_alone,
 )
 
@@ -103,75 +93,3 @@ def test_every_other_policy_has_a_positive_divergence():
     ):
         assert divergence([change(policy) for policy in best]) > 1e-3
     assert divergence(shift_alone(kernels, best)) > 1
-
-
-def test_samples_by_products_have_the_law_of_the_dense_policies():
-    """DDPM's chain of a Gaussian prior: every unit of noise is pushed through the sampler."""
-    n, T = 6, 5
-    setting = linear_gaussian(n=n, m=3, noise_std=0.3)
-    prior = GaussianPrior(setting.prior.mean, setting.prior.matrix, VPSchedule(sigma_min=1e-2))
-    process = ReverseProcess(prior, T, "ddpm", "output", torch.zeros(T, 1, n).double())
-    spreads = torch.tensor([c for _, _, c in process.coefficients], dtype=torch.float64)
-    eye, x = torch.eye(n, dtype=torch.float64), random(1, n, seed=1)
-    kernels = []
-    for i, c in enumerate(spreads):
-        b = process.step(i, torch.zeros(1, n).double())
-        F = (torch.cat([process.step(i, e[None]) for e in eye]) - b).mT
-        kernels.append((F, b[0], c**2 * eye))
-    mean, covariance = propagate(kernels, riccati_policies(kernels, setting.measurement), x[0])[-1]
-
-    count = 1 + T * n
-    many = ReverseProcess(prior, T, "ddpm", "output", torch.zeros(T, count, n).double())
-    problem = ControlProblem(many.step, ControlCost(1 / spreads**2), setting.likelihood, T)
-    noise = torch.cat([torch.zeros(1, T * n), torch.eye(T * n)]).double()
-    noise = noise.reshape(count, T, n).movedim(1, 0)
-    plan = 0.1 * random(T, 1, n, seed=2).expand(T, count, n)  # affine steps: any plan will do
-    ends = riccati_samples(problem, x.expand(count, n), plan, noise, rank=3)
-    columns = ends[1:] - ends[:1]
-    assert relative_error(ends[0], mean) < 1e-9
-    assert relative_error(columns.mT @ columns, covariance) < 1e-9
-
-
-def test_on_the_ring_it_is_near_the_posterior_and_the_plan_is_not():
-    """An approximation: eight modes, one coordinate measured, a quadratic around one plan."""
-    ring, g = small_problems()[-1], torch.Generator().manual_seed(0)
-    count, T = 200, 40
-    times = torch.linspace(1, 0.02, T + 1, dtype=torch.float64)
-    still = torch.zeros(T, count, 2, dtype=torch.float64)
-    process = ReverseProcess(ring.prior, times, "ddpm", "output", still)
-    weights = torch.tensor([1 / c**2 for _, _, c in process.coefficients], dtype=torch.float64)
-    A, y, s = ring.measurement.matrix, ring.measurement.y, ring.measurement.noise_std
-    cost = GaussianLikelihood(lambda x: x @ A.mT, y, s)
-    problem = ControlProblem(process.step, ControlCost(weights), cost, T)
-    start = torch.randn(count, 2, generator=g, dtype=torch.float64)
-    noise = torch.randn(T, count, 2, generator=g, dtype=torch.float64)
-    exact, directions = ring.posterior.sample(4000, g)[:, 0], random_directions(2, 50, g)
-    scale = (torch.cov(exact.mT).trace() / 2).sqrt()
-
-    def distance(x):
-        return sliced_wasserstein(x, exact, directions) / scale
-
-    derivatives = MatrixFree(convex=True, together=True)
-    plan = ilqr(problem, start, derivatives=derivatives, rank=1, iterations=2).states[-1]
-    drawn = riccati_samples(problem, start, still, noise, rank=1)
-    assert distance(drawn) < 0.45
-    assert distance(plan) > 0.8
-
-
-@pytest.mark.parametrize("kind", ["positive", "indefinite", "dependent", "rank 0"])
-def test_low_rank_draws_have_the_dense_covariance(kind):
-    m, r = 12, 0.7
-    U, S = random(m, 4), random(4, 4, seed=1)
-    S = {"indefinite": 0.01 * (S + S.mT)}.get(kind, S @ S.mT)
-    if kind == "dependent":
-        U[:, 3] = U[:, 0] - 2 * U[:, 1]
-    if kind == "rank 0":
-        U, S = U[:, :0], S[:0, :0]
-    unit = torch.eye(m, dtype=torch.float64)
-    root = low_rank_draw(U.expand(m, -1, -1), S.expand(m, -1, -1), r, unit)
-    assert relative_error(root.mT @ root, torch.linalg.inv(r * unit + U @ S @ U.mT)) < 1e-12
-
-
-def test_an_indefinite_control_hessian_is_refused():
-    with pytest.raises(ValueError, match="raise r"):
-        low_rank_draw(random(1, 5, 2), -5 * torch.eye(2).double()[None], 0.1, random(1, 5))

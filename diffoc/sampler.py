@@ -1,0 +1,132 @@
+r"""The Riccati sampler: draws around a plan, where a controller gives its optimum.
+
+Read as a density of controls, :math:`e^{-J}` says that they were drawn from :math:`N(0, 1 / r_i)`
+and that the image which they make was then measured. Around a plan J is a quadratic, and the
+backward sweep that gives LQR's gains also gives the law of every control given the state,
+
+.. math:: u_i \sim N\big(u_i^* + k_i + K_i (x_i - x_i^*), \; Q_{uu,i}^{-1}\big) ,
+
+so that one forward sweep with fresh noise is a draw from :math:`e^{-J}`: exactly where the steps
+are affine, the terminal cost is quadratic and the rank is that of its Hessian. If the process is
+the mean of an ancestral one and :math:`r_i = 1 / c_i^2` is the price of its noise, the controls
+without measurement are the noise, and the draws are those of the posterior. Elsewhere the draw is
+an approximation, which :math:`w = e^{-J(u)} / q(u)`, with q the law that it was drawn from,
+corrects.
+
+Meng, Zou, Darbon & Karniadakis 2024 (arXiv:2409.09614) have a Riccati variant of their sampler for
+stochastic differential equations.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from diffoc.lowrank import MatrixFree
+from diffoc.system import ControlProblem, roll_out
+
+
+@dataclass(frozen=True)
+class Draws:
+    r"""Trajectories of the Riccati sampler.
+
+    Attributes:
+        states: (T + 1, B, ...).
+        controls: the plan's, the feedback's and the noise's part together, (T, B, ...).
+        cost: J, (B,).
+        log_weights: log of the density :math:`e^{-J} \prod_i (r_i / 2 \pi)^{m / 2}` of the
+            controls over that which they were drawn from, (B,): all equal where the sampler is
+            exact, and then log p(y | x_T) up to the constant that the terminal cost leaves out.
+    """
+
+    states: Tensor
+    controls: Tensor
+    cost: Tensor
+    log_weights: Tensor
+
+
+@torch.no_grad()
+def riccati_draws(
+    problem: ControlProblem,
+    x: Tensor,
+    controls: Tensor,
+    noise: Tensor,
+    derivatives: MatrixFree,
+    rank: int,
+) -> Draws:
+    r"""Returns draws around plans by products only, one for each start, for states of any size.
+
+    The value is that of rank k around each plan: :math:`1 + k` products a step, and no matrices of
+    n columns. It is quadratic around the plan only, so that the draws are as good as the plan.
+
+    Args:
+        problem: its running cost is a :class:`diffoc.costs.ControlCost` of weights above 0.
+        x: the starts, (B, ...).
+        controls: of the plans, (T, B, ...): those that :func:`diffoc.ilqr.ilqr` found, or zero.
+        noise: standard normal, (T, B, ...).
+        derivatives: of the terminal cost and of the steps; they count the work.
+        rank: k of the terminal Hessian, at least 0, whose gains follow the gradient alone.
+
+    Raises:
+        ValueError: if the terminal Hessian is negative enough to make a step's indefinite.
+    """
+    plan = roll_out(problem, x, controls, derivatives)
+    value = derivatives.terminal(problem, plan.x[-1], rank)
+    expansions = derivatives.expand(plan.steps, value)
+    undamped = x.new_zeros(problem.horizon, len(x))
+    gains, middles = [], []
+    for e, a in zip(reversed(expansions), undamped, strict=True):
+        middles.append(value.S)  # of Quu = r I + U S U^T
+        step_gains, value = value.step_back(e, a, "full")
+        gains.append(step_gains)
+    states, drawn, log_ratio = [x], [], x.new_zeros(len(x))
+    for i, (e, g, S) in enumerate(zip(expansions, gains[::-1], middles[::-1], strict=True)):
+        # u = u* + k + K (x - x*) + Quu^(-1/2) z
+        z = noise[i].to(x).flatten(1)
+        spread, log_det = low_rank_draw(e.U, S, e.r, z)
+        du = g.k + g.feedback((states[i] - plan.x[i]).flatten(1)) + spread
+        drawn.append(controls[i] + du.reshape(controls[i].shape))
+        states.append(problem.dynamics(i, states[i], drawn[i]))
+        derivatives.counts.evaluations += 1
+        log_ratio = log_ratio + z.square().sum(1) / 2 - log_det / 2
+    cost = problem.cost(states, drawn)
+    return Draws(torch.stack(states), torch.stack(drawn), cost, log_ratio - cost)
+
+
+def low_rank_draw(U: Tensor, S: Tensor, r: float, noise: Tensor) -> tuple[Tensor, Tensor]:
+    r"""Returns draws from N(0, Quu^-1) for :math:`Q_{uu} = r I + U S U^T`, and log |Quu / r|.
+
+    With :math:`U = Q R` and the eigenvalues :math:`\lambda` and eigenvectors of
+    :math:`R S R^T`, turned by Q into columns W,
+
+    .. math:: Q_{uu}^{-1/2} = r^{-1/2} \big(I - W (I - (1 + \Lambda / r)^{-1/2}) W^T\big) .
+
+    U and S are those of :class:`diffoc.lowrank.LowRankExpansion` and
+    :class:`diffoc.lowrank.LowRankValue`.
+
+    Args:
+        U: (B, m, k), k at most m; its columns may be dependent.
+        S: symmetric, (B, k, k).
+        r: the weight of the control cost, above 0.
+        noise: standard normal, (B, m).
+
+    Returns:
+        The draws, (B, m), and the logarithms, (B,).
+
+    Raises:
+        ValueError: if r I + U S U^T is not positive definite.
+    """
+    Q, R = torch.linalg.qr(U)
+    values, vectors = torch.linalg.eigh(R @ S @ R.mT)
+    if not r > 0 or not (values > -r).all():
+        raise ValueError(
+            "the terminal Hessian makes r I + U S U^T indefinite: raise r, or use "
+            "MatrixFree(hessian='gauss_newton') or MatrixFree(convex=True)"
+        )
+    W = Q @ vectors
+    inside = (W.mT @ noise.unsqueeze(-1)).squeeze(-1)
+    kept = 1 - (1 + values / r).rsqrt()
+    draws = (noise - (W @ (kept * inside).unsqueeze(-1)).squeeze(-1)) / r**0.5
+    return draws, (1 + values / r).log().sum(-1)
