@@ -12,7 +12,7 @@ from diffoc.data.manifest import data_folder
 METHODS = methods()
 """All methods by their files' names."""
 
-LATENT = {"faces64": "faces64_latent"}
+LATENT = {name: f"{name}_latent" for name in ("faces64", "faces64_rgb")}
 """The priors that methods in a latent space use in place of others."""
 
 

@@ -58,5 +58,6 @@ COLOUR_FACES = Protocol(
 
 
 def protocol_of(prior: str) -> Protocol:
-    """Returns the protocol of a prior's tables, also of those with inaccurate copies of it."""
-    return COLOUR_FACES if accurate_name(prior) == "faces64_rgb" else ONE_OPERATOR
+    """Returns the protocol of a prior's tables, and of its copies and latents."""
+    images = accurate_name(prior).removesuffix("_latent")
+    return COLOUR_FACES if images == "faces64_rgb" else ONE_OPERATOR

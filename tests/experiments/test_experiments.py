@@ -182,7 +182,10 @@ def test_the_table_s_methods_are_those_that_can_have_its_budget():
     assert {"ours", "dps", "psld"} <= set(few)
     assert "deep_image_prior" not in many
     assert "psld" not in compared("mnist", 300)
-    assert not set(LATENT) & {"faces64_rgb", "mnist"}
+    assert "mnist" not in LATENT
+    for pixels, latents in LATENT.items():  # the same images, operators and noise
+        assert protocol_of(pixels) == protocol_of(latents)
+        assert load_prior(latents).autoencoder is not None
 
 
 def test_the_best_trial_is_that_of_the_highest_mean():

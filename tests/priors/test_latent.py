@@ -30,6 +30,7 @@ from diffoc.priors.counting import CountedPrior
 from diffoc.priors.latent import LatentPrior, latent_prior
 from diffoc.priors.networks import UNetBackbone, parameter_count
 from diffoc.priors.pretrained import load_prior
+from diffoc.priors.severity import SEVERITY_ENCODERS
 from diffoc.priors.weights import write_weights
 from diffoc.training import trainer as training
 
@@ -67,7 +68,7 @@ def test_the_shipped_prior_is_one_of_latents():
 
 
 def test_the_shipped_networks_are_small_and_in_half_precision():
-    for name in (*AUTOENCODERS, "faces64_latent"):
+    for name in (*AUTOENCODERS, "faces64_latent", "faces64_rgb_latent", *SEVERITY_ENCODERS):
         weights = load_weights(name)
         assert {value.dtype for value in weights.values()} == {torch.float16}
     for name in AUTOENCODERS:
