@@ -4,7 +4,7 @@ Read as a density of controls, :math:`e^{-J}` says that they were drawn from :ma
 and that the image which they make was then measured. Around a plan J is a quadratic, and the
 backward sweep that gives LQR's gains also gives the law of every control given the state,
 
-.. math:: u_i \sim N\big(u_i^* + k_i + K_i (x_i - x_i^*), \; Q_{uu,i}^{-1}\big) ,
+.. math:: u_i \sim N\big(u_i^* + K_i (x_i - x_i^*), \; Q_{uu,i}^{-1}\big) ,
 
 so that one forward sweep with fresh noise is a draw from :math:`e^{-J}`: exactly where the steps
 are affine, the terminal cost is quadratic and the rank is that of its Hessian. If the process is
@@ -59,15 +59,17 @@ def riccati_draws(
     r"""Returns draws around plans by products only, one for each start, for states of any size.
 
     The value is that of rank k around each plan: :math:`1 + k` products a step, and no matrices of
-    n columns. It is quadratic around the plan only, so that the draws are as good as the plan.
+    n columns. It is quadratic around the plan only, so that the draws are as good as the plan. What
+    the sweep would change in the plan itself, :math:`k_i`, is left out: in directions that the rank
+    does not know it is a full step along the gradient, far beyond the optimum.
 
     Args:
         problem: its running cost is a :class:`diffoc.costs.ControlCost` of weights above 0.
         x: the starts, (B, ...).
-        controls: of the plans, (T, B, ...): those that :func:`diffoc.ilqr.ilqr` found, or zero.
+        controls: of the plans, (T, B, ...): those that :func:`diffoc.ilqr.ilqr` found.
         noise: standard normal, (T, B, ...).
         derivatives: of the terminal cost and of the steps; they count the work.
-        rank: k of the terminal Hessian, at least 0, whose gains follow the gradient alone.
+        rank: k of the terminal Hessian, at least 0, which has no feedback.
 
     Raises:
         ValueError: if the terminal Hessian is negative enough to make a step's indefinite.
@@ -83,10 +85,10 @@ def riccati_draws(
         gains.append(step_gains)
     states, drawn, log_ratio = [x], [], x.new_zeros(len(x))
     for i, (e, g, S) in enumerate(zip(expansions, gains[::-1], middles[::-1], strict=True)):
-        # u = u* + k + K (x - x*) + Quu^(-1/2) z
+        # u = u* + K (x - x*) + Quu^(-1/2) z
         z = noise[i].to(x).flatten(1)
         spread, log_det = low_rank_draw(e.U, S, e.r, z)
-        du = g.k + g.feedback((states[i] - plan.x[i]).flatten(1)) + spread
+        du = g.feedback((states[i] - plan.x[i]).flatten(1)) + spread
         drawn.append(controls[i] + du.reshape(controls[i].shape))
         states.append(problem.dynamics(i, states[i], drawn[i]))
         derivatives.counts.evaluations += 1

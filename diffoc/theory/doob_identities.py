@@ -172,17 +172,19 @@ def draws_by_products() -> Iterator[Identity]:
     prior = GaussianPrior(setting.prior.mean, setting.prior.matrix, VPSchedule(sigma_min=1e-2))
     kernels, measurement = ancestral_kernels(prior, steps), setting.measurement
     g = torch.Generator().manual_seed(1)
-    x, plan = (torch.randn(*shape, 1, n, generator=g).double() for shape in ((), (steps,)))
+    x = torch.randn(1, n, generator=g).double()
     policies = riccati_policies(kernels, measurement)
     mean, covariance = propagate(kernels, policies, x[0])[-1]
     # No noise, and then every unit of it, is pushed through the sampler.
     count = 1 + steps * n
     noise = torch.eye(count, dtype=torch.float64)[:, 1:].reshape(count, steps, n).movedim(1, 0)
-    x, plan = x.expand(count, n), plan.expand(steps, count, n)
+    x = x.expand(count, n)
     process = ancestral_mean(prior, steps, x, g)
     price = ControlCost(noise_price(prior.schedule, process.times))
     problem = ControlProblem(process.step, price, setting.likelihood, steps)
-    draws = riccati_draws(problem, x, plan, noise, MatrixFree(convex=True, together=True), 3)
+    products = MatrixFree(convex=True, together=True)
+    plan = ilqr(problem, x, derivatives=products, regularization=0.0, rank=3, iterations=1)
+    draws = riccati_draws(problem, x, plan.controls, noise, products, 3)
     ends = draws.states[-1]
     columns = ends[1:] - ends[:1]
     # log p(y | x_T) of the chain, but for the constant that the cost leaves out
@@ -193,7 +195,7 @@ def draws_by_products() -> Iterator[Identity]:
     predicted = MultivariateNormal(A @ centre, with_noise(A @ spread @ A.mT, s))
     constant = len(A) * math.log(2 * math.pi * s**2) / 2
     evidence = (predicted.log_prob(measurement.y[0]) + constant).expand(count)
-    where = f"DDPM, n = {n}, T = {steps}, rank 3 of 3, any plan"
+    where = f"DDPM, n = {n}, T = {steps}, rank 3 of 3, one iteration"
     yield Identity("Draws by products: mean given y", where, relative_error(ends[0], mean), EXACT)
     error = relative_error(columns.mT @ columns, covariance)
     yield Identity("Draws by products: covariance given y", where, error, EXACT)
