@@ -222,6 +222,9 @@ def test_the_app_comes_up_and_reconstructs(
         page.get_by_role("button", name="Reconstruct").click()
         _status(page, r"iteration \d+: cost .* dB, done")
         assert page.locator("img.widget-image").evaluate("image => image.naturalWidth") > 600
+        with page.expect_download() as download:
+            page.get_by_text("Download the reconstruction").click()
+        assert download.value.suggested_filename == "reconstruction.png"
         assert not re.search("Traceback|error", page.locator("body").inner_text())
         assert "Traceback" not in (home / "log").read_text()
         page.close()

@@ -7,16 +7,19 @@ nothing else, not even the button that cancels, before it was done.
 from __future__ import annotations
 
 import io
+from base64 import b64encode
 from dataclasses import replace
 from threading import Event, Thread
 
 import ipywidgets as widgets
 import torch
 from matplotlib.figure import Figure
+from PIL import Image
 from torch import Tensor
 
 from diffoc.commands.solve import RECIPES, picture_of
 from diffoc.data import images as data
+from diffoc.figures import sheet
 from diffoc.priors.pretrained import load_prior
 from diffoc.problems.metrics import image_metrics
 from diffoc.problems.tasks import TASKS, measure, task
@@ -62,7 +65,9 @@ class Panel:
         self.button = widgets.Button(description="Reconstruct", button_style="primary")
         self.cancel = widgets.Button(description="Cancel", disabled=True)
         self.status = widgets.Label()
+        self.progress = widgets.FloatProgress(0, min=0, max=1, description="spent")
         self.picture = widgets.Image(format="png", width=760)
+        self.download = widgets.HTML()
         self.worker: Thread | None = None
         self._cancelled = Event()
         self.button.on_click(lambda _: self.start())
@@ -72,8 +77,9 @@ class Panel:
             [
                 widgets.HBox(controls[:3]),
                 widgets.HBox([*controls[3:], self.button, self.cancel]),
-                self.status,
+                widgets.HBox([self.progress, self.status]),
                 self.picture,
+                self.download,
             ]
         )
 
@@ -85,6 +91,9 @@ class Panel:
 
     def run(self) -> None:
         """Measures the chosen image and reconstructs it, showing every iteration.
+
+        The bar is the share of the budget that is spent, and a link under the picture downloads
+        the reconstruction as PNG.
 
         *Cancel* ends it after the iteration that is going on; the last picture stays.
         """
@@ -102,29 +111,40 @@ class Panel:
             self.button.disabled = False
 
     def _run(self) -> None:
-        self.status.value = "measuring"
+        self.status.value, self.progress.value = "measuring", 0
         # What is used twice is read once: it may be changed meanwhile.
         image, name, noise = self.image.value, self.task.value, self.noise.value
         prior = load_prior(_IMAGES[image])
+        spent: list[int] = []
+        prior.register_forward_hook(lambda *_: spent.append(1))
         truth = _image(image)
         generator = torch.Generator().manual_seed(0)
         physics = task(name, prior.image_shape, generator)
         y = measure(physics, truth, generator, noise)
-        costs = []
+        costs, budget = [], self.budget.value
 
         def show(iteration: int, cost: Tensor, x0: Tensor) -> None:
             costs.append(cost.item())
             psnr = image_metrics(x0, truth)["psnr"].item()
             self.status.value = f"iteration {iteration + 1}: cost {costs[-1]:.4g}, {psnr:.2f} dB"
+            self.progress.value = len(spent) / budget  # the widget clips what is above 1
             self.picture.value = _draw(truth, picture_of(y, name), x0, costs)
+            self.download.value = _link(x0)
             if self._cancelled.is_set():
                 raise _Cancelled
 
-        budget = self.budget.value
         recipe = RECIPES[self.recipe.value].at(name, budget)
         recipe = replace(recipe, budget=budget, steps=self.steps or recipe.steps)
         reconstruct(Problem(physics, y, noise), prior, recipe, callback=show)
         self.status.value += ", done"
+
+
+def _link(x0: Tensor) -> str:
+    """A link that downloads an image (1, C, H, W) at its own size, as PNG; it needs no server."""
+    content = io.BytesIO()
+    Image.fromarray(sheet(x0, 1).numpy()).save(content, "png")
+    address = "data:image/png;base64," + b64encode(content.getvalue()).decode()
+    return f'<a download="reconstruction.png" href="{address}">Download the reconstruction</a>'
 
 
 def _draw(truth: Tensor, measurement: Tensor, x0: Tensor, costs: list[float]) -> bytes:

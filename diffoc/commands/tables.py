@@ -280,10 +280,10 @@ def check(args: argparse.Namespace) -> int:
 
 def table(args: argparse.Namespace) -> int:
     """Prints means with their 95 % intervals."""
-    from diffoc.experiments.records import read
+    from diffoc.experiments.records import rows_of
     from diffoc.experiments.summary import summarise
 
-    print(summarise([row for rows in read(args.records).values() for row in rows]))
+    print(summarise(rows_of(args.records)))
     return 0
 
 

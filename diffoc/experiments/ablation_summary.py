@@ -34,7 +34,7 @@ PRIORS = ("trained", *(f"noise {level:g}" for level in NOISE_LEVELS), "untrained
 
 EXACT, PROJECTED = "exact recursion", "Appendix D.1"
 
-WHOLE = "the whole"
+WHOLE = "all parts"
 """Ours, with all its parts, in :func:`by_part`."""
 
 
@@ -131,14 +131,14 @@ def _settings(row: Row) -> dict:
 
 def _part(settings: dict, usual_steps: int | None) -> str:
     if "in_units" in settings:
-        return "units of the state"
+        return "not preconditioned"
     if "stopped" in settings:
-        return "stopped at the noise"
+        return "stopped at the noise level"
     if "weighted" in settings:
         return f"constant cost {settings['weight']:g}"
     if settings["weight"] == NO_COST:
-        return "next to no cost"
-    return WHOLE if settings.get("steps") == usual_steps else "T of the stopped one"
+        return "almost no cost"
+    return WHOLE if settings.get("steps") == usual_steps else "T of STOPPED"
 
 
 def _steps(

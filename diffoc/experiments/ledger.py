@@ -346,8 +346,10 @@ def _select(rows: list[dict[str, str]], where: dict[str, Any]) -> list[dict[str,
 
 
 def _printed(cell: dict) -> str:
-    outputs = (output.get("text", "") for output in cell.get("outputs", []))
-    return "".join("".join(text) for text in outputs)
+    """What a cell prints, or shows as a table in Markdown."""
+    outputs = cell.get("outputs", [])
+    texts = (found.get("text") or found.get("data", {}).get("text/markdown", "") for found in outputs)
+    return "".join("".join(text) for text in texts)
 
 
 def _numbers(text: str) -> list[float]:

@@ -143,6 +143,11 @@ def read(path: Path) -> dict[Cell, list[Row]]:
     return cells
 
 
+def rows_of(path: Path) -> list[Row]:
+    """Returns the rows of all cells of a table; see :func:`read`."""
+    return [row for rows in read(path).values() for row in rows]
+
+
 def describe(cell: Cell) -> str:
     """A cell in a few words."""
     return (

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from scipy.stats import t as student
 
+from diffoc.experiments.inaccurate import accurate_name
 from diffoc.experiments.methods import METHODS
+from diffoc.experiments.protocol import COLOUR_FACES
 from diffoc.experiments.records import METRICS, Row
 
 _FORMATS = {"psnr": "{:.2f} ± {:.2f}", "mse": "{:.4f} ± {:.4f}"}
@@ -138,6 +141,34 @@ def paired(first: Iterable[Row], second: Iterable[Row], metric: str) -> tuple[fl
     if not both:
         raise ValueError("first and second have no image in common")
     return mean_and_interval(one[image] - two[image] for image in sorted(both))
+
+
+def plus_minus(mean: float, half: float, sign: str = "") -> str:
+    """Returns a mean and its half-width as text; `sign` is "+" for a difference."""
+    return f"{mean:{sign}.2f}" + ("" if math.isnan(half) else f" ± {half:.2f}")
+
+
+def markdown(head: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
+    """Returns a table in Markdown of a head and lines of cells."""
+    head = list(head)
+    rows = [head, ["---"] * len(head), *lines]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def described(rows: Sequence[Row]) -> str:
+    """Returns a sentence on what a table is of: priors, images, operators, the network's numbers.
+
+    Priors that are made of another, as `faces64+noise0.1`, go by the other's name.
+    """
+    priors = sorted({accurate_name(row["prior"]) for row in rows})
+    images = len({row["image"] for row in rows})
+    each = any(row["protocol"] == COLOUR_FACES.name for row in rows)
+    precisions = sorted({row["precision"] for row in rows})
+    return (
+        f"Prior {' and '.join(priors)}; {images} images; "
+        f"{'an operator for each image' if each else 'one operator a task, for all images'}; "
+        f"networks in {' and '.join(precisions)}."
+    )
 
 
 def summarise(rows: list[Row], metrics: Iterable[str] = METRICS) -> str:

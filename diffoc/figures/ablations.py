@@ -8,7 +8,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from diffoc.experiments import ablation_summary as summary
-from diffoc.experiments.records import Row, read
+from diffoc.experiments.records import rows_of
 from diffoc.figures import plots
 
 PSNR = "PSNR (dB)"
@@ -21,7 +21,7 @@ def from_ablations(folder: Path) -> Iterator[tuple[str, Figure, tuple[str, ...]]
         folder: with `few_steps_*.csv`, `rank_*.csv` and `robustness_*.csv`; each may be missing.
     """
     for path in sorted(folder.glob("few_steps_*.csv")):
-        rows = _rows(path)
+        rows = rows_of(path)
         for name, panels, xlabel in (
             ("budget", summary.equal_budgets(rows, "psnr"), "evaluations"),
             ("horizon", summary.equal_horizons(rows, "psnr"), "steps $T$"),
@@ -30,7 +30,7 @@ def from_ablations(folder: Path) -> Iterator[tuple[str, Figure, tuple[str, ...]]
                 figure = plots.quality_curves(panels, xlabel, PSNR)
                 yield f"{path.stem}_{name}", figure, (path.name,)
     for path in sorted(folder.glob("rank_*.csv")):
-        rows = _rows(path)
+        rows = rows_of(path)
         if panels := summary.by_rank(rows, "psnr"):
             figure = plots.quality_curves(panels, "rank $k$", PSNR, logarithmic=False)
             yield path.stem, figure, (path.name,)
@@ -39,12 +39,8 @@ def from_ablations(folder: Path) -> Iterator[tuple[str, Figure, tuple[str, ...]]
             figure = plots.quality_curves(panels, xlabel, PSNR, ticks=summary.CONSTANTS)
             yield f"{path.stem}_constant", figure, (path.name,)
     for path in sorted(folder.glob("robustness_*.csv")):
-        rows = _rows(path)
+        rows = rows_of(path)
         known = {summary.prior_label(row["prior"]) for row in rows}
         priors = [name for name in summary.PRIORS if name in known]
         if panels := summary.by_prior(rows, "psnr", priors):
             yield path.stem, plots.quality_curves(panels, "prior", PSNR, ticks=priors), (path.name,)
-
-
-def _rows(path: Path) -> list[Row]:
-    return [row for rows in read(path).values() for row in rows]

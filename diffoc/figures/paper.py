@@ -15,7 +15,7 @@ from torch import Tensor
 from diffoc.costs import ControlCost, GaussianLikelihood
 from diffoc.data import portrait
 from diffoc.data.provenance import ROOT
-from diffoc.experiments.records import read
+from diffoc.experiments.records import rows_of
 from diffoc.experiments.summary import by_budget, by_method, by_setting
 from diffoc.figures import plots, save_for_print
 from diffoc.figures.ablations import from_ablations
@@ -61,7 +61,7 @@ def from_records(folder: Path) -> Iterator[Made]:
         folder: with `table1_*.csv` and `tuning_*.csv`; each may be missing.
     """
     for path in _tables(folder, "table1"):
-        rows = [row for some in read(path).values() for row in some]
+        rows = rows_of(path)
         for metric, label in METRICS.items():
             if values := by_method(rows, metric):
                 figure = plots.metric_by_method(values, label)
@@ -72,7 +72,7 @@ def from_records(folder: Path) -> Iterator[Made]:
                 figure = plots.quality_curves(by_budget(rows, metric), "evaluations", label)
                 yield f"{path.stem}_{metric}_budget", figure, (path.name,)
     for path in _tables(folder, "tuning"):
-        rows = [row for some in read(path).values() for row in some]
+        rows = rows_of(path)
         figure = plots.quality_curves(by_setting(rows, "psnr"), "value of the keyword", "PSNR (dB)")
         yield path.stem, figure, (path.name,)
 

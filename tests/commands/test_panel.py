@@ -1,6 +1,8 @@
 """The quickstart's panel: every choice runs, and what goes wrong is said."""
 
 import io
+import re
+from base64 import b64decode
 
 import pytest
 from PIL import Image
@@ -25,6 +27,10 @@ def test_every_task_runs_and_is_shown(name, recipe):
     assert not panel.button.disabled
     with Image.open(io.BytesIO(panel.picture.value)) as picture:
         assert picture.width > 600
+    assert 0 < panel.progress.value <= 1
+    address = re.search(r'href="data:image/png;base64,([^"]+)"', panel.download.value)[1]
+    with Image.open(io.BytesIO(b64decode(address))) as picture:
+        assert picture.size == (28, 28)
 
 
 @pytest.mark.parametrize("error", [ValueError, RuntimeError, FileNotFoundError])

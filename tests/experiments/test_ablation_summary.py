@@ -58,14 +58,14 @@ def test_parts_are_named_by_what_was_taken_away():
     assert list(found) == [TASK]
     assert {label: len(some) for label, some in found[TASK].items()} == {
         summary.WHOLE: 1,
-        "units of the state": 1,
-        "stopped at the noise": 1,
-        "next to no cost": 1,
+        "not preconditioned": 1,
+        "stopped at the noise level": 1,
+        "almost no cost": 1,
         **{f"constant cost {r}": 1 for r in ("0.3", "3", "30", "300")},
-        "T of the stopped one": 1,
+        "T of STOPPED": 1,
     }
     assert select(found[TASK]["constant cost 30"], weighted=False, weight=30.0)
-    assert select(found[TASK]["T of the stopped one"], steps=10)
+    assert select(found[TASK]["T of STOPPED"], steps=10)
 
 
 def test_without_the_budget_that_tells_the_steps_there_are_no_curves():

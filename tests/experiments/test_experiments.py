@@ -1,5 +1,6 @@
 """What the tables are made of: same measurements for all, records that a second run repeats."""
 
+import math
 import os
 import shutil
 import subprocess
@@ -24,7 +25,15 @@ from diffoc.experiments.cells import Computer, best_trial, cells_of, work_of
 from diffoc.experiments.methods import LATENT, METHODS, compared, equal_work, settings_of
 from diffoc.experiments.protocol import COLOUR_FACES, ONE_OPERATOR, protocol_of
 from diffoc.experiments.records import METRICS, as_json, read
-from diffoc.experiments.summary import by_method, mean_and_interval, paired, summarise
+from diffoc.experiments.summary import (
+    by_method,
+    described,
+    markdown,
+    mean_and_interval,
+    paired,
+    plus_minus,
+    summarise,
+)
 from diffoc.priors.counting import CountedPrior
 from diffoc.priors.pretrained import load_prior
 from diffoc.problems.metrics import image_metrics
@@ -360,6 +369,19 @@ def test_intervals_are_student_s():
     mean, half = mean_and_interval([1.0, 2.0, 3.0])
     assert (mean, half) == (2.0, pytest.approx(4.303 / 3**0.5, abs=1e-3))
     assert mean_and_interval([5.0])[0] == 5.0
+
+
+def test_what_notebooks_say_of_their_tables():
+    assert plus_minus(1.234, 0.056, "+") == "+1.23 ± 0.06"
+    assert plus_minus(1.234, math.nan) == "1.23"
+    assert markdown(["a", "b"], [["1", "2"]]) == "| a | b |\n| --- | --- |\n| 1 | 2 |"
+    row = {"prior": "faces64", "image": "0", "protocol": ONE_OPERATOR.name, "precision": "float32"}
+    other = row | {"prior": "faces64+noise0.1", "image": "16"}
+    assert described([row, other]) == (
+        "Prior faces64; 2 images; one operator a task, for all images; networks in float32."
+    )
+    colour = row | {"prior": "faces64_rgb", "protocol": COLOUR_FACES.name}
+    assert "an operator for each image" in described([colour])
 
 
 def test_a_table_of_means():

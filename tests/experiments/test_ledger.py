@@ -82,6 +82,16 @@ def test_what_is_printed(folder, capsys):
     assert out.endswith("4 of 4 numbers agree with their sources\n")
 
 
+def test_a_table_that_a_cell_shows_is_printed_too(folder):
+    path = folder / "01_small.ipynb"
+    notebook = json.loads(path.read_text())
+    for cell in notebook["cells"]:
+        for output in cell.get("outputs", []):
+            output["data"] = {"text/markdown": output.pop("text")}
+    path.write_text(json.dumps(notebook))
+    assert run(folder) == 0
+
+
 @pytest.mark.parametrize("number", range(len(NUMBERS)))
 def test_a_changed_number_in_the_ledger(folder, capsys, number):
     entries = copy.deepcopy(ENTRIES)
