@@ -82,9 +82,12 @@ class DenseValue:
         Qx = e.lx + matvec(fxT, self.Vx)  # Eq. 40
         Qu = e.lu + matvec(fuT, self.Vx)  # Eq. 41
         Vfx = self.Vxx @ e.fx
-        Qxx = e.lxx + fxT @ Vfx  # Eq. 42
-        Quu = e.luu + fuT @ (self.Vxx @ e.fu)  # Eq. 43
-        Qux = e.lux + fuT @ Vfx  # Eq. 44
+        xVx = uVu = uVx = fxT @ Vfx
+        if not torch.equal(e.fu, e.fx):  # else controls are added to the state, input perturbation
+            uVu, uVx = fuT @ (self.Vxx @ e.fu), fuT @ Vfx
+        Qxx = e.lxx + xVx  # Eq. 42
+        Quu = e.luu + uVu  # Eq. 43
+        Qux = e.lux + uVx  # Eq. 44
 
         eye = torch.eye(Quu.shape[-1], dtype=Quu.dtype, device=Quu.device)
         L, definite = _cholesky(Quu + a[:, None, None] * eye)
