@@ -58,8 +58,7 @@ notebooks: $(STAMP) ## for maintainers: execute the notebooks in place; regenera
 figures: $(STAMP) ## draw the figures for print from the records, into figures/print
 	@$(RUN) diffoc figures
 
-# Tables on FFHQ. GPUS=4 shares the images out to four cards, a process each; what was computed is
-# not computed again. REHEARSE=1 runs the whole chain with random weights, two steps and the CPU.
+# Tables on FFHQ. GPUS=4 takes four cards, a worker each; what was computed is not computed again. REHEARSE=1 runs the whole chain with random weights, two steps and the CPU.
 ffhq: ## say how to make the paper's tables on FFHQ, which take a GPU
 	@echo 'make ffhq-preflight IMAGES=DIR   what is there, what it costs, what would fail'
 	@echo 'make ffhq-table1 IMAGES=DIR      and -table3, -table4, -table5, -table6: run, measure, compare'
@@ -79,10 +78,7 @@ ffhq-figures: $(STAMP)
 	@$(call ffhq_run,table1) --device $(DEVICE) --last 4 --out build/ffhq-figures
 
 ffhq-table%: $(STAMP)
-	@if [ $(GPUS) -gt 1 ]; then i=0; parts=; while [ $$i -lt $(GPUS) ]; do \
-		$(call ffhq_run,table$*) --device cuda:$$i --shard $$((i + 1))/$(GPUS) & \
-		parts="$$parts $$!"; i=$$((i + 1)); done; for part in $$parts; do wait $$part; done; fi; \
-	$(call ffhq_run,table$*) --device $(DEVICE)
+	@$(call ffhq_run,table$*) --device $(DEVICE) --jobs $(GPUS)
 
 portable: $(STAMP) ## for maintainers: try other instruction sets, threads and jitters; takes hours
 	@$(VENV)/bin/python tools/portable.py

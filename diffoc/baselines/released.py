@@ -17,7 +17,7 @@ and for the learned variance.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -30,10 +30,11 @@ from diffoc.baselines import Method, method
 from diffoc.baselines.noise_level import times_of_levels
 from diffoc.checks import check_tensor
 from diffoc.costs import residual_of
-from diffoc.lowrank import MatrixFree
+from diffoc.lowrank import LowRankExpansion, LowRankGains, LowRankValue, MatrixFree
 from diffoc.process import METHODS, ReverseProcess, draw_noise
 from diffoc.reconstruct import Problem, Recipe, reconstruct
 from diffoc.rules import Adam
+from diffoc.system import ControlProblem
 
 if TYPE_CHECKING:
     from deepinv.physics import Physics
@@ -261,11 +262,58 @@ dimension: there it takes from the gain the share
 
 .. math:: \Big(1 + \frac{\rho}{0.001} + 0.001 \rho\Big)^{-1}, \qquad \rho = r + 0.001 ,
 
-a fifth in the first step and a fourteenth in the last of T = 20. This is left out here. It also
-evaluates the prior three times in each step of an iteration, of which ours needs one.
+a fifth in the first step and a fourteenth in the last of T = 20; each step of each iteration draws
+its own. This is left out by default, see :class:`Shrinking`. It also evaluates the prior three times in each step of an iteration, of which ours needs one.
 
 Source: github.com/lihenryhfl/diffusion_optimal_control, commit f20ebff.
 """
+
+
+@dataclass(frozen=True)
+class ShrinkingValue(LowRankValue):
+    r"""A value of rank 0 whose gains lose a share in a random subspace Q, see :data:`RELEASED`.
+
+    .. math::
+        k = -\frac{1}{\rho} \Big(I - \frac{Q Q^T}{1 + \rho / e + e \rho}\Big) Q_u , \quad e = 0.001
+
+    Attributes:
+        dimension: of the subspace.
+        generator: draws it, the same for all images.
+    """
+
+    dimension: int = 16
+    generator: torch.Generator = field(default_factory=torch.Generator)
+
+    def step_back(
+        self, e: LowRankExpansion, a: Tensor, update: str
+    ) -> tuple[LowRankGains, LowRankValue]:
+        """As :meth:`diffoc.lowrank.LowRankValue.step_back`, with the gains that are left."""
+        gains, value = super().step_back(e, a, update)
+        k, rho = gains.k, (e.r + a)[:, None]
+        drawn = torch.randn(k.shape[1], self.dimension, generator=self.generator)
+        Q = torch.linalg.qr(drawn).Q.to(k)
+        k = k - (k @ Q) @ Q.mT / (1 + rho / 1e-3 + 1e-3 * rho)
+        return replace(gains, k=k), replace(self, p=value.p, Z=value.Z, S=value.S, c=value.c)
+
+
+@dataclass(frozen=True)
+class Shrinking(MatrixFree):
+    """Derivatives of rank 0 with the side effect of the released code's inverse, off by default.
+
+    Attributes:
+        dimension: of the random subspace, 16 in the released code.
+        generator: draws it.
+    """
+
+    dimension: int = 16
+    generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
+
+    def terminal(self, problem: ControlProblem, x: Tensor, rank: int | None) -> LowRankValue:
+        """As :meth:`diffoc.lowrank.MatrixFree.terminal`; a ValueError refuses another rank."""
+        if rank != 0:
+            raise ValueError(f"rank is {rank}, expected 0: the side effect is that of no factor")
+        v = super().terminal(problem, x, rank)
+        return ShrinkingValue(v.p, v.Z, v.S, v.c, self.dimension, self.generator)
 
 
 @method
@@ -283,6 +331,7 @@ def released(
     weight_scale: float = RELEASED.weight,
     learned_variance: bool = False,
     keep_activations: bool = True,
+    side_effect: bool = False,
 ) -> Tensor:
     r"""Images (B, ...) by :data:`RELEASED`.
 
@@ -296,6 +345,7 @@ def released(
         weight_scale: of the control cost.
         learned_variance: whether a step's variance is that of the prior's own head.
         keep_activations: for speed; otherwise they are recomputed, for memory.
+        side_effect: whether gains shrink in a random subspace, see :class:`Shrinking`.
     """
     _, sigma = prior.schedule(torch.ones((), dtype=torch.float64))
     recipe = replace(
@@ -305,7 +355,7 @@ def released(
         rule=Adam(rate, weight_decay=0.01, keeps_best=False),
         weight=weight_scale,
         process=partial(released_process, learned_variance=learned_variance),
-        derivatives=MatrixFree(keep_activations=keep_activations),
+        derivatives=(Shrinking if side_effect else MatrixFree)(keep_activations=keep_activations),
     )
     # Its states have unit variance at every level.
     problem = Problem(physics, y, noise_std)

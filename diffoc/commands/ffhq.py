@@ -8,6 +8,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from diffoc.commands.tables import shard
+from diffoc.data.files import try_file, try_folder
 from diffoc.data.provenance import ROOT
 
 if TYPE_CHECKING:
@@ -28,17 +30,19 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
         parser.add_argument("--precision", choices=["bfloat16", "float32"], default="float32")
         which = parser.add_mutually_exclusive_group()
         which.add_argument("--first", type=int, metavar="N", help="images only")
-        which.add_argument("--last", type=int, default=1000, metavar="N", help="by default 1000")
+        which.add_argument("--last", type=int, metavar="N", help="by default 1000")
     table.add_argument("--batch", type=int, default=1, help="images at once")
-    table.add_argument("--shard", type=_shard, metavar="I/N", help="one part of the images")
-    table.add_argument("--jobs", type=int, default=1)
+    table.add_argument("--shard", type=shard, metavar="I/N", help="one part of the images")
+    table.add_argument("--jobs", type=int, default=1, help="workers, with --device cuda one a card")
     table.add_argument("--backend", choices=["loky", "ray"], default="loky")
-    table.add_argument("--rehearse", action="store_true", help="two steps, random weights")
+    table.add_argument(
+        "--rehearse", action="store_true", help="two steps, random weights, 4 images"
+    )
     table.add_argument("--retry-failed", action="store_true")
     kept = commands.add_parser("measure", help="LPIPS, FID, SSIM, PSNR of kept reconstructions")
     kept.add_argument("kept", type=Path, metavar="KEPT_DIR", help="what --keep wrote")
     kept.add_argument("--batch", type=int, default=16, help="images at once")
-    kept.add_argument("--shard", type=_shard, metavar="I/N", help="one part of each set")
+    kept.add_argument("--shard", type=shard, metavar="I/N", help="one part of each set")
     for parser in (ready, table, kept):
         parser.add_argument("--images", type=Path, metavar="DIR", required=parser is kept)
         parser.add_argument(
@@ -56,6 +60,7 @@ def measure(args: argparse.Namespace) -> int:
 
     truth = pictures_in(args.images)
     out = args.out or args.kept.parent / f"{args.kept.name}-measured"
+    try_file(out / "measured.csv")
     found = {}
     for name, folder in sets_in(args.kept).items():
         kept = {path.stem: path for path in pictures_in(folder).values() if path.parent == folder}
@@ -80,8 +85,12 @@ def _measured(
     from diffoc.experiments.measured import Measured, read_part, write_part
     from diffoc.experiments.measured import measure as measured
 
+    if lost := [name for name in kept if name not in truth]:
+        raise ValueError(f"images has no original of {lost[0]}: expected one picture of that name")
     i, n = args.shard or (1, 1)
-    path = _part(place, kept, i, n)
+    digest = _digest(kept, {name: truth[name] for name in kept}, args.filter)
+    parts = [place / f"{digest}.shard-{k}-of-{n}.safetensors" for k in range(1, n + 1)]
+    path = parts[i - 1]
     if not path.exists():
         mine = dict(list(kept.items())[i - 1 :: n])
         network, why = _inception(args.device)
@@ -91,18 +100,20 @@ def _measured(
         part.missing |= {"fid": why} if why else {}
         write_part(path, part)
     whole = Measured()
-    for k in range(1, n + 1):
-        if not (one := _part(place, kept, k, n)).exists():
+    for one in parts:
+        if not one.exists():
             return None
         whole.merge(read_part(one))
     return whole
 
 
-def _part(place: Path, kept: dict[str, Path], i: int, n: int) -> Path:
-    """The file of a part, whose name changes with the pictures."""
-    stamps = [(name, path.stat().st_mtime_ns) for name, path in kept.items()]
-    digest = hashlib.sha256(repr(stamps).encode()).hexdigest()[:12]
-    return place / f"{digest}.shard-{i}-of-{n}.safetensors"
+def _digest(kept: dict[str, Path], truth: dict[str, Path], resize: str) -> str:
+    """Of all that decides what is measured: pictures, originals, filter, metrics that are there."""
+    from diffoc.problems.perceptual import missing_metrics
+
+    files = [(str(p.resolve()), p.stat().st_mtime_ns) for p in (*kept.values(), *truth.values())]
+    text = repr((files, resize, sorted(missing_metrics())))
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def _inception(device: str) -> tuple[Features | None, str]:
@@ -142,9 +153,10 @@ def ffhq(args: argparse.Namespace) -> int:
     from diffoc.experiments.records import read
     from diffoc.experiments.runs import run_cells
 
-    if args.rehearse:
-        args.random_weights, args.first = True, args.first or FIGURE_IMAGES
+    args.random_weights |= args.rehearse
     prior, out = _prior(args), _out(args)
+    for name in ("records.csv", f"{args.table}.csv", f"{args.table}.md"):
+        try_file(out / name)
     folder, names = _prepare(args, prior, _chosen(args))
     cells = tables.cells_by_line(
         args.table,
@@ -252,9 +264,8 @@ def _chosen(args: argparse.Namespace) -> list[Path]:
             raise ValueError("images is missing: name the folder of FFHQ's pictures")
         args.images = _generated(_out(args) / "generated")
     found = list(pictures_in(args.images).values())
-    count = args.first or args.last
-    if count < 1:
-        raise ValueError(f"first or last is {count}, expected at least 1")
+    rehearsal = getattr(args, "rehearse", False)
+    count = args.first or args.last or (FIGURE_IMAGES if rehearsal else 1000)
     return found[:count] if args.first else found[-count:]
 
 
@@ -283,7 +294,7 @@ def _prepare(args: argparse.Namespace, prior: str, paths: Sequence[Path]) -> tup
     side = _side(prior)
     where = hashlib.sha256(str(args.images.resolve()).encode()).hexdigest()[:8]
     folder = _out(args) / f"originals-{where}-{side}-{args.filter}"
-    folder.mkdir(parents=True, exist_ok=True)
+    try_folder(folder)
     names = [f"{path.stem}.png" for path in paths]
     for path, name in zip(paths, names, strict=True):
         if not (folder / name).exists():
@@ -300,11 +311,3 @@ def _side(prior: str) -> int:
 
     name, *sizes = accurate_name(prior).split("/")
     return int(sizes[1]) if len(sizes) > 1 else shape_of(name)[-1]
-
-
-def _shard(text: str) -> tuple[int, int]:
-    first, _, second = text.partition("/")
-    i, n = int(first), int(second)
-    if not 1 <= i <= n:
-        raise argparse.ArgumentTypeError(f"{text!r} is not I/N with 1 <= I <= N")
-    return i, n

@@ -15,6 +15,7 @@ import torch
 
 from diffoc.commands import ffhq
 from diffoc.commands.tables import add_commands
+from diffoc.data.files import try_file, try_folder
 from diffoc.data.provenance import ROOT, told
 
 _FACES = ("faces64", "faces64_rgb")
@@ -63,6 +64,8 @@ def train(args: argparse.Namespace) -> int:
 
     name = args.name
     checkpoint = args.checkpoint or ROOT / "build" / "training" / f"{name}.pt"
+    try_file(checkpoint)
+    try_folder(args.out)
     changes = {"images": args.images, "rate": args.rate}
     plan = replace(training.PLANS[name], **{k: v for k, v in changes.items() if v is not None})
     labels = truth = None
@@ -116,7 +119,6 @@ def train(args: argparse.Namespace) -> int:
             flush=True,
         )
 
-    checkpoint.parent.mkdir(parents=True, exist_ok=True)
     training.train(run, images, labels, checkpoint, args.every, report=report, compile=args.compile)
     if isinstance(run.average, Autoencoder):
         run.average.standardise(data.as_states(images))
@@ -129,9 +131,9 @@ def evaluate(name: str, samples: int, out: Path) -> int:
     from diffoc.figures import write_sheet
     from diffoc.training.evaluation import report
 
+    try_folder(out)
     numbers, drawn = report(name, samples)
     print(json.dumps(numbers, indent=2))
-    out.mkdir(parents=True, exist_ok=True)
     write_sheet(drawn[:64], out / f"samples_{name}.png")
     print(out / f"samples_{name}.png")
     return 0
@@ -147,6 +149,7 @@ def solve(args: argparse.Namespace) -> int:
     settings = solving.Settings(
         args.task, args.prior, noise_std=args.noise_std, seed=args.seed, **given
     )
+    try_folder(args.out)
     prior = load_prior(args.prior)
     if args.measurement:
         if args.crop:
@@ -174,6 +177,8 @@ def benchmark(args: argparse.Namespace) -> int:
     """Prints what the controller costs, measured here, and what Table 1 would, projected."""
     from diffoc.experiments.benchmark import run
 
+    if args.out:
+        try_file(args.out)
     found = run(
         args.priors or ["mnist", "faces64"],
         steps=args.steps,
@@ -185,7 +190,6 @@ def benchmark(args: argparse.Namespace) -> int:
         random_weights=args.random_weights,
     )
     if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(found, indent=2) + "\n")
         print(args.out)
     return 0
@@ -291,6 +295,7 @@ def main(argv: list[str] | None = None) -> int:
             return benchmark(args)
         from diffoc.training.mixtures import fit_mixture_prior
 
+        try_folder(args.out)
         fit_mixture_prior(args.name, args.out, args.seed)
         return 0
     except (ValueError, OSError, ImportError) as error:

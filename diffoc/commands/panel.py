@@ -19,6 +19,7 @@ from torch import Tensor
 
 from diffoc.commands.solve import RECIPES, picture_of
 from diffoc.data import images as data
+from diffoc.data.provenance import told
 from diffoc.figures import sheet
 from diffoc.priors.pretrained import load_prior
 from diffoc.problems.metrics import image_metrics
@@ -104,8 +105,8 @@ class Panel:
             self._run()
         except _Cancelled:
             self.status.value += ", cancelled"
-        except (ValueError, RuntimeError, OSError) as error:  # the last of missing weights
-            self.status.value = f"{error}"
+        except Exception as error:  # in a thread nobody else would hear of it
+            self.status.value = told(error) or type(error).__name__
         finally:
             self.cancel.disabled = True
             self.button.disabled = False

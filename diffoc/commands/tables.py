@@ -11,6 +11,8 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from diffoc.data.files import try_file, try_folder
+from diffoc.data.manifest import data_folder
 from diffoc.data.pictures import picture_names
 from diffoc.data.provenance import ROOT
 
@@ -29,16 +31,15 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     run_ = commands.add_parser("run", help="compute the records of a table, or what is missing")
     run_.add_argument(
         "table",
-        choices=["table1", "few_steps", "rank", "robustness", "parts"],
+        choices=["table1", "few_steps", "rank", "published", "robustness", "parts"],
         help="with Table 3's metrics; the others are grids of diffoc.experiments.ablations",
     )
     _add_grid(run_)
     run_.add_argument("--methods", nargs="+", help="by default the table's")
     run_.add_argument("--seeds", type=int, nargs="+", default=[0])
-    run_.add_argument("--images", type=Path, metavar="DIR", help="of pictures, by name")
     run_.add_argument("--last", type=int, default=1000, metavar="N", help="images only, at most")
     run_.add_argument("--batch", type=int, metavar="N", help="images at once; 1 from 256 pixels on")
-    run_.add_argument("--shard", type=_shard, metavar="I/N", help="one part, in a file of its own")
+    run_.add_argument("--shard", type=shard, metavar="I/N", help="one part, in a file of its own")
     run_.add_argument("--keep", type=Path, metavar="DIR", help="write reconstructions there")
     run_.add_argument("--random-weights", action="store_true", help="for a trial without weights")
     tune_ = commands.add_parser("tune", help="tune methods on faces that are in no table")
@@ -74,7 +75,10 @@ def _add_grid(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="give each method the evaluations that make its work, products too, that of DPS",
     )
-    parser.add_argument("--jobs", type=int, default=1, help="workers of one thread each")
+    parser.add_argument("--images", type=Path, metavar="DIR", help="of pictures, by name")
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="workers of one thread, with --device cuda one a card"
+    )
     parser.add_argument("--backend", choices=["loky", "ray"], default="loky")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument(
@@ -89,8 +93,8 @@ def _add_grid(parser: argparse.ArgumentParser) -> None:
         type=_setting,
         action="append",
         default=[],
-        metavar="KEY=VALUE",
-        help="a keyword argument of the methods, such as steps=2",
+        metavar="[METHOD.]KEY=VALUE",
+        help="a keyword argument of the methods, or of one, such as steps=2 or dps.guidance=0.3",
     )
 
 
@@ -128,6 +132,9 @@ def run(args: argparse.Namespace) -> int:
     else:
         images = experiments.few_faces()
     prior, cells = _cells(args, images[-args.last :])
+    places = {(cell.task, cell.method, cell.nfe, cell.seed, cell.images) for cell in cells}
+    if args.keep and len(places) < len(set(cells)):
+        raise ValueError(f"keep is given, but cells of {args.table} would write the same files")
     folder = ROOT / "build" if args.random_weights else ROOT / "data" / "records"
     path = args.out or folder / f"{args.table}_{_as_file_name(prior)}.csv"
     compute = experiments.Computer(args.images and args.images.resolve(), args.device)
@@ -149,16 +156,17 @@ def _cells(args: argparse.Namespace, images: Sequence[str]) -> tuple[str, list[C
     batch = args.batch or (1 if "256" in args.prior else 8)
     if args.table == "table1":
         tasks, budgets = args.tasks or experiments.TABLES["table1"], args.nfe or [NFE]
+        methods = args.methods or compared(args.prior, min(budgets))
         return prior, experiments.cells_of(
             prior,
             tasks,
-            args.methods or compared(args.prior, min(budgets)),
+            methods,
             budgets,
             args.seeds,
             images,
             batch,
             _precision(args),
-            dict(args.set),
+            _settings(args, methods),
             _product_cost(args),
         )
     if args.equal_work:
@@ -181,21 +189,49 @@ def _cells(args: argparse.Namespace, images: Sequence[str]) -> tuple[str, list[C
     )
 
 
+def _settings(args: argparse.Namespace, methods: Sequence[str]) -> dict[str, object]:
+    """What --set gives, once each of it is for one of the methods, and given once."""
+    keys = [key for key, _ in args.set]
+    for key in keys:
+        method, dot, _ = key.partition(".")
+        if dot and method not in methods:
+            raise ValueError(f"set has {key}, but the methods are {', '.join(methods)}")
+        if keys.count(key) > 1:
+            raise ValueError(f"set has {key} twice: give one value")
+    return dict(args.set)
+
+
 def tune(args: argparse.Namespace) -> int:
     """Tries settings of each method on the tuning faces, and writes down the best by mean PSNR."""
     from diffoc.experiments import cells as experiments
-    from diffoc.experiments.methods import METHODS, compared, read_tuned, write_tuned
+    from diffoc.experiments.methods import (
+        METHODS,
+        compared,
+        of_method,
+        read_tuned,
+        write_tuned,
+    )
     from diffoc.experiments.records import read
 
-    plan = _trials(args, args.methods or compared(args.prior, min(args.nfe or [NFE])))
+    try_file(data_folder() / "tuned.json")
+    methods = args.methods or compared(args.prior, min(args.nfe or [NFE]))
+    plan, given = _trials(args, methods), _settings(args, methods)
+    for method in methods:
+        if tried := of_method(given, method).keys() & METHODS[method].trials(NFE)[0].keys():
+            raise ValueError(f"set has {min(tried)}, but tune tries values of that for {method}")
+    images = picture_names(args.images) if args.images else None
     path = args.out or ROOT / "data" / "records" / f"tuning_{_as_file_name(args.prior)}.csv"
     cells = {
         place: experiments.tuning_cells(
-            args.prior, *place, [dict(args.set) | trial for trial in trials], _precision(args)
+            args.prior,
+            *place,
+            [of_method(given, place[1]) | trial for trial in trials],
+            _precision(args),
+            images,
         )
         for place, trials in plan.items()
     }
-    compute = experiments.Computer(None, args.device)
+    compute = experiments.Computer(args.images and args.images.resolve(), args.device)
     status = _execute([cell for some in cells.values() for cell in some], compute, path, args)
     records, tuned = read(path), read_tuned()
     for (task, method, nfe), trials in plan.items():
@@ -226,8 +262,8 @@ def _trials(
 ) -> dict[tuple[str, str, int], list[dict]]:
     """The settings to try by task, method and budget.
 
-    With the usual budget, or the only one that a method has, they are all of its trials; with
-    another they lie around the best of those.
+    With the usual budget, the only one that a method has, or images of one's own they are all of
+    its trials; with another budget they lie around the best of those.
     """
     from diffoc.experiments import cells as experiments
     from diffoc.experiments.methods import METHODS, check_method, equal_work, read_tuned
@@ -247,7 +283,7 @@ def _trials(
             alone = False
         except ValueError:
             alone = True
-        if nfe == NFE or alone:
+        if nfe == NFE or alone or args.images:
             plan[task, method, nfe] = METHODS[method].trials(nfe)
         elif known in usual:
             plan[task, method, nfe] = METHODS[method].trials_near(usual.index(known), nfe)
@@ -289,8 +325,10 @@ def table(args: argparse.Namespace) -> int:
 
 def figures(args: argparse.Namespace) -> int:
     """Draws every figure whose data exist, and prints the files."""
+    from diffoc.figures import figure_folder
     from diffoc.figures.paper import write_all
 
+    try_folder(args.out or figure_folder() / "print")
     for path in write_all(args.out):
         print(path)
     return 0
@@ -301,15 +339,18 @@ def _execute(
     compute: Computer,
     path: Path,
     args: argparse.Namespace,
-    shard: tuple[int, int] | None = None,
+    part: tuple[int, int] | None = None,
     keep: Callable[[Cell, Tensor], None] | None = None,
 ) -> int:
     """Says what is planned, and does it; 1 if a cell failed."""
     from diffoc.experiments.cells import check_inputs, work_of
     from diffoc.experiments.runs import run_cells, unfinished
 
-    left = unfinished(cells, path, shard, args.retry_failed)
-    check_inputs(left, compute, getattr(args, "keep", None))
+    try_file(path)
+    if folder := getattr(args, "keep", None):
+        try_folder(folder)
+    left = unfinished(cells, path, part, args.retry_failed)
+    check_inputs(left, compute)
     _print_plan(left, len(cells), args, keep is not None)
     found = run_cells(
         cells,
@@ -317,7 +358,7 @@ def _execute(
         path,
         jobs=args.jobs,
         backend=args.backend,
-        shard=shard,
+        shard=part,
         retry_failed=args.retry_failed,
         device=args.device,
         keep=keep,
@@ -335,8 +376,10 @@ def digits(args: argparse.Namespace) -> int:
 
     if args.samples < 2:
         raise ValueError(f"samples is {args.samples}, expected at least 2")
-    path = args.out or ROOT / "data" / "records" / "digits_mnist.csv"
-    class_guidance.record(path, ROOT / "build" / "digits", args.samples)
+    path, pictures = args.out or ROOT / "data/records/digits_mnist.csv", ROOT / "build" / "digits"
+    try_file(path)
+    try_folder(pictures)
+    class_guidance.record(path, pictures, args.samples)
     return 0
 
 
@@ -369,9 +412,13 @@ def _as_file_name(prior: str) -> str:
     return prior.replace(" ", "_").replace("/", "_")
 
 
-def _shard(text: str) -> tuple[int, int]:
+def shard(text: str) -> tuple[int, int]:
+    """Reads I/N, with 1 <= I <= N."""
     first, _, second = text.partition("/")
-    return int(first), int(second)
+    i, n = int(first), int(second)
+    if not 1 <= i <= n:
+        raise argparse.ArgumentTypeError(f"{text!r} is not I/N with 1 <= I <= N")
+    return i, n
 
 
 def _setting(text: str) -> tuple[str, object]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -30,6 +31,26 @@ def replacing(path: Path) -> Iterator[Path]:
         raise OSError(f"{path} could not be written, and is as it was: {error}") from error
     finally:
         part.unlink(missing_ok=True)
+
+
+def try_folder(folder: Path) -> None:
+    """Makes a folder if it is missing, and raises an OSError unless files can be written there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        why = error.strerror or error
+        raise OSError(f"{folder} cannot be written ({why}): name another folder") from error
+
+
+def try_file(path: Path) -> None:
+    """As :func:`try_folder`, for a file, whose folder is made; one that is there stays as it is."""
+    if path.is_dir():
+        raise OSError(f"{path} cannot be written, it is a folder: name a file")
+    try_folder(path.parent)
+    if path.exists() and not os.access(path, os.W_OK):
+        raise OSError(f"{path} cannot be written (Permission denied): name another file")
 
 
 @contextmanager

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -125,17 +124,16 @@ class Computer:
         return rows, x0.float().cpu()
 
 
-def check_inputs(cells: Sequence[Cell], computer: Computer, keep: Path | None = None) -> None:
+def check_inputs(cells: Sequence[Cell], computer: Computer) -> None:
     """Loads what cells need, each prior and picture once, before the first of them is computed.
 
     Args:
         cells: that are to be computed.
         computer: that will do it.
-        keep: the folder for the reconstructions, which is made; None if they are not kept.
 
     Raises:
         ValueError: if a method does not have a setting, or a picture does not fit the prior.
-        OSError: if weights or pictures are missing, or the folder cannot be written.
+        OSError: if weights or pictures are missing.
     """
     for prior in dict.fromkeys(cell.prior for cell in cells):
         network, _ = load_once(prior, computer.device)
@@ -146,10 +144,6 @@ def check_inputs(cells: Sequence[Cell], computer: Computer, keep: Path | None = 
         known = inspect.signature(METHODS[method].run).parameters
         if unknown := [key for key in json.loads(settings) if key not in known]:
             raise ValueError(f"settings has {unknown[0]!r}, which {method} does not have")
-    if keep is not None:
-        keep.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=keep):
-            pass
 
 
 def metrics_of(x0: Tensor, truth: Tensor) -> dict[str, Tensor]:
@@ -249,7 +243,7 @@ def cells_of(
         budgets: of it, in evaluations, at least 1 each.
         batch: images of a cell, at least 1.
         precision: "bfloat16" or "float32".
-        overrides: keyword arguments for the methods in place of their own.
+        overrides: keyword arguments in place of the methods' own; METHOD.KEY is one's alone.
         product_cost: where given, each method has the evaluations that make its work equal, see
             :func:`diffoc.experiments.methods.equal_work`.
 
@@ -271,14 +265,26 @@ def cells_of(
 
 
 def tuning_cells(
-    prior: str, task: str, method: str, nfe: int, trials: Iterable[dict], precision: str
+    prior: str,
+    task: str,
+    method: str,
+    nfe: int,
+    trials: Iterable[dict],
+    precision: str,
+    images: Sequence[str] | None = None,
 ) -> list[Cell]:
-    """A cell of all tuning images for each of the settings to try, in their order."""
+    """A cell of all tuning images, or of others, for each of the settings to try, in their order.
+
+    Raises:
+        ValueError: as :func:`cells_of`, or if the protocol has no tuning images.
+    """
     _check_grid([task], [nfe], 1)
     used = LATENT.get(prior, prior) if METHODS[method].latent else prior
-    usual, images = METHODS[method].settings(task, nfe), protocol_of(prior).tuning
+    usual, images = METHODS[method].settings(task, nfe), images or protocol_of(prior).tuning
+    if not images:
+        raise ValueError(f"images is missing: name a folder of pictures to tune {prior} on")
     return [
-        Cell(used, precision, task, method, nfe, as_json(usual | trial), 0, images)
+        Cell(used, precision, task, method, nfe, as_json(usual | trial), 0, tuple(images))
         for trial in trials
     ]
 

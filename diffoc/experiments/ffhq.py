@@ -1,7 +1,7 @@
 """The paper's tables on FFHQ at 256 pixels, row by row as the paper has them, beside its numbers.
 
 A row is a method of ours or of others with the settings that the paper, or the method's authors,
-published; what nobody published is what the grey faces were tuned to, and the row says so.
+published; what nobody published is what the grey faces were tuned to, and the table says so.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 from diffoc.baselines.paper import PAPER
 from diffoc.baselines.released import RELEASED
+from diffoc.data.downloads import cache_folder
 from diffoc.data.provenance import ROOT
 from diffoc.experiments.cells import cells_of
 from diffoc.experiments.methods import METHODS, read_tuned
@@ -21,7 +22,7 @@ from diffoc.experiments.paper_tables import TASKS
 from diffoc.experiments.records import Cell
 from diffoc.reconstruct import Recipe
 
-PRIOR = "ffhq256"
+PRIOR, LATENT_PRIOR = "ffhq256", "ffhq256_latent"
 NFE = 1000
 """Of the other methods."""
 
@@ -68,16 +69,35 @@ def method_of(recipe: Recipe) -> str:
     return next(name for name, method in METHODS.items() if method.recipe is recipe)
 
 
+MCG_CODE = "github.com/HJ-harry/MCG_diffusion, for inpainting of FFHQ"
+
+
 def published(method: str, task: str) -> tuple[dict[str, Any], str]:
-    """Settings of a method of others on FFHQ with 1000 evaluations, and their source."""
+    """Settings of a method of others on FFHQ with 1000 evaluations, and their source.
+
+    What was tuned on FFHQ here counts most, then what its authors, or those of DPS and MCG, ran on
+    FFHQ, then what they ran on other images, and last what was tuned on our small faces.
+    """
+    tuned = read_tuned()
+    own = tuned.get(PRIOR, {}).get(method, {}).get(task, {}).get(str(NFE))
+    inpainting = task.endswith("inpainting")
+    if own:
+        return own, f"tuned on FFHQ with {NFE} evaluations"
     if method == "dps":
-        value = 0.5 if task.endswith("inpainting") else 0.3
-        return {"guidance": value}, "configs of github.com/DPS2022/diffusion-posterior-sampling"
+        source = "configs of github.com/DPS2022/diffusion-posterior-sampling, for FFHQ"
+        return {"guidance": 0.5 if inpainting else 0.3}, source
     if method in ("ddrm", "ddnm"):
-        return {"eta": 0.85}, "arXiv:2201.11793; the code of arXiv:2212.00490 has the same"
+        code = {"ddrm": "bahjat-kawar/ddrm", "ddnm": "wyhuai/DDNM"}[method]
+        source = f"github.com/{code}, for CelebA-HQ and ImageNet; not published for FFHQ"
+        return {"eta": 0.85}, source
     if method == "score_sde":
-        return {"strength": 1.0}, "arXiv:2011.13456: measurements replace what they see"
-    budgets = read_tuned().get("faces64", {}).get(method, {}).get(task, {})
+        where = MCG_CODE if inpainting else "a whole step; not published for FFHQ"
+        return {"strength": 1.0}, where
+    if method == "mcg" and inpainting:
+        return {"guidance": 1.0, "strength": 1.0}, MCG_CODE
+    if method == "psld":
+        return {"guidance": 0.1, "gluing": 0.1}, "run/inverse_*_ldm.sh of github.com/LituRout/PSLD"
+    budgets = tuned.get("faces64", {}).get(method, {}).get(task, {})
     found = budgets.get(str(NFE)) or budgets.get("300") or {}
     return found, "tuned on 64x64 faces with 300 evaluations, not on FFHQ"
 
@@ -92,13 +112,15 @@ def lines(table: str) -> list[Line]:
         raise ValueError(f"table is {table!r}, expected one of {', '.join(TABLES)}")
     ours = method_of(PAPER)
     if table == "table1":
-        dash = "its weights for FFHQ are its authors', in a format of their own: not run"
+        latent, by_hand = cache_folder() / LATENT_PRIOR, (cache_folder() / LATENT_PRIOR).is_dir()
+        missing = f"not run: CompVis's model of FFHQ, as a folder of diffusers, is not in {latent}"
+        severity = "not run: it needs its authors' severity encoder, which is not read here"
         return [
             Line("Ours (NFE = 2500)", ours, 2500, note="Table 2; NFE counts T times 50"),
             Line("Ours (NFE = 1000)", ours, 1000, note="Table 2, T = 20, 50 iterations"),
             Line("Released code", method_of(RELEASED), 1000, paper=False),
-            Line("PSLD (NFE = 1000)", "", note=dash),
-            Line("Flash-Diffusion* (NFE = varies)", "", note=dash),
+            Line("PSLD (NFE = 1000)", "psld" if by_hand else "", note="" if by_hand else missing),
+            Line("Flash-Diffusion* (NFE = varies)", "", note=severity),
             *_others("NFE"),
         ]
     if table == "table3":
@@ -154,13 +176,19 @@ def cells_by_line(
         images: their names.
         batch: images of a cell.
         precision: "bfloat16" or "float32".
-        tasks: by default the table's.
+        tasks: some of the table's; by default all.
         smallest: whether every method takes as few steps as it can, for a rehearsal.
+
+    Raises:
+        ValueError: for a task that is none of the table's.
     """
+    if tasks and (other := [task for task in tasks if task not in tasks_of(table)]):
+        raise ValueError(f"tasks has {other[0]}, {table} has {', '.join(tasks_of(table))}")
     found: dict[Cell, Line] = {}
     for line in lines(table):
         for task in tasks or tasks_of(table):
-            if not line.method:
+            latent = bool(line.method) and METHODS[line.method].latent
+            if not line.method or (latent and prior != PRIOR):
                 continue
             changes = dict(line.changes)
             if METHODS[line.method].recipe is None:
@@ -168,7 +196,15 @@ def cells_by_line(
             if smallest:
                 changes |= _smallest(line, task)
             for cell in cells_of(
-                prior, [task], [line.method], [line.nfe], [0], images, batch, precision, changes
+                LATENT_PRIOR if latent else prior,
+                [task],
+                [line.method],
+                [line.nfe],
+                [0],
+                images,
+                batch,
+                precision,
+                changes,
             ):
                 found[cell] = line
     return found
@@ -229,9 +265,20 @@ def _tables(
             ]
             text.append(f"| {line.label} | " + " | ".join(places) + " |")
         yield "\n".join(text)
-    notes = [f"- {line.label}: {line.note}" for line in lines(table) if line.note]
+    notes = [f"- {line.label}: {note}" for line in lines(table) for note in _notes(line, tasks)]
     if notes:
         yield "\n".join(notes)
+
+
+def _notes(line: Line, tasks: Sequence[str]) -> Iterator[str]:
+    """Where a row's settings are from, task by task as far as they differ, or why it is a dash."""
+    if line.note:
+        yield line.note
+    if line.method and METHODS[line.method].recipe is None:
+        sources = {task: published(line.method, task)[1] for task in tasks}
+        for source in dict.fromkeys(sources.values()):
+            where = [task for task in tasks if sources[task] == source]
+            yield f"{source}" + (f" ({', '.join(where)})" if len(where) < len(tasks) else "")
 
 
 def _place(ours: float | None, paper: float | None) -> str:

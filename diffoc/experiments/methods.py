@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from diffoc.baselines import methods
 from diffoc.data.files import replacing
@@ -43,9 +46,22 @@ def read_tuned(path: Path | None = None) -> dict:
         tuned = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is damaged, restore it from git: {error}") from error
-    if not isinstance(tuned, dict):
-        raise ValueError(f"{path} is damaged, restore it from git: expected values by prior")
+    if place := _damaged(tuned, ("prior", "method", "task", "budget", "keyword")):
+        raise ValueError(f"{path} is damaged, restore it from git: {place}")
     return tuned
+
+
+def _damaged(found: object, levels: Sequence[str]) -> str | None:
+    """What is wrong with nested values, which are numbers below all the levels; None if nothing."""
+    if not levels:
+        number = isinstance(found, int | float) and not isinstance(found, bool)
+        good = isinstance(found, str | bool) or (number and math.isfinite(found))
+        return None if good else f"a value is {found!r}, expected a finite number"
+    if not isinstance(found, dict):
+        return f"expected values by {levels[0]} in place of {found!r}"
+    if levels[0] == "budget" and (bad := [key for key in found if not key.isdigit()]):
+        return f"budget is {bad[0]!r}, expected a whole number"
+    return next((w for each in found.values() if (w := _damaged(each, levels[1:]))), None)
 
 
 def write_tuned(tuned: dict, path: Path | None = None) -> None:
@@ -62,7 +78,7 @@ def settings_of(
 
     Args:
         prior, method, task, nfe: what for.
-        overrides: those that count more than all others.
+        overrides: those that count more than all others, see :func:`of_method`.
         tuned: as of :func:`read_tuned`, which is the default.
 
     Raises:
@@ -70,6 +86,7 @@ def settings_of(
             its own, as the paper's has.
     """
     check_method(method)
+    overrides = of_method(overrides, method)
     found = METHODS[method].settings(task, nfe) | overrides
     tuned = read_tuned() if tuned is None else tuned
     best = tuned.get(prior, {}).get(method, {}).get(task, {}).get(str(nfe))
@@ -81,6 +98,13 @@ def settings_of(
             f"--set {keyword}=VALUE"
         )
     return found | (best or {}) | overrides
+
+
+def of_method(settings: Mapping[str, Any], method: str) -> dict[str, Any]:
+    """Those of settings that are for a method: KEY is for all, METHOD.KEY for one, and wins."""
+    own = f"{method}."
+    every = {key: value for key, value in settings.items() if "." not in key}
+    return every | {k.removeprefix(own): v for k, v in settings.items() if k.startswith(own)}
 
 
 def check_method(name: str) -> None:

@@ -56,8 +56,19 @@ COLOUR_FACES = Protocol(
 )
 """Of the tables of colour faces. The cost of a product is that of `faces64_rgb`, see the page."""
 
+FFHQ = Protocol(
+    name="FFHQ of 256 pixels, an operator per image, 92 % dropped, 1",
+    held_out=(),
+    tuning=(),
+    operator_per_image=True,
+    noise_std=NOISE_STD,
+    precision=None,
+    product_cost=None,
+)
+"""Of the paper's tables, as its text has them; the images are those of a folder that is named."""
+
 
 def protocol_of(prior: str) -> Protocol:
     """Returns the protocol of a prior's tables, and of its copies and latents."""
-    images = accurate_name(prior).removesuffix("_latent")
-    return COLOUR_FACES if images == "faces64_rgb" else ONE_OPERATOR
+    images = accurate_name(prior).partition("/")[0].removesuffix("_latent")
+    return {"faces64_rgb": COLOUR_FACES, "ffhq256": FFHQ}.get(images, ONE_OPERATOR)

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from itertools import count
 from pathlib import Path
+from typing import IO
 
 import torch
-from joblib import Parallel, delayed
+from joblib import Parallel, delayed, parallel_config
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from diffoc.data.files import lock
 from diffoc.data.provenance import environment, told
 from diffoc.experiments import records
 from diffoc.experiments.records import COUNTS, ENVIRONMENT, METRICS, Cell, Row
@@ -50,7 +54,8 @@ def run_cells(
         cells: of the whole grid.
         compute: what gives a cell's rows; with several workers it is pickled.
         path: of the table.
-        jobs: workers, of one thread each; 1 computes here, with the threads that torch has.
+        jobs: workers, of one thread each; 1 computes here, with the threads that torch has. With
+            the device "cuda" worker i has the card i, and those of a cluster one card each.
         backend: of joblib, "loky", or "ray" for a cluster.
         shard: (i, n) for the i-th of n parts of the cells, which has a file of its own.
         retry_failed: whether cells that failed are computed again.
@@ -80,7 +85,7 @@ def run_cells(
         calls = [(compute, cell, device, parent) for cell in left]
         total = sum(work(cell) for cell in left)
         with tqdm(total=total, disable=not progress, unit="evaluation", unit_scale=True) as bar:
-            for cell, rows, images in _results(calls, jobs, backend):
+            for cell, rows, images in _results(calls, jobs, backend, device):
                 if keep is not None and images is not None:
                     keep(cell, images)
                 append(rows)
@@ -115,7 +120,7 @@ def _part(cells: Sequence[Cell], shard: tuple[int, int] | None) -> list[Cell]:
     return mine if shard is None else mine[shard[0] - 1 :: shard[1]]
 
 
-def _results(calls: list[tuple], jobs: int, backend: str) -> Iterator[tuple]:
+def _results(calls: list[tuple], jobs: int, backend: str, device: str) -> Iterator[tuple]:
     """What `_attempt` returns, in any order."""
     if jobs == 1 and backend == "loky":
         yield from (_attempt(*call) for call in calls)
@@ -125,7 +130,8 @@ def _results(calls: list[tuple], jobs: int, backend: str) -> Iterator[tuple]:
     else:
         _register_ray()
         # Ray's backend cannot give results as they come: a round for every worker at a time.
-        with Parallel(jobs, backend="ray", batch_size=1) as pool:
+        cards = {"ray_remote_args": {"num_gpus": 1}} if device == "cuda" else {}
+        with parallel_config("ray", **cards), Parallel(jobs, batch_size=1) as pool:
             for start in range(0, len(calls), jobs):
                 yield from pool(delayed(_attempt)(*call) for call in calls[start : start + jobs])
 
@@ -177,6 +183,8 @@ def _attempt(compute: Compute, cell: Cell, device: str, parent: int = 0) -> tupl
         torch.set_num_threads(1)
         torch.set_flush_denormal(True)
         _end_with(parent)
+        if device == "cuda":
+            torch.cuda.set_device(worker_number(parent) % torch.cuda.device_count())
     # A GPU would shorten float32's products to TF32 unasked, the operator's too.
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     images = None
@@ -191,6 +199,27 @@ def _attempt(compute: Compute, cell: Cell, device: str, parent: int = 0) -> tupl
         found = [{"status": "failed", "error": str(error)}] * len(cell.images)
     common = environment(device)
     return cell, [c | common | row for c, row in zip(cell.rows(), found, strict=True)], images
+
+
+@cache
+def worker_number(parent: int) -> int:
+    """The number of this worker of a process, from 0; no two that live have the same.
+
+    It is that of the first file that no other worker has locked; the lock ends with the process.
+    """
+    for i in count():
+        file = (Path(tempfile.gettempdir()) / f"diffoc-{parent}-{i}.worker").open("w")
+        try:
+            lock(file)
+        except ValueError:
+            file.close()
+        else:
+            _HELD.append(file)
+            return i
+    raise AssertionError  # numbers do not end
+
+
+_HELD: list[IO] = []
 
 
 @cache

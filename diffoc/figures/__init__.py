@@ -96,7 +96,7 @@ def save(figure: Figure, name: str) -> Path:
         figure: what to write.
         name: the file's name without its ending.
     """
-    folder = _folder()
+    folder = figure_folder()
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.png"
     with replacing(path) as part:
@@ -118,7 +118,7 @@ def save_for_print(
     Returns:
         The two paths.
     """
-    folder = folder or _folder() / "print"
+    folder = folder or figure_folder() / "print"
     folder.mkdir(parents=True, exist_ok=True)
     origin = f"commit {commit() or 'unknown'}; from {', '.join(sources)}"
     pdf, png = folder / f"{name}.pdf", folder / f"{name}.png"
@@ -133,7 +133,8 @@ def save_for_print(
     return pdf, png
 
 
-def _folder() -> Path:
+def figure_folder() -> Path:
+    """Returns where :func:`save` writes."""
     return Path(os.environ.get("DIFFOC_FIGURES", ROOT / "figures"))
 
 

@@ -6,12 +6,11 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import httpx2
 import torch
 from azula.denoise import Denoiser, DiracPosterior
 from azula.noise import Schedule, VPSchedule
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import HFValidationError
 from torch import Tensor, nn
 
 from diffoc.data.downloads import cache_folder
@@ -135,9 +134,10 @@ def from_hub(name: str) -> Path:
         raise ValueError(
             f"name_or_path is {name!r}, which is no name on the hub: {error}"
         ) from error
-    except (HfHubHTTPError, LocalEntryNotFoundError, httpx2.TransportError) as error:
+    except Exception as error:  # network, hub and disk make it fail anywhere
         raise FileNotFoundError(
-            f"{name} is not in {folder} and cannot be downloaded ({error}): fetch the files of "
+            f"{name} is no folder here, not in {folder}, and cannot be downloaded "
+            f"({error or type(error).__name__}): fetch the files of "
             f"https://huggingface.co/{name}/tree/main (as a rule 1 to 500 MB) by hand, and pass "
             "the folder you put them in as name_or_path"
         ) from error

@@ -21,7 +21,7 @@ from azula.plugins.utils import load_cards
 from torch import Tensor, nn
 
 from diffoc.data import manifest
-from diffoc.data.downloads import RemoteFile, fetch, read_torch_file
+from diffoc.data.downloads import RemoteFile, cache_folder, fetch, read_torch_file
 from diffoc.priors.autoencoder import load_autoencoder
 from diffoc.priors.latent import LatentPrior, load_pipeline
 from diffoc.priors.networks import NETWORKS
@@ -98,6 +98,8 @@ def load_prior(
               "imagenet256" (3, 256, 256), of Dhariwal & Nichol 2021, both ADM networks; their
               heads for the variance are cut off, and means are not clipped to [-1, 1], because
               a controller needs the derivatives;
+            - "ffhq256_latent", the latent model of FFHQ of Rombach et al. 2022, once it lies in the
+              cache under that name as a folder of diffusers;
             - "ffhq64" (3, 64, 64), of Karras et al. 2022, for which see `allow_pickle`;
             - an unconditional pixel model of `diffusers`: "owner/name" on the Hugging Face hub,
               such as "1aurent/mnist-28", or a local folder; or a latent one, such as
@@ -112,10 +114,13 @@ def load_prior(
             run. It also needs a clone of https://github.com/NVlabs/edm on the Python path.
 
     Raises:
+        TypeError: if `name_or_path` is neither a name nor a path.
         FileNotFoundError: if a file is missing and cannot be downloaded.
         ValueError: for an unknown name, a file that is damaged or of another kind, for "ffhq64"
             without `allow_pickle`, and for `learned_variance` of others.
     """
+    if not isinstance(name_or_path, str | Path):
+        raise TypeError(f"name_or_path is {name_or_path!r}, expected a name or a path")
     given, schedule = schedule, schedule or default_schedule()
     if learned_variance and str(name_or_path) not in _ADM_CARDS:
         raise ValueError(f"learned_variance is for {' and '.join(_ADM_CARDS)} only")
@@ -130,13 +135,23 @@ def load_prior(
         prior = _load_adm(name, schedule, learned_variance)
     elif name == "ffhq64":
         prior = _load_edm(schedule, allow_pickle)
+    elif name == "ffhq256_latent":
+        prior = _load_folder(cache_folder() / name, given)
     elif path.suffix == ".pt":
         network, name = _network_of_checkpoint(path)
         shape = SHIPPED[name]
         prior = KarrasDenoiser(network, schedule)
-    elif path.is_dir():
+    elif path.is_file():
+        raise ValueError(
+            f"name_or_path is the file {name}: of files only checkpoints of `python -m diffoc "
+            "train`, ending in .pt, are read; name a folder of a diffusers model, or one of "
+            f"{', '.join(sorted([*SHIPPED, *REMOTE]))}"
+        )
+    elif name and path.is_dir():
         prior = _load_folder(path, given)
-    elif name.count("/") == 1 and all(name.split("/")) and not name.startswith("."):
+    elif isinstance(name_or_path, Path):
+        raise FileNotFoundError(f"name_or_path is the path {name}, where there is nothing")
+    elif name.count("/") == 1 and all(name.split("/")) and not name.startswith((".", "~")):
         prior = _load_folder(from_hub(name), given)
     else:
         raise ValueError(

@@ -34,9 +34,15 @@ from deepinv.physics import Inpainting
 from diffusers import DDPMScheduler
 from torch import nn
 
-from diffoc.baselines.released import AncestralProcess, ResidualNorm, released_weights
+from diffoc.baselines.released import (
+    AncestralProcess,
+    ResidualNorm,
+    ShrinkingValue,
+    released_weights,
+)
 from diffoc.costs import ControlCost
 from diffoc.experiments.methods import METHODS
+from diffoc.lowrank import LowRankExpansion
 from diffoc.priors.counting import CountedPrior
 from diffoc.priors.gaussian import GaussianPrior
 from diffoc.priors.pretrained import (
@@ -378,3 +384,37 @@ def test_wrong_arguments_are_named():
         Adam(weight_decay=-1.0)
     with pytest.raises(ValueError, match="learned_variance is for ffhq256 and imagenet256"):
         load_prior("faces64", learned_variance=True)
+
+
+def test_the_side_effect_is_woodbury_s_identity_for_a_part_of_zero():
+    """As the released code has it: the inverse of r I + U C V with C = 0, which it regularises."""
+    r, e, n, k = 0.02, 1e-3, 12, 3
+    value = ShrinkingValue(
+        normal(2, n), normal(2, n, 0), normal(2, 0, 0), None, k, generator(seed=5)
+    )
+    step = LowRankExpansion(
+        normal(2, n, seed=1), normal(2, n, seed=2), normal(2, n, 0), normal(2, n, 0),
+        normal(2, n, seed=3), r,
+    )  # fmt: skip
+    gains, below = value.step_back(step, torch.full((2,), e, dtype=torch.float64), "full")
+    U = torch.linalg.qr(torch.randn(n, k, generator=generator(seed=5))).Q.double()
+    A, eye = (r + e), torch.eye(k, dtype=torch.float64)
+    inner = torch.linalg.inv(torch.linalg.inv(e * eye) + U.mT @ U / A + e * eye)
+    inverse = torch.eye(n, dtype=torch.float64) / A - U @ inner @ U.mT / A**2
+    torch.testing.assert_close(gains.k, -step.gradient @ inverse, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(below.Vx, step.px)
+    again, _ = below.step_back(step, torch.full((2,), e, dtype=torch.float64), "full")
+    assert not torch.equal(again.k, gains.k)  # another subspace
+
+
+@pytest.mark.parametrize("side_effect", [False, True])
+def test_the_side_effect_is_off_unless_it_is_asked_for(side_effect):
+    prior, physics = double_prior(), super_resolution(2)
+    y, x = normal(1, 1, 4, 4), normal(1, 1, 8, 8, seed=1)
+    settings = {"noise_std": 0.05, "steps": 4, "iterations": 3}
+    usual = METHODS["released"].run(prior, physics, y, x, generator(), **settings)
+    found = METHODS["released"].run(
+        prior, physics, y, x, generator(), **settings, side_effect=side_effect
+    )
+    assert torch.equal(found, usual) != side_effect
+    assert (found - usual).abs().max() < 0.5

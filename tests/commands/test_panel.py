@@ -9,6 +9,7 @@ from PIL import Image
 
 from diffoc.commands.panel import _IMAGES, Panel, _image
 from diffoc.commands.solve import RECIPES
+from diffoc.data.provenance import ROOT
 from diffoc.priors.pretrained import SHIPPED
 from diffoc.problems.tasks import TASKS
 
@@ -33,16 +34,16 @@ def test_every_task_runs_and_is_shown(name, recipe):
         assert picture.size == (28, 28)
 
 
-@pytest.mark.parametrize("error", [ValueError, RuntimeError, FileNotFoundError])
+@pytest.mark.parametrize("error", [ValueError, FileNotFoundError, TypeError, KeyError, ImportError])
 @pytest.mark.parametrize("where", ["reconstruct", "load_prior"])
 def test_what_goes_wrong_is_said(where, error, monkeypatch):
     def fail(*args, **options):
-        raise error("no such thing")
+        raise error(f"no such thing in {ROOT}/data")
 
     monkeypatch.setattr(f"diffoc.commands.panel.{where}", fail)
     panel = Panel(steps=2)
     panel.run()
-    assert panel.status.value == "no such thing"
+    assert panel.status.value.strip("'") == "no such thing in data"
     assert not panel.button.disabled
 
 

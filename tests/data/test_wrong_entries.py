@@ -137,8 +137,24 @@ def test_checkpoints(tmp_path):
 
 
 def test_tuned_values(tmp_path):
+    """Each level of nesting, with each kind of thing in its place."""
     path = tmp_path / "tuned.json"
-    for content in ("[]", "3", "{", '"a"', "null"):
+    whole = {"faces64": {"dps": {"motion_blur": {"300": {"guidance": 1.0, "steps": 3}}}}}
+    path.write_text(json.dumps(whole))
+    assert read_tuned(path) == whole
+    for depth in range(6):
+        for wrong in OTHERS:
+            fine = [{}, {"a": 1}] if depth == 4 else ["text", 3, -1, 2.5, True]
+            if wrong == {} if depth < 4 else wrong in fine:
+                continue  # nothing was tuned, or a value
+            found = wrong
+            for key in ["faces64", "dps", "motion_blur", "300", "guidance"][:depth][::-1]:
+                found = {key: found}
+            path.write_text(json.dumps(found))
+            assert refused(lambda: read_tuned(path), "tuned.json"), (depth, wrong)
+    path.write_text(json.dumps({"faces64": {"dps": {"motion_blur": {"many": {"guidance": 1.0}}}}}))
+    assert refused(lambda: read_tuned(path), "tuned.json")
+    for content in ("{", "", "\x00"):
         path.write_text(content)
         assert refused(lambda: read_tuned(path), "tuned.json")
 

@@ -12,7 +12,8 @@ from diffoc.experiments import ffhq, preflight
 from diffoc.experiments.ffhq import beside_the_paper, cells_by_line, lines, paper_numbers
 from diffoc.experiments.methods import METHODS
 from diffoc.experiments.preflight import Report, check_images, check_weights, seconds_of
-from diffoc.priors.pretrained import REMOTE
+from diffoc.experiments.protocol import FFHQ
+from diffoc.priors.pretrained import REMOTE, load_prior
 
 SMALL = "random ffhq256/32/64"
 
@@ -48,9 +49,42 @@ def test_tables_share_their_rows():
     assert three < one
 
 
-def test_guidance_of_dps_is_that_of_its_authors():
+def test_settings_are_those_of_the_authors_or_said_to_be_others(monkeypatch):
     for task, value in (("super_resolution", 0.3), ("box_inpainting", 0.5)):
         assert ffhq.published("dps", task)[0] == {"guidance": value}
+    assert ffhq.published("mcg", "box_inpainting")[0] == {"guidance": 1.0, "strength": 1.0}
+    text = beside_the_paper("table1", {}, 3)
+    borrowed = "tuned on 64x64 faces with 300 evaluations, not on FFHQ"
+    for label in ("PNP-ADMM", "ADMM-TV"):
+        assert f"- {label}: {borrowed}\n" in text + "\n"
+    assert f"- MCG (NFE = 1000): {borrowed} (super_resolution, gaussian_blur, motion_blur)" in text
+    assert "- DDRM (NFE = 1000): github.com/bahjat-kawar/ddrm" in text
+    for method in ("ddrm", "ddnm"):
+        assert "not published for FFHQ" in ffhq.published(method, "gaussian_blur")[1]
+    own = {"ffhq256": {"mcg": {"motion_blur": {"1000": {"guidance": 0.7}}}}}
+    monkeypatch.setattr(ffhq, "read_tuned", lambda: own)
+    assert ffhq.published("mcg", "motion_blur") == (
+        {"guidance": 0.7},
+        "tuned on FFHQ with 1000 evaluations",
+    )
+
+
+def test_psld_has_a_row_where_its_model_was_put_and_otherwise_a_dash(tmp_path, monkeypatch):
+    monkeypatch.setenv("DIFFOC_CACHE", str(tmp_path))
+
+    def rows(prior="ffhq256"):
+        cells = cells_by_line("table1", prior, ["a"], 1, "float32", tasks=["super_resolution"])
+        return {line.label: cell for cell, line in cells.items()}
+
+    (missing,) = [line for line in lines("table1") if line.label.startswith("PSLD")]
+    assert str(tmp_path / "ffhq256_latent") in missing.note
+    assert not any("PSLD" in label or "Flash" in label for label in rows())
+    (tmp_path / "ffhq256_latent").mkdir()
+    assert rows()["PSLD (NFE = 1000)"].prior == "ffhq256_latent"
+    assert rows()["PSLD (NFE = 1000)"].keywords == {"guidance": 0.1, "gluing": 0.1, "steps": 1000}
+    assert not any("PSLD" in label for label in rows(SMALL))  # a rehearsal has other sizes
+    with pytest.raises(FileNotFoundError, match="ffhq256_latent"):
+        load_prior("ffhq256_latent")
 
 
 def test_a_table_has_ours_the_paper_s_and_the_difference():
@@ -68,6 +102,8 @@ def test_the_chain_and_its_resumption(few, tmp_path, capsys):
     assert text.startswith("A REHEARSAL")
     with (tmp_path / "table3.csv").open() as file:
         rows = list(csv.DictReader(file))
+    records = (tmp_path / "records.csv").read_text()
+    assert records.count(FFHQ.name) == 4
     assert [row["image"] for row in rows] == ["00000", "00001", "mean"] * 2
     mean = sum(float(row["psnr"]) for row in rows[:2]) / 2
     assert float(rows[2]["psnr"]) == pytest.approx(mean, rel=1e-5)

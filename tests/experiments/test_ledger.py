@@ -299,3 +299,14 @@ def test_the_results_have_the_numbers_of_the_ledger():
 def test_make_reproduce_ends_with_the_ledger():
     rule = (ROOT / "Makefile").read_text().split("\nreproduce:")[1].split("\n\n")[0]
     assert rule.splitlines()[-1].startswith("\t$(RUN) diffoc claims; ")
+
+
+def test_planned_commands_are_commands():
+    commands = [
+        c.planned for c in ledger.read(ledger.LEDGER) if c.planned and "python -m" in c.planned
+    ]
+    assert len(commands) >= 4
+    for command in commands:
+        start, _, words = command.partition("python -m diffoc ")
+        assert not start
+        command_line.parser_of().parse_args(words.split())  # exits where it does not know one

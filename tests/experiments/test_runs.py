@@ -15,7 +15,14 @@ from diffoc.data.provenance import device_name
 from diffoc.experiments import runs, spread
 from diffoc.experiments.methods import METHODS
 from diffoc.experiments.records import METRICS, Cell, read, shard_path
-from diffoc.experiments.runs import MethodError, check, method_errors, run_cells, unfinished
+from diffoc.experiments.runs import (
+    MethodError,
+    check,
+    method_errors,
+    run_cells,
+    unfinished,
+    worker_number,
+)
 from diffoc.problems.tasks import TASKS, UnsupportedTask
 from diffoc.riccati import SingularControlHessianError
 
@@ -303,6 +310,36 @@ def test_two_workers_make_the_same_table(tmp_path, expected, backend, monkeypatc
     assert str(os.getpid()) not in {row["error"].split()[0] for row in rows}
     assert {row["error"].split()[1] for row in rows} == {"1"}
     assert {row["threads"] for row in rows} == {"1"}
+
+
+def numbered(cell):
+    rows, images = in_workers(cell)
+    time.sleep(0.02)  # so that both have some
+    return [row | {"error": f"{os.getpid()} {worker_number(os.getppid())}"} for row in rows], images
+
+
+def test_workers_have_numbers_of_their_own_by_which_they_take_their_cards(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    run(tmp_path / "table.csv", numbered, jobs=2)
+    cells = read(tmp_path / "table.csv").values()
+    found = {row["error"] for cell in cells for row in cell if row["status"] == "ok"}
+    assert sorted(each.split()[1] for each in found) == ["0", "1"][: len(found)]
+    assert len({each.split()[0] for each in found}) == len(found)
+
+
+def test_a_worker_on_cuda_takes_the_card_of_its_number(monkeypatch):
+    taken = []
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(runs, "environment", lambda device: {})
+    monkeypatch.setattr(runs, "_end_with", lambda parent: None)
+    threads = torch.get_num_threads()
+    for number in (0, 1, 2):
+        monkeypatch.setattr(runs, "worker_number", lambda parent, n=number: n)
+        runs._attempt(fake, CELLS[0], "cuda", parent=1)
+        runs._attempt(fake, CELLS[0], "cuda:1", parent=1)  # which was asked for
+    assert taken == [0, 1, 0]
+    torch.set_num_threads(threads)
 
 
 def test_ray_that_is_missing_is_named(tmp_path, monkeypatch):

@@ -1,0 +1,130 @@
+"""Where commands write is tried before the work, and names of files are not taken for others."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import errors as hub_errors
+
+from diffoc.commands.main import main, parser_of
+from diffoc.data import images as data
+from diffoc.data.pictures import write_picture
+from diffoc.priors import pipelines
+from diffoc.priors.pretrained import load_prior
+
+WRITTEN = ("out", "keep", "checkpoint")
+"""Options that name what a command writes; all others that are paths are read."""
+
+READ = ("notebooks", "init", "image", "measurement", "images", "records", "kept")
+
+NEEDED = {
+    "fit": ["mnist"],
+    "train": ["mnist"],
+    "evaluate": ["mnist"],
+    "solve": ["PICTURE", "--task", "super_resolution", "--prior", "mnist"],
+    "run": ["table1", "--methods", "released", "--nfe", "1000", "--tasks", "super_resolution"],
+    "tune": ["dps", "--tasks", "super_resolution"],
+    "digits": ["--samples", "2"],
+    "figures": [],
+    "benchmark": ["mnist"],
+    "preflight": ["--random-weights", "--prior", "ffhq256/32/64"],
+    "ffhq": ["table3", "--rehearse", "--prior", "ffhq256/32/64"],
+    "measure": ["FOLDER", "--images", "FOLDER"],
+}
+
+
+def path_options():
+    for command, parser in parser_of()._subparsers._group_actions[0].choices.items():
+        for action in parser._actions:
+            if action.type is Path:
+                yield command, action
+
+
+def test_every_path_is_known_to_be_read_or_written():
+    found = {action.dest for _, action in path_options()}
+    assert found == {*WRITTEN, *READ}
+    assert {command for command, action in path_options() if action.dest in WRITTEN} == {*NEEDED}
+
+
+@pytest.mark.parametrize("where", ["below a file", "in its place"])
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [(c, a.option_strings[0]) for c, a in path_options() if a.dest in WRITTEN],
+)
+def test_a_place_that_cannot_be_written_is_said_before_the_work(
+    command, option, where, tmp_path, capsys, monkeypatch
+):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    write_picture(data.digits()[0][0], folder / "a.png")
+    (tmp_path / "file").write_text("a file")
+    # What takes a file meets a folder, and what takes a folder a file.
+    is_file = option == "--checkpoint" or (option == "--out" and command in CSV)
+    taken = folder if is_file else tmp_path / "file"
+    place = tmp_path / "file" / "below" if where == "below a file" else taken
+
+    def work(*args, **options):
+        raise AssertionError("the work began")
+
+    for name in ("Module.__call__", "functional.conv2d"):
+        monkeypatch.setattr(f"torch.nn.{name}", work)
+    monkeypatch.setattr("diffoc.training.mixtures.fit_mixture_prior", work)
+    monkeypatch.setattr("diffoc.figures.paper.write_all", work)
+    words = {"PICTURE": str(folder / "a.png"), "FOLDER": str(folder)}
+    needed = [words.get(word, word) for word in NEEDED[command]]
+    assert main([command, *needed, option, str(place)]) == 2
+    err = capsys.readouterr().err
+    assert len(err.splitlines()) == 1
+    assert place.name in err or "file" in err
+    assert (tmp_path / "file").read_text() == "a file"
+
+
+CSV = ("run", "tune", "digits", "benchmark")
+"""Commands whose `--out` is a file; but the last of them has JSON."""
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+@pytest.mark.parametrize("name", ["local/weights", "weights.safetensors", "a/b/c.bin"])
+def test_files_and_paths_are_no_names_on_the_hub(name, kind, tmp_path, monkeypatch):
+    def ask(*args, **options):
+        raise AssertionError("the hub was asked")
+
+    monkeypatch.setattr(pipelines, "snapshot_download", ask)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises((ValueError, FileNotFoundError), match="name_or_path"):
+        load_prior(Path(name))  # there is nothing
+    Path(name).parent.mkdir(parents=True, exist_ok=True)
+    Path(name).write_bytes(b"weights")
+    with pytest.raises(ValueError, match=f"name_or_path is the file {name}"):
+        load_prior(kind(name))
+
+
+@pytest.mark.parametrize("name", [None, 3, b"mnist", ["mnist"]])
+def test_a_name_of_another_type_is_refused(name):
+    with pytest.raises(TypeError, match="name_or_path is"):
+        load_prior(name)
+
+
+HUB = [
+    e
+    for e in vars(hub_errors).values()
+    if isinstance(e, type) and issubclass(e, Exception) and "CLI" not in e.__name__
+]
+
+
+@pytest.mark.parametrize("error", [*HUB, OSError, ConnectionError, RuntimeError, KeyError])
+def test_whatever_the_hub_raises_is_one_error(error, monkeypatch):
+    def fail(*args, **options):
+        raise Exception.__new__(error, "no such thing")
+
+    monkeypatch.setattr(pipelines, "snapshot_download", fail)
+    with pytest.raises((FileNotFoundError, ValueError), match=r"owner/name"):
+        load_prior("owner/name")
+
+
+def test_a_copy_without_its_folder(tmp_path):
+    shutil.rmtree(tmp_path)
+    with pytest.raises(FileNotFoundError, match="where there is nothing"):
+        load_prior(tmp_path)
+    assert torch.is_grad_enabled()
