@@ -229,12 +229,13 @@ class Recipe:
     @property
     def planned(self) -> int:
         """How many iterations there are at most."""
-        if self.iterations is not None or self.budget is None:
-            return self.iterations or 0
+        most = sys.maxsize if self.iterations is None else self.iterations
+        if self.budget is None:
+            return most
         if not self.spare:
-            return self.budget // self.steps
+            return min(most, self.budget // self.steps)
         left = self.budget - 2 * self.steps * self.guess
-        return max(1, math.floor((1 - self.spare) * left / self.steps + 1e-9))
+        return min(most, max(1, math.floor((1 - self.spare) * left / self.steps + 1e-9)))
 
 
 OURS = Recipe(

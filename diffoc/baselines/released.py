@@ -263,7 +263,8 @@ dimension: there it takes from the gain the share
 .. math:: \Big(1 + \frac{\rho}{0.001} + 0.001 \rho\Big)^{-1}, \qquad \rho = r + 0.001 ,
 
 a fifth in the first step and a fourteenth in the last of T = 20; each step of each iteration draws
-its own. This is left out by default, see :class:`Shrinking`. It also evaluates the prior three times in each step of an iteration, of which ours needs one.
+its own. This is left out by default, see :class:`Shrinking`. It also evaluates the prior three
+times in each step of an iteration, of which ours needs one.
 
 Source: github.com/lihenryhfl/diffusion_optimal_control, commit f20ebff.
 """

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 from base64 import b64encode
-from dataclasses import replace
 from threading import Event, Thread
 
 import ipywidgets as widgets
@@ -17,7 +16,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-from diffoc.commands.solve import RECIPES, picture_of
+from diffoc.commands.solve import RECIPES, Settings, picture_of
 from diffoc.data import images as data
 from diffoc.data.provenance import told
 from diffoc.figures import sheet
@@ -134,9 +133,8 @@ class Panel:
             if self._cancelled.is_set():
                 raise _Cancelled
 
-        recipe = RECIPES[self.recipe.value].at(name, budget)
-        recipe = replace(recipe, budget=budget, steps=self.steps or recipe.steps)
-        reconstruct(Problem(physics, y, noise), prior, recipe, callback=show)
+        chosen = Settings(name, _IMAGES[image], noise, self.recipe.value, budget, self.steps)
+        reconstruct(Problem(physics, y, noise), prior, chosen.changed, callback=show)
         self.status.value += ", done"
 
 

@@ -55,7 +55,8 @@ class Settings:
         prior: a name or path for :func:`diffoc.load_prior`.
         noise_std: of the measurement.
         recipe: a key of :data:`RECIPES`.
-        budget, steps, iterations, rank: in place of the recipe's; None for those.
+        budget, steps, iterations, rank: in place of the recipe's; None for those. A budget takes
+            the place of the recipe's iterations, too; where both are given, both are limits.
         starts: see :func:`diffoc.reconstruct.reconstruct`; the cheapest image is written.
         seed: of mask, kernel, noise and whatever else is random.
 
@@ -84,6 +85,8 @@ class Settings:
         """The recipe with what was given in place of its own, as it was tuned for the task."""
         names = ("budget", "steps", "iterations", "rank")
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        if "budget" in given:
+            given.setdefault("iterations", None)
         return replace(RECIPES[self.recipe].at(self.task, self.budget), **given)
 
 

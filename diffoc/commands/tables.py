@@ -173,6 +173,8 @@ def _cells(args: argparse.Namespace, images: Sequence[str]) -> tuple[str, list[C
         raise ValueError(f"equal-work is set, but the grid of {args.table} has budgets of its own")
     if args.set:
         raise ValueError(f"set is given, but the grid of {args.table} has its own")
+    if args.random_weights and args.table != "robustness":
+        raise ValueError(f"random-weights is set, but the grid of {args.table} needs trained ones")
     if args.nfe and (args.table != "robustness" or len(args.nfe) > 1):
         raise ValueError(f"nfe is {args.nfe}: of the grids only robustness takes one, a single one")
     return prior, ablation_cells(
