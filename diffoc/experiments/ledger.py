@@ -348,7 +348,9 @@ def _select(rows: list[dict[str, str]], where: dict[str, Any]) -> list[dict[str,
 def _printed(cell: dict) -> str:
     """What a cell prints, or shows as a table in Markdown."""
     outputs = cell.get("outputs", [])
-    texts = (found.get("text") or found.get("data", {}).get("text/markdown", "") for found in outputs)
+    texts = (
+        found.get("text") or found.get("data", {}).get("text/markdown", "") for found in outputs
+    )
     return "".join("".join(text) for text in texts)
 
 
