@@ -54,9 +54,8 @@ def read_tuned(path: Path | None = None) -> dict:
 def _damaged(found: object, levels: Sequence[str]) -> str | None:
     """What is wrong with nested values, which are numbers below all the levels; None if nothing."""
     if not levels:
-        number = isinstance(found, int | float) and not isinstance(found, bool)
-        good = isinstance(found, str | bool) or (number and math.isfinite(found))
-        return None if good else f"a value is {found!r}, expected a finite number"
+        good = isinstance(found, int | float) and math.isfinite(found)
+        return None if good or isinstance(found, str) else f"a value is {found!r}, expected a finite number"
     if not isinstance(found, dict):
         return f"expected values by {levels[0]} in place of {found!r}"
     if levels[0] == "budget" and (bad := [key for key in found if not key.isdigit()]):
