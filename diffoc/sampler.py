@@ -98,7 +98,7 @@ def riccati_draws(
 
 
 def low_rank_draw(U: Tensor, S: Tensor, r: float, noise: Tensor) -> tuple[Tensor, Tensor]:
-    r"""Returns draws from N(0, Quu^-1) for :math:`Q_{uu} = r I + U S U^T`, and log |Quu / r|.
+    r"""Returns draws from N(0, Quu^-1) for :math:`Q_{uu} = r I + U S U^T`, and log det(Quu / r).
 
     With :math:`U = Q R` and the eigenvalues :math:`\lambda` and eigenvectors of
     :math:`R S R^T`, turned by Q into columns W,
