@@ -3,8 +3,6 @@
 Every error names the argument, and says what is expected of it.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -76,6 +74,13 @@ def check_at_least(low: float, **numbers: float) -> None:
     for name, value in numbers.items():
         if not low <= value < math.inf:
             raise ValueError(f"{name} is {value}, expected finite and at least {low}")
+
+
+def check_within(low: float, high: float, **numbers: float) -> None:
+    """Raises a ValueError unless numbers are from `low` to `high`."""
+    for name, value in numbers.items():
+        if not low <= value <= high:
+            raise ValueError(f"{name} is {value}, expected {low} to {high}")
 
 
 def check_member(members: Iterable[str], **names: str) -> None:

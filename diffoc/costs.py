@@ -5,8 +5,6 @@ controls to (B,). Both must be twice differentiable, and no problem of a batch m
 another.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

@@ -20,8 +20,6 @@ make of the random directions, projected onto the eigenspace: :math:`c \Pi` gets
 :math:`\Pi \omega_1 / \|\Pi \omega_1\|` first, which is as smooth as :math:`\Pi` is.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

@@ -17,8 +17,6 @@ The samplers differ in the three numbers only, see :data:`METHODS`. A control
 enters before the step (input perturbation, Eq. 17) or after it (output perturbation, Eq. 18).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import torch

@@ -4,8 +4,6 @@ An iteration costs :math:`T (F + (1 + k) B)` with the activations kept, F being 
 the denoiser, B one vector-Jacobian product, k the rank of the terminal Hessian.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 

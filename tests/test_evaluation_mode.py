@@ -13,7 +13,6 @@ from diffoc.experiments.methods import METHODS
 from diffoc.greedy import greedy_controls
 from diffoc.priors import wrap, wrap_edm
 from diffoc.priors.latent import LatentPrior
-from diffoc.problems import perceptual
 from diffoc.problems.operators import average_pool
 from diffoc.problems.tasks import measure, random_inpainting
 from diffoc.process import ReverseProcess
@@ -77,13 +76,6 @@ def latent():
     found = LatentPrior(prior(), Blind().train())
     found.image_shape = found.decoded_shape = SHAPE
     return found
-
-
-class Scaled(nn.Module):
-    """Makes of 8 bits in three channels what the network takes."""
-
-    def forward(self, x):
-        return x[:, :1] / 255.0
 
 
 class Severe(nn.Module):
@@ -178,10 +170,6 @@ DOORS = {
             tweedie_score(used, GaussianLikelihood(PHYSICS.A, Y, NOISE_STD)),
             images(),
         ),
-    ),
-    "features": (
-        lambda: nn.Sequential(Scaled(), seeded(Dropping, 9)),
-        lambda net: perceptual.features(net, images()),
     ),
     **{name: (prior, by_method(name)) for name in OF_IMAGES},
     "psld": (latent, by_method("psld")),

@@ -594,6 +594,7 @@ OTHERS = {
     "method": "decorates the methods, above",
     "methods": "has no argument",
     "Share": "a number",
+    "Given": "behind the methods",
     "one_a_step": "behind the methods",
     "product_a_step": "behind the methods",
     "no_products": "behind the methods",

@@ -36,7 +36,6 @@ from diffoc.experiments.runs import run_cells
 from diffoc.priors.networks import DigitClassifier
 from diffoc.priors.pretrained import load_prior
 from diffoc.priors.weights import read_weights, write_weights
-from diffoc.problems.perceptual import read_features, write_features
 from diffoc.training import trainer as training
 
 # Full disks: what was there stays, and the message says which file could not be written.
@@ -61,9 +60,6 @@ WRITERS = {
     "classifier.safetensors": lambda f, seed: write_weights(network(seed), "classifier", f),
     "manifest.json": lambda f, seed: manifest.register_file("a", str(seed), "here", f),
     "tuned.json": lambda f, seed: write_tuned({"seed": seed}, f / "tuned.json"),
-    "features.safetensors": lambda f, seed: write_features(
-        f / "features.safetensors", "net", torch.full((9, 9), float(seed))
-    ),
     "run.pt": lambda f, seed: training.save(
         training.start(training.Plan(DigitClassifier, images=1), seed), f / "run.pt"
     ),
@@ -194,11 +190,6 @@ def as_weights(folder, touch):
     read_weights(folder / "a.safetensors")
 
 
-def as_features(folder, touch):
-    (folder / "a.safetensors").write_bytes(pickle.dumps(touch))
-    read_features([folder / "a.safetensors"], "net")
-
-
 def as_checkpoint(folder, touch):
     (folder / "a.pt").write_bytes(pickle.dumps(touch, protocol=2))
     load_prior(folder / "a.pt")
@@ -234,7 +225,6 @@ def as_ledger(folder, touch):
         as_bin,
         as_safetensors,
         as_weights,
-        as_features,
         as_checkpoint,
         as_pickle,
         as_measurement,
@@ -339,20 +329,6 @@ def test_a_measurement_that_is_cut_or_another_file_is_refused(tmp_path):
         np.savez(path, y=y, task="super_resolution", seed=0)
         with pytest.raises(ValueError, match="expected finite"):
             from_measurement(path, (1, 28, 28), settings)
-
-
-def test_features_that_are_none_are_refused(tmp_path):
-    path = tmp_path / "a.safetensors"
-    write_features(path, "net", torch.zeros(3, 2))
-    whole = path.read_bytes()
-    assert read_features([path], "net").shape == (3, 2)
-    path.write_bytes(whole[:-1])
-    with pytest.raises(ValueError, match="damaged"):
-        read_features([path], "net")
-    for metadata in (None, {}, {"network": "net"}):
-        save_file({"other": torch.zeros(3)}, path, metadata)
-        with pytest.raises(ValueError, match="damaged or no file of features"):
-            read_features([path], "net")
 
 
 def test_pictures_that_are_too_large_or_no_numbers_are_refused(tmp_path, monkeypatch):

@@ -1,18 +1,16 @@
 r"""What the controller is compared with: one method a file, on any azula prior and our tasks.
 
-Every method is a function ::
+Every method is called as ::
 
-    method(prior, physics, y, x, generator, *, noise_std, ...) -> x0
+    x0 = method(prior, physics, y, x, generator, noise_std=..., **settings)
 
-of an azula denoiser, of a `deepinv` physics with measurements y (B, ...), of the state at time 1,
-:math:`x_1 \sim N(0, \sigma_1^2 I)`, shape (B, ...), and of the source of all other randomness. It
-returns images of the shape of `x`, not clipped; with a
-:class:`diffoc.priors.latent.LatentPrior` x is a latent, and what is returned are decoded images. No
-problem of a batch depends on another, but for the noise that they draw from one generator. Keyword
-arguments are the method's settings, in the notation of the notebooks; :func:`method` looks at what
-all share. Times run from 1 (noise) to 0,
-:math:`x_t = \alpha_t x_0 + \sigma_t z`, and :math:`m(x, t)` is the posterior mean that the prior
-returns.
+and gets these six as one value, :class:`Given`. It returns images (B, ...), not clipped; with a
+:class:`diffoc.priors.latent.LatentPrior` they are decoded. No problem of a batch depends on
+another, but for the noise that they draw from one generator. Keyword arguments are the method's
+settings, in the notation of the notebooks. A method raises an
+:class:`diffoc.problems.tasks.UnsupportedTask` for a task that it cannot do, and a ValueError that
+names a setting out of its range. Times run from 1 (noise) to 0, :math:`x_t = \alpha_t x_0 +
+\sigma_t z`, and :math:`m(x, t)` is the posterior mean that the prior returns.
 
 A file ends with ``METHOD = Method(...)``, which says how the tables run it. They know it by the
 file's name, and nothing else has to be told of a new one.
@@ -34,12 +32,11 @@ import torch
 from azula.denoise import Denoiser
 from torch import Tensor
 
-from diffoc.checks import check_tensor, evaluating
+from diffoc.checks import check_at_least, check_tensor, evaluating
+from diffoc.reconstruct import Problem, Recipe, reconstruct
 
 if TYPE_CHECKING:
     from deepinv.physics import Physics
-
-    from diffoc.reconstruct import Recipe
 
 TRIALS = 8
 """How many settings of each method are tried for a task, for all methods alike."""
@@ -156,14 +153,45 @@ def global_generator(generator: torch.Generator) -> Iterator[None]:
         yield
 
 
+@dataclass(frozen=True)
+class Given:
+    r"""What every method gets.
+
+    Attributes:
+        prior: an azula denoiser.
+        physics: the operator A, a `deepinv` physics.
+        y: the measurements, (B, ...).
+        x: the state at time 1, :math:`x_1 \sim N(0, \sigma_1^2 I)`, (B, ...); with a
+            :class:`diffoc.priors.latent.LatentPrior` it is a latent.
+        generator: the source of all other randomness.
+        noise_std: the standard deviation s of the measurements' noise.
+    """
+
+    prior: Denoiser
+    physics: Physics
+    y: Tensor
+    x: Tensor
+    generator: torch.Generator
+    noise_std: float
+
+    def noise(self, like: Tensor | None = None) -> Tensor:
+        """Draws standard normal numbers of the shape of `x`, or of another tensor."""
+        x, device = self.x if like is None else like, self.generator.device
+        return torch.randn(x.shape, generator=self.generator, dtype=x.dtype, device=device).to(x)
+
+    def reconstruct(self, recipe: Recipe, x: Tensor | None = None) -> Tensor:
+        """Returns the images of a recipe, which starts from `x`, by default from zeros."""
+        problem = Problem(self.physics, self.y, self.noise_std)
+        x = 0 * self.x if x is None else x
+        return reconstruct(problem, self.prior, recipe, x=x, generator=self.generator).x0
+
+
 def method(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Decorates a method: what is no measurement of such images is refused before it runs.
+    """Turns a function of :class:`Given` and settings into a method that is called as above.
 
-    Many would draw a sample of the prior all the same.
-
-    Args:
-        run: as the module says; it then raises a ValueError, too, if `y` or `x` is not finite or
-            does not fit the physics, or `noise_std` is not finite or negative.
+    What is no measurement of such images is refused before it runs, because many would draw a
+    sample of the prior all the same: a ValueError says if `y` or `x` is not finite or does not fit
+    the physics, or `noise_std` is not finite or negative.
     """
 
     @wraps(run)
@@ -179,13 +207,12 @@ def method(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
     ) -> Tensor:
         check_tensor("y", y)
         check_tensor("x", x)
-        if not 0 <= noise_std < math.inf:
-            raise ValueError(f"noise_std is {noise_std}, expected finite and at least 0")
+        check_at_least(0, noise_std=noise_std)
         # Where the prior is one of latents, x is no image.
         if not hasattr(getattr(prior, "prior", prior), "decode"):
             _check_fit(physics, y, x)
         with evaluating(prior, physics, *settings.values()):
-            return run(prior, physics, y, x, generator, noise_std=noise_std, **settings)
+            return run(Given(prior, physics, y, x, generator, noise_std), **settings)
 
     return checked
 

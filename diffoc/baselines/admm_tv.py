@@ -6,56 +6,34 @@ with D the differences to the next pixels below and to the right. The iteration 
 :mod:`diffoc.baselines.pnp_admm`, with the proximal map of total variation as denoiser.
 """
 
-from __future__ import annotations
-
-import torch
-from azula.denoise import Denoiser
 from deepinv.models import TVDenoiser
 from deepinv.optim import ADMM
 from deepinv.optim.prior import TVPrior
-from deepinv.physics import Physics
 from torch import Tensor
 
-from diffoc.baselines import Method, method
+from diffoc.baselines import Given, Method, method
 from diffoc.baselines.decomposition import require_linear
 from diffoc.baselines.pnp_admm import ImageByImage
+from diffoc.checks import check_above, check_at_least
 from diffoc.problems.tasks import UnsupportedTask
 
 
 @method
 def admm_tv(
-    prior: Denoiser,
-    physics: Physics,
-    y: Tensor,
-    x: Tensor,
-    generator: torch.Generator,
-    *,
-    noise_std: float,
-    steps: int = 200,
-    weight: float = 0.01,
-    stepsize: float = 10.0,
+    given: Given, *, steps: int = 200, weight: float = 0.01, stepsize: float = 10.0
 ) -> Tensor:
-    r"""Images (B, C, H, W) by ADMM-TV; see :mod:`diffoc.baselines` for the shared arguments.
+    r"""Returns images (B, C, H, W) by ADMM-TV, which uses no prior and draws nothing.
 
     Args:
-        prior: not used, nor are the values of `x` and `generator`.
-        noise_std: not used, the weight has to be tuned to it.
-        steps: iterations, at least 1; none costs an evaluation.
-        weight: :math:`\lambda`, above 0.
+        steps: iterations, none of which costs an evaluation.
+        weight: :math:`\lambda`, above 0, which has to be tuned to the noise.
         stepsize: :math:`\gamma`, above 0; it only changes how fast the iteration converges.
-
-    Raises:
-        UnsupportedTask: if the task is not linear, or states are no images.
-        ValueError: if a setting is out of its range.
     """
-    require_linear(physics)
-    if x.ndim != 4:
-        raise UnsupportedTask(f"x has shape {tuple(x.shape)}, total variation needs (B, C, H, W)")
-    if steps < 1:
-        raise ValueError(f"steps is {steps}, expected at least 1")
-    for name, value in (("weight", weight), ("stepsize", stepsize)):
-        if not value > 0:
-            raise ValueError(f"{name} is {value}, expected above 0")
+    physics, shape = require_linear(given.physics), tuple(given.x.shape)
+    if len(shape) != 4:
+        raise UnsupportedTask(f"x has shape {shape}, total variation needs (B, C, H, W)")
+    check_at_least(1, steps=steps)
+    check_above(0, weight=weight, stepsize=stepsize)
     regularizer = TVPrior()
     # Its inner iterations go on where the last ones ended. A fixed number of them, because a
     # criterion would be taken over the batch; and longer steps than deepinv's, to need few.
@@ -67,7 +45,7 @@ def admm_tv(
         stepsize=stepsize,
         max_iter=steps,
     )
-    return solver(y, physics)
+    return solver(given.y, physics)
 
 
 METHOD = Method(

@@ -1,20 +1,15 @@
 """The recipe without a guess, :data:`diffoc.reconstruct.COLD`, as a row of the tables."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
-import torch
-from azula.denoise import Denoiser
-from deepinv.physics import Physics
 from torch import Tensor
 
-from diffoc.baselines import Method, method
-from diffoc.reconstruct import COLD, Problem, reconstruct
+from diffoc.baselines import Given, Method, method
+from diffoc.reconstruct import COLD
 
 
 def iterations_within(budget: int, steps: int) -> int:
-    """The iterations of T steps that a budget of evaluations allows, at least 1.
+    """Returns the iterations of T steps that a budget of evaluations allows, at least 1.
 
     Some 15 % of it are left for the first rollout and for the line search, which may take more.
     """
@@ -23,43 +18,33 @@ def iterations_within(budget: int, steps: int) -> int:
 
 @method
 def cold(
-    prior: Denoiser,
-    physics: Physics,
-    y: Tensor,
-    x: Tensor,
-    generator: torch.Generator,
+    given: Given,
     *,
-    noise_std: float,
     steps: int = COLD.steps,
     iterations: int = 80,
     control_cost: float = 1.0,
     from_noise: bool = False,
     greedy: bool = False,
 ) -> Tensor:
-    """Images (B, ...) by :data:`diffoc.reconstruct.COLD`: no guess, the discrepancy principle.
+    """Returns images (B, ...) by :data:`diffoc.reconstruct.COLD`.
 
     Args:
-        noise_std: of the measurements.
         steps: T, at least 1.
-        iterations: at most; fewer by the discrepancy principle. With the line search's
-            trials, evaluations are T (1 + iterations) or some more, products T iterations.
+        iterations: their largest number; the discrepancy principle may end before. With the line
+            search's trials, evaluations are T (1 + iterations) or some more, products T iterations.
         control_cost: r, positive.
         from_noise: whether to start from `x`, and not from zero.
-        greedy: whether there is a guess after all, T evaluations more.
+        greedy: whether there is a guess after all, which takes T evaluations more.
     """
     recipe = replace(COLD, steps=steps, iterations=iterations, weight=control_cost, guess=greedy)
-    problem = Problem(physics, y, noise_std)
-    return reconstruct(problem, prior, recipe, x=x if from_noise else 0 * x, generator=generator).x0
+    return given.reconstruct(recipe, given.x if from_noise else None)
 
 
 METHOD = Method(
     "Ours, cold",
     cold,
     # On the tuning faces ten steps and twice the iterations blur less than twenty steps.
-    lambda task, nfe: {
-        "steps": COLD.steps,
-        "iterations": iterations_within(nfe, COLD.steps),
-    },
+    lambda task, nfe: {"steps": COLD.steps, "iterations": iterations_within(nfe, COLD.steps)},
     lambda s: (s["steps"] * (1 + s["iterations"]), s["steps"] * s["iterations"]),
     tuned={"control_cost": (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)},
     recipe=COLD,

@@ -22,54 +22,41 @@ conditions: each of the N iterations is one rollout and one gradient, with which
 accepts its trial, or halves the step to it.
 """
 
-from __future__ import annotations
-
 from itertools import pairwise
 
 import torch
-from azula.denoise import Denoiser
-from deepinv.physics import LinearPhysics, Physics
+from deepinv.physics import LinearPhysics
 from torch import Tensor
 
-from diffoc.baselines import Method, method
+from diffoc.baselines import Given, Method, method
 from diffoc.baselines.decomposition import pseudo_inverse
+from diffoc.checks import check_at_least, check_within
 from diffoc.process import ReverseProcess
 from diffoc.rules import LBFGS, LBFGSMemory
 
 
 @method
 def d_flow(
-    prior: Denoiser,
-    physics: Physics,
-    y: Tensor,
-    x: Tensor,
-    generator: torch.Generator,
+    given: Given,
     *,
-    noise_std: float,
     steps: int = 6,
     iterations: int = 50,
     regularization: float = 0.0,
     blend: float = 0.1,
 ) -> Tensor:
-    r"""Images (B, ...) by D-Flow; see :mod:`diffoc.baselines` for the arguments that all share.
+    r"""Returns images (B, ...) by D-Flow; N or :math:`\lambda` has to be tuned to the noise.
 
     Args:
-        noise_std: not used: when to stop, or what to regularise by, has to be tuned to it.
         steps: T, at least 1.
         iterations: N, at least 1; each costs T evaluations and T products.
         regularization: :math:`\lambda`, not negative.
         blend: :math:`\beta` in [0, 1]; the inversion costs T evaluations more if it is above 0 and
             the operator is linear. Otherwise there is none, and :math:`\beta` is 0.
-
-    Raises:
-        ValueError: if an argument is out of its range.
     """
-    if steps < 1 or iterations < 1:
-        raise ValueError(f"steps and iterations are {steps} and {iterations}, expected at least 1")
-    if not regularization >= 0:
-        raise ValueError(f"regularization is {regularization}, expected at least 0")
-    if not 0 <= blend <= 1:
-        raise ValueError(f"blend is {blend}, expected in [0, 1]")
+    check_at_least(1, steps=steps, iterations=iterations)
+    check_at_least(0, regularization=regularization)
+    check_within(0, 1, blend=blend)
+    prior, physics, y, x = given.prior, given.physics, given.y, given.x
     process = ReverseProcess(prior, steps)
     variance = prior.schedule(process.times[0])[1].item() ** 2
     if blend > 0 and isinstance(physics, LinearPhysics):

@@ -38,13 +38,13 @@ from collections.abc import Callable
 from itertools import pairwise
 
 import torch
-from azula.denoise import Denoiser
 from deepinv.physics import DecomposablePhysics, Physics
 from torch import Tensor
 
-from diffoc.baselines import Method, method
+from diffoc.baselines import Given, Method, method
 from diffoc.baselines.decomposition import decompose
 from diffoc.baselines.noise_level import times_of_levels
+from diffoc.checks import check_above, check_at_least
 from diffoc.problems.tasks import UnsupportedTask
 
 FLOW_END = 0.01
@@ -54,13 +54,8 @@ FLOW_END = 0.01
 @method
 @torch.no_grad()
 def daps(
-    prior: Denoiser,
-    physics: Physics,
-    y: Tensor,
-    x: Tensor,
-    generator: torch.Generator,
+    given: Given,
     *,
-    noise_std: float,
     steps: int = 60,
     ode_steps: int = 5,
     langevin_steps: int = 100,
@@ -68,40 +63,28 @@ def daps(
     likelihood_std: float = 0.01,
     last_level: float = 0.1,
 ) -> Tensor:
-    r"""Images (B, ...) by DAPS; see :mod:`diffoc.baselines` for the arguments that all share.
+    r"""Returns images (B, ...) by DAPS; its last settings have to be tuned to the noise.
 
     Args:
-        noise_std: not used, the settings at the end have to be tuned to it.
         steps: annealing levels T, at least 1; each costs `ode_steps` evaluations, and no product.
             200 in the released code.
-        ode_steps: of the flow for each annealing level, at least 1.
+        ode_steps: steps of the flow for each annealing level, at least 1.
         langevin_steps: N, for each annealing level, not negative. Operators that are not linear,
             or not decomposed (see :mod:`diffoc.baselines.decomposition`), pay for each.
         step_size: of Langevin at the first level, above 0; unstable from
             :math:`2 / (\|A\|^2 / \tau^2 + 1 / r^2)` on.
         likelihood_std: :math:`\tau`, above 0; 0.01 in the released code.
         last_level: b, above 0.01 and below the prior's noisiest.
-
-    Raises:
-        ValueError: if an argument is out of its range.
     """
-    if steps < 1 or ode_steps < 1 or langevin_steps < 0:
-        raise ValueError(
-            f"steps, ode_steps and langevin_steps are {steps}, {ode_steps} and {langevin_steps}, "
-            "expected at least 1, 1 and 0"
-        )
-    if not step_size > 0:
-        raise ValueError(f"step_size is {step_size}, expected above 0")
-    if not likelihood_std > 0:
-        raise ValueError(f"likelihood_std is {likelihood_std}, expected above 0")
+    check_at_least(1, steps=steps, ode_steps=ode_steps)
+    check_at_least(0, langevin_steps=langevin_steps)
+    check_above(0, step_size=step_size, likelihood_std=likelihood_std)
+    prior, physics, y, x = given.prior, given.physics, given.y, given.x
     alpha, sigma = (scale.item() for scale in prior.schedule(torch.ones((), dtype=torch.float64)))
     if not FLOW_END < last_level < sigma / alpha:
         raise ValueError(
             f"last_level is {last_level}, expected between {FLOW_END} and {sigma / alpha:g}"
         )
-
-    def draw() -> Tensor:
-        return torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
 
     langevin: Langevin
     try:
@@ -123,9 +106,9 @@ def daps(
             mean = prior(scale * estimate, t).mean
             estimate = mean + then / now * (estimate - mean)
         rate = step_size * (1 - 0.99 * i / steps)
-        x0 = langevin(estimate, level, likelihood_std, rate, langevin_steps, draw)
+        x0 = langevin(estimate, level, likelihood_std, rate, langevin_steps, given.noise)
         if i + 1 < steps:
-            state = x0 + annealing[i + 1].item() * draw()
+            state = x0 + annealing[i + 1].item() * given.noise()
     return x0
 
 

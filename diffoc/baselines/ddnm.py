@@ -24,48 +24,28 @@ with :math:`\eta_b = 1`. Without noise of the measurements it is plain DDNM, wit
 :math:`\gamma_i` and :math:`k_i` of the first line for all. There is no time travel, as by default.
 """
 
-from __future__ import annotations
-
 import torch
-from azula.denoise import Denoiser
-from deepinv.physics import Physics
 from torch import Tensor
 
-from diffoc.baselines import Method, Share, method, no_products, one_a_step
+from diffoc.baselines import Given, Method, Share, method, no_products, one_a_step
 from diffoc.baselines.decomposition import decompose
+from diffoc.checks import check_above, check_at_least, check_within
 
 
 @method
 @torch.no_grad()
-def ddnm(
-    prior: Denoiser,
-    physics: Physics,
-    y: Tensor,
-    x: Tensor,
-    generator: torch.Generator,
-    *,
-    noise_std: float,
-    steps: int = 100,
-    eta: float = 0.85,
-) -> Tensor:
-    r"""Images (B, ...) by DDNM+; see :mod:`diffoc.baselines` for the arguments that all share.
+def ddnm(given: Given, *, steps: int = 100, eta: float = 0.85) -> Tensor:
+    r"""Returns images (B, ...) by DDNM+.
 
     Args:
-        noise_std: :math:`\sigma_y`, not negative.
-        steps: at least 1; each costs an evaluation.
+        steps: their number; each costs an evaluation.
         eta: :math:`\eta`, in ]0, 1]; 0.85 in the released code.
-
-    Raises:
-        UnsupportedTask: see :func:`diffoc.baselines.decomposition.decompose`.
-        ValueError: if a setting is out of its range.
     """
-    if steps < 1:
-        raise ValueError(f"steps is {steps}, expected at least 1")
-    if not 0 < eta <= 1:
-        raise ValueError(f"eta is {eta}, expected in ]0, 1]")
-    if not noise_std >= 0:
-        raise ValueError(f"noise_std is {noise_std}, expected at least 0")
-    svd = decompose(physics, x)
+    check_at_least(1, steps=steps)
+    check_above(0, eta=eta)
+    check_within(0, 1, eta=eta)
+    prior, x, noise_std = given.prior, given.x, given.noise_std
+    svd = decompose(given.physics, x)
     singular = svd.mask.to(x) * torch.ones_like(x[:1])
     inverse = torch.where(singular > 0, 1 / singular, 0)
     kappa = (1 - eta**2) ** 0.5
@@ -85,9 +65,8 @@ def ddnm(
             gain = torch.where(missing >= 0, inverse, weak)
         mean = prior(x, t).mean
         predicted = svd.V_adjoint(x - alpha_t * mean) / sigma_t
-        noise = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=generator.device)
-        corrected = alpha_s * gain * svd.U_adjoint(y - physics.A(mean))
-        x = alpha_s * mean + svd.V(corrected + std * noise.to(x) + kept * predicted)
+        corrected = alpha_s * gain * svd.U_adjoint(given.y - given.physics.A(mean))
+        x = alpha_s * mean + svd.V(corrected + std * given.noise() + kept * predicted)
     return x
 
 

@@ -18,57 +18,34 @@ and the first have :math:`\bar y_i`, where its noise is below :math:`\tau_1`. Th
 of the released code.
 """
 
-from __future__ import annotations
-
 import torch
-from azula.denoise import Denoiser
-from deepinv.physics import Physics
 from torch import Tensor
 
-from diffoc.baselines import Method, Share, method, no_products, one_a_step
+from diffoc.baselines import Given, Method, Share, method, no_products, one_a_step
 from diffoc.baselines.decomposition import decompose
+from diffoc.checks import check_at_least, check_within
 
 
 @method
 @torch.no_grad()
-def ddrm(
-    prior: Denoiser,
-    physics: Physics,
-    y: Tensor,
-    x: Tensor,
-    generator: torch.Generator,
-    *,
-    noise_std: float,
-    steps: int = 20,
-    eta: float = 0.85,
-    eta_b: float = 1.0,
-) -> Tensor:
-    r"""Images (B, ...) by DDRM; see :mod:`diffoc.baselines` for the arguments that all share.
+def ddrm(given: Given, *, steps: int = 20, eta: float = 0.85, eta_b: float = 1.0) -> Tensor:
+    r"""Returns images (B, ...) by DDRM.
 
     Args:
-        noise_std: :math:`\sigma_y`, not negative.
-        steps: at least 1; each costs an evaluation.
+        steps: their number; each costs an evaluation.
         eta: :math:`\eta`, in [0, 1].
         eta_b: :math:`\eta_b`, in [0, 1].
-
-    Raises:
-        UnsupportedTask: see :func:`diffoc.baselines.decomposition.decompose`.
-        ValueError: if a setting is out of its range.
     """
-    if steps < 1:
-        raise ValueError(f"steps is {steps}, expected at least 1")
-    for name, value in (("eta", eta), ("eta_b", eta_b)):
-        if not 0 <= value <= 1:
-            raise ValueError(f"{name} is {value}, expected in [0, 1]")
-    if not noise_std >= 0:
-        raise ValueError(f"noise_std is {noise_std}, expected at least 0")
-    svd = decompose(physics, x)
+    check_at_least(1, steps=steps)
+    check_within(0, 1, eta=eta, eta_b=eta_b)
+    prior, x, noise_std = given.prior, given.x, given.noise_std
+    svd = decompose(given.physics, x)
     times = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
     alphas, sigmas = prior.schedule(times)
     levels = (sigmas / alphas).tolist()
     kappa = (1 - eta**2) ** 0.5
 
-    singular, coefficients = svd.mask.to(x).expand_as(x), svd.U_adjoint(y)
+    singular, coefficients = svd.mask.to(x).expand_as(x), svd.U_adjoint(given.y)
     measured = singular > 0
     y_noise = torch.where(measured, noise_std / singular, 1)
     y_bar = torch.where(measured, coefficients / singular, 0)
@@ -81,8 +58,7 @@ def ddrm(
         times.to(x), alphas.tolist(), levels, levels[1:], strict=False
     ):
         m_bar = svd.V_adjoint(prior(alpha * svd.V(x_bar), t).mean)
-        noise = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=generator.device)
-        noise = noise.to(x)
+        noise = given.noise()
         unseen = m_bar + kappa * tau_s / tau_t * (x_bar - m_bar) + eta * tau_s * noise
         # Without dividing by singular values, which may be next to nothing.
         excess = (coefficients - singular * m_bar) / max(noise_std, 1e-12)

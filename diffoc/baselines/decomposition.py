@@ -16,8 +16,6 @@ Factors are decomposed in double precision, and only what comes of it is rounded
 itself is asked in the precision of the images, without the shortened products of a GPU.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from itertools import cycle
 from weakref import WeakKeyDictionary
@@ -36,18 +34,15 @@ _known: WeakKeyDictionary[Physics, dict] = WeakKeyDictionary()
 
 
 def require_linear(physics: Physics) -> LinearPhysics:
-    """The physics itself.
-
-    Raises:
-        UnsupportedTask: if it is not a deepinv `LinearPhysics`.
-    """
+    """Returns the physics itself; an UnsupportedTask refuses one without an adjoint."""
     if not isinstance(physics, LinearPhysics):
-        raise UnsupportedTask(f"the method needs a linear task, {type(physics).__name__} is none")
+        kind = type(physics).__name__
+        raise UnsupportedTask(f"the method needs a linear operator and its adjoint, not a {kind}")
     return physics
 
 
 def pseudo_inverse(physics: LinearPhysics, y: Tensor) -> Tensor:
-    """The images of least squares and least norm of measurements (B, ...), (B, ...).
+    """Returns the images (B, ...) of least squares and least norm of measurements (B, ...).
 
     They are inverted one by one: deepinv's iterations stop by the whole batch.
     """
@@ -57,15 +52,12 @@ def pseudo_inverse(physics: LinearPhysics, y: Tensor) -> Tensor:
 
 @torch.no_grad()
 def decompose(physics: Physics, x: Tensor) -> DecomposablePhysics:
-    """The same operator with `U`, `U_adjoint`, `V`, `V_adjoint`, and singular values in `mask`.
+    """Returns the operator with `U`, `U_adjoint`, `V`, `V_adjoint`, and its values in `mask`.
 
-    Args:
-        physics: linear. It is decomposed once for every kind of `x`, and must not change after.
-        x: images (B, C, H, W), or flat states (B, n), of the shape, dtype and device to come.
-
-    Raises:
-        UnsupportedTask: if it is not linear, mixes channels, or is neither inpainting nor separable
-            and a channel has more than 4096 numbers.
+    It is decomposed once for every shape, dtype and device of images (B, C, H, W), or flat states
+    (B, n), like `x`, and must not change after. An UnsupportedTask refuses an operator that is not
+    linear, mixes channels, or is neither inpainting nor separable and has more than 4096 numbers in
+    a channel.
     """
     require_linear(physics)
     if isinstance(physics, Inpainting):
@@ -81,7 +73,7 @@ def decompose(physics: Physics, x: Tensor) -> DecomposablePhysics:
 
 
 def _together(parts: list[DecomposablePhysics]) -> DecomposablePhysics:
-    """The decomposition of a batch, whose image i has that of `parts[i]`."""
+    """Returns the decomposition of a batch, whose image i has that of `parts[i]`."""
 
     def each(name: str) -> Callable[[Tensor], Tensor]:
         return lambda x: torch.cat(

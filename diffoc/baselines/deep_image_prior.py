@@ -7,57 +7,38 @@ input. deepinv's own loop ends after a fixed number of iterations, by which the 
 well; this one ends like the controller, where the residual is the noise's.
 """
 
-from __future__ import annotations
-
 from itertools import cycle
 
 import torch
-from azula.denoise import Denoiser
 from deepinv.models import ConvDecoder
 from deepinv.physics import Physics
 from torch import Tensor
 
-from diffoc.baselines import Method, global_generator, method
+from diffoc.baselines import Given, Method, global_generator, method
+from diffoc.checks import check_above, check_at_least
 from diffoc.problems.tasks import UnsupportedTask, noise_level, parts_of
 
 
 @method
 def deep_image_prior(
-    prior: Denoiser,
-    physics: Physics,
-    y: Tensor,
-    x: Tensor,
-    generator: torch.Generator,
-    *,
-    noise_std: float,
-    iterations: int = 1000,
-    channels: int = 64,
-    rate: float = 1e-2,
+    given: Given, *, iterations: int = 1000, channels: int = 64, rate: float = 1e-2
 ) -> Tensor:
-    """Images (B, C, H, W), one after the other; see :mod:`diffoc.baselines` for shared arguments.
+    """Returns images (B, C, H, W), made one after the other, without the prior.
 
     Args:
-        prior: not used, nor are the values of `x`.
-        noise_std: of the measurements.
-        iterations: at most, at least 1; each is a forward and a backward pass of the decoder, and
+        iterations: their largest number; each is a forward and a backward pass of the decoder, and
             costs no evaluation of a prior.
-        channels: of the decoder's seven layers, at least 1.
-        rate: of Adam, above 0.
-
-    Raises:
-        UnsupportedTask: if states are no images.
-        ValueError: if a setting is out of its range.
+        channels: the width of the decoder's seven layers, at least 1.
+        rate: Adam's, above 0.
     """
+    physics, y, x = given.physics, given.y, given.x
     if x.ndim != 4:
         raise UnsupportedTask(f"x has shape {tuple(x.shape)}, the decoder makes (B, C, H, W)")
-    for name, value in (("iterations", iterations), ("channels", channels)):
-        if value < 1:
-            raise ValueError(f"{name} is {value}, expected at least 1")
-    if not rate > 0:
-        raise ValueError(f"rate is {rate}, expected above 0")
-    target = noise_level(physics, y, noise_std) ** 2
+    check_at_least(1, iterations=iterations, channels=channels)
+    check_above(0, rate=rate)
+    target = noise_level(physics, y, given.noise_std) ** 2
     images = []
-    with global_generator(generator):
+    with global_generator(given.generator):
         # One by one: the decoder normalises over the batch.
         for each, operator in zip(y.split(1), cycle(parts_of(physics)), strict=False):
             decoder = ConvDecoder(tuple(x.shape[1:]), channels=channels).to(x)

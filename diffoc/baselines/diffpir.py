@@ -19,67 +19,44 @@ of which the noise leaves a hundredth, and means that are clipped to [-1, 1].
 The minimum is found by conjugate gradients.
 """
 
-from __future__ import annotations
-
 from itertools import pairwise
 
 import torch
-from azula.denoise import Denoiser
-from deepinv.physics import LinearPhysics, Physics
 from torch import Tensor
 
-from diffoc.baselines import Method, method, no_products
+from diffoc.baselines import Given, Method, method, no_products
+from diffoc.baselines.decomposition import require_linear
+from diffoc.checks import check_above, check_at_least, check_within
 from diffoc.greedy import correction
-from diffoc.problems.tasks import UnsupportedTask
 
 
 @method
 @torch.no_grad()
 def diffpir(
-    prior: Denoiser,
-    physics: Physics,
-    y: Tensor,
-    x: Tensor,
-    generator: torch.Generator,
-    *,
-    noise_std: float,
-    steps: int = 100,
-    strength: float = 0.25,
-    renewal: float = 0.1,
+    given: Given, *, steps: int = 100, strength: float = 0.25, renewal: float = 0.1
 ) -> Tensor:
-    r"""Images (B, ...) by DiffPIR; see :mod:`diffoc.baselines` for the arguments that all share.
+    r"""Returns images (B, ...) by DiffPIR, for a noise above 0.
 
     Args:
-        noise_std: s, above 0.
-        steps: at least 1; each costs an evaluation, and no product.
+        steps: their number; each costs an evaluation, and no product.
         strength: :math:`\lambda` of the prior, above 0; 1/4 in the released code.
         renewal: :math:`\zeta`, the share of the noise that is drawn anew, in [0, 1]; in the
             released code 0.1 for deblurring and super-resolution, and 1 for inpainting, where
             predicted noise would keep what was dropped as it was guessed first.
-
-    Raises:
-        UnsupportedTask: if `physics` is not linear.
-        ValueError: if an argument is out of its range.
     """
-    if not isinstance(physics, LinearPhysics):
-        raise UnsupportedTask("DiffPIR's proximal step is a linear system, of a linear operator")
-    if not noise_std > 0:
-        raise ValueError(f"noise_std is {noise_std}, expected above 0")
-    if steps < 1:
-        raise ValueError(f"steps is {steps}, expected at least 1")
-    if not strength > 0:
-        raise ValueError(f"strength is {strength}, expected above 0")
-    if not 0 <= renewal <= 1:
-        raise ValueError(f"renewal is {renewal}, expected in [0, 1]")
+    physics, prior, x = require_linear(given.physics), given.prior, given.x
+    check_above(0, noise_std=given.noise_std, strength=strength)
+    check_at_least(1, steps=steps)
+    check_within(0, 1, renewal=renewal)
     times = 1 - torch.linspace(0, 1, steps + 1, dtype=x.dtype, device=x.device).sqrt()
     for t, s in pairwise(times):
         (alpha_t, sigma_t), (alpha_s, sigma_s) = prior.schedule(t), prior.schedule(s)
-        rho = strength * (noise_std * alpha_t / sigma_t).item() ** 2
+        rho = strength * (given.noise_std * alpha_t / sigma_t).item() ** 2
         mean = prior(x, t).mean
-        x0 = mean + correction(physics, y, mean, 1 / rho, 100, 1e-5)
+        x0 = mean + correction(physics, given.y, mean, 1 / rho, 100, 1e-5)
         predicted = (x - alpha_t * x0) / sigma_t
-        drawn = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
-        x = alpha_s * x0 + sigma_s * ((1 - renewal) ** 0.5 * predicted + renewal**0.5 * drawn)
+        noise = (1 - renewal) ** 0.5 * predicted + renewal**0.5 * given.noise()
+        x = alpha_s * x0 + sigma_s * noise
     return x
 
 

@@ -10,31 +10,26 @@ much louder than its signal as that,
 so that easy measurements cost few steps, and goes on as :mod:`diffoc.baselines.psld` does.
 """
 
-from __future__ import annotations
-
 import math
+from dataclasses import replace
 
 import torch
 from azula.denoise import Denoiser
-from deepinv.physics import LinearPhysics, Physics
+from deepinv.physics import Physics
 from torch import Tensor
 
-from diffoc.baselines import Method, method
+from diffoc.baselines import Given, Method, method
+from diffoc.baselines.decomposition import require_linear
 from diffoc.baselines.psld import guided_step
 from diffoc.priors.latent import latent_prior
 from diffoc.priors.severity import SeverityEncoder, load_severity_encoder
-from diffoc.problems.tasks import UnsupportedTask, as_picture
+from diffoc.problems.tasks import as_picture, for_each, parts_of
 
 
 @method
 def flash_diffusion(
-    prior: Denoiser,
-    physics: Physics,
-    y: Tensor,
-    x: Tensor,
-    generator: torch.Generator,
+    given: Given,
     *,
-    noise_std: float,
     steps: int = 1000,
     guidance: float = 1.0,
     gluing: float = 0.0,
@@ -42,27 +37,23 @@ def flash_diffusion(
     correction: float = 1.0,
     encoder: SeverityEncoder | None = None,
 ) -> Tensor:
-    r"""Images (B, C, H, W) by Flash-Diffusion; see :mod:`diffoc.baselines` for what all share.
+    r"""Returns images (B, C, H, W) by Flash-Diffusion; x is the noise that is added to estimates.
 
     Args:
-        prior: a `LatentPrior`; `x` is the latents' state at time 1, whose noise is the one that is
-            added to the estimate.
-        noise_std: not used: the guidance has to be tuned to it, and the encoder was trained for it.
         steps: of the whole way from time 1; an image that starts at t* takes ceil(t* steps), each
-            an evaluation and a product.
-        guidance, gluing, eta: as for PSLD.
+            of which costs an evaluation and a product.
+        guidance, gluing, eta: as for :func:`diffoc.baselines.psld.psld`.
         correction: c, positive.
         encoder: the severity encoder, by default that of "faces64_latent", or, for a prior of
-            colour images, of "faces64_rgb_latent".
+            colour images, of "faces64_rgb_latent"; the measurements' noise is what it was trained
+            for.
 
     Raises:
         ValueError: for a prior of images, or one that the encoder is not for.
-        UnsupportedTask: if the measurement is no picture, or for gluing and an A that is not
-            linear.
     """
-    autoencoder = latent_prior(prior)
-    if gluing and not isinstance(physics, LinearPhysics):
-        raise UnsupportedTask("the gluing term needs the adjoint of a linear operator")
+    autoencoder, y, x = latent_prior(given.prior), given.y, given.x
+    if gluing:
+        require_linear(given.physics)
     picture = as_picture(y, autoencoder.decoded_shape)
     if encoder is None:
         faces = {1: "faces64", 3: "faces64_rgb"}[autoencoder.decoded_shape[0]]
@@ -73,18 +64,25 @@ def flash_diffusion(
         raise ValueError(
             f"prior has latents {tuple(x.shape)}, the severity encoder {tuple(estimate.shape)}"
         )
-    start = time_of_ratio(prior, correction * log_severity.exp())
-    alpha, sigma = (a.reshape(-1, *(1,) * (x.ndim - 1)) for a in prior.schedule(start))
-    _, sigma_1 = prior.schedule(torch.ones_like(start[0]))
+    start = time_of_ratio(given.prior, correction * log_severity.exp())
+    alpha, sigma = (a.reshape(-1, *(1,) * (x.ndim - 1)) for a in given.prior.schedule(start))
+    _, sigma_1 = given.prior.schedule(torch.ones_like(start[0]))
     z = alpha * estimate + sigma * x / sigma_1
     counts = (start * steps).ceil().clamp(min=1)
     for left in range(int(counts.max()), 0, -1):
         active = counts >= left
         t, s = (start[active] * k / counts[active] for k in (left, left - 1))
-        z[active] = guided_step(
-            prior, physics, y[active], z[active], t, s, generator, guidance, gluing, eta
-        )
+        some = replace(given, physics=_of(given, active), y=y[active])
+        z[active] = guided_step(some, z[active], t, s, guidance, gluing, eta)
     return autoencoder.decode(z)
+
+
+def _of(given: Given, active: Tensor) -> Physics:
+    """Returns the operator of some images of the batch, (B,) bool."""
+    parts = parts_of(given.physics)
+    if len(parts) == 1 or active.all():
+        return given.physics
+    return for_each([part for part, goes_on in zip(parts, active, strict=True) if goes_on])
 
 
 def time_of_ratio(prior: Denoiser, ratio: Tensor) -> Tensor:

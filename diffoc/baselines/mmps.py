@@ -12,59 +12,37 @@ network's Jacobian is not symmetric. Operators that are not linear are linearise
 this mean in the place of the prior's samples the posterior.
 """
 
-from __future__ import annotations
-
-import torch
-from azula.denoise import Denoiser
 from azula.guidance import MMPSDenoiser
 from azula.linalg.covariance import IsotropicCovariance
 from azula.sample import DDIMSampler
-from deepinv.physics import Physics
 from torch import Tensor
 
-from diffoc.baselines import Method, Share, global_generator, method
+from diffoc.baselines import Given, Method, Share, global_generator, method
+from diffoc.checks import check_above, check_at_least, check_within
 
 
 @method
-def mmps(
-    prior: Denoiser,
-    physics: Physics,
-    y: Tensor,
-    x: Tensor,
-    generator: torch.Generator,
-    *,
-    noise_std: float,
-    steps: int = 100,
-    iterations: int = 3,
-    eta: float = 1.0,
-) -> Tensor:
-    r"""Images (B, ...) by MMPS; see :mod:`diffoc.baselines` for the arguments that all share.
+def mmps(given: Given, *, steps: int = 100, iterations: int = 3, eta: float = 1.0) -> Tensor:
+    r"""Returns images (B, ...) by MMPS, for a noise above 0.
 
     Args:
-        noise_std: s, above 0.
-        steps: at least 1; each costs an evaluation and `iterations` + 1 products.
-        iterations: of GMRES, at least 1.
+        steps: their number; each costs an evaluation and `iterations` + 1 products.
+        iterations: those of GMRES, at least 1.
         eta: the noise of DDIM in [0, 1].
-
-    Raises:
-        ValueError: if an argument is out of its range.
     """
-    if not noise_std > 0:
-        raise ValueError(f"noise_std is {noise_std}, expected above 0")
-    if steps < 1 or iterations < 1:
-        raise ValueError(f"steps and iterations are {steps} and {iterations}, expected at least 1")
-    if not 0 <= eta <= 1:
-        raise ValueError(f"eta is {eta}, expected in [0, 1]")
+    check_above(0, noise_std=given.noise_std)
+    check_at_least(1, steps=steps, iterations=iterations)
+    check_within(0, 1, eta=eta)
     conditioned = MMPSDenoiser(
-        prior,
-        y.flatten(1),  # azula solves along the last dimension
-        lambda x0: physics.A(x0).flatten(1),
-        IsotropicCovariance(y.new_tensor(noise_std**2)),
+        given.prior,
+        given.y.flatten(1),  # azula solves along the last dimension
+        lambda x0: given.physics.A(x0).flatten(1),
+        IsotropicCovariance(given.y.new_tensor(given.noise_std**2)),
         iterations=iterations,
     )
-    sampler = DDIMSampler(conditioned, eta=eta, steps=steps, silent=True, dtype=x.dtype)
-    with global_generator(generator):
-        return sampler(x)
+    sampler = DDIMSampler(conditioned, eta=eta, steps=steps, silent=True, dtype=given.x.dtype)
+    with global_generator(given.generator):
+        return sampler(given.x)
 
 
 METHOD = Method(

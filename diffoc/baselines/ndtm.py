@@ -26,28 +26,21 @@ Adam's rate falls linearly over the times to zero. The released code starts from
 means to [-1, 1], which ours does not, for priors of any range.
 """
 
-from __future__ import annotations
-
 from itertools import pairwise
 
 import torch
-from azula.denoise import Denoiser
-from deepinv.physics import LinearPhysics, Physics
+from deepinv.physics import LinearPhysics
 from torch import Tensor
 
-from diffoc.baselines import Method, method
+from diffoc.baselines import Given, Method, method
 from diffoc.baselines.decomposition import pseudo_inverse
+from diffoc.checks import check_above, check_at_least, check_within
 
 
 @method
 def ndtm(
-    prior: Denoiser,
-    physics: Physics,
-    y: Tensor,
-    x: Tensor,
-    generator: torch.Generator,
+    given: Given,
     *,
-    noise_std: float,
     steps: int = 50,
     iterations: int = 5,
     guidance: float = 50.0,
@@ -58,12 +51,11 @@ def ndtm(
     eta: float = 0.7,
     start: float = 1.0,
 ) -> Tensor:
-    r"""Images (B, ...) by NDTM; see :mod:`diffoc.baselines` for the arguments that all share.
+    r"""Returns images (B, ...) by NDTM, whose weights have to be tuned to the noise.
 
     The defaults are those of the released code for super-resolution of faces, but for `start`.
 
     Args:
-        noise_std: not used, the weights have to be tuned to it.
         steps: T, at least 1; each costs N + 1 evaluations and N products.
         iterations: N, at least 1.
         guidance: w, not negative.
@@ -73,24 +65,12 @@ def ndtm(
         eta: the noise of DDIM in [0, 1].
         start: the first time in ]0, 1]; below 1 from :math:`A^\dagger y` with noise added, if the
             operator is linear, else from time 1 all the same.
-
-    Raises:
-        ValueError: if an argument is out of its range.
     """
-    if steps < 1 or iterations < 1:
-        raise ValueError(f"steps and iterations are {steps} and {iterations}, expected at least 1")
-    if not all(weight >= 0 for weight in (guidance, control_cost, score_cost)):
-        raise ValueError(
-            f"guidance, control_cost and score_cost are {guidance}, {control_cost} and "
-            f"{score_cost}, expected at least 0"
-        )
-    if not (scale > 0 and rate > 0):
-        raise ValueError(f"scale and rate are {scale} and {rate}, expected above 0")
-    if not 0 <= eta <= 1:
-        raise ValueError(f"eta is {eta}, expected in [0, 1]")
-
-    if not 0 < start <= 1:
-        raise ValueError(f"start is {start}, expected in ]0, 1]")
+    check_at_least(1, steps=steps, iterations=iterations)
+    check_at_least(0, guidance=guidance, control_cost=control_cost, score_cost=score_cost)
+    check_above(0, scale=scale, rate=rate, start=start)
+    check_within(0, 1, eta=eta, start=start)
+    prior, physics, y, x = given.prior, given.physics, given.y, given.x
 
     def control(x: Tensor, t: Tensor, lr: float, weights: tuple[float, float]) -> Tensor:
         alpha, sigma = prior.schedule(t)
@@ -116,10 +96,8 @@ def ndtm(
     scales = torch.stack(prior.schedule(times), dim=1).tolist()
     with torch.no_grad():
         if start < 1:
-            (alpha, sigma), noise = (
-                scales[0],
-                x / prior.schedule(torch.ones_like(times[0]))[1].item(),
-            )
+            alpha, sigma = scales[0]
+            noise = x / prior.schedule(torch.ones_like(times[0]))[1].item()
             x = alpha * pseudo_inverse(physics, y) + sigma * noise
         for i, ((alpha_t, sigma_t), (alpha_s, sigma_s)) in enumerate(pairwise(scales)):
             t = times[i].to(x)
@@ -131,8 +109,8 @@ def ndtm(
             )
             x = x + scale * control(x, t, rate * (1 - i / steps), weights)
             mean = prior(x, t).mean
-            drawn = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
-            x = alpha_s * mean + kept / sigma_t * (x - alpha_t * mean) + sigma_s * new**0.5 * drawn
+            ahead = alpha_s * mean + kept / sigma_t * (x - alpha_t * mean)
+            x = ahead + sigma_s * new**0.5 * given.noise()
     return x
 
 

@@ -4,8 +4,6 @@ r"""A prior as the denoiser that plug-and-play methods expect, of an image with 
           \sigma_t / \alpha_t = \sigma
 """
 
-from __future__ import annotations
-
 import torch
 from azula.denoise import Denoiser
 from azula.noise import Schedule
@@ -13,14 +11,10 @@ from torch import Tensor, nn
 
 
 def times_of_levels(schedule: Schedule, sigmas: Tensor) -> Tensor:
-    r"""The times t in [0, 1] at which :math:`\sigma_t / \alpha_t` are `sigmas`, in float64.
+    r"""Returns the times in [0, 1] at which :math:`\sigma_t / \alpha_t` are `sigmas`, in float64.
 
-    Args:
-        schedule: any whose ratio of noise to signal grows with the time.
-        sigmas: not negative, any shape; the time is 0 below the schedule's least level.
-
-    Raises:
-        ValueError: if one is negative, not finite, or above the level at time 1.
+    The ratio grows with the time; below the schedule's least level the time is 0. A ValueError
+    refuses levels that are negative, not finite, or above the one at time 1.
     """
     sigmas = sigmas.double()
     if not (sigmas.isfinite() & (sigmas >= 0)).all():
@@ -39,24 +33,15 @@ def times_of_levels(schedule: Schedule, sigmas: Tensor) -> Tensor:
     return low
 
 
-def time_of_level(schedule: Schedule, sigma: float) -> Tensor:
-    """As :func:`times_of_levels`, of a number: a float64 scalar."""
-    return times_of_levels(schedule, torch.tensor(float(sigma), dtype=torch.float64))
-
-
 class NoiseLevelDenoiser(nn.Module):
-    """See the module.
-
-    Args:
-        prior: any azula denoiser.
-    """
+    """A prior, any azula denoiser, as the module's denoiser."""
 
     def __init__(self, prior: Denoiser) -> None:
         super().__init__()
         self.prior = prior
 
     def forward(self, x: Tensor, sigma: float) -> Tensor:
-        """Denoised images of the shape of x (B, ...), all with one noise level."""
-        t = time_of_level(self.prior.schedule, float(sigma))
+        """Returns denoised images of the shape of x (B, ...), all with one noise level."""
+        t = times_of_levels(self.prior.schedule, torch.tensor(float(sigma), dtype=torch.float64))
         alpha, _ = self.prior.schedule(t)
         return self.prior(alpha.item() * x, t.to(x)).mean

@@ -1,28 +1,18 @@
 """The default recipe of the controller, :data:`diffoc.reconstruct.OURS`, as a row of the tables."""
 
-from __future__ import annotations
-
-import math
 from dataclasses import replace
 
-import torch
-from azula.denoise import Denoiser
-from deepinv.physics import Physics
 from torch import Tensor
 
-from diffoc.baselines import Method, method
-from diffoc.reconstruct import OURS, Problem, constant, reconstruct, snr_squared
+from diffoc.baselines import Given, Method, method
+from diffoc.checks import check_above
+from diffoc.reconstruct import OURS, constant, snr_squared
 
 
 @method
 def ours(
-    prior: Denoiser,
-    physics: Physics,
-    y: Tensor,
-    x: Tensor,
-    generator: torch.Generator,
+    given: Given,
     *,
-    noise_std: float,
     budget: int,
     steps: int = OURS.steps,
     weight: float = OURS.weight,
@@ -30,24 +20,21 @@ def ours(
     in_units: bool = True,
     stopped: bool = False,
 ) -> Tensor:
-    r"""Images (B, ...) by :data:`diffoc.reconstruct.OURS`.
+    r"""Returns images (B, ...) by :data:`diffoc.reconstruct.OURS`.
+
+    The last three settings are there to see what each part is worth, see the grid `parts` of
+    :mod:`diffoc.experiments.ablations`.
 
     Args:
-        noise_std: of the measurements.
-        budget: of evaluations by each image, at least 4 T; the last iteration's line search may go
-            beyond it.
+        budget: how many evaluations each image has, at least 4 T; the last iteration's line search
+            may go beyond it.
         steps: T, at least 1.
         weight: w, positive.
         weighted: whether the cost is :math:`w \alpha_i^2 / \sigma_i^2`; without, it is w.
         in_units: whether L-BFGS measures in units of the image; without, in those of the state.
-        stopped: whether the discrepancy principle ends it all the same. These three are there to
-            see what each is worth, see the grid `parts` of the ablations.
-
-    Raises:
-        ValueError: for a smaller budget, or a weight that is not positive.
+        stopped: whether the discrepancy principle ends it all the same.
     """
-    if not 0 < weight < math.inf:
-        raise ValueError(f"weight is {weight}, expected finite and positive")
+    check_above(0, weight=weight)
     recipe = replace(
         OURS,
         budget=budget,
@@ -57,8 +44,7 @@ def ours(
         preconditioned=in_units,
         stopped=stopped,
     )
-    problem = Problem(physics, y, noise_std)
-    return reconstruct(problem, prior, recipe, x=0 * x, generator=generator).x0
+    return given.reconstruct(recipe)
 
 
 METHOD = Method(

@@ -7,29 +7,23 @@ none, and ours is well above the rounding of 1 / s^2 = 400. What that code does 
 :data:`diffoc.baselines.released.RELEASED`.
 """
 
-from __future__ import annotations
-
+from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import Any, cast
 
-import torch
-from azula.denoise import Denoiser
 from azula.noise import Schedule
 from torch import Tensor
 
-from diffoc.baselines import Method, method
+from diffoc.baselines import Given, Method, method
 from diffoc.lowrank import MatrixFree
 from diffoc.process import drift_and_diffusion
-from diffoc.reconstruct import Problem, Recipe, reconstruct
+from diffoc.reconstruct import Recipe
 from diffoc.rules import Adam
 from diffoc.theory.projected import Projected
 
-if TYPE_CHECKING:
-    from deepinv.physics import Physics
-
 
 def snr_weights(schedule: Schedule, times: Tensor, scale: float = 1e-6) -> Tensor:
-    r"""Weights of the control cost by the signal-to-noise ratio, (T,).
+    r"""Returns weights of the control cost by the signal-to-noise ratio, (T,), for T + 1 times.
 
     .. math:: r_i = s \, \frac{\alpha_i}{\sigma_i} \frac{1}{dt^2}, \qquad dt = 1 / T
 
@@ -37,11 +31,6 @@ def snr_weights(schedule: Schedule, times: Tensor, scale: float = 1e-6) -> Tenso
     code has this formula with the ratio of a single noising step in place of all: its weights,
     :func:`diffoc.baselines.released.released_weights`, are hundreds of times these in the first of
     20 steps and five to ten times in the last.
-
-    Args:
-        schedule: of the prior.
-        times: of the process, (T + 1,).
-        scale: s.
     """
     alpha, sigma = schedule(times[:-1])
     steps = len(times) - 1
@@ -49,13 +38,9 @@ def snr_weights(schedule: Schedule, times: Tensor, scale: float = 1e-6) -> Tenso
 
 
 def guidance_regularization(schedule: Schedule, times: Tensor) -> Tensor:
-    r"""Tikhonov's constants that make the first-order gains those of guidance, Lemma 4.2, (T,).
+    r"""Returns Tikhonov's constants (T,) that make first-order gains those of guidance, Lemma 4.2.
 
     .. math:: a_i = \frac{2}{g(t_i)^2 \, dt_i}
-
-    Args:
-        schedule: of the prior.
-        times: of the process, (T + 1,).
     """
     _, g2 = drift_and_diffusion(schedule, times[:-1])
     return 2 / (g2 * -times.diff())
@@ -89,13 +74,8 @@ they are recomputed."""
 
 @method
 def paper(
-    prior: Denoiser,
-    physics: Physics,
-    y: Tensor,
-    x: Tensor,
-    generator: torch.Generator,
+    given: Given,
     *,
-    noise_std: float,
     steps: int,
     iterations: int,
     rank: int,
@@ -105,31 +85,35 @@ def paper(
     projected: bool = False,
     keep_activations: bool = False,
 ) -> Tensor:
-    """Images (B, ...) by :data:`PAPER`.
+    """Returns images (B, ...) by :data:`PAPER`.
 
     With rank 0 the gains are :math:`-Q_u / (r_i + a)`, and Adam, which divides every number by its
     own size, undoes the factor: a constant a changes nothing then.
 
     Args:
-        noise_std: of the measurements.
         steps, iterations: T and their number: evaluations are T (1 + 2 iterations), or
             T (1 + iterations) with `keep_activations`, and products T (1 + rank) iterations.
         rank: k of the terminal Hessian.
-        rate: of Adam.
-        weight_scale: of the control cost, see :func:`snr_weights`.
+        rate: Adam's.
+        weight_scale: s of the control cost, see :func:`snr_weights`.
         regularization: Tikhonov's constant a, or "lemma_4_2" for that of
             :func:`guidance_regularization`.
         projected: whether Jacobians too are of that rank, by the projections of Appendix D.1 as
             the paper writes them, see :mod:`diffoc.theory.projected`. Its Jacobian-vector products,
             T rank iterations of them, count as one evaluation for each step and iteration.
-        keep_activations: for speed; otherwise they are recomputed, for memory.
+        keep_activations: whether activations are kept, for speed, or recomputed, for memory.
 
     Raises:
-        ValueError: for another word than "lemma_4_2".
         diffoc.riccati.SingularControlHessianError: if `regularization` is too small.
     """
-    if isinstance(regularization, str) and regularization != "lemma_4_2":
-        raise ValueError(f"regularization is {regularization!r}, expected a number or 'lemma_4_2'")
+    damping: float | Callable[[Schedule, Tensor], Tensor] = guidance_regularization
+    if regularization != "lemma_4_2":
+        if isinstance(regularization, str):
+            raise ValueError(
+                f"regularization is {regularization!r}, expected a number or 'lemma_4_2'"
+            )
+        damping = regularization
+    kept = MatrixFree(keep_activations=keep_activations, hessian="gauss_newton")
     recipe = replace(
         PAPER,
         steps=steps,
@@ -137,37 +121,36 @@ def paper(
         rank=rank,
         rule=Adam(rate),
         weight=weight_scale,
-        regularization=guidance_regularization
-        if isinstance(regularization, str)
-        else regularization,
-        derivatives=Projected(rank, hessian="gauss_newton")
-        if projected
-        else MatrixFree(keep_activations=keep_activations, hessian="gauss_newton"),
+        regularization=damping,
+        derivatives=Projected(rank, hessian="gauss_newton") if projected else kept,
     )
-    problem = Problem(physics, y, noise_std)
-    return reconstruct(problem, prior, recipe, x=x, generator=generator).x0
+    return given.reconstruct(recipe, given.x)
 
 
-_USUAL: dict[str, float] = {"steps": 50, "iterations": 100, "rank": 1}
-_USUAL |= {"rate": 5e-3, "weight_scale": 1e-6, "regularization": 1e-3}
+def _table_2(task: str) -> dict[str, Any]:
+    recipe = PAPER.at(task, 2500)
+    return {
+        "steps": recipe.steps,
+        "iterations": recipe.iterations,
+        "rank": recipe.rank,
+        "rate": cast(Adam, recipe.rule).rate,
+        "weight_scale": recipe.weight,
+        "regularization": recipe.regularization,
+    }
+
+
+_LINEAR = ("super_resolution", "random_inpainting", "box_inpainting", "gaussian_blur")
 TABLE_2 = {
-    "super_resolution": _USUAL | {"iterations": 50},
-    "random_inpainting": _USUAL,
-    "box_inpainting": _USUAL,
-    "gaussian_blur": _USUAL | {"rate": 1e-2, "weight_scale": 1e-5},
-    "motion_blur": _USUAL,
-    "nonlinear_blur": _USUAL | {"rate": 1e-2},
-    "phase_retrieval": _USUAL | {"rate": 1e-2},
+    task: _table_2(task) for task in (*_LINEAR, "motion_blur", "nonlinear_blur", "phase_retrieval")
 }
 """The paper's hyper-parameters for what it calls NFE 2500."""
 
 
 def _settings(task: str, nfe: int) -> dict:
-    if nfe == 1000:  # the released code's
-        return TABLE_2.get(task, _USUAL) | {"steps": 20, "iterations": 50}
-    if nfe != 2500:
+    if nfe not in (1000, 2500):
         raise ValueError(f"nfe is {nfe}: the paper's settings are for 1000 and 2500 only")
-    return TABLE_2.get(task, _USUAL)
+    # At 1000, the steps and iterations are the released code's.
+    return _table_2(task) | ({"steps": 20, "iterations": 50} if nfe == 1000 else {})
 
 
 METHOD = Method(

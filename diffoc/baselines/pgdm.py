@@ -15,90 +15,50 @@ amplify the noise in directions that are hardly measured. It is exact where the 
 decomposed (see :mod:`diffoc.baselines.decomposition`), and by conjugate gradients elsewhere.
 """
 
-from __future__ import annotations
-
 import torch
-from azula.denoise import Denoiser
 from azula.guidance import PGDMSampler
-from deepinv.physics import LinearPhysics, Physics
 from torch import Tensor
 
-from diffoc.baselines import Method, global_generator, method, one_a_step, product_a_step
-from diffoc.baselines.decomposition import decompose
+from diffoc.baselines import Given, Method, global_generator, method, one_a_step, product_a_step
+from diffoc.baselines.decomposition import decompose, require_linear
+from diffoc.checks import check_above, check_at_least, check_within
 from diffoc.greedy import correction
 from diffoc.problems.tasks import UnsupportedTask
 
 
 @method
-def pgdm(
-    prior: Denoiser,
-    physics: Physics,
-    y: Tensor,
-    x: Tensor,
-    generator: torch.Generator,
-    *,
-    noise_std: float,
-    steps: int = 100,
-    eta: float = 1.0,
-    guidance: float = 1.0,
-) -> Tensor:
-    r"""Images (B, ...) by PiGDM; see :mod:`diffoc.baselines` for the arguments that all share.
+def pgdm(given: Given, *, steps: int = 100, eta: float = 1.0, guidance: float = 1.0) -> Tensor:
+    r"""Returns images (B, ...) by PiGDM, for a noise above 0.
 
     Args:
-        noise_std: s, above 0.
-        steps: at least 1; each costs an evaluation and a product.
+        steps: their number; each costs an evaluation and a product.
         eta: the noise of DDIM in [0, 1]; 1 in the paper.
         guidance: a factor of :math:`g_t`, not negative; 1 in the paper.
-
-    Raises:
-        UnsupportedTask: if `physics` is not linear.
-        ValueError: if an argument is out of its range.
     """
-    if not isinstance(physics, LinearPhysics):
-        raise UnsupportedTask("PiGDM inverts the operator, which must be linear")
-    if not noise_std > 0:
-        raise ValueError(f"noise_std is {noise_std}, expected above 0")
-    if steps < 1:
-        raise ValueError(f"steps is {steps}, expected at least 1")
-    if not 0 <= eta <= 1:
-        raise ValueError(f"eta is {eta}, expected in [0, 1]")
-    if not guidance >= 0:
-        raise ValueError(f"guidance is {guidance}, expected at least 0")
-    sampler = _NoisySampler(prior, physics, y, noise_std, guidance, eta=eta, steps=steps, like=x)
-    with global_generator(generator):
-        return sampler(x)
+    require_linear(given.physics)
+    check_above(0, noise_std=given.noise_std)
+    check_at_least(1, steps=steps)
+    check_within(0, 1, eta=eta)
+    check_at_least(0, guidance=guidance)
+    sampler = _NoisySampler(given, guidance, eta=eta, steps=steps, dtype=given.x.dtype)
+    with global_generator(given.generator):
+        return sampler(given.x)
 
 
 class _NoisySampler(PGDMSampler):
     """azula's sampler, whose inverse is told the time."""
 
-    def __init__(
-        self,
-        prior: Denoiser,
-        physics: LinearPhysics,
-        y: Tensor,
-        noise_std: float,
-        guidance: float,
-        *,
-        eta: float,
-        steps: int,
-        like: Tensor,
-    ) -> None:
+    def __init__(self, given: Given, guidance: float, **options: object) -> None:
+        def residual(x0: Tensor) -> Tensor:
+            return given.physics.A(x0) - given.y
+
         # azula inverts y and A(x_0) one after the other; here it is one system, of the residual.
         super().__init__(
-            prior,
-            torch.zeros_like(y),
-            lambda x0: physics.A(x0) - y,
-            self.inverse,
-            eta=eta,
-            steps=steps,
-            silent=True,
-            dtype=like.dtype,
+            given.prior, torch.zeros_like(given.y), residual, self.inverse, silent=True, **options
         )
-        self.physics, self.noise_std, self.guidance = physics, noise_std, guidance
-        self.like = like
+        self.given, self.guidance = given, guidance
         try:
-            self.svd = decompose(physics, like)
+            self.svd = decompose(given.physics, given.x)
         except UnsupportedTask:
             self.svd = None
 
@@ -109,12 +69,12 @@ class _NoisySampler(PGDMSampler):
 
     def inverse(self, y: Tensor) -> Tensor:
         # (A^T A + 1 / r)^-1 A^T y, the same by the push-through identity.
-        ratio = self.variance / self.noise_std**2
+        ratio = self.variance / self.given.noise_std**2
         if self.svd:
             gain = self.svd.mask / (self.svd.mask**2 + 1 / ratio)
             return self.guidance * self.svd.V(gain * self.svd.U_adjoint(y))
-        zero = torch.zeros_like(self.like)
-        return self.guidance * correction(self.physics, y, zero, ratio, 100, 1e-5)
+        zero = torch.zeros_like(self.given.x)
+        return self.guidance * correction(self.given.physics, y, zero, ratio, 100, 1e-5)
 
 
 METHOD = Method(

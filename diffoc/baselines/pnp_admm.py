@@ -10,17 +10,15 @@ one iteration to the next. For a Gaussian prior and a constant :math:`\sigma`, t
 posterior mean if :math:`\lambda = 1`.
 """
 
-from __future__ import annotations
-
 import torch
-from azula.denoise import Denoiser
 from deepinv.optim import ADMM, L2, PnP
-from deepinv.physics import LinearPhysics, Physics
+from deepinv.physics import LinearPhysics
 from torch import Tensor
 
-from diffoc.baselines import Method, method, no_products, one_a_step
+from diffoc.baselines import Given, Method, method, no_products, one_a_step
 from diffoc.baselines.decomposition import require_linear
 from diffoc.baselines.noise_level import NoiseLevelDenoiser
+from diffoc.checks import check_above, check_at_least
 from diffoc.greedy import correction
 
 
@@ -36,52 +34,33 @@ class ImageByImage(L2):
 
 @method
 def pnp_admm(
-    prior: Denoiser,
-    physics: Physics,
-    y: Tensor,
-    x: Tensor,
-    generator: torch.Generator,
+    given: Given,
     *,
-    noise_std: float,
     steps: int = 50,
     first_std: float = 1.0,
     last_std: float = 0.1,
     weight: float = 1.0,
 ) -> Tensor:
-    r"""Images (B, ...) by PnP-ADMM; see :mod:`diffoc.baselines` for the arguments that all share.
+    r"""Returns images (B, ...) by PnP-ADMM, which draws nothing and starts from A^T y.
 
     Args:
-        x: not used, nor is `generator`: the method is deterministic and starts from A^T y.
-        noise_std: :math:`\sigma_y`, above 0.
-        steps: iterations, at least 1; each costs an evaluation.
+        steps: iterations; each costs an evaluation.
         first_std, last_std: :math:`\sigma` in the first and last iteration, above 0.
         weight: :math:`\lambda`, above 0.
-
-    Raises:
-        UnsupportedTask: if the task is not linear.
-        ValueError: if a setting is out of its range.
     """
-    require_linear(physics)
-    if steps < 1:
-        raise ValueError(f"steps is {steps}, expected at least 1")
-    for name, value in (
-        ("noise_std", noise_std),
-        ("first_std", first_std),
-        ("last_std", last_std),
-        ("weight", weight),
-    ):
-        if not value > 0:
-            raise ValueError(f"{name} is {value}, expected above 0")
+    physics, noise_std = require_linear(given.physics), given.noise_std
+    check_at_least(1, steps=steps)
+    check_above(0, noise_std=noise_std, first_std=first_std, last_std=last_std, weight=weight)
     first, last = torch.tensor([first_std, last_std], dtype=torch.float64).log().tolist()
     levels = torch.linspace(first, last, steps, dtype=torch.float64).exp()
     solver = ADMM(
         data_fidelity=ImageByImage(),
-        prior=PnP(NoiseLevelDenoiser(prior)),
+        prior=PnP(NoiseLevelDenoiser(given.prior)),
         g_param=levels.tolist(),
         stepsize=(weight * levels**2 / noise_std**2).tolist(),
         max_iter=steps,
     )
-    return solver(y, physics)
+    return solver(given.y, physics)
 
 
 METHOD = Method(

@@ -14,48 +14,37 @@ Source: Ho et al. 2020 (arXiv:2006.11239); Nichol & Dhariwal 2021 (arXiv:2102.09
 and for the learned variance.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import cast
 
 import torch
 from azula.denoise import Denoiser, Posterior
 from azula.noise import Schedule
 from torch import Tensor
 
-from diffoc.baselines import Method, method
+from diffoc.baselines import Given, Method, method
 from diffoc.baselines.noise_level import times_of_levels
-from diffoc.checks import check_tensor
+from diffoc.checks import check_at_least, check_tensor
 from diffoc.costs import residual_of
 from diffoc.lowrank import LowRankExpansion, LowRankGains, LowRankValue, MatrixFree
 from diffoc.process import METHODS, ReverseProcess, draw_noise
-from diffoc.reconstruct import Problem, Recipe, reconstruct
+from diffoc.reconstruct import Problem, Recipe
 from diffoc.rules import Adam
 from diffoc.system import ControlProblem
-
-if TYPE_CHECKING:
-    from deepinv.physics import Physics
 
 LEVELS = 1000
 """Of the chain that is respaced."""
 
 
 def respaced_levels(steps: int) -> Tensor:
-    r"""The levels :math:`\bar\alpha` of T points of DDPM's chain, the least noisy first, float64.
+    r"""Returns the levels :math:`\bar\alpha` of T points of DDPM's chain, the least noisy first.
 
     .. math:: \bar\alpha_j = \prod_{i \le j} (1 - \beta_i), \qquad
               j = \mathrm{round}(999 \, k / (T - 1)), \quad k = 0 \dots T - 1
 
-    with :math:`\beta` linear from 0.0001 to 0.02.
-
-    Args:
-        steps: T, 2 to 1000.
-
-    Raises:
-        ValueError: if it is out of its range.
+    with :math:`\beta` linear from 0.0001 to 0.02, in float64; T is 2 to 1000.
     """
     if not 2 <= steps <= LEVELS:
         raise ValueError(f"steps is {steps}, expected 2 to {LEVELS}")
@@ -125,7 +114,7 @@ class AncestralProcess(ReverseProcess):
         )
 
     def step(self, i: int, x: Tensor, u: Tensor | None = None) -> Tensor:
-        """One step, see :meth:`diffoc.process.ReverseProcess.step`."""
+        """Takes one step, see :meth:`diffoc.process.ReverseProcess.step`."""
         if u is not None:
             x = x + u
         t = self.times[i].to(dtype=x.dtype, device=x.device)
@@ -136,7 +125,7 @@ class AncestralProcess(ReverseProcess):
         return y + std * self.noise[i].to(y.dtype)
 
     def _learned_std(self, i: int, posterior: Posterior) -> Tensor:
-        """Of step i: the smallest for v = -1, the largest for 1, between them by logarithms."""
+        """Returns step i's: the smallest for v = -1, the largest for 1, by logarithms between."""
         _, _, smallest = self.coefficients[i]
         # Without the head azula's networks have one variance for all pixels.
         if getattr(posterior, "var", posterior.mean[:0]).shape != posterior.mean.shape:
@@ -149,7 +138,7 @@ class AncestralProcess(ReverseProcess):
 
 
 def released_weights(steps: int, scale: float = 1e-6) -> Tensor:
-    r"""Weights of the control cost as in the authors' released code, (T - 1,), float64.
+    r"""Returns weights of the control cost as in the released code, (T - 1,), float64, T >= 2.
 
     .. math:: r_i = \frac{s}{dt^2} \sqrt{\frac{1 - \beta_i}{\beta_i + 10^{-7}}}, \qquad
               dt = \frac{1 - 10^{-3}}{T}
@@ -157,16 +146,8 @@ def released_weights(steps: int, scale: float = 1e-6) -> Tensor:
     :math:`\beta_i` is one of DDPM's 1000 steps, at the time :math:`t_i` of the T from 1 to 0.001.
     What its root is called there is a signal-to-noise ratio, which would have the product of all
     steps in place of the one: see :func:`diffoc.baselines.paper.snr_weights`.
-
-    Args:
-        steps: T, at least 2.
-        scale: s.
-
-    Raises:
-        ValueError: if there are fewer.
     """
-    if steps < 2:
-        raise ValueError(f"steps is {steps}, expected at least 2")
+    check_at_least(2, steps=steps)
     # In single precision, as there: the index is a product that is cut off.
     index = (torch.linspace(1, 1e-3, steps)[:-1] * (LEVELS - 1)).long()
     beta = torch.linspace(1e-4, 0.02, LEVELS, dtype=torch.float64)[index]
@@ -180,11 +161,8 @@ class ResidualNorm:
 
     Its gradient has the length of the operator's derivative however small the residual is, so
     that an iteration does not slow down towards y, nor does it settle there. It is twice
-    differentiable but for a residual of zero, where its derivatives count as zero.
-
-    Attributes:
-        operator: A, a differentiable callable from (B, ...) to (B, ...).
-        y: the measurements, shape (B, ...), or (1, ...) for one that all problems share.
+    differentiable but for a residual of zero, where its derivatives count as zero. The operator A
+    is a differentiable callable; y is (B, ...), or (1, ...) for one that all problems share.
     """
 
     operator: Callable[[Tensor], Tensor]
@@ -207,7 +185,7 @@ def released_process(
     generator: torch.Generator,
     learned_variance: bool = False,
 ) -> AncestralProcess:
-    """The process with noise of its own for each of the states `x`, (B, ...)."""
+    """Returns the process with noise of its own for each of the states `x`, (B, ...)."""
     noise = draw_noise(steps - 1, x.shape, generator).to(x.device)
     return AncestralProcess(prior, steps, noise, learned_variance)
 
@@ -220,11 +198,15 @@ def _cost(problem: Problem) -> ResidualNorm:
     return ResidualNorm(problem.operator, problem.y)
 
 
+def _adam_w(rate: float) -> Adam:
+    return Adam(rate, weight_decay=0.01, keeps_best=False)
+
+
 RELEASED = Recipe(
     "released",
     steps=20,
     iterations=50,
-    rule=Adam(5e-3, weight_decay=0.01, keeps_best=False),
+    rule=_adam_w(5e-3),
     derivatives=MatrixFree(),
     regularization=1e-3,
     weight=1e-6,
@@ -233,12 +215,9 @@ RELEASED = Recipe(
     process=released_process,
     cost=_cost,
     by_task={
-        ("gaussian_blur", 1000): {
-            "rule": Adam(1e-2, weight_decay=0.01, keeps_best=False),
-            "weight": 1e-5,
-        },
-        ("nonlinear_blur", 1000): {"rule": Adam(1e-2, weight_decay=0.01, keeps_best=False)},
-        ("phase_retrieval", 1000): {"rule": Adam(1e-2, weight_decay=0.01, keeps_best=False)},
+        ("gaussian_blur", 1000): {"rule": _adam_w(1e-2), "weight": 1e-5},
+        ("nonlinear_blur", 1000): {"rule": _adam_w(1e-2)},
+        ("phase_retrieval", 1000): {"rule": _adam_w(1e-2)},
     },
 )
 r"""What the authors' released code does by default, "NFE 1000"; the paper differs.
@@ -319,13 +298,8 @@ class Shrinking(MatrixFree):
 
 @method
 def released(
-    prior: Denoiser,
-    physics: Physics,
-    y: Tensor,
-    x: Tensor,
-    generator: torch.Generator,
+    given: Given,
     *,
-    noise_std: float,
     steps: int = RELEASED.steps,
     iterations: int = 50,
     rate: float = 5e-3,
@@ -334,41 +308,39 @@ def released(
     keep_activations: bool = True,
     side_effect: bool = False,
 ) -> Tensor:
-    r"""Images (B, ...) by :data:`RELEASED`.
+    r"""Returns images (B, ...) by :data:`RELEASED`, which does not use the noise's level.
 
     Args:
-        noise_std: of the measurements, which the released code does not use.
         steps: T, 2 to 1000; at most 22 where the prior's schedule ends at 100 times as much noise
             as image.
         iterations: their number: evaluations are (T - 1)(1 + iterations), products (T - 1)
             iterations.
-        rate: of AdamW.
-        weight_scale: of the control cost.
+        rate: AdamW's.
+        weight_scale: s of the control cost.
         learned_variance: whether a step's variance is that of the prior's own head.
-        keep_activations: for speed; otherwise they are recomputed, for memory.
+        keep_activations: whether activations are kept, for speed, or recomputed, for memory.
         side_effect: whether gains shrink in a random subspace, see :class:`Shrinking`.
     """
-    _, sigma = prior.schedule(torch.ones((), dtype=torch.float64))
+    _, sigma = given.prior.schedule(torch.ones((), dtype=torch.float64))
     recipe = replace(
         RELEASED,
         steps=steps,
         iterations=iterations,
-        rule=Adam(rate, weight_decay=0.01, keeps_best=False),
+        rule=_adam_w(rate),
         weight=weight_scale,
         process=partial(released_process, learned_variance=learned_variance),
         derivatives=(Shrinking if side_effect else MatrixFree)(keep_activations=keep_activations),
     )
     # Its states have unit variance at every level.
-    problem = Problem(physics, y, noise_std)
-    return reconstruct(problem, prior, recipe, x=x / sigma.item(), generator=generator).x0
+    return given.reconstruct(recipe, given.x / sigma.item())
 
 
 def _settings(task: str, nfe: int) -> dict:
     if nfe != 1000:
         raise ValueError(f"nfe is {nfe}: the released code's settings are for 1000 only")
-    rate = 5e-3 if task.endswith(("inpainting", "resolution", "motion_blur")) else 1e-2
-    scale = 1e-5 if task == "gaussian_blur" else 1e-6
-    return {"steps": 20, "iterations": 50, "rate": rate, "weight_scale": scale}
+    recipe = RELEASED.at(task, nfe)
+    found = {"steps": recipe.steps, "iterations": recipe.iterations}
+    return found | {"rate": cast(Adam, recipe.rule).rate, "weight_scale": recipe.weight}
 
 
 METHOD = Method(

@@ -11,71 +11,39 @@ where :math:`A A^T` is a multiple of the identity, as for inpainting, this is th
 without bound, and this is one step of Landweber's iteration.
 """
 
-from __future__ import annotations
-
 import torch
-from azula.denoise import Denoiser
 from azula.sample import DDPMSampler
-from deepinv.physics import LinearPhysics, Physics
 from torch import Tensor
 
-from diffoc.baselines import Method, Share, global_generator, method, no_products, one_a_step
+from diffoc.baselines import Given, Method, Share, global_generator, method, no_products, one_a_step
 from diffoc.baselines.decomposition import require_linear
+from diffoc.checks import check_at_least, check_within
 from diffoc.problems.tasks import parts_of
 
 
 @method
-def score_sde(
-    prior: Denoiser,
-    physics: Physics,
-    y: Tensor,
-    x: Tensor,
-    generator: torch.Generator,
-    *,
-    noise_std: float,
-    steps: int = 1000,
-    strength: float = 1.0,
-) -> Tensor:
-    r"""Images (B, ...) by Score-SDE; see :mod:`diffoc.baselines` for the arguments all share.
+def score_sde(given: Given, *, steps: int = 1000, strength: float = 1.0) -> Tensor:
+    r"""Returns images (B, ...) by Score-SDE, which takes measurements to be exact.
 
     Args:
-        noise_std: not used, the method takes measurements to be exact.
-        steps: at least 1; each costs an evaluation.
+        steps: their number; each costs an evaluation.
         strength: :math:`\lambda`, in [0, 1].
-
-    Raises:
-        UnsupportedTask: if the task is not linear.
-        ValueError: if a setting is out of its range.
     """
-    require_linear(physics)
-    if steps < 1:
-        raise ValueError(f"steps is {steps}, expected at least 1")
-    sampler = DDPMSampler(prior, steps=steps, silent=True, dtype=x.dtype)
-    return sample_projected(sampler, physics, y, x, generator, strength)
+    check_at_least(1, steps=steps)
+    sampler = DDPMSampler(given.prior, steps=steps, silent=True, dtype=given.x.dtype)
+    return sample_projected(sampler, given, strength)
 
 
 @torch.no_grad()
-def sample_projected(
-    sampler: DDPMSampler,
-    physics: LinearPhysics,
-    y: Tensor,
-    x: Tensor,
-    generator: torch.Generator,
-    strength: float,
-) -> Tensor:
-    r"""What a sampler makes of x, with a step towards the measurements after each of its own.
+def sample_projected(sampler: DDPMSampler, given: Given, strength: float) -> Tensor:
+    r"""Returns what a sampler makes of x, with a step towards y after each of its own.
 
-    Args:
-        sampler: gives steps and times.
-        strength: :math:`\lambda`, in [0, 1].
-        physics, y, x, generator: see :mod:`diffoc.baselines`.
-
-    Raises:
-        ValueError: if `strength` is out of its range.
+    The step's length is :math:`\lambda`, `strength`, in [0, 1].
     """
-    if not 0 <= strength <= 1:
-        raise ValueError(f"strength is {strength}, expected in [0, 1]")
-    with global_generator(generator):
+    physics = require_linear(given.physics)
+    check_within(0, 1, strength=strength)
+    x = given.x
+    with global_generator(given.generator):
         norms = [
             part.compute_sqnorm(torch.randn_like(x[:1]), verbose=False)
             for part in parts_of(physics)
@@ -84,7 +52,7 @@ def sample_projected(
         for t, s in sampler.timesteps.to(x.device).unfold(0, 2, 1):
             x = sampler.step(x, t, s)
             alpha, sigma = sampler.denoiser.schedule(s)
-            residual = alpha * y + physics.A(sigma * torch.randn_like(x) - x)
+            residual = alpha * given.y + physics.A(sigma * torch.randn_like(x) - x)
             x = x + strength / norm * physics.A_adjoint(residual)
     return x
 

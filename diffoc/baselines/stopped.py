@@ -1,45 +1,23 @@
 """The recipe that stops at the noise, :data:`diffoc.reconstruct.STOPPED`, as a row of tables."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
-import torch
-from azula.denoise import Denoiser
-from deepinv.physics import Physics
 from torch import Tensor
 
-from diffoc.baselines import Method, method
-from diffoc.reconstruct import STOPPED, Problem, reconstruct
+from diffoc.baselines import Given, Method, method
+from diffoc.reconstruct import STOPPED
 
 
 @method
-def stopped(
-    prior: Denoiser,
-    physics: Physics,
-    y: Tensor,
-    x: Tensor,
-    generator: torch.Generator,
-    *,
-    noise_std: float,
-    steps: int,
-    budget: int,
-    weight: float = STOPPED.weight,
-) -> Tensor:
-    """Images (B, ...) by :data:`diffoc.reconstruct.STOPPED`.
+def stopped(given: Given, *, steps: int, budget: int, weight: float = STOPPED.weight) -> Tensor:
+    """Returns images (B, ...) by :data:`diffoc.reconstruct.STOPPED`.
 
     Args:
-        noise_std: of the measurements.
         steps: T, at least 1.
-        budget: of evaluations, at least 4 T.
+        budget: how many evaluations each image has, at least 4 T.
         weight: r of the control cost, not negative.
-
-    Raises:
-        ValueError: for a smaller budget.
     """
-    recipe = replace(STOPPED, steps=steps, budget=budget, weight=weight)
-    problem = Problem(physics, y, noise_std)
-    return reconstruct(problem, prior, recipe, x=0 * x, generator=generator).x0
+    return given.reconstruct(replace(STOPPED, steps=steps, budget=budget, weight=weight))
 
 
 METHOD = Method(

@@ -1,7 +1,5 @@
 """The command line: `python -m diffoc COMMAND`."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import math

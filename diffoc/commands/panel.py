@@ -4,8 +4,6 @@ The controller runs in a thread of its own: a kernel that ran it in the button's
 nothing else, not even the button that cancels, before it was done.
 """
 
-from __future__ import annotations
-
 import io
 from base64 import b64encode
 from threading import Event, Thread

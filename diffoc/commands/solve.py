@@ -1,7 +1,5 @@
 """Everything behind `python -m diffoc solve`: from a picture, or a measurement, to files."""
 
-from __future__ import annotations
-
 import json
 import math
 import time

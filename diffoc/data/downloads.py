@@ -1,7 +1,5 @@
 """Large weight files of others: where they are kept, fetched from, and how they are checked."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 from collections.abc import Mapping
@@ -20,11 +18,8 @@ from torch import Tensor
 class RemoteFile:
     """A file that is downloaded when it is first needed.
 
-    Attributes:
-        name: in the cache.
-        url: direct, or of Google Drive.
-        bytes: its size; a rough one where `sha256` is None.
-        sha256: its checksum, or the first digits of it, where they are known.
+    Its name is the one in the cache, its address direct or of Google Drive. Its size is a rough one
+    where `sha256` is None, which is its checksum or the first digits of it.
     """
 
     name: str
@@ -34,23 +29,17 @@ class RemoteFile:
 
 
 def cache_folder() -> Path:
-    """The folder $DIFFOC_CACHE, by default the platform's cache folder for diffoc."""
+    """Returns the folder $DIFFOC_CACHE, by default the platform's cache folder for diffoc."""
     named = os.environ.get("DIFFOC_CACHE")
     return Path(named).expanduser() if named else user_cache_path("diffoc")
 
 
 def fetch(file: RemoteFile) -> Path:
-    """The path of a file in the cache, after it was downloaded if need be, and checked.
+    """Returns the path of a file in the cache, after it was downloaded if need be, and checked.
 
-    An interrupted download goes on where it stopped; a complete one is never repeated.
-
-    Args:
-        file: what is wanted.
-
-    Raises:
-        FileNotFoundError: if it is not there and cannot be downloaded.
-        OSError: if it cannot be written.
-        ValueError: if its checksum is known and another.
+    An interrupted download goes on where it stopped; a complete one is never repeated. A
+    FileNotFoundError says that it is not there and cannot be downloaded, an OSError that it cannot
+    be written, a ValueError that its checksum is known and another.
     """
     path = cache_folder() / file.name
     if not path.is_file():
@@ -72,15 +61,10 @@ def fetch(file: RemoteFile) -> Path:
 
 
 def find(file: RemoteFile, *elsewhere: Path) -> Path:
-    """The path of a file that is there already, checked; nothing is ever downloaded.
+    """Returns the path of a file that is in the cache or `elsewhere`; it downloads nothing.
 
-    Args:
-        file: what is wanted.
-        elsewhere: folders to look into after the cache.
-
-    Raises:
-        FileNotFoundError: if it is in none of them.
-        ValueError: if its checksum is known and another.
+    A FileNotFoundError says that it is in none of these folders, a ValueError that its checksum is
+    known and another.
     """
     folders = [cache_folder(), *elsewhere]
     for folder in folders:
@@ -102,19 +86,15 @@ def _checked(file: RemoteFile, path: Path) -> Path:
 
 
 def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
+    """Returns the SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_torch_file(path: Path) -> dict[str, Tensor | dict]:
-    """The content of a torch file, on the CPU; no code in it is run.
+    """Returns the content of an existing torch file, on the CPU; no code in it is run.
 
-    Args:
-        path: an existing file.
-
-    Raises:
-        ValueError: if it is damaged, holds more than tensors and numbers, or no names.
+    A ValueError refuses one that is damaged, holds more than tensors and numbers, or no names.
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)

@@ -1,13 +1,12 @@
 """Files that hold complete contents only, whatever happens while they are written."""
 
-from __future__ import annotations
-
+import csv
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from io import FileIO
+from io import FileIO, StringIO
 from itertools import count
 from pathlib import Path
 from typing import IO
@@ -17,11 +16,8 @@ from typing import IO
 def replacing(path: Path) -> Iterator[Path]:
     """Gives the path of a new file beside `path`, with its ending, that then takes its place.
 
-    Where the new file cannot be written, it is removed, and the old one stays. A process that is
-    killed leaves it behind, as .NAME.part.ENDING, and the next one overwrites it.
-
-    Raises:
-        OSError: if it cannot be written.
+    Where the new file cannot be written, it is removed, the old one stays, and an OSError says so.
+    A process that is killed leaves it behind, as .NAME.part.ENDING; the next one overwrites it.
     """
     part = path.with_name(f".{path.stem}.part{path.suffix}")
     try:
@@ -57,17 +53,11 @@ def try_file(path: Path) -> None:
 def appending(path: Path, complete: Callable[[bytes], int]) -> Iterator[Callable[[str], None]]:
     """Locks a file, and gives a function that appends a text, which waits until the disk has it.
 
-    The text is appended whole or not at all. What a killed process left behind the complete bytes
-    is first moved to a new file, NAME.torn-1 or the next number that is free.
-
-    Args:
-        path: of the file, which is made if it is missing, with its folder.
-        complete: gives the number of bytes of a content that are complete; what it raises for a
-            content that is damaged leaves the file as it is.
-
-    Raises:
-        ValueError: if another process has locked the file.
-        OSError: if it cannot be locked or written; what was appended before is then complete.
+    A missing file is made, with its folder. The text is appended whole or not at all. What a killed
+    process left behind the `complete` bytes of the content is first moved to a new file,
+    NAME.torn-1 or the next number that is free; where that function raises, the file stays as it
+    is. A ValueError says that another process has locked the file, an OSError that it cannot be
+    locked or written; what was appended before is then complete.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab", buffering=0) as file:
@@ -81,6 +71,13 @@ def appending(path: Path, complete: Callable[[bytes], int]) -> Iterator[Callable
                 os.fsync(beside.fileno())
             file.truncate(size)
         yield partial(_append, file)
+
+
+def csv_text(columns: Sequence[str], rows: Iterable[Mapping[str, object]]) -> str:
+    """Returns rows as lines of CSV, without a header; what a row does not have is empty."""
+    text = StringIO()
+    csv.DictWriter(text, columns, restval="", lineterminator="\n").writerows(rows)
+    return text.getvalue()
 
 
 def _append(file: FileIO, text: str) -> None:
@@ -102,9 +99,8 @@ def _append(file: FileIO, text: str) -> None:
 def lock(file: IO) -> None:
     """Locks an open file for this process, until it is closed.
 
-    Raises:
-        ValueError: if another process has locked it.
-        OSError: on Windows and on file systems that have no such locks.
+    A ValueError says that another process has locked it, an OSError that there are no such locks:
+    on Windows, and on some file systems.
     """
     try:
         import fcntl

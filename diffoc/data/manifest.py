@@ -19,9 +19,9 @@ LICENSES = {
 
 
 def data_folder() -> Path:
-    """The repository's ``data/`` folder, beside the package.
+    """Returns the repository's ``data/`` folder, beside the package.
 
-    Raises FileNotFoundError where the package was installed without it.
+    A FileNotFoundError says that the package was installed without it.
     """
     folder = Path(__file__).resolve().parents[2] / "data"
     if not folder.is_dir():
@@ -33,14 +33,11 @@ def data_folder() -> Path:
 
 
 def checked_bytes(file: str, folder: Path | None = None) -> bytes:
-    """The bytes of a shipped file, once their SHA-256 agrees with the manifest.
+    """Returns the bytes of a shipped file, once their SHA-256 agrees with the manifest.
 
-    Arguments:
-        file: name inside the folder, e.g. "digits.npz".
-        folder: where file and manifest lie; the repository's ``data/`` by default.
-
-    Raises FileNotFoundError if the file or the manifest is missing, ValueError if the file has
-    no entry there or is not the one that was registered (altered, truncated).
+    File and manifest lie in a folder, by default the repository's ``data/``. A FileNotFoundError
+    says that one is missing, a ValueError that the file has no entry there or is not the one that
+    was registered (altered, truncated).
     """
     folder = data_folder() if folder is None else Path(folder)
     for path in (folder / file, folder / MANIFEST):
@@ -63,9 +60,9 @@ def checked_bytes(file: str, folder: Path | None = None) -> bytes:
 
 
 def manifest_entry(file: str, folder: Path | None = None) -> dict:
-    """What the manifest says of a shipped file: sha256, bytes, license and source.
+    """Returns what the manifest says of a shipped file: sha256, bytes, license and source.
 
-    Raises ValueError if it has no entry; arguments as for `checked_bytes`.
+    A ValueError says that it has no entry; arguments are as for `checked_bytes`.
     """
     folder = data_folder() if folder is None else Path(folder)
     entry = _entries(folder).get(file)
@@ -82,7 +79,7 @@ def manifest_entry(file: str, folder: Path | None = None) -> dict:
 
 
 def _entries(folder: Path) -> dict:
-    """What the manifest of a folder holds; raises ValueError if it is damaged."""
+    """Returns what the manifest of a folder holds; a ValueError says that it is damaged."""
     try:
         entries = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except ValueError as error:
@@ -96,14 +93,10 @@ def _entries(folder: Path) -> dict:
 
 
 def register_file(file: str, license: str, source: str, folder: Path | None = None) -> dict:
-    """Write or replace the manifest entry {sha256, bytes, license, source} of a file.
+    """Writes or replaces the entry {sha256, bytes, license, source} of a file, and returns it.
 
-    Arguments:
-        file: name inside the folder; the file must exist.
-        license, source: what may be done with it and how it came about, in words.
-        folder: as in `checked_bytes`.
-
-    Returns the entry. Raises FileNotFoundError if the file is missing.
+    License and source say in words what may be done with it and how it came about; the folder is as
+    for `checked_bytes`. A FileNotFoundError says that the file is missing.
     """
     folder = data_folder() if folder is None else Path(folder)
     if not (folder / file).is_file():
@@ -123,13 +116,10 @@ def register_file(file: str, license: str, source: str, folder: Path | None = No
 
 
 def load_weights(name: str, folder: Path | None = None) -> dict[str, Tensor]:
-    """The tensors of a shipped safetensors file, after its checksum was compared.
+    """Returns the tensors of a shipped safetensors file, after its checksum was compared.
 
-    Arguments:
-        name: "mixture_mnist" or "mixture_mnist.safetensors".
-        folder: as in `checked_bytes`.
-
-    Raises as `checked_bytes`.
+    The name may be "mixture_mnist" or "mixture_mnist.safetensors"; the rest is as for
+    `checked_bytes`.
     """
     file = f"{name.removesuffix('.safetensors')}.safetensors"
     try:

@@ -1,7 +1,5 @@
 """Pictures of any kind to tensors in [-1, 1] and back."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,11 +18,7 @@ _LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # of ITU-R 601
 
 
 def picture_names(folder: Path) -> list[str]:
-    """Returns the names of a folder's pictures, sorted; hidden files such as ._a.png are none.
-
-    Raises:
-        FileNotFoundError: if there is none.
-    """
+    """Returns the names of a folder's pictures, sorted; hidden files such as ._a.png are none."""
     names = sorted(
         path.name
         for path in folder.glob("*")
@@ -91,11 +85,9 @@ def read_picture(
 
 
 def read_transparency(path: Path) -> Tensor:
-    """1 where a picture is opaque and 0 where it is transparent, (1, 1, H, W).
+    """Returns 1 where a picture is opaque and 0 where it is transparent, (1, 1, H, W).
 
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is no picture, or has no transparent pixel.
+    A ValueError refuses a picture that has no transparent pixel; others as :func:`read_picture`.
     """
     picture, _ = _open(path)
     opaque = np.array(picture.convert("RGBA"))[..., 3] > 127
@@ -113,12 +105,9 @@ def picture_size(path: Path) -> tuple[int, int]:
 
 
 def write_picture(image: Tensor, path: Path, mask: Tensor | None = None) -> None:
-    """Writes an image as PNG.
+    """Writes an image (C, H, W), C 1 or 3, as PNG, transparent where a mask (1, H, W) is 0.
 
-    Args:
-        image: (C, H, W) in [-1, 1], C 1 or 3; what lies outside is clipped.
-        path: of the file.
-        mask: (1, H, W), pixels to be transparent where it is 0.
+    What lies outside of [-1, 1] is clipped.
     """
     pixels = ((image.float() + 1) * 127.5).round().clamp(0, 255).byte().cpu()
     if mask is not None:

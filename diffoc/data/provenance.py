@@ -1,7 +1,5 @@
 """Where a number comes from: versions, commit, machine, and digests of what went in."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import platform
@@ -19,7 +17,7 @@ _DIGITS = 16  # of a SHA-256 in hexadecimal: 64 bits tell everything here apart
 
 
 def environment(device: str = "cpu") -> dict[str, str]:
-    """Columns "versions", "commit", "device" and "threads" of what this process computes."""
+    """Returns columns "versions", "commit", "device", "threads" of what this process computes."""
     packages = ("torch", "azula", "deepinv", "diffoc")
     versions = [f"{package} {version(package)}" for package in packages]
     return {
@@ -31,7 +29,7 @@ def environment(device: str = "cpu") -> dict[str, str]:
 
 
 def told(error: object) -> str:
-    """What an error says, in one line, without what is of this machine or this user alone.
+    """Returns what an error says, in one line, without what is of this machine or this user alone.
 
     Names and passwords in addresses are left out, paths begin at the project or at the home.
     """
@@ -43,7 +41,7 @@ def told(error: object) -> str:
 
 @cache
 def commit(root: Path = ROOT) -> str:
-    """The git commit of a checkout, "+changes" if code or data were changed; else empty.
+    """Returns the git commit of a checkout, "+changes" if code or data were changed; else empty.
 
     Records may be new or changed, they are what is being made. What was found first is kept.
     """
@@ -64,7 +62,7 @@ def _git(root: Path, *arguments: str) -> str:
 
 @cache
 def device_name(device: str) -> str:
-    """A device in words: the model of the GPU, or of the CPU with the instructions it may use.
+    """Returns a device in words: a GPU's model, or a CPU's with the instructions it may use.
 
     CPUs of one name differ, in virtual machines above all, and so do their last digits: family,
     model and stepping follow the name.
@@ -84,7 +82,7 @@ def device_name(device: str) -> str:
 
 
 def digest(tensors: dict[str, Tensor] | Tensor) -> str:
-    """The first 16 hexadecimal digits of the SHA-256 of tensors: names, types, shapes, values."""
+    """Returns the first digits of the SHA-256 of tensors: names, types, shapes, values."""
     found = hashlib.sha256()
     for name, tensor in ({"": tensors} if isinstance(tensors, Tensor) else tensors).items():
         found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -93,5 +91,5 @@ def digest(tensors: dict[str, Tensor] | Tensor) -> str:
 
 
 def short(sha256: str) -> str:
-    """A SHA-256 as :func:`digest` gives it."""
+    """Returns a SHA-256 as :func:`digest` gives it."""
     return sha256[:_DIGITS]

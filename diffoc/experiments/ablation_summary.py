@@ -5,8 +5,6 @@ All functions but :func:`by_part` take rows and a metric, and give panel to line
 so are those without a result.
 """
 
-from __future__ import annotations
-
 import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -45,13 +43,11 @@ def equal_budgets(rows: Iterable[Row], metric: str) -> Panels:
     budget where that is less.
     """
     rows = list(rows)
-    most = BUDGETS[-2]
     tuned = {
         (row["task"], row["method"]): _settings(row)["steps"]
         for row in rows
-        if row["nfe"] == str(most) and row["method"] != "dps"
+        if row["nfe"] == str(BUDGETS[-2]) and row["method"] != "dps"
     }
-
     tasks = {task for task, _ in tuned}
 
     def belongs(row: Row, nfe: int, steps: int) -> bool:

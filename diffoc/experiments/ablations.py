@@ -4,17 +4,16 @@ What is tuned has the value that was best on the tuning faces with the trained p
 of the grey faces, for a cell's budget; where nothing was tuned for that, for 300 evaluations.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 
 from diffoc.baselines import Share
 from diffoc.baselines.cold import iterations_within
 from diffoc.baselines.paper import TABLE_2
+from diffoc.checks import check_member
 from diffoc.experiments.inaccurate import IDENTITY, RANDOM, UNTRAINED, accurate_name
 from diffoc.experiments.methods import METHODS, read_tuned
-from diffoc.experiments.records import Cell, as_json
+from diffoc.experiments.records import Cell, as_json, in_batches
 from diffoc.reconstruct import OURS
 
 TASKS = ("super_resolution", "random_inpainting")
@@ -117,13 +116,10 @@ def published(prior: str, tasks: Sequence[str]) -> Iterator[Choice]:
 def robustness(
     prior: str, tasks: Sequence[str], trained: bool = True, nfe: int = TUNED[1]
 ) -> Iterator[Choice]:
-    """Figure 6: DPS and ours with priors that are wrong, and what needs no prior.
+    """Figure 6: DPS and ours with copies of a prior that are wrong, and what needs no prior.
 
-    Args:
-        prior: that they are made of.
-        tasks: of the grid.
-        trained: whether there are weights; without, only priors of random ones.
-        nfe: the budget, for which nothing is tuned but with 300 evaluations.
+    Without trained weights there are only priors of random ones. Nothing is tuned for other budgets
+    than 300 evaluations.
     """
     if trained:
         wrong = [prior, *(f"{prior}+noise{level:g}" for level in NOISE_LEVELS), UNTRAINED + prior]
@@ -180,27 +176,21 @@ def ablation_cells(
     trained: bool = True,
     nfe: int | None = None,
 ) -> list[Cell]:
-    """The cells of one of :data:`ABLATIONS`, each once.
+    """Returns the cells of one of :data:`ABLATIONS`, each once.
+
+    What is not listed is as for :func:`diffoc.experiments.cells.cells_of`.
 
     Args:
         table: its name.
-        prior: a name for :func:`diffoc.experiments.cells.load_once`.
-        images: their names.
-        batch: images of a cell, at least 1.
-        precision: "bfloat16" or "float32".
-        tasks: that are tuned for 300 evaluations.
+        tasks: some that are tuned for 300 evaluations.
         methods: those to keep, by default all.
-        seeds: of the measurements.
         trained: whether the prior has weights; only `robustness` can do without.
         nfe: a budget for `robustness`, where 300 evaluations take too long; the others have theirs.
 
     Raises:
         ValueError: if an argument is out of its range.
     """
-    if table not in ABLATIONS:
-        raise ValueError(f"table is {table!r}, expected one of {', '.join(ABLATIONS)}")
-    if batch < 1:
-        raise ValueError(f"batch is {batch}, expected at least 1")
+    check_member(ABLATIONS, table=table)
     if not trained and table != "robustness":
         raise ValueError(f"table is {table!r}, which needs trained weights")
     if nfe is not None and (table != "robustness" or nfe < 4):
@@ -212,11 +202,11 @@ def ablation_cells(
     if methods is not None and not set(methods) <= known:
         raise ValueError(f"methods is {list(methods)}, expected some of {', '.join(sorted(known))}")
     cells = [
-        Cell(used, precision, name, method, nfe, as_json(settings), seed, tuple(some))
+        Cell(used, precision, name, method, nfe, as_json(settings), seed, some)
         for used, name, method, nfe, settings in choices
         if methods is None or method in methods
         for seed in seeds
-        for some in (images[i : i + batch] for i in range(0, len(images), batch))
+        for some in in_batches(images, batch)
     ]
     return list(dict.fromkeys(cells))
 

@@ -6,8 +6,6 @@ are recomputed. The bare network does just that in a loop, without a controller;
 turns, and the fastest of each count, so that other work on the machine does not decide.
 """
 
-from __future__ import annotations
-
 import itertools
 import platform
 import time
@@ -20,6 +18,7 @@ from azula.denoise import Denoiser
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from diffoc.checks import check_above, check_at_least
 from diffoc.costs import GaussianLikelihood
 from diffoc.experiments.memory import peak_memory
 from diffoc.lowrank import MatrixFree
@@ -35,18 +34,16 @@ TABLE_1_NFE = (2500, 1000)
 
 @dataclass(frozen=True)
 class Row:
-    """One setting of the controller, and what it was measured to cost; seconds of an iteration.
+    """One setting of the controller, and what an iteration was measured to cost.
 
     Attributes:
-        shape: of the states, (B, C, H, W).
+        shape: the states', (B, C, H, W).
         steps, rank, keep_activations: T, k, and whether activations are kept.
-        evaluations, products: of an iteration, for each image.
-        bare_seconds: of the bare network's :math:`T (F + (1 + k) B)`, or
-            :math:`T (2 F + (1 + k) B)`.
-        seconds: of the controller's iteration.
-        bare_bytes: most memory of the bare network beyond its weights, with the activations of all
-            steps if they are kept, else of one.
-        bytes: most memory of the controller beyond the weights.
+        evaluations, products: how many an image takes.
+        bare_seconds, seconds: the time of the bare network's :math:`T (F + (1 + k) B)`, or
+            :math:`T (2 F + (1 + k) B)`, and of the controller.
+        bare_bytes, bytes: the most memory of both beyond the weights; the bare network's has the
+            activations of all steps if they are kept, else of one.
     """
 
     shape: tuple[int, ...]
@@ -94,21 +91,10 @@ def measure(
 ) -> Row:
     """Times iterations of the controller and of the bare network in turns, and takes the memory.
 
-    The problem is to double the resolution, with Adam.
-
-    Args:
-        prior: an azula denoiser.
-        x: states at time 1, (B, C, H, W) with even sides.
-        steps: T, at least 1.
-        rank: k, at least 0.
-        keep_activations: of the forward sweep.
-        repeats: iterations to time, at least 1.
-
-    Raises:
-        ValueError: if an argument is out of its range.
+    The problem is to double the resolution, with Adam, T steps and rank k, from states x at time 1,
+    (B, C, H, W) with even sides. At least one iteration is timed.
     """
-    if repeats < 1:
-        raise ValueError(f"repeats is {repeats}, expected at least 1")
+    check_at_least(1, repeats=repeats)
     process = ReverseProcess(prior, steps)
     operator = average_pool(2)
     likelihood = GaussianLikelihood(operator, torch.zeros_like(operator(x)), 0.05)
@@ -162,13 +148,10 @@ def _clock(device: torch.device) -> float:
 
 
 def flop(prior: Denoiser, shape: Sequence[int]) -> tuple[int, int]:
-    """FLOP of F and of B for states of a shape (B, C, H, W), counted on tensors without memory.
+    """Returns FLOP of F and of B for states (B, C, H, W), counted on tensors without memory.
 
-    A multiplication and an addition are two; only matrix products and convolutions count.
-
-    Args:
-        prior: an azula denoiser on the "meta" device.
-        shape: of the states.
+    The prior is an azula denoiser on the "meta" device. A multiplication and an addition are two;
+    only matrix products and convolutions count.
     """
     x = torch.empty(*shape, device="meta", requires_grad=True)
     with FlopCounterMode(display=False) as forward:
@@ -183,9 +166,9 @@ class Projection:
     """What Table 1 would take for a network: computed from its FLOP, not measured.
 
     Attributes:
-        rank, keep_activations: of the controller.
+        rank, keep_activations: settings of the controller.
         nfe: T times the number of iterations.
-        seconds, gpu_hours: of one image, and of the table's.
+        seconds, gpu_hours: what one image takes, and all of the table's.
     """
 
     rank: int
@@ -200,16 +183,10 @@ def project(
 ) -> list[Projection]:
     r"""Projects Table 1's cost, :math:`NFE \, (F + (1 + k) B)` an image, or 2 F in place of F.
 
-    Args:
-        forward, product: FLOP of F and of B.
-        ranks: k of every projection, with activations kept and recomputed.
-        teraflops: that the device sustains, above 0.
-
-    Raises:
-        ValueError: if `teraflops` is not above 0.
+    `forward` and `product` are FLOP of F and of B. For each of the ranks k activations are kept and
+    recomputed. The device sustains so many `teraflops`, above 0.
     """
-    if not teraflops > 0:
-        raise ValueError(f"teraflops is {teraflops}, expected above 0")
+    check_above(0, teraflops=teraflops)
     rows = []
     for rank, keep, nfe in itertools.product(ranks, (True, False), TABLE_1_NFE):
         each = (1 if keep else 2) * forward + (1 + rank) * product
@@ -232,19 +209,14 @@ def run(
     """Measures priors, projects Table 1, prints both, and returns them as numbers for JSON.
 
     Args:
-        names: of priors, see :func:`diffoc.load_prior`.
-        steps, ranks, repeats: of :func:`measure`.
+        names: priors' names, see :func:`diffoc.load_prior`.
+        steps, ranks, repeats: what :func:`measure` takes.
         batch: images at once, to compare with as many one after another; 1 for no comparison.
         device: "cpu", "cuda" or "cuda:i".
-        teraflops: that the projection assumes.
-        random_weights: to measure "ffhq256" or "imagenet256" without their files.
-
-    Raises:
-        ValueError: if an argument is wrong.
-        FileNotFoundError: if a prior's weights are missing.
+        teraflops: what the projection assumes, see :func:`project`.
+        random_weights: whether to measure "ffhq256" or "imagenet256" without their files.
     """
-    if batch < 1:
-        raise ValueError(f"batch is {batch}, expected at least 1")
+    check_at_least(1, batch=batch)
     with torch.device("meta"):
         network = untrained_adm("ffhq256")
     table = project(*flop(network, (1, *network.image_shape)), ranks, teraflops)

@@ -5,8 +5,6 @@ batches: noise and initial state are each image's own, and so is the task's mask
 :mod:`protocol <diffoc.experiments.protocol>` says so.
 """
 
-from __future__ import annotations
-
 import hashlib
 import inspect
 import json
@@ -30,23 +28,16 @@ from diffoc.data.downloads import cache_folder, sha256_of
 from diffoc.data.pictures import read_picture, write_picture
 from diffoc.data.provenance import digest, short
 from diffoc.experiments.inaccurate import accurate_name, is_inaccurate, load_inaccurate
-from diffoc.experiments.methods import LATENT, METHODS, equal_work, settings_of
+from diffoc.experiments.methods import METHODS, equal_work, prior_of, settings_of
 from diffoc.experiments.protocol import ONE_OPERATOR, protocol_of
-from diffoc.experiments.records import METRICS, Cell, Row, as_json
+from diffoc.experiments.records import METRICS, Cell, Row, as_json, in_batches
 from diffoc.experiments.runs import method_errors
 from diffoc.priors.counting import CountedPrior
 from diffoc.priors.latent import LatentPrior
 from diffoc.priors.pretrained import REMOTE, SHIPPED, load_prior
 from diffoc.problems.metrics import image_metrics
 from diffoc.problems.perceptual import LPIPS, SMALLEST, perceptual_metrics
-from diffoc.problems.tasks import (
-    TASKS,
-    UnsupportedTask,
-    for_each,
-    measure,
-    noise_level,
-    task,
-)
+from diffoc.problems.tasks import TASKS, UnsupportedTask, for_each, measure, noise_level, task
 
 TABLES = {"table1": tuple(TASKS)[:5]}
 """The tasks of the paper's tables; the records of Table 1 have the metrics of Table 3 too."""
@@ -70,11 +61,10 @@ class Computer:
     device: str = "cpu"
 
     def __call__(self, cell: Cell) -> tuple[list[Row], Tensor]:
-        """A row for every image, and the reconstructions on the CPU.
+        """Returns a row for every image, and the reconstructions on the CPU.
 
-        Raises:
-            diffoc.problems.tasks.UnsupportedTask: if the method cannot do the task.
-            diffoc.experiments.runs.MethodError: if it fails.
+        An :class:`diffoc.problems.tasks.UnsupportedTask` says that the method cannot do the task, a
+        :class:`diffoc.experiments.runs.MethodError` that it fails.
         """
         method, protocol = METHODS[cell.method], protocol_of(cell.prior)
         prior, weights = load_once(cell.prior, self.device)
@@ -127,13 +117,8 @@ class Computer:
 def check_inputs(cells: Sequence[Cell], computer: Computer) -> None:
     """Loads what cells need, each prior and picture once, before the first of them is computed.
 
-    Args:
-        cells: that are to be computed.
-        computer: that will do it.
-
-    Raises:
-        ValueError: if a method does not have a setting, or a picture does not fit the prior.
-        OSError: if weights or pictures are missing.
+    A ValueError says that a method does not have a setting, or that a picture does not fit the
+    prior; an OSError that weights or pictures are missing.
     """
     for prior in dict.fromkeys(cell.prior for cell in cells):
         network, _ = load_once(prior, computer.device)
@@ -147,7 +132,7 @@ def check_inputs(cells: Sequence[Cell], computer: Computer) -> None:
 
 
 def metrics_of(x0: Tensor, truth: Tensor) -> dict[str, Tensor]:
-    """The metrics of the tables, (B,) each, of names in :data:`diffoc.experiments.records.METRICS`.
+    """Returns the metrics of the tables, (B,) each, by names of the records' `METRICS`.
 
     Those of LPIPS are there where its weights are, for images that its networks can take.
     """
@@ -158,21 +143,16 @@ def metrics_of(x0: Tensor, truth: Tensor) -> dict[str, Tensor]:
 
 
 def read_images(names: Sequence[str], shape: Sequence[int], folder: Path | None) -> Tensor:
-    """Images by name, (B, C, H, W) in [-1, 1]: of a folder, or of the test set of faces.
+    """Returns images by name, (B, C, H, W) in [-1, 1]: of a folder, or of the test set of faces.
 
-    Raises:
-        FileNotFoundError: if one is missing.
-        ValueError: if pictures have another size than `shape`, or faces are not what is asked for.
+    A FileNotFoundError says that one is missing, a ValueError that pictures have another size than
+    `shape`, or that faces are not what is asked for.
     """
     if folder is None:
         if tuple(shape) not in ((1, 64, 64), (3, 64, 64)):
             raise ValueError(f"images is missing: the prior's images are {tuple(shape)}, no faces")
         chosen = [int(name) for name in names]
-        if shape[0] == 3:
-            faces = torch.from_numpy(_colour_faces()[chosen]).movedim(-1, 1).contiguous()
-        else:
-            faces = torch.from_numpy(_faces()[chosen]).unsqueeze(1)
-        return faces.float() / 127.5 - 1
+        return data.as_states((_colour_faces() if shape[0] == 3 else _faces())[chosen])
     pictures = []
     for name in names:
         picture, notes = read_picture(folder / name, shape)
@@ -186,7 +166,7 @@ def read_images(names: Sequence[str], shape: Sequence[int], folder: Path | None)
 def _operator(
     name: str, shape: tuple[int, ...], seed: int, image: str | None, device: str
 ) -> Physics:
-    """The operator of an image, or of all images for None, on a device.
+    """Returns the operator of an image, or of all images for None, on a device.
 
     Some methods decompose it, which takes long: it is the same object for cells in a row, and
     nothing changes it.
@@ -207,11 +187,9 @@ def _colour_faces() -> np.ndarray:
 
 @cache
 def load_once(name: str, device: str) -> tuple[Denoiser, str]:
-    """A prior on a device, and the first digits of the SHA-256 of its weights.
+    """Returns a prior on a device, and the first digits of the SHA-256 of its weights.
 
-    Args:
-        name: as for :func:`diffoc.load_prior`, or a name of :mod:`diffoc.experiments.inaccurate`.
-        device: where to put it.
+    The name is one for :func:`diffoc.load_prior`, or of :mod:`diffoc.experiments.inaccurate`.
     """
     prior = load_inaccurate(name) if is_inaccurate(name) else load_prior(name)
     if name in SHIPPED:
@@ -235,13 +213,14 @@ def cells_of(
     overrides: dict | None = None,
     product_cost: float | None = None,
 ) -> list[Cell]:
-    """The grid, task by task, and batch by batch: methods that decompose an operator share it.
+    """Returns a grid by task and batch: methods that decompose an operator then share it.
 
     Args:
-        prior: a name for :func:`load_once`; methods in a latent space use that of :data:`LATENT`.
-        tasks, methods, seeds, images: of the grid.
-        budgets: of it, in evaluations, at least 1 each.
-        batch: images of a cell, at least 1.
+        prior: a name for :func:`load_once`; methods in a latent space use another, see
+            :func:`diffoc.experiments.methods.prior_of`.
+        tasks, methods, seeds, images: what the grid is made of.
+        budgets: its evaluations, at least 1 each.
+        batch: how many images a cell has, at least 1.
         precision: "bfloat16" or "float32".
         overrides: keyword arguments in place of the methods' own; METHOD.KEY is one's alone.
         product_cost: where given, each method has the evaluations that make its work equal, see
@@ -251,15 +230,14 @@ def cells_of(
         ValueError: if there is no such task or method, the method was not tuned, or a number is out
             of its range.
     """
-    _check_grid(tasks, budgets, batch)
+    _check_grid(tasks, budgets)
     cells = []
-    batches = [tuple(images[i : i + batch]) for i in range(0, len(images), batch)]
-    for name, seed, some in product(tasks, seeds, batches):
+    for name, seed, some in product(tasks, seeds, in_batches(images, batch)):
         for method, nfe in product(methods, budgets):
             n = nfe if product_cost is None else equal_work(method, name, nfe, product_cost)
             # A trial with random weights has nothing that could be tuned for it.
             settings = as_json(settings_of(accurate_name(prior), method, name, n, overrides or {}))
-            used = LATENT.get(prior, prior) if METHODS[method].latent else prior
+            used = prior_of(method, prior)
             cells.append(Cell(used, precision, name, method, n, settings, seed, some))
     return cells
 
@@ -273,28 +251,20 @@ def tuning_cells(
     precision: str,
     images: Sequence[str] | None = None,
 ) -> list[Cell]:
-    """A cell of all tuning images, or of others, for each of the settings to try, in their order.
+    """Returns a cell of all tuning images, or of others, for each of the settings to try, in order.
 
-    Raises:
-        ValueError: as :func:`cells_of`, or if the protocol has no tuning images.
+    A ValueError says that the protocol has no tuning images; others are as for :func:`cells_of`.
     """
-    _check_grid([task], [nfe], 1)
-    used = LATENT.get(prior, prior) if METHODS[method].latent else prior
+    _check_grid([task], [nfe])
     usual, images = METHODS[method].settings(task, nfe), images or protocol_of(prior).tuning
     if not images:
         raise ValueError(f"images is missing: name a folder of pictures to tune {prior} on")
-    return [
-        Cell(used, precision, task, method, nfe, as_json(usual | trial), 0, tuple(images))
-        for trial in trials
-    ]
+    settings, used = [as_json(usual | trial) for trial in trials], prior_of(method, prior)
+    return [Cell(used, precision, task, method, nfe, some, 0, tuple(images)) for some in settings]
 
 
 def best_trial(trials: Sequence[Sequence[Row]]) -> int | None:
-    """The place of the trial with the highest mean PSNR, or None if none has one.
-
-    Args:
-        trials: rows of each.
-    """
+    """Returns the place of the trial whose rows have the highest mean PSNR, or None if none has."""
     scores = {
         i: sum(float(row["psnr"]) for row in rows) / len(rows)
         for i, rows in enumerate(trials)
@@ -304,9 +274,7 @@ def best_trial(trials: Sequence[Sequence[Row]]) -> int | None:
     return max(scores, key=scores.__getitem__, default=None)
 
 
-def _check_grid(tasks: Sequence[str], budgets: Sequence[int], batch: int) -> None:
-    if batch < 1:
-        raise ValueError(f"batch is {batch}, expected at least 1")
+def _check_grid(tasks: Sequence[str], budgets: Sequence[int]) -> None:
     if min(budgets, default=1) < 1:
         raise ValueError(f"budgets has {min(budgets)}, expected at least 1")
     if unknown := [name for name in tasks if name not in TASKS]:
@@ -314,7 +282,7 @@ def _check_grid(tasks: Sequence[str], budgets: Sequence[int], batch: int) -> Non
 
 
 def keep_in(folder: Path) -> Callable[[Cell, Tensor], None]:
-    """A function that writes a cell's images as PNG: FOLDER/task/method-nfe-seed/name.png."""
+    """Returns what writes a cell's images as PNG: FOLDER/task/method-nfe-seed/name.png."""
 
     def keep(cell: Cell, images: Tensor) -> None:
         place = folder / cell.task / f"{cell.method}-{cell.nfe}-{cell.seed}"
@@ -326,7 +294,7 @@ def keep_in(folder: Path) -> Callable[[Cell, Tensor], None]:
 
 
 def work_of(cell: Cell) -> tuple[int, int]:
-    """Evaluations and products of a cell, of all its images, as planned."""
+    """Returns evaluations and products of a cell, of all its images, as planned."""
     evaluations, products = METHODS[cell.method].work(cell.keywords)
     return evaluations * len(cell.images), products * len(cell.images)
 
@@ -334,14 +302,9 @@ def work_of(cell: Cell) -> tuple[int, int]:
 def time_prior(
     prior: str, batch: int, precision: str, device: str, repeats: int = 3
 ) -> tuple[float, float]:
-    """Seconds of an evaluation and of a product of a prior, for each image of a batch.
+    """Returns the seconds of an evaluation and of a product of a prior, by image of a batch.
 
-    Args:
-        prior: a name for :func:`load_once`.
-        batch: images at once.
-        precision: "bfloat16" or "float32".
-        device: that computes.
-        repeats: of which the medians are taken, after one that warms up.
+    They are the medians of some repeats, after one that warms up.
     """
     network, _ = load_once(prior, device)
     counted = CountedPrior(network, None if precision == "float32" else precision)
@@ -365,6 +328,6 @@ def _clock(device: str) -> float:
 
 
 def _generator(*what: object, device: str = "cpu") -> torch.Generator:
-    """A source of randomness for what is named, independent of those for other things."""
+    """Returns a source of randomness for what is named, independent of those for other things."""
     hashed = hashlib.sha256(repr(what).encode()).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(hashed[:8], "big") >> 1)

@@ -13,14 +13,10 @@ Guidance looks one step ahead (Theorem 4.3) and is the first guess; the plan the
 the controls as far as the classifier stays sure.
 """
 
-from __future__ import annotations
-
 import csv
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from io import StringIO
 from pathlib import Path
 
 import torch
@@ -28,10 +24,11 @@ from azula.denoise import Denoiser
 from safetensors.torch import save_file
 from torch import Tensor
 
-from diffoc.checks import check_tensor, evaluating
+from diffoc.checks import check_at_least, check_tensor, evaluating
 from diffoc.costs import ClassLikelihood, ControlCost
 from diffoc.data import mnist
-from diffoc.data.files import appending
+from diffoc.data.files import appending, csv_text
+from diffoc.data.images import as_states
 from diffoc.data.provenance import environment
 from diffoc.experiments.records import ENVIRONMENT
 from diffoc.priors.counting import CountedPrior
@@ -52,13 +49,9 @@ to the controls that the gradient asks for."""
 
 
 def noise_weights(process: ReverseProcess) -> Tensor:
-    """Weights :math:`1 / c_i^2` of the control cost, (T,): see the module.
+    """Returns the weights :math:`1 / c_i^2` of the control cost, (T,), see the module.
 
-    Args:
-        process: ancestral, "ddpm", in input mode.
-
-    Raises:
-        ValueError: for another process, whose noise is zero.
+    A ValueError refuses a process that is not ancestral, "ddpm", in input mode.
     """
     if process.method != "ddpm" or process.mode != "input":
         raise ValueError(
@@ -72,16 +65,10 @@ def noise_weights(process: ReverseProcess) -> Tensor:
 def ancestral(
     prior: Denoiser, steps: int, labels: Tensor, first: int = 0
 ) -> tuple[ReverseProcess, Tensor]:
-    """An ancestral process and its initial states; image i of a label is the same in any batch.
+    """Returns an ancestral process of T steps, and its initial states, (B, ...) float32.
 
-    Args:
-        prior: of images.
-        steps: T, at least 1.
-        labels: c, (B,) int64.
-        first: number of the first image; together with the label it seeds the noise.
-
-    Returns:
-        The process, and float32 states (B, ...).
+    The labels are (B,) int64. An image's noise is seeded by its label and its number, which counts
+    from `first`: it is the same in any batch.
     """
     drawn = []
     for i, label in enumerate(labels.tolist(), start=first):
@@ -94,22 +81,13 @@ def ancestral(
 
 
 def planned(
-    process: ReverseProcess,
-    cost: ClassLikelihood,
-    x: Tensor,
-    strength: float,
-    iterations: int = 1,
+    process: ReverseProcess, cost: ClassLikelihood, x: Tensor, strength: float, iterations: int = 1
 ) -> Result:
-    """Images by iLQR of rank 0 from guidance's controls, T (2 + 4 iterations) evaluations.
+    """Returns images by iLQR of rank 0, whose first guess are guidance's controls of a strength.
 
-    At most so many: an iteration tries three step sizes, and those who refuse all roll out again.
-
-    Args:
-        process: ancestral, in input mode.
-        cost: of the images.
-        x: initial states, (B, ...).
-        strength: of the guidance.
-        iterations: at least 0.
+    The process is ancestral, in input mode, the initial states are (B, ...). It takes at most
+    T (2 + 4 iterations) evaluations: an iteration tries three step sizes, and those who refuse all
+    roll out again.
     """
     weights = noise_weights(process)
     return solve(
@@ -157,14 +135,9 @@ COLUMNS = (
 
 
 def make(way: Way, prior: Denoiser, label: int, images: int, first: int = 0) -> Tensor:
-    """Digits of a label, (images, 1, 28, 28).
+    """Returns `images` digits of a label, 0 to 9, (images, 1, 28, 28), for a prior of digits.
 
-    Args:
-        way: one of :data:`WAYS`, or another.
-        prior: of digits.
-        label: 0 to 9.
-        images: how many, at least 1.
-        first: the number of the first, see :func:`ancestral`.
+    The first of them has the number `first`, see :func:`ancestral`.
     """
     labels = torch.full((images,), label)
     process, x = ancestral(prior, way.steps, labels, first)
@@ -179,18 +152,12 @@ def make(way: Way, prior: Denoiser, label: int, images: int, first: int = 0) -> 
 
 @torch.no_grad()
 def measures(digits: Tensor, label: int, real: Tensor) -> dict[str, float]:
-    """What can be said of digits that were made from one label.
+    """Returns what can be said of digits (N, 1, 28, 28), N at least 2, made from one label.
 
-    Args:
-        digits: (N, 1, 28, 28), N at least 2.
-        label: that they were made from.
-        real: digits of that label, in the same form.
-
-    Returns:
-        "guided": the fraction that the guiding classifier assigns to the label; "judged": that of
-        the second classifier, which no method has seen; "sure": the fraction for which the second
-        one's largest probability is above 0.9; "diversity": the mean Euclidean distance of two of
-        the images; "frechet": the distance to `real` in the second one's last hidden layer.
+    "guided" is the fraction that the guiding classifier assigns to the label, "judged" that of the
+    second classifier, which no method has seen. "sure" is the fraction for which the second one's
+    largest probability is above 0.9, "diversity" the mean Euclidean distance of two of the images,
+    and "frechet" the distance to `real` digits of that label in the second one's last hidden layer.
     """
     guide, judge = classifier("mnist"), classifier("judge")
     probability = judge(digits).softmax(1)
@@ -204,19 +171,12 @@ def measures(digits: Tensor, label: int, real: Tensor) -> dict[str, float]:
 
 
 def record(path: Path, folder: Path, images: int = 100, labels: Sequence[int] = range(10)) -> None:
-    """Makes digits of labels in all ways, and appends a row for each to a table.
+    """Makes digits of labels in all ways, and appends a row for each to a table, a CSV file.
 
-    Rows that the table has are not made again, and it has one writer. Needs MNIST's test digits.
-
-    Args:
-        path: of the table, CSV.
-        folder: where the digits go, `WAY_LABEL.safetensors`.
-        images: of each way and label, at least 2.
-        labels: to make digits of.
-
-    Raises:
-        FileNotFoundError: without MNIST and without a network to download it from.
-        ValueError: if another process writes the table, or it is of another version.
+    Rows that the table has are not made again. The digits, `images` of each way and label, at least
+    2, go to a folder as `WAY_LABEL.safetensors`. A FileNotFoundError says that MNIST's test digits
+    are missing and cannot be downloaded, a ValueError that the table is of another version or that
+    another process writes it.
     """
     prior = load_prior("mnist")
     digits, classes = mnist("test")
@@ -227,7 +187,7 @@ def record(path: Path, folder: Path, images: int = 100, labels: Sequence[int] = 
         done = {(row["way"], row["label"]) for row in read(path)}
         wanted = [(name, label) for label in labels for name in WAYS]
         for name, label in (some for some in wanted if (some[0], str(some[1])) not in done):
-            real = torch.from_numpy(digits[classes == label]).float().unsqueeze(1) / 127.5 - 1
+            real = as_states(digits[classes == label])
             counted = CountedPrior(prior)
             counted.image_shape = prior.image_shape
             began = time.perf_counter()
@@ -247,17 +207,14 @@ def record(path: Path, folder: Path, images: int = 100, labels: Sequence[int] = 
                 "seconds": f"{seconds:.3f}",
                 **environment(),
             }
-            line = StringIO()
-            csv.writer(line, lineterminator="\n").writerow(row[key] for key in COLUMNS)
-            append(line.getvalue())
+            append(csv_text(COLUMNS, [row]))
             print(", ".join(f"{key} {row[key]}" for key in COLUMNS[:13]), flush=True)
 
 
 def read(path: Path) -> list[dict[str, str]]:
-    """The rows of a table that :func:`record` wrote, without one that it did not finish.
+    """Returns the rows of a table that :func:`record` wrote, but for one that it did not finish.
 
-    Raises:
-        ValueError: if it is of another version, or a row has not all of its columns.
+    A ValueError refuses a table of another version, and a row that has not all of its columns.
     """
     content = path.read_bytes()
     rows = list(csv.reader(content[: content.rfind(b"\n") + 1].decode().splitlines()))
@@ -294,8 +251,7 @@ def guidance_controls(
     Source: Dhariwal & Nichol 2021, arXiv:2105.05233; at Tweedie's estimate, Chung et al. 2022,
     arXiv:2209.14687.
     """
-    if not 0 <= strength < math.inf:
-        raise ValueError(f"strength is {strength}, expected finite and at least 0")
+    check_at_least(0, strength=strength)
     check_tensor("x", x)
     if process.mode != "input":
         raise ValueError(f"process is in {process.mode} mode, expected input")

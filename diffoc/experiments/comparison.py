@@ -1,7 +1,5 @@
 """Differences between the methods of a table, image by image, with their uncertainty."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -18,13 +16,11 @@ class Difference:
     """What a method is ahead of another row of a table by, on one task.
 
     Attributes:
-        task: its name.
-        method, nfe: of the other row.
-        images: that both have.
-        mean: of the differences.
-        half: half the width of the mean's confidence interval; not a number for one image.
-        p: of a paired t-test; not a number for one image.
-        corrected: p by :func:`holm` over the whole table.
+        task, method, nfe: the names and the budget of the other row.
+        images: how many both have.
+        mean, half: the mean difference, and half the width of its confidence interval.
+        p, corrected: the p-value of a paired t-test, and as :func:`holm` corrects it over the whole
+            table. Like `half` they are not numbers for one image.
     """
 
     task: str
@@ -59,19 +55,11 @@ def differences(
 ) -> list[Difference]:
     """Returns what a method is ahead of every other row of a table by, task by task.
 
-    Seeds of an image are averaged first. Intervals and p-values are those of a paired t-test, and
-    Holm's correction is over all that is returned.
+    Seeds of an image are averaged first, and rows without a result are left out. Intervals and
+    p-values are those of a paired t-test, and Holm's correction is over all that is returned. A
+    ValueError says that the table has no row of that method and budget with that metric.
 
     >>> [found for found in differences(rows, "ours", 300) if found.corrected < 0.05]
-
-    Args:
-        rows: of a table; those without a result are left out.
-        method, nfe: the row that the others are subtracted from.
-        metric: a column of numbers.
-        confidence: of the intervals.
-
-    Raises:
-        ValueError: if the table has no such row.
     """
     groups: dict[tuple[str, str, int], list[Row]] = defaultdict(list)
     for row in rows:

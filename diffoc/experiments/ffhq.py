@@ -4,8 +4,6 @@ A row is a method of ours or of others with the settings that the paper, or the 
 published; what nobody published is what the grey faces were tuned to, and the table says so.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,6 +12,7 @@ from typing import Any
 
 from diffoc.baselines.paper import PAPER
 from diffoc.baselines.released import RELEASED
+from diffoc.checks import check_member
 from diffoc.data.downloads import cache_folder
 from diffoc.data.provenance import ROOT
 from diffoc.experiments.cells import cells_of
@@ -46,9 +45,8 @@ class Line:
     """A row of a table.
 
     Attributes:
-        label: as the paper has it; of rows that it does not have, our own.
-        method: of :data:`diffoc.experiments.methods.METHODS`; "" for one that cannot run.
-        nfe: its budget.
+        label: the paper's; of rows that it does not have, our own.
+        method, nfe: the method's name, "" for one that cannot run, and its budget.
         changes: settings in place of the method's own.
         note: where the settings are from, or why it cannot run.
         paper: whether the paper has the row.
@@ -65,7 +63,7 @@ class Line:
 
 
 def method_of(recipe: Recipe) -> str:
-    """The name of the method that runs a recipe."""
+    """Returns the name of the method that runs a recipe."""
     return next(name for name, method in METHODS.items() if method.recipe is recipe)
 
 
@@ -73,7 +71,7 @@ MCG_CODE = "github.com/HJ-harry/MCG_diffusion, for inpainting of FFHQ"
 
 
 def published(method: str, task: str) -> tuple[dict[str, Any], str]:
-    """Settings of a method of others on FFHQ with 1000 evaluations, and their source.
+    """Returns settings of a method of others on FFHQ with 1000 evaluations, and their source.
 
     What was tuned on FFHQ here counts most, then what its authors, or those of DPS and MCG, ran on
     FFHQ, then what they ran on other images, and last what was tuned on our small faces.
@@ -103,13 +101,8 @@ def published(method: str, task: str) -> tuple[dict[str, Any], str]:
 
 
 def lines(table: str) -> list[Line]:
-    """The rows of a table.
-
-    Raises:
-        ValueError: if there is no such table.
-    """
-    if table not in TABLES:
-        raise ValueError(f"table is {table!r}, expected one of {', '.join(TABLES)}")
+    """Returns the rows of one of :data:`TABLES`; a ValueError refuses others."""
+    check_member(TABLES, table=table)
     ours = method_of(PAPER)
     if table == "table1":
         latent, by_hand = cache_folder() / LATENT_PRIOR, (cache_folder() / LATENT_PRIOR).is_dir()
@@ -154,7 +147,7 @@ def _others(count: str) -> list[Line]:
 
 
 def tasks_of(table: str) -> tuple[str, ...]:
-    """The tasks of a table's columns."""
+    """Returns the tasks of a table's columns."""
     return TASKS if table in ("table1", "table3") else TASKS[:2]
 
 
@@ -168,19 +161,11 @@ def cells_by_line(
     tasks: Sequence[str] | None = None,
     smallest: bool = False,
 ) -> dict[Cell, Line]:
-    """The cells of a table, each with its row.
+    """Returns the cells of one of :data:`TABLES`, each with its row.
 
-    Args:
-        table: of :data:`TABLES`.
-        prior: a name for :func:`diffoc.experiments.cells.load_once`.
-        images: their names.
-        batch: images of a cell.
-        precision: "bfloat16" or "float32".
-        tasks: some of the table's; by default all.
-        smallest: whether every method takes as few steps as it can, for a rehearsal.
-
-    Raises:
-        ValueError: for a task that is none of the table's.
+    Arguments are those of :func:`diffoc.experiments.cells.cells_of`. The tasks are some of the
+    table's, by default all, and a ValueError refuses others; for a rehearsal every method takes the
+    `smallest` number of steps.
     """
     if tasks and (other := [task for task in tasks if task not in tasks_of(table)]):
         raise ValueError(f"tasks has {other[0]}, {table} has {', '.join(tasks_of(table))}")
@@ -211,13 +196,13 @@ def cells_by_line(
 
 
 def folder_of(cell: Cell) -> str:
-    """Where the images of a cell are kept, the same for all tables that have them."""
+    """Returns where the images of a cell are kept, the same for all tables that have them."""
     settings = hashlib.sha256(cell.settings.encode()).hexdigest()[:8]
     return f"{cell.task}/{cell.method}-{cell.nfe}-{settings}"
 
 
 def _smallest(line: Line, task: str) -> dict[str, Any]:
-    """Two steps and one iteration, of methods that have them; of Table 6 two to five steps.
+    """Returns two steps and one iteration, of methods that have them; of Table 6 two to five steps.
 
     With random weights two steps make values so large that rounding makes Quu indefinite:
     Tikhonov's constants are raised above it, in proportion.
@@ -230,7 +215,7 @@ def _smallest(line: Line, task: str) -> dict[str, Any]:
 
 
 def paper_numbers(table: str) -> dict[str, dict[str, Any]]:
-    """The paper's own rows by label, from `data/paper_tables.json`."""
+    """Returns the paper's own rows by label, from `data/paper_tables.json`."""
     text = (ROOT / "data" / "paper_tables.json").read_text(encoding="utf-8")
     return {row["label"]: row for row in json.loads(text)[table]}
 
@@ -238,12 +223,10 @@ def paper_numbers(table: str) -> dict[str, dict[str, Any]]:
 def beside_the_paper(
     table: str, found: Mapping[tuple[str, str], Mapping[str, float]], images: int
 ) -> str:
-    """A table in Markdown for each metric: ours, the paper's in brackets, and the difference.
+    """Returns one of :data:`TABLES` in Markdown for each metric, beside the paper's numbers.
 
-    Args:
-        table: of :data:`TABLES`.
-        found: the means of a row and task, by label and task.
-        images: how many of them.
+    A place has ours, the paper's in brackets, and the difference. What was `found` are means over
+    `images` images, by label and task.
     """
     return "\n\n".join(_tables(table, found, images)) + "\n"
 

@@ -17,8 +17,6 @@ cost r and T steps that leaves regularised least squares,
 .. math:: \min_{x_0} \; \frac{\|A x_0 - y\|^2}{2 s^2} + \frac{r}{2 T} \|x_0 - x_1\|^2 .
 """
 
-from __future__ import annotations
-
 import re
 from typing import Any
 
@@ -28,6 +26,7 @@ from azula.noise import VESchedule
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from diffoc.checks import check_at_least
 from diffoc.priors.networks import NETWORKS
 from diffoc.priors.pretrained import SHIPPED, default_schedule, load_prior, shape_of, untrained_adm
 
@@ -38,11 +37,7 @@ _NOISE = re.compile(r"(.+)\+noise([0-9.]+(?:e-?[0-9]+)?)")
 
 
 class IdentityDenoiser(Denoiser):
-    """The denoiser that leaves its input as it is; see the module.
-
-    Args:
-        shape: of an image, (C, H, W).
-    """
+    """The denoiser of images of a shape (C, H, W) that leaves its input as it is."""
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         super().__init__()
@@ -55,12 +50,12 @@ class IdentityDenoiser(Denoiser):
 
 
 def is_inaccurate(name: str) -> bool:
-    """Whether :func:`load_inaccurate` knows a prior of that name."""
+    """Returns whether :func:`load_inaccurate` knows a prior of that name."""
     return name.startswith((UNTRAINED, RANDOM, IDENTITY)) or _NOISE.fullmatch(name) is not None
 
 
 def accurate_name(name: str) -> str:
-    """The name of the prior that a wrong one is made of."""
+    """Returns the name of the prior that a wrong one is made of."""
     for prefix in (UNTRAINED, RANDOM, IDENTITY):
         name = name.removeprefix(prefix)
     found = _NOISE.fullmatch(name)
@@ -68,14 +63,10 @@ def accurate_name(name: str) -> str:
 
 
 def load_inaccurate(name: str) -> Denoiser:
-    """A prior that is wrong, the same at every call, on the CPU and in evaluation mode.
+    """Returns a prior that is wrong, the same at every call, on the CPU and in evaluation mode.
 
-    Args:
-        name: see the module.
-
-    Raises:
-        ValueError: for another name.
-        FileNotFoundError: if the weights that get noise are missing.
+    The module has the names; a ValueError refuses others, and a FileNotFoundError says that the
+    weights that get noise are missing.
     """
     if found := _NOISE.fullmatch(name):
         return add_noise(load_prior(found[1]), float(found[2]))
@@ -95,17 +86,10 @@ def load_inaccurate(name: str) -> Denoiser:
 def add_noise(prior: Denoiser, level: float) -> Denoiser:
     """Adds Gaussian noise to the weights of a prior, in place, and returns it.
 
-    The noise of two levels differs by a factor alone.
-
-    Args:
-        prior: with real weights.
-        level: relative to the root mean square of every tensor, at least 0.
-
-    Raises:
-        ValueError: for a level below 0.
+    The level, at least 0, is relative to the root mean square of every tensor. The noise of two
+    levels differs by a factor alone.
     """
-    if level < 0:
-        raise ValueError(f"level is {level}, expected at least 0")
+    check_at_least(0, level=level)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for weights in prior.parameters():
@@ -143,7 +127,7 @@ class _SameDraws(TorchDispatchMode):
 
 
 def _untrained(name: str) -> Denoiser:
-    if name in ("mnist", "faces64"):
+    if name in ("mnist", "faces64", "faces64_rgb"):
         prior = KarrasDenoiser(NETWORKS[name](), default_schedule())
         prior.image_shape = SHIPPED[name]
         return prior.eval().requires_grad_(False)

@@ -1,12 +1,9 @@
 r"""Inverse problems whose posterior is known, and samplers for them that serve as references.
 
 States are flat, (B, n), priors Gaussian or mixtures of Gaussians, measurements linear,
-:math:`y = A x_0 + s \eta`: the posterior is then of the prior's kind. The samplers have the
-signature of :mod:`diffoc.baselines`. One is exact by construction, one is exact by control, and
-the others are the controller as it is used on images.
+:math:`y = A x_0 + s \eta`: the posterior is then of the prior's kind. The samplers are called as
+those of :mod:`diffoc.baselines`. One is exact by construction, and two by control.
 """
-
-from __future__ import annotations
 
 from dataclasses import dataclass
 
@@ -16,6 +13,7 @@ from azula.noise import VPSchedule
 from deepinv.physics import LinearPhysics, Physics
 from torch import Tensor
 
+from diffoc.baselines import Given, method
 from diffoc.costs import ControlCost, GaussianLikelihood
 from diffoc.data import images as data
 from diffoc.data import manifest
@@ -34,14 +32,9 @@ Posterior = GaussianPosterior | MixturePosterior
 
 @dataclass(frozen=True)
 class Problem:
-    """A linear inverse problem with its posterior.
+    """A linear inverse problem of flat states (B, n), with the posterior of one y, (1, m).
 
-    Attributes:
-        name: of prior and measurement.
-        prior: of flat states (B, n).
-        physics: the measurement, for methods.
-        measurement: the same, for oracles, with y (1, m).
-        posterior: of that y.
+    Methods are given the physics, oracles the measurement, which are the same.
     """
 
     name: str
@@ -52,15 +45,12 @@ class Problem:
 
 
 def small_problems(seed: int = 0) -> list[Problem]:
-    """Two Gaussian problems in 16 dimensions, and one of eight modes in the plane; float64.
+    """Returns two Gaussian problems in 16 dimensions, and one of eight modes in the plane; float64.
 
     - "inpainting": a smooth Gaussian, every second number dropped, s = 0.05;
     - "blur": a rougher Gaussian, blurred, s = 0.2;
     - "ring": eight modes on a circle, those above the axis twice as heavy as those below; the first
       coordinate is measured, s = 0.2, to lie between two pairs of modes.
-
-    Args:
-        seed: of truth and noise.
     """
     generator = torch.Generator().manual_seed(seed)
     place = torch.arange(16, dtype=torch.float64)
@@ -70,10 +60,7 @@ def small_problems(seed: int = 0) -> list[Problem]:
     rough = 0.25 * (-distance / 4).exp()
     blur = (-distance.square() / 4.5).exp()
     blur = blur / blur.sum(dim=1, keepdim=True)
-    gaussians = [
-        ("inpainting", smooth, identity[::2], 0.05),
-        ("blur", rough, blur, 0.2),
-    ]
+    gaussians = [("inpainting", smooth, identity[::2], 0.05), ("blur", rough, blur, 0.2)]
     found = []
     for name, covariance, A, noise_std in gaussians:
         prior = GaussianPrior(place.cos() / 4, covariance, VPSchedule())
@@ -86,11 +73,9 @@ def small_problems(seed: int = 0) -> list[Problem]:
 
 
 def ring_prior(radius: float = 0.8, spread: float = 0.1) -> GaussianMixturePrior:
-    """Eight modes on a circle in the plane; the three above the axis weigh twice, float64.
+    """Returns eight modes on a circle in the plane, of which the three above the axis weigh twice.
 
-    Args:
-        radius: of the circle.
-        spread: standard deviation of a mode.
+    The standard deviation of a mode is `spread`; all is float64.
     """
     angle = torch.arange(8, dtype=torch.float64) * torch.pi / 4
     means = radius * torch.stack([angle.cos(), angle.sin()], dim=1)
@@ -107,12 +92,7 @@ def ring_prior(radius: float = 0.8, spread: float = 0.1) -> GaussianMixturePrior
 
 
 def digit_problem(seed: int = 0, noise_std: float = 0.05) -> Problem:
-    """A handwritten digit under the shipped mixture, averaged over 2 x 2 pixels, n = 784, float64.
-
-    Args:
-        seed: of the noise.
-        noise_std: s.
-    """
+    """Returns a digit under the shipped mixture, averaged over 2 x 2 pixels, n = 784, float64."""
     weights = {k: v.double() for k, v in manifest.load_weights("mixture_mnist").items()}
     prior = GaussianMixturePrior(mixture_from_loadings(**weights), VPSchedule())
     A = as_matrix(average_pool(2), (1, 28, 28), torch.float64)
@@ -128,97 +108,69 @@ def problem(
     y: Tensor,
     noise_std: float,
 ) -> Problem:
-    """A problem from a matrix A (m, n) and one measurement y (m,)."""
+    """Returns a problem from a matrix A (m, n) and one measurement y (m,)."""
     measurement = LinearMeasurement(matrix, y[None], noise_std)
     physics = LinearPhysics(A=lambda x: x @ matrix.mT, A_adjoint=lambda z: z @ matrix)
     return Problem(name, prior, physics, measurement, prior.posterior(measurement))
 
 
-def exact(
-    prior: Denoiser,
-    physics: Physics,
-    y: Tensor,
-    x: Tensor,
-    generator: torch.Generator,
-    *,
-    noise_std: float,
-) -> Tensor:
-    """One exact sample of the posterior for each measurement, by its closed form, (B, n)."""
-    known = _known(prior, GaussianPrior, GaussianMixturePrior)
-    A = as_matrix(physics.A, x.shape[1:], x.dtype)
-    posterior = known.posterior(LinearMeasurement(A, y, noise_std))
-    return posterior.sample(1, generator)[0]
+@method
+def exact(given: Given) -> Tensor:
+    """Returns one exact sample of the posterior for each measurement, (B, n), in closed form."""
+    known = _known(given.prior, GaussianPrior, GaussianMixturePrior)
+    A = as_matrix(given.physics.A, given.x.shape[1:], given.x.dtype)
+    posterior = known.posterior(LinearMeasurement(A, given.y, given.noise_std))
+    return posterior.sample(1, given.generator)[0]
 
 
-def control_frozen_noise(
-    prior: Denoiser,
-    physics: Physics,
-    y: Tensor,
-    x: Tensor,
-    generator: torch.Generator,
-    *,
-    noise_std: float,
-    steps: int = 10,
-    iterations: int = 10,
-) -> Tensor:
-    r"""The ancestral process with its noise frozen and y perturbed, steered at the price of noise.
+@method
+def control_frozen_noise(given: Given, *, steps: int = 10, iterations: int = 10) -> Tensor:
+    r"""Returns states (B, n) of the ancestral process with its noise frozen and y perturbed.
 
     .. math:: \ell_i = \|u_i\|^2 / (2 c_i^2), \qquad y' = y + s \, \eta
 
     That is :func:`exact_kernels` with DDPM's isotropic kernels in the place of the exact ones, so
     that it needs the prior's posterior mean only; of a standard normal prior its samples' variance
-    is too small by O(1 / T). Dense iLQR, for small n: the weights span the square of the schedule's
-    range, too much for a first order.
-
-    Args:
-        steps, iterations: T, and at most so many; one is exact for a Gaussian prior.
+    is too small by O(1 / T). The controller is dense iLQR, for small n, with T steps and at most so
+    many iterations, one of which is exact for a Gaussian prior: the weights span the square of the
+    schedule's range, too much for a first order.
     """
-    noise = draw_noise(steps, x.shape, generator)
-    process = ReverseProcess(prior, steps, "ddpm", "output", noise)
-    weights = torch.tensor([1 / c**2 for _, _, c in process.coefficients], dtype=x.dtype)
-    perturbed = y + noise_std * _normal(y.shape, generator).to(y)
-    likelihood = GaussianLikelihood(physics.A, perturbed, noise_std)
+    noise = draw_noise(steps, given.x.shape, given.generator)
+    process = ReverseProcess(given.prior, steps, "ddpm", "output", noise)
+    weights = torch.tensor([1 / c**2 for _, _, c in process.coefficients], dtype=given.x.dtype)
+    likelihood = GaussianLikelihood(given.physics.A, _perturbed(given), given.noise_std)
     system = ControlProblem(process.step, ControlCost(weights), likelihood, steps)
-    return ilqr(system, x, iterations=iterations).states[-1]
+    return ilqr(system, given.x, iterations=iterations).states[-1]
 
 
-def exact_kernels(
-    prior: Denoiser,
-    physics: Physics,
-    y: Tensor,
-    x: Tensor,
-    generator: torch.Generator,
-    *,
-    noise_std: float,
-    steps: int = 10,
-) -> Tensor:
-    r"""Control of the exact reverse kernels, noise frozen and y perturbed: posterior samples.
+@method
+def exact_kernels(given: Given, *, steps: int = 10) -> Tensor:
+    r"""Returns posterior samples (B, n) by control of the exact reverse kernels in T steps.
 
-    For a Gaussian prior the optimal control's end is an exact sample of
-    :math:`p(x_0 \mid x_1, y)`, see :func:`diffoc.theory.linear_gaussian.exact_kernel_problem`.
-
-    Args:
-        steps: T.
-
-    Raises:
-        UnsupportedTask: for another prior than a Gaussian.
+    Their noise is frozen and y is perturbed. For a Gaussian prior the optimal control's end is an
+    exact sample of :math:`p(x_0 \mid x_1, y)`, see
+    :func:`diffoc.theory.linear_gaussian.exact_kernel_problem`; an UnsupportedTask refuses others.
     """
-    known = _known(prior, GaussianPrior)
-    A = as_matrix(physics.A, x.shape[1:], x.dtype)
-    perturbed = y + noise_std * _normal(y.shape, generator).to(y)
+    known = _known(given.prior, GaussianPrior)
+    A = as_matrix(given.physics.A, given.x.shape[1:], given.x.dtype)
+    y = _perturbed(given)
     setting = LinearGaussian(
         known,
-        LinearMeasurement(A, perturbed, noise_std),
-        GaussianLikelihood(physics.A, perturbed, noise_std),
+        LinearMeasurement(A, y, given.noise_std),
+        GaussianLikelihood(given.physics.A, y, given.noise_std),
     )
-    noise = draw_noise(steps, x.shape, generator).to(x)
+    noise = draw_noise(steps, given.x.shape, given.generator).to(given.x)
     problem, _, _ = exact_kernel_problem(setting, steps, noise)
     # Linear dynamics and quadratic costs: one iteration is exact.
-    return ilqr(problem, x, regularization=0.0, iterations=1).states[-1]
+    return ilqr(problem, given.x, regularization=0.0, iterations=1).states[-1]
+
+
+def _perturbed(given: Given) -> Tensor:
+    return given.y + given.noise_std * _normal(given.y.shape, given.generator).to(given.y)
 
 
 def _known(prior: Denoiser, *kinds: type[Denoiser]) -> Denoiser:
-    """The prior inside a counting one, if its conditionals are known."""
+    """Returns the prior inside a counting one, if its conditionals are known."""
     prior = prior.prior if isinstance(prior, CountedPrior) else prior
     if not isinstance(prior, kinds):
         expected = " or ".join(kind.__name__ for kind in kinds)

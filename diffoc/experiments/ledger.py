@@ -16,8 +16,6 @@ another CPU moves a mean of records is in :mod:`diffoc.experiments.spread`; a di
 smaller is no claim.
 """
 
-from __future__ import annotations
-
 import csv
 import inspect
 import json
@@ -32,6 +30,7 @@ from typing import Any
 
 import yaml
 
+from diffoc.checks import check_member
 from diffoc.data.provenance import ROOT
 from diffoc.experiments import paper_tables
 from diffoc.experiments.spread import of_mean
@@ -42,13 +41,7 @@ LEDGER = ROOT / "data" / "claims.yaml"
 NOTEBOOKS = ROOT / "notebooks"
 RECORDS = ROOT / "data" / "records"
 NOT_RUN = "not run"
-VERDICTS = (
-    "exact",
-    "holds under a condition",
-    "reproduced at small scale",
-    "differs",
-    NOT_RUN,
-)
+VERDICTS = ("exact", "holds under a condition", "reproduced at small scale", "differs", NOT_RUN)
 _NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?")
 
 
@@ -103,7 +96,7 @@ class Number:
         return f"{number} {self.unit}".rstrip()
 
     def disagreement(self, found: float) -> str | None:
-        """How the number disagrees with what was found; None if it does not."""
+        """Returns how the number disagrees with what was found; None if it does not."""
         # A NaN agrees with nothing.
         if self.value is not None and self.within is not None:
             agrees = abs(found - self.value) <= self.within
@@ -126,11 +119,10 @@ class Claim:
 
 
 def read(path: Path = LEDGER) -> list[Claim]:
-    """The claims of a ledger, in its order.
+    """Returns the claims of a ledger, in its order.
 
-    Raises:
-        FileNotFoundError: if there is none.
-        ValueError: if it is not as the module describes; the message names the claim.
+    A FileNotFoundError says that there is none, a ValueError, which names the claim, that it is not
+    as the module describes.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: expected the ledger there")
@@ -156,12 +148,10 @@ def read(path: Path = LEDGER) -> list[Claim]:
 def check(
     number: Number, notebooks: Path = NOTEBOOKS, records: Path = RECORDS, quick: bool = False
 ) -> str | None:
-    """How a number disagrees with its source; None if it does not.
+    """Returns how a number disagrees with its source; None if it does not.
 
-    Args:
-        number: of a ledger.
-        notebooks, records: the folders of executed notebooks and of tables.
-        quick: whether to leave out what would have to be computed.
+    Sources lie in the folders of executed notebooks and of tables of records. What would have to be
+    computed is left out if `quick`.
     """
     source = number.source
     if isinstance(source, Computed):
@@ -203,7 +193,7 @@ def rounding(source: Recorded) -> float | None:
 
 @cache
 def recomputable() -> dict[str, Callable[[], float]]:
-    """The functions that a number may name, by name."""
+    """Returns the functions that a number may name, by name."""
     return {
         name: function
         for module in (claims, paper_tables)
@@ -213,7 +203,7 @@ def recomputable() -> dict[str, Callable[[], float]]:
 
 
 def counts(ledger: list[Claim]) -> dict[str, int]:
-    """How many claims have each verdict, in the order of :data:`VERDICTS`."""
+    """Returns how many claims have each verdict, in the order of :data:`VERDICTS`."""
     found = Counter(claim.verdict for claim in ledger)
     return {verdict: found[verdict] for verdict in VERDICTS}
 
@@ -221,14 +211,9 @@ def counts(ledger: list[Claim]) -> dict[str, int]:
 def run(
     path: Path = LEDGER, notebooks: Path = NOTEBOOKS, records: Path = RECORDS, quick: bool = False
 ) -> int:
-    """Prints the ledger, and what disagrees with its source: 1 if anything does, else 0.
+    """Prints the ledger, and what disagrees with its source: returns 1 if anything does, else 0.
 
-    Args:
-        path: of the ledger.
-        notebooks, records, quick: as for :func:`check`.
-
-    Raises:
-        FileNotFoundError, ValueError: as :func:`read`.
+    Other arguments are as for :func:`check`; it raises what :func:`read` does.
     """
     ledger = read(path)
     print(f"{len(ledger)} claims")
@@ -262,8 +247,7 @@ def _claim(entry: object) -> Claim:
     claim = _build(Claim, entry)
     for key in ("id", "place", "says", "reason", "planned"):
         _check_text(key, getattr(claim, key), optional=key == "planned")
-    if claim.verdict not in VERDICTS:
-        raise ValueError(f"verdict is {claim.verdict!r}, expected one of {', '.join(VERDICTS)}")
+    check_member(VERDICTS, verdict=claim.verdict)
     if not isinstance(claim.numbers, list | tuple):
         raise ValueError("numbers must be a list")
     if claim.verdict == NOT_RUN and (claim.numbers or not claim.planned):
@@ -305,7 +289,7 @@ def _number(entry: object) -> Number:
 
 
 def _build(kind: type, entry: object) -> Any:
-    """An instance of a dataclass from a mapping, whose keys must be its fields."""
+    """Returns an instance of a dataclass from a mapping, whose keys must be its fields."""
     if not isinstance(entry, dict):
         raise ValueError(f"{entry!r} is not a mapping")
     known = {field.name: field.default is MISSING for field in fields(kind)}
@@ -348,9 +332,7 @@ def _select(rows: list[dict[str, str]], where: dict[str, Any]) -> list[dict[str,
 def _printed(cell: dict) -> str:
     """What a cell prints, or shows as a table in Markdown."""
     outputs = cell.get("outputs", [])
-    texts = (
-        found.get("text") or found.get("data", {}).get("text/markdown", "") for found in outputs
-    )
+    texts = (one.get("text") or one.get("data", {}).get("text/markdown", "") for one in outputs)
     return "".join("".join(text) for text in texts)
 
 

@@ -10,10 +10,9 @@ measured, need the memory of one batch.
 
 from __future__ import annotations
 
-import csv
 import io
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,7 +24,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
-from diffoc.data.files import replacing
+from diffoc.checks import check_member
+from diffoc.data.files import csv_text, replacing
+from diffoc.experiments.records import in_batches
 from diffoc.problems.metrics import frechet_between, image_metrics, mse_255
 from diffoc.problems.perceptual import LPIPS, perceptual_metrics
 
@@ -48,11 +49,9 @@ Features = Callable[[Tensor], Tensor]
 
 
 def pictures_in(folder: Path) -> dict[str, Path]:
-    """The pictures in a folder and all folders in it, by name without ending, in order of names.
+    """Returns the pictures in a folder and all folders in it, by name without ending, in order.
 
-    Raises:
-        FileNotFoundError: if there is none.
-        ValueError: if two have one name.
+    A FileNotFoundError says that there is none, a ValueError that two have one name.
     """
     found: dict[str, Path] = {}
     for path in sorted(folder.rglob("*"), key=lambda path: (path.stem, str(path))):
@@ -67,18 +66,11 @@ def pictures_in(folder: Path) -> dict[str, Path]:
 
 
 def read_resized(path: Path, side: int, resize: str) -> Tensor:
-    """A square picture as 8 bits (3, side, side) uint8, resized where it has another size.
+    """Returns a square picture as (3, side, side) uint8, resized by one of :data:`FILTERS`.
 
-    Args:
-        path: of a picture that Pillow reads.
-        side: in pixels.
-        resize: one of :data:`FILTERS`.
-
-    Raises:
-        ValueError: if the picture is not square, or smaller, or the filter is another.
+    A ValueError refuses another filter, and a picture that is not square or is smaller.
     """
-    if resize not in FILTERS:
-        raise ValueError(f"filter is {resize!r}, expected one of {', '.join(FILTERS)}")
+    check_member(FILTERS, filter=resize)
     with Image.open(path) as picture:
         if picture.width != picture.height or picture.width < side:
             raise ValueError(
@@ -91,11 +83,9 @@ def read_resized(path: Path, side: int, resize: str) -> Tensor:
 
 
 def uniform_ssim(images: Tensor, truth: Tensor, window: int = 7) -> Tensor:
-    r"""SSIM with uniform windows and sample covariances, as scikit-image's default, (B,).
+    r"""Returns SSIM with uniform windows and sample covariances, as scikit-image's default, (B,).
 
-    Args:
-        images, truth: (B, C, H, W) in [0, 1], H and W at least `window`.
-        window: side of the windows, odd; all lie within the image.
+    Images are (B, C, H, W) in [0, 1]. The windows, of an odd side, lie within the image.
 
     Source: Wang et al. 2004 (doi:10.1109/TIP.2003.819861), Eq. 13.
     """
@@ -109,10 +99,9 @@ def uniform_ssim(images: Tensor, truth: Tensor, window: int = 7) -> Tensor:
 
 
 def metrics_of(images: Tensor, truth: Tensor) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The :data:`COLUMNS`, (B,) each, computed where the images are, and why others are missing.
+    """Returns the :data:`COLUMNS`, (B,) each, and why others are missing.
 
-    Args:
-        images, truth: (B, 3, H, W) uint8.
+    Images and originals are (B, 3, H, W) uint8, and all is computed where they are.
     """
     x, t = (z.float() / 127.5 - 1 for z in (images, truth))
     found = image_metrics(x, t)
@@ -132,8 +121,7 @@ class Moments:
 
     Attributes:
         count: n.
-        total: of the features, (d,) float64.
-        products: sums of :math:`f f^T`, (d, d) float64.
+        total, products: the sums of f (d,) and of :math:`f f^T` (d, d), float64.
     """
 
     count: int = 0
@@ -154,11 +142,7 @@ class Moments:
         self.products = self.products + other.products
 
     def gaussian(self) -> tuple[Tensor, Tensor]:
-        """Mean (d,) and covariance (d, d).
-
-        Raises:
-            ValueError: if there are fewer than two features.
-        """
+        """Returns mean (d,) and covariance (d, d); a ValueError refuses fewer than two features."""
         if self.count < 2:
             raise ValueError(f"features are of {self.count} images, expected at least 2")
         mean = self.total / self.count
@@ -171,9 +155,10 @@ class Measured:
     """A set of images, or a part of one.
 
     Attributes:
-        rows: of each picture by name.
+        rows: the numbers of each picture, by its name.
         missing: why a column, or FID, is not there.
-        moments: by :data:`SETS`, of the set and of its originals ("truth-png", "truth-jpeg").
+        moments: those of the set, by :data:`SETS`, and of its originals, "truth-png" and
+            "truth-jpeg".
     """
 
     rows: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -181,11 +166,7 @@ class Measured:
     moments: dict[str, Moments] = field(default_factory=dict)
 
     def merge(self, other: Measured) -> None:
-        """Adds the pictures of another part.
-
-        Raises:
-            ValueError: if a picture is in both.
-        """
+        """Adds the pictures of another part; a ValueError refuses a picture that is in both."""
         if both := self.rows.keys() & other.rows.keys():
             raise ValueError(f"two parts have {min(both)}: remove the files of one")
         self.rows |= other.rows
@@ -194,7 +175,7 @@ class Measured:
             self.moments.setdefault(name, Moments()).merge(moments)
 
     def means(self) -> dict[str, float]:
-        """The means of the columns that all pictures have, `psnr_of_mse`, and FIDs."""
+        """Returns the means of the columns that all pictures have, `psnr_of_mse`, and FIDs."""
         found = {}
         for column in COLUMNS:
             values = [row[column] for row in self.rows.values() if column in row]
@@ -219,22 +200,17 @@ def measure(
     batch: int = 16,
     resize: str = "lanczos",
 ) -> Measured:
-    """Measures a set of pictures.
+    """Measures a set of pictures, `batch` at once.
 
-    Args:
-        kept, truth: pictures by name; the originals may be larger, and may be more.
-        network: of FID, from 8-bit images (B, 3, H, W) to features; None for no FID.
-        device: that computes.
-        batch: images at once.
-        resize: of originals, one of :data:`FILTERS`.
-
-    Raises:
-        ValueError: if a picture has no original, or does not fit.
+    Kept pictures and originals are given by name; the originals may be larger, and may be more.
+    They are resized by one of :data:`FILTERS`. The network of FID maps 8-bit images (B, 3, H, W) to
+    features; with None there is no FID. A ValueError refuses a picture that has no original, or
+    does not fit it.
     """
     if lost := [name for name in kept if name not in truth]:
         raise ValueError(f"images has no original of {lost[0]}: expected one picture of that name")
     found = Measured()
-    for names in _batches(list(kept), batch):
+    for names in in_batches(list(kept), batch):
         images = [_read(kept[name]) for name in names]
         originals = [
             read_resized(truth[name], x.shape[-1], resize)
@@ -253,7 +229,7 @@ def measure(
 
 
 def sets_in(folder: Path) -> dict[str, Path]:
-    """The folders that have pictures, in a folder or itself, by their path from it."""
+    """Returns the folders that have pictures, in a folder or itself, by their path from it."""
     found = {path.parent for path in folder.rglob("*") if path.suffix.lower() in PICTURES}
     if not found:
         raise FileNotFoundError(f"{folder} has no pictures: expected what --keep wrote there")
@@ -277,11 +253,7 @@ def write_part(path: Path, part: Measured) -> None:
 
 
 def read_part(path: Path) -> Measured:
-    """What :func:`write_part` kept.
-
-    Raises:
-        ValueError: if it is damaged.
-    """
+    """Returns what :func:`write_part` kept; a ValueError refuses what is damaged."""
     try:
         with safe_open(path, "pt") as file:
             text = file.metadata()
@@ -297,24 +269,14 @@ def read_part(path: Path) -> Measured:
 
 def write_rows(path: Path, sets: Mapping[str, Measured]) -> None:
     """Writes a row for every picture of every set, and one for its means, as CSV."""
-    derived = ("psnr_of_mse", "fid_png", "fid_jpeg")
-    with replacing(path) as file, file.open("w", newline="", encoding="utf-8") as text:
-        writer = csv.DictWriter(text, ("set", "image", *COLUMNS, *derived), lineterminator="\n")
-        writer.writeheader()
-        for name, found in sets.items():
-            for image, row in found.rows.items():
-                writer.writerow({"set": name, "image": image} | _rounded(row))
-            writer.writerow({"set": name, "image": "mean"} | _rounded(found.means()))
-
-
-def _rounded(row: Mapping[str, float]) -> dict[str, str]:
-    return {key: f"{value:.7g}" for key, value in row.items()}
-
-
-def _batches(names: Sequence[str], batch: int) -> Iterator[Sequence[str]]:
-    if batch < 1:
-        raise ValueError(f"batch is {batch}, expected at least 1")
-    yield from (names[i : i + batch] for i in range(0, len(names), batch))
+    columns = ("set", "image", *COLUMNS, "psnr_of_mse", "fid_png", "fid_jpeg")
+    rows = (
+        {"set": name, "image": image} | {key: f"{value:.7g}" for key, value in row.items()}
+        for name, found in sets.items()
+        for image, row in (*found.rows.items(), ("mean", found.means()))
+    )
+    with replacing(path) as file:
+        file.write_text(",".join(columns) + "\n" + csv_text(columns, rows), encoding="utf-8")
 
 
 def _read(path: Path) -> Tensor:

@@ -1,7 +1,5 @@
 """How much memory a computation takes, activations included, on every device."""
 
-from __future__ import annotations
-
 import weakref
 from collections.abc import Callable, Sequence
 
@@ -14,11 +12,8 @@ from torch.utils._pytree import tree_leaves
 class LiveTensors(TorchDispatchMode):
     """Counts the bytes of the tensors made while it is active that are still alive.
 
-    Activations that autograd keeps count, what a kernel allocates for itself does not. Works on
-    every device.
-
-    Attributes:
-        live, peak: bytes, now and at most.
+    Activations that autograd keeps count, what a kernel allocates for itself does not. It works on
+    every device. `live` and `peak` are the bytes now, and at most.
     """
 
     def __init__(self) -> None:
@@ -53,7 +48,7 @@ def _storages(tree: object) -> list[torch.UntypedStorage]:
 
 
 def peak_memory(run: Callable[[], object], device: torch.device) -> tuple[int, int]:
-    """The most bytes in use during `run`, and those that its result keeps, beyond those before.
+    """Returns the most bytes in use during `run`, and those that its result keeps beyond.
 
     On a CUDA device as its allocator counts them, elsewhere those of :class:`LiveTensors`.
     """

@@ -1,7 +1,5 @@
 """The methods of the tables by name, and the settings that they run with."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -9,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from diffoc.baselines import methods
+from diffoc.checks import check_member
 from diffoc.data.files import replacing
 from diffoc.data.manifest import data_folder
 
@@ -19,13 +18,13 @@ LATENT = {name: f"{name}_latent" for name in ("faces64", "faces64_rgb")}
 """The priors that methods in a latent space use in place of others."""
 
 
-def compared(prior: str, nfe: int) -> list[str]:
-    """Returns the methods of a table: those that are tuned, can have the budget and have a prior.
+def prior_of(method: str, prior: str) -> str:
+    """Returns the prior that a method of a table has: methods in a latent space have another."""
+    return LATENT.get(prior, prior) if METHODS[method].latent else prior
 
-    Args:
-        prior: its name.
-        nfe: the budget of evaluations.
-    """
+
+def compared(prior: str, nfe: int) -> list[str]:
+    """Returns the methods of a table: tuned ones that can have the budget and have a prior."""
 
     def can(name: str) -> bool:
         try:
@@ -38,7 +37,7 @@ def compared(prior: str, nfe: int) -> list[str]:
 
 
 def read_tuned(path: Path | None = None) -> dict:
-    """The tuned keyword arguments by prior, method, task and budget; `data/tuned.json`."""
+    """Returns tuned keyword arguments by prior, method, task and budget, of `data/tuned.json`."""
     path = path or data_folder() / "tuned.json"
     if not path.exists():
         return {}
@@ -55,7 +54,11 @@ def _damaged(found: object, levels: Sequence[str]) -> str | None:
     """What is wrong with nested values, which are numbers below all the levels; None if nothing."""
     if not levels:
         good = isinstance(found, int | float) and math.isfinite(found)
-        return None if good or isinstance(found, str) else f"a value is {found!r}, expected a finite number"
+        return (
+            None
+            if good or isinstance(found, str)
+            else f"a value is {found!r}, expected a finite number"
+        )
     if not isinstance(found, dict):
         return f"expected values by {levels[0]} in place of {found!r}"
     if levels[0] == "budget" and (bad := [key for key in found if not key.isdigit()]):
@@ -73,16 +76,11 @@ def write_tuned(tuned: dict, path: Path | None = None) -> None:
 def settings_of(
     prior: str, method: str, task: str, nfe: int, overrides: dict, tuned: dict | None = None
 ) -> dict:
-    """All keyword arguments of a method: by its budget, tuned, and overridden.
+    """Returns all keyword arguments of a method: by its budget, tuned, and overridden.
 
-    Args:
-        prior, method, task, nfe: what for.
-        overrides: those that count more than all others, see :func:`of_method`.
-        tuned: as of :func:`read_tuned`, which is the default.
-
-    Raises:
-        ValueError: if there is no such method, or it was not tuned for this and has no settings of
-            its own, as the paper's has.
+    The `overrides` count more than all others, see :func:`of_method`; the tuned ones are by default
+    those of :func:`read_tuned`. A ValueError says that there is no such method, or that it was not
+    tuned for this and has no settings of its own, as the paper's has.
     """
     check_method(method)
     overrides = of_method(overrides, method)
@@ -108,8 +106,7 @@ def of_method(settings: Mapping[str, Any], method: str) -> dict[str, Any]:
 
 def check_method(name: str) -> None:
     """Raises a ValueError if there is no such method."""
-    if name not in METHODS:
-        raise ValueError(f"method is {name!r}, expected one of {', '.join(METHODS)}")
+    check_member(METHODS, method=name)
 
 
 def equal_work(method: str, task: str, nfe: int, product_cost: float) -> int:
@@ -118,12 +115,8 @@ def equal_work(method: str, task: str, nfe: int, product_cost: float) -> int:
     .. math:: F + c B \le N (1 + c)
 
     The right-hand side is the work of a method with a product for each of N evaluations, such as
-    DPS. A method that uses no network keeps N.
-
-    Args:
-        method, task: their names.
-        nfe: N.
-        product_cost: c, the cost of a product in evaluations.
+    DPS; c, `product_cost`, is the cost of a product in evaluations. A method that uses no network
+    keeps N, `nfe`.
     """
     most = nfe * (1 + product_cost)
 

@@ -4,8 +4,6 @@ The numbers are the paper's, from `data/paper_tables.json`, the functions' resul
 `data/claims.yaml` names them, and :mod:`diffoc.experiments.ledger` compares.
 """
 
-from __future__ import annotations
-
 import json
 import math
 

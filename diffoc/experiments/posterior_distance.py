@@ -19,8 +19,6 @@ N exact samples are not at distance zero either. What they score on average is t
 table; one set of them may be half or twice as far.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Mapping, Sequence
 from math import nan
@@ -41,16 +39,11 @@ _FLOORS = 10  # sets of exact samples whose distances make the floor, on average
 def posterior_distances(
     samples: Tensor, posterior: Posterior, reference: Tensor, directions: Tensor
 ) -> dict[str, float]:
-    """All distances of this module.
+    """Returns all distances of this module, of samples (N, n), N at least 2.
 
-    Args:
-        samples: (N, n), N at least 2.
-        posterior: of one measurement, B = 1.
-        reference: exact samples for the sliced distance, (M, n), M a multiple of N.
-        directions: unit vectors, (n, P), as :func:`random_directions` draws them.
-
-    Raises:
-        ValueError: for other shapes, or samples that are not finite.
+    The posterior is that of one measurement, B = 1. The sliced distance takes exact samples (M, n)
+    as reference, M a multiple of N, and directions (n, P) as :func:`random_directions` draws them.
+    A ValueError refuses other shapes, and samples that are not finite.
     """
     mean, covariance = moments(samples, "samples")
     if len(posterior.mean) != 1 or samples.shape[1] != posterior.mean.shape[1]:
@@ -74,15 +67,10 @@ def posterior_distances(
 
 
 def sliced_wasserstein(samples: Tensor, reference: Tensor, directions: Tensor) -> float:
-    """The root mean square over directions of W_2 between projections, coupled by their order.
+    """Returns the root mean square over directions of W_2 between projections, coupled by order.
 
-    Args:
-        samples: (N, n).
-        reference: (M, n), M a multiple of N: each sample is coupled to M / N of them.
-        directions: unit vectors, (n, P).
-
-    Raises:
-        ValueError: if M is no multiple of N.
+    Each of the samples (N, n) is coupled to M / N of the reference (M, n); a ValueError refuses an
+    M that is no multiple of N. Directions are unit vectors, (n, P).
 
     Source: Bonneel et al. 2015, doi:10.1007/s10851-014-0506-3.
     """
@@ -95,7 +83,7 @@ def sliced_wasserstein(samples: Tensor, reference: Tensor, directions: Tensor) -
 
 
 def random_directions(n: int, count: int, generator: torch.Generator) -> Tensor:
-    """Unit vectors, uniform on the sphere, (n, count), float64."""
+    """Returns unit vectors, uniform on the sphere, (n, count), float64."""
     drawn = torch.randn(n, count, generator=generator, dtype=torch.float64)
     return drawn / drawn.norm(dim=0)
 
@@ -107,37 +95,23 @@ def distance_table(
     generator: torch.Generator,
     directions: int = 100,
 ) -> list[dict[str, object]]:
-    """One row for every problem and method, the floor first, as method "exact".
+    """Returns one row for every problem and method, the floor first, as method "exact".
 
-    All methods of a problem get the same states at time 1 and generators of the same seed, so that
-    a row does not depend on which others there are.
+    Methods are functions as :mod:`diffoc.baselines` says, with their settings. All methods of a
+    problem get the same N states at time 1 and generators of the same seed, so that a row does not
+    depend on which others there are.
 
-    Args:
-        methods: functions as :mod:`diffoc.baselines` says, and their settings.
-        problems: with known posteriors.
-        samples: N, for each row.
-        generator: of everything random, on the CPU.
-        directions: P of the sliced distance.
-
-    Returns:
-        Rows with problem, method, settings, the :data:`DISTANCES`, evaluations and products for
-        each sample, seconds for all, and the reason where there are no numbers (nan): a method that
-        cannot do the problem, or samples that are not finite.
+    A row has problem, method, settings, the :data:`DISTANCES`, evaluations and products for each
+    sample, seconds for all, and the reason where there are no numbers (nan): a method that cannot
+    do the problem, or samples that are not finite.
     """
     rows = []
     for problem in problems:
         n, like = problem.posterior.mean.shape[1], problem.posterior.mean
         axes = random_directions(n, directions, generator)
         reference = problem.posterior.sample(_REFERENCE * samples, generator)[:, 0]
-        floors = [
-            posterior_distances(
-                problem.posterior.sample(samples, generator)[:, 0],
-                problem.posterior,
-                reference,
-                axes,
-            )
-            for _ in range(_FLOORS)
-        ]
+        sets = [problem.posterior.sample(samples, generator)[:, 0] for _ in range(_FLOORS)]
+        floors = [posterior_distances(some, problem.posterior, reference, axes) for some in sets]
         _, sigma = problem.prior.schedule(torch.ones((), dtype=like.dtype))
         noise = torch.randn(samples, n, generator=generator, dtype=torch.float64)
         x = sigma * noise.to(like)

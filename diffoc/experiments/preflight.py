@@ -4,8 +4,6 @@ Every check returns lines for the reader, and lines for what would fail later. T
 few steps on one image here, taken to the full count of evaluations and products.
 """
 
-from __future__ import annotations
-
 import shutil
 from collections import Counter
 from collections.abc import Sequence
@@ -28,12 +26,7 @@ from diffoc.problems.tasks import UnsupportedTask
 
 @dataclass
 class Report:
-    """What was found.
-
-    Attributes:
-        lines: for the reader.
-        refused: what would fail later, a line each.
-    """
+    """What was found: `lines` for the reader, and what would fail later, `refused`, a line each."""
 
     lines: list[str] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
@@ -99,7 +92,7 @@ def check_images(paths: Sequence[Path], side: int, report: Report) -> None:
 def time_methods(
     cells: dict[Cell, Line], compute: Computer, report: Report
 ) -> dict[tuple[str, str], float]:
-    """Seconds of one evaluation's worth of work, by row's label and task; one image each.
+    """Returns the seconds of an evaluation's worth of work on an image, by row's label and task.
 
     A method of T steps runs two of them. What it took, over F and B by the counts of its row, is
     how much more it takes than the network alone.
@@ -132,7 +125,7 @@ def time_methods(
 def seconds_of(
     cells: dict[Cell, Line], ratios: dict[tuple[str, str], float], times: tuple[float, float]
 ) -> float:
-    """Seconds of cells, from the ratios of :func:`time_methods` and of F and B.
+    """Returns the seconds of cells, from the ratios of :func:`time_methods` and of F and B.
 
     A ratio that was not measured on a cell's row or task is the largest of those that were.
     """
@@ -179,14 +172,9 @@ def preflight(
 ) -> Report:
     """Checks all, prints as it goes, and returns the report.
 
-    Args:
-        prior: a name for :func:`diffoc.experiments.cells.load_once`.
-        paths: of the originals.
-        prepared: the folder of at least one picture of the prior's size.
-        names: of the pictures there.
-        device: that computes.
-        precision: "bfloat16" or "float32".
-        tasks: by default those of Table 1.
+    `paths` are those of the originals; `prepared` is a folder with at least one picture of the
+    prior's size, and `names` are those of the pictures there. The tasks are by default those of
+    Table 1; the rest is as for :func:`diffoc.experiments.cells.cells_of`.
     """
     report = Report()
     check_weights(prior, report)
@@ -228,7 +216,7 @@ def _cost(
     shape: Sequence[int],
     device: str,
 ) -> str:
-    """Hours and disk, for all images and for 100."""
+    """Returns hours and disk, for all images and for 100."""
     hours = seconds_of(cells, ratios, times) / 3600
     unit = "GPU-hours" if device.startswith("cuda") else "hours of this CPU"
     size = _gigabytes(cells, images, shape)

@@ -1,7 +1,5 @@
 """What the tables hold fixed, as values that their records name; `docs/protocol.md` is the page."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from diffoc.experiments.inaccurate import accurate_name

@@ -14,13 +14,13 @@ import json
 import logging
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
-from io import StringIO
 from pathlib import Path
 
-from diffoc.data.files import appending
+from diffoc.checks import check_at_least, check_member
+from diffoc.data.files import appending, csv_text
 
 METRICS = (
     *("psnr", "ssim", "mse", "residual_over_noise"),
@@ -44,13 +44,12 @@ class Cell:
     """What is computed at once.
 
     Attributes:
-        prior: of the cell.
-        precision: of the network, "bfloat16" or "float32". Results differ in rounding alone, and
-            few CPUs are fast with both: cells that differ in nothing else count as the same.
-        task, method: their names.
+        prior, task, method: their names.
+        precision: that of the network, "bfloat16" or "float32". Results differ in rounding alone,
+            and few CPUs are fast with both: cells that differ in nothing else count as the same.
         nfe: the budget of evaluations an image.
         settings: the method's keyword arguments as JSON with sorted keys, see :func:`as_json`.
-        seed: of mask, kernel, noise and sampler.
+        seed: what mask, kernel, noise and sampler are drawn from.
         images: their names; results depend on the batch, at the level of rounding.
     """
 
@@ -69,13 +68,13 @@ class Cell:
         return json.loads(self.settings)
 
     def rows(self) -> list[Row]:
-        """The columns that say what was computed, of every row of the cell."""
+        """Returns the columns that say what was computed, of every row of the cell."""
         common = {key: str(value) for key, value in asdict(self).items() if key != "images"}
         return [common | {"image": image, "batch": str(len(self.images))} for image in self.images]
 
     @classmethod
     def of(cls, rows: list[Row]) -> Cell:
-        """The cell that rows belong to."""
+        """Returns the cell that rows belong to."""
         first, images = rows[0], tuple(row["image"] for row in rows)
         text = {key: first[key] for key in ("prior", "precision", "task", "method", "settings")}
         return cls(**text, nfe=int(first["nfe"]), seed=int(first["seed"]), images=images)
@@ -94,16 +93,18 @@ _NUMBERS = (*METRICS, *COUNTS, "seconds")
 
 
 def as_json(settings: dict) -> str:
-    """Keyword arguments as text that is the same for the same ones."""
+    """Returns keyword arguments as text that is the same for the same ones."""
     return json.dumps(settings, sort_keys=True)
 
 
-def shard_path(path: Path, shard: tuple[int, int] | None) -> Path:
-    """Where shard i of n, from 1, of a table is written; None is the table itself.
+def in_batches(names: Sequence[str], batch: int) -> list[tuple[str, ...]]:
+    """Returns names as tuples of `batch` each, the last perhaps shorter."""
+    check_at_least(1, batch=batch)
+    return [tuple(names[i : i + batch]) for i in range(0, len(names), batch)]
 
-    Raises:
-        ValueError: unless 1 <= i <= n.
-    """
+
+def shard_path(path: Path, shard: tuple[int, int] | None) -> Path:
+    """Returns where shard i of n, from 1 to n, of a table is written; None is the table itself."""
     if shard is None:
         return path
     i, n = shard
@@ -113,17 +114,11 @@ def shard_path(path: Path, shard: tuple[int, int] | None) -> Path:
 
 
 def read(path: Path) -> dict[Cell, list[Row]]:
-    """The cells of a table and of its shards; incomplete ones at a file's end are left out.
+    """Returns the cells of a table and of its shards, but for incomplete ones at a file's end.
 
-    A cell that was computed again after it had failed counts as it is now.
-
-    Args:
-        path: of the table, which need not exist if shards do.
-
-    Raises:
-        FileNotFoundError: if there is neither.
-        ValueError: if a file is no table of this version or is damaged, or if two of a cell's
-            results differ.
+    A cell that was computed again after it had failed counts as it is now. The table need not exist
+    if shards do; a FileNotFoundError says that neither does. A ValueError refuses a file that is no
+    table of this version or is damaged, and two results of a cell that differ.
     """
     shards = sorted(path.parent.glob(f"{path.stem}.shard-*-of-*{path.suffix}"))
     files = [file for file in (path, *shards) if file.exists()]
@@ -149,7 +144,7 @@ def rows_of(path: Path) -> list[Row]:
 
 
 def describe(cell: Cell) -> str:
-    """A cell in a few words."""
+    """Returns a cell in a few words."""
     return (
         f"{cell.method} {cell.settings}, {cell.task}, nfe {cell.nfe}, seed {cell.seed}, images "
         f"{cell.images[0]} to {cell.images[-1]}"
@@ -161,32 +156,28 @@ def writing(path: Path) -> Iterator[Callable[[list[Row]], None]]:
     """Opens a file for cells, and gives a function that appends all rows of one, or none.
 
     The beginning of a cell at the file's end is first moved to a file beside it, see
-    :func:`diffoc.data.files.appending`, which also says what is raised.
-
-    Raises:
-        ValueError: if it is no table of this version or is damaged, or another process writes it.
+    :func:`diffoc.data.files.appending`, which also says what is raised. A ValueError refuses a file
+    that is no table of this version, is damaged, or is being written by another process.
     """
     with appending(path, lambda content: _parse(path, content)[1]) as append:
 
         def append_cell(rows: list[Row]) -> None:
-            text = StringIO()
-            writer = csv.DictWriter(text, COLUMNS, restval="", lineterminator="\n")
+            # One row a line, so that a torn one can be told by its missing end.
+            rows = [row | {"error": " ".join(row.get("error", "").split())} for row in rows]
             for row in rows:
-                # One row a line, so that a torn one can be told by its missing end.
-                row = row | {"error": " ".join(row.get("error", "").split())}
                 if any("\n" in value or "\r" in value for value in row.values()):
                     raise ValueError(f"rows have a line break in one of {list(row.values())}")
-                writer.writerow(row)
+            text = csv_text(COLUMNS, rows)
             # What could not be read back is not written.
-            if len(_parse(path, (_HEADER + text.getvalue()).encode())[0]) != 1:
+            if len(_parse(path, (_HEADER + text).encode())[0]) != 1:
                 raise ValueError(f"rows are {len(rows)}, expected those of one whole cell")
-            append(_HEADER * (path.stat().st_size == 0) + text.getvalue())
+            append(_HEADER * (path.stat().st_size == 0) + text)
 
         yield append_cell
 
 
 def _parse(path: Path, content: bytes) -> tuple[list[tuple[Cell, list[Row]]], int]:
-    """The complete cells of a file's content, and the number of bytes they take."""
+    """Returns the complete cells of a file's content, and the number of bytes they take."""
     *lines, torn = content.split(b"\n")
     if not lines and _HEADER.encode().startswith(torn):
         return [], 0  # was stopped before its first cell
@@ -237,8 +228,7 @@ def _check(row: Row, first: Row) -> None:
     settings = json.loads(row["settings"])
     if not isinstance(settings, dict) or as_json(settings) != row["settings"]:
         raise ValueError(f"settings are {row['settings']!r}, expected JSON with sorted keys")
-    if row["status"] not in STATUSES:
-        raise ValueError(f"status is {row['status']!r}, expected one of {', '.join(STATUSES)}")
+    check_member(STATUSES, status=row["status"])
     for key in _NUMBERS:
         if row[key] and not math.isfinite(float(row[key])):
             raise ValueError(f"{key} is {row[key]}, expected a finite number")

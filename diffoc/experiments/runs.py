@@ -1,7 +1,5 @@
 """Computes the cells of a grid that a table does not have yet, and checks those that it has."""
 
-from __future__ import annotations
-
 import importlib.util
 import os
 import tempfile
@@ -20,6 +18,7 @@ from joblib import Parallel, delayed, parallel_config
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from diffoc.checks import check_at_least, check_member
 from diffoc.data.files import lock
 from diffoc.data.provenance import environment, told
 from diffoc.experiments import records
@@ -51,17 +50,17 @@ def run_cells(
     the machine, the data or the code, ends the run and is no record.
 
     Args:
-        cells: of the whole grid.
+        cells: the whole grid.
         compute: what gives a cell's rows; with several workers it is pickled.
-        path: of the table.
-        jobs: workers, of one thread each; 1 computes here, with the threads that torch has. With
-            the device "cuda" worker i has the card i, and those of a cluster one card each.
-        backend: of joblib, "loky", or "ray" for a cluster.
+        path: the table's.
+        jobs: how many workers, of one thread each; 1 computes here, with torch's threads. With the
+            device "cuda" worker i has the card i, and those of a cluster one card each.
+        backend: joblib's, "loky", or "ray" for a cluster.
         shard: (i, n) for the i-th of n parts of the cells, which has a file of its own.
         retry_failed: whether cells that failed are computed again.
         device: what the rows say of it.
-        keep: called with each cell's images, here, before its rows are written.
-        work: evaluations of a cell as planned, from which the bar tells the time left.
+        keep: what is called with each cell's images, here, before its rows are written.
+        work: the evaluations of a cell as planned, from which the bar tells the time left.
         progress: whether to show a bar.
 
     Returns:
@@ -72,10 +71,8 @@ def run_cells(
         OSError: if memory or the disk is full; what was recorded before is complete.
         ImportError: for the backend "ray" where it is not installed.
     """
-    if jobs < 1:
-        raise ValueError(f"jobs is {jobs}, expected at least 1")
-    if backend not in ("loky", "ray"):
-        raise ValueError(f"backend is {backend!r}, expected 'loky' or 'ray'")
+    check_at_least(1, jobs=jobs)
+    check_member(("loky", "ray"), backend=backend)
     target = records.shard_path(path, shard)
     with records.writing(target) as append:
         mine, known = _part(cells, shard), records.read(path)
@@ -103,7 +100,7 @@ def unfinished(
     shard: tuple[int, int] | None = None,
     retry_failed: bool = False,
 ) -> list[Cell]:
-    """The cells that :func:`run_cells` would compute; arguments as there."""
+    """Returns the cells that :func:`run_cells` would compute; arguments are as there."""
     try:
         known = records.read(path)
     except FileNotFoundError:
@@ -121,7 +118,7 @@ def _part(cells: Sequence[Cell], shard: tuple[int, int] | None) -> list[Cell]:
 
 
 def _results(calls: list[tuple], jobs: int, backend: str, device: str) -> Iterator[tuple]:
-    """What `_attempt` returns, in any order."""
+    """Yields what `_attempt` returns, in any order."""
     if jobs == 1 and backend == "loky":
         yield from (_attempt(*call) for call in calls)
     elif backend == "loky":
@@ -153,11 +150,9 @@ def method_errors() -> Iterator[None]:
     """Tells what a method raises by itself from what its machine or its code raises.
 
     A method fails by a value that it cannot go on with, by a singular matrix, or by numbers that
-    are not finite. A full memory, a missing file or package and a wrong name are no result of it.
-
-    Raises:
-        MethodError: in place of ValueError, ArithmeticError and RuntimeError.
-        OSError: in place of what torch raises where memory is full.
+    are not finite: a MethodError takes the place of ValueError, ArithmeticError and RuntimeError.
+    A full memory, which an OSError tells, a missing file or package and a wrong name are no result
+    of it.
     """
     try:
         yield
@@ -178,7 +173,7 @@ _FULL = "memory is full: give fewer images at once with --batch, or fewer worker
 
 
 def _attempt(compute: Compute, cell: Cell, device: str, parent: int = 0) -> tuple:
-    """The cell, its complete rows, and its images; in a worker if it has a parent."""
+    """Returns the cell, its complete rows, and its images; in a worker if it has a parent."""
     if parent:
         torch.set_num_threads(1)
         torch.set_flush_denormal(True)
@@ -240,10 +235,10 @@ class Checked:
     """What :func:`check` found.
 
     Attributes:
-        rows: that were computed again.
-        exact: of these, those that had to agree to the last digit.
+        rows, exact: how many rows were computed again, and how many of these had to agree to the
+            last digit.
         differences: one line for each number that does not agree.
-        tolerances: of PSNR elsewhere, by method, task and precision.
+        tolerances: what PSNR may be off by elsewhere, by method, task and precision.
     """
 
     rows: int
@@ -264,22 +259,12 @@ def check(
 
     On the machine of the record, with the same versions and threads, metrics and counts have to
     agree to the last digit; elsewhere metrics have to be within the tolerance that was measured
-    for method, task and precision, see :mod:`diffoc.experiments.spread`.
-
-    Args:
-        path: of a table.
-        compute: as for :func:`run_cells`.
-        rows: to choose; all rows of their cells are compared.
-        seed: of the choice.
-        device: that computes.
-        only: which cells to choose from, such as those that are soon computed.
-
-    Raises:
-        ValueError: if the table has no row that can be checked, or an argument is out of range.
-        FileNotFoundError: if it is missing.
+    for method, task and precision, see :mod:`diffoc.experiments.spread`. All rows of the cells of
+    the chosen rows are compared, `only` of cells that it allows, such as those that are soon
+    computed. A FileNotFoundError says that the table is missing, a ValueError that it has no row
+    that can be checked, or that `rows` is below 1.
     """
-    if rows < 1:
-        raise ValueError(f"rows is {rows}, expected at least 1")
+    check_at_least(1, rows=rows)
     found = records.read(path).items()
     cells = {cell: some for cell, some in found if some[0]["status"] == "ok" and only(cell)}
     owners = [cell for cell in cells for _ in cell.images]

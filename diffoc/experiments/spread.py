@@ -6,8 +6,6 @@ and tasks of Table 1, the greatest change of a face's PSNR and SSIM and of their
 In bfloat16 rounding depends on the CPU's instructions, and changes more.
 """
 
-from __future__ import annotations
-
 import csv
 from functools import cache
 from pathlib import Path
@@ -33,27 +31,19 @@ UNMEASURED_RELATIVE = 0.1
 
 @cache
 def measured(path: Path = SPREAD) -> dict[tuple[str, str, str], dict[str, float]]:
-    """Returns numbers by the names of :data:`COLUMNS`, by method, task and precision.
-
-    Raises:
-        FileNotFoundError: if the table is missing.
-    """
+    """Returns numbers by the names of :data:`COLUMNS`, by method, task and precision."""
     with path.open(newline="", encoding="utf-8") as file:
-        return {
-            (row["method"], row["task"], row["precision"]): {
-                key: float(row[key]) for key in COLUMNS
-            }
-            for row in csv.DictReader(file)
-        }
+        rows = list(csv.DictReader(file))
+    return {
+        (row["method"], row["task"], row["precision"]): {key: float(row[key]) for key in COLUMNS}
+        for row in rows
+    }
 
 
 def tolerance(metric: str, cell: Cell, value: float) -> float:
-    """Returns what a face's metric may be off by on another machine.
+    """Returns what a metric of a face of a cell may be off by on another machine.
 
-    Args:
-        metric: its name in the records.
-        cell: of the record.
-        value: of the record, for metrics whose tolerance is relative.
+    The value is that of the record, for metrics whose tolerance is relative.
     """
     for precision in (cell.precision, "bfloat16"):  # which rounds more
         columns = measured().get((cell.method, cell.task, precision), {})

@@ -1,7 +1,5 @@
 """Means of a table of records, with their uncertainty."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections import Counter, defaultdict
@@ -19,7 +17,7 @@ _FORMATS = {"psnr": "{:.2f} ± {:.2f}", "mse": "{:.4f} ± {:.4f}"}
 
 
 def select(rows: Iterable[Row], **wanted: object) -> list[Row]:
-    """Rows whose columns have these values, or the keywords of whose settings have them.
+    """Returns rows whose columns have these values, or the keywords of whose settings have them.
 
     Where a settings' keyword has a column's name, the column counts.
     """
@@ -35,9 +33,9 @@ def select(rows: Iterable[Row], **wanted: object) -> list[Row]:
 
 
 def mean_and_interval(values: Iterable[float]) -> tuple[float, float]:
-    """The mean, and half the width of its 95 % confidence interval; not a number for one value.
+    """Returns the mean, and half the width of its 95 % interval; not a number for one value.
 
-    By Student's t, for values that are independent.
+    The interval is by Student's t, for values that are independent.
     """
     x = torch.tensor(list(values), dtype=torch.float64)
     half = student.ppf(0.975, len(x) - 1) * x.std().item() / len(x) ** 0.5 if len(x) > 1 else None
@@ -45,7 +43,7 @@ def mean_and_interval(values: Iterable[float]) -> tuple[float, float]:
 
 
 def by_image(rows: Iterable[Row], metric: str) -> dict[str, float]:
-    """A metric of each image, averaged over its rows; rows without it are left out."""
+    """Returns a metric of each image, averaged over its rows; rows without it are left out."""
     values = defaultdict(list)
     for row in rows:
         if row["status"] == "ok" and row[metric]:
@@ -54,7 +52,7 @@ def by_image(rows: Iterable[Row], metric: str) -> dict[str, float]:
 
 
 def by_method(rows: Iterable[Row], metric: str) -> dict[str, dict[str, tuple[float, float]]]:
-    """Method's label to task to mean and half-width of the interval, of what has a result.
+    """Maps a method's label to a task to mean and half-width of the interval, where there is any.
 
     A label names the budget if the rows have several of its method.
     """
@@ -74,13 +72,13 @@ Curve = list[tuple[float, float, float]]
 
 
 def by_budget(rows: Iterable[Row], metric: str) -> dict[str, dict[str, Curve]]:
-    """Task to method's label to its curve over the budget of evaluations."""
+    """Maps a task to a method's label to its curve over the budget of evaluations."""
     keyed = ((row["task"], _label(row["method"]), float(row["nfe"]), row) for row in rows)
     return curves(keyed, metric)
 
 
 def by_setting(rows: Iterable[Row], metric: str) -> dict[str, dict[str, Curve]]:
-    """Method's label and tuned keyword to task to its curve over that keyword's values.
+    """Maps a method's label and tuned keyword to a task to its curve over that keyword's values.
 
     The keyword is the one with the most values. A label names the budget if the rows have several
     of its method. Rows of methods that have nothing to tune are left out.
@@ -103,7 +101,7 @@ def by_setting(rows: Iterable[Row], metric: str) -> dict[str, dict[str, Curve]]:
 def curves(
     keyed: Iterable[tuple[str, str, float, Row]], metric: str
 ) -> dict[str, dict[str, Curve]]:
-    """Panel to line to its curve, of rows with their panel, line and abscissa."""
+    """Maps a panel to a line to its curve, of rows with their panel, line and abscissa."""
     groups: dict[tuple[str, str], dict[float, list[Row]]] = defaultdict(lambda: defaultdict(list))
     for panel, line, abscissa, row in keyed:
         groups[panel, line][abscissa].append(row)
@@ -117,7 +115,7 @@ def curves(
 
 
 def _labels(pairs: Iterable[tuple[str, str]]) -> dict[tuple[str, str], str]:
-    """Labels of methods and budgets, which name the budget where a method has several."""
+    """Returns labels of methods and budgets, with the budget where a method has several."""
     unique = set(pairs)
     count = Counter(method for method, _ in unique)
     return {
@@ -131,10 +129,9 @@ def _label(method: str) -> str:
 
 
 def paired(first: Iterable[Row], second: Iterable[Row], metric: str) -> tuple[float, float]:
-    """The mean difference, first minus second, on the images of both, and its 95 % interval.
+    """Returns the mean difference, first minus second, on the images of both, and its interval.
 
-    Raises:
-        ValueError: if they have no image in common.
+    A ValueError says that they have no image in common.
     """
     one, two = by_image(first, metric), by_image(second, metric)
     both = one.keys() & two.keys()
@@ -172,10 +169,11 @@ def described(rows: Sequence[Row]) -> str:
 
 
 def summarise(rows: list[Row], metrics: Iterable[str] = METRICS) -> str:
-    """A table in Markdown for each metric: methods by tasks, mean ± 95 % interval over images.
+    """Returns a table in Markdown for each metric: methods by tasks, mean ± 95 % interval.
 
-    Seeds of an image are averaged first. A dash is a task that a method cannot do, an empty place
-    one that was not run. Failures, and fewer images than elsewhere, are counted in brackets.
+    The mean is over images; seeds of an image are averaged first. A dash is a task that a method
+    cannot do, an empty place one that was not run. Failures, and fewer images than elsewhere, are
+    counted in brackets.
     """
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     several = {}

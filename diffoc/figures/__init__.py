@@ -5,8 +5,6 @@ The notebooks save theirs with :func:`save`. Those for print are drawn by
 `python -m diffoc figures` makes them all.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -89,12 +87,8 @@ def save(figure: Figure, name: str) -> Path:
     """Writes a figure as PNG and returns its path.
 
     It goes to the folder that the environment variable DIFFOC_FIGURES names, by default the
-    project's `figures/`. The file has no date or version in it, so that equal figures are equal
-    files.
-
-    Args:
-        figure: what to write.
-        name: the file's name without its ending.
+    project's `figures/`. The name has no ending. The file has no date or version in it, so that
+    equal figures are equal files.
     """
     folder = figure_folder()
     folder.mkdir(parents=True, exist_ok=True)
@@ -107,16 +101,11 @@ def save(figure: Figure, name: str) -> Path:
 def save_for_print(
     figure: Figure, name: str, sources: Sequence[str], folder: Path | None = None
 ) -> tuple[Path, Path]:
-    """Writes a figure as PDF and PNG, and in both files' metadata where it comes from.
+    """Writes a figure at its own size as PDF and PNG, and returns the two paths.
 
-    Args:
-        figure: what to write, at its own size.
-        name: the files' name without its ending; also their title.
-        sources: names of the records, or of what was computed instead.
-        folder: to write to, made if missing; by default `print` where :func:`save` writes.
-
-    Returns:
-        The two paths.
+    The files' metadata say where it comes from: their name, without ending, is also their title,
+    and the sources name records, or what was computed instead. The folder is made if it is missing;
+    it is by default `print` where :func:`save` writes.
     """
     folder = folder or figure_folder() / "print"
     folder.mkdir(parents=True, exist_ok=True)
@@ -139,14 +128,10 @@ def figure_folder() -> Path:
 
 
 def sheet(images: Tensor, columns: int) -> Tensor:
-    """Images side by side, in rows.
+    """Returns images side by side, in rows of so many columns, the last filled up with black.
 
-    Args:
-        images: grey (B, 1, H, W) or colour (B, 3, H, W) in [-1, 1]; what lies outside is clipped.
-        columns: of the sheet; the last row is filled up with black.
-
-    Returns:
-        (rows * H, columns * W) uint8, or (rows * H, columns * W, 3) in colour.
+    They are grey (B, 1, H, W) or colour (B, 3, H, W) in [-1, 1]; what lies outside is clipped. The
+    sheet is (rows * H, columns * W) uint8, or (rows * H, columns * W, 3) in colour.
     """
     count, channels, height, width = images.shape
     rows = -(-count // columns)

@@ -1,7 +1,5 @@
 """The figures for print of the grids of :mod:`diffoc.experiments.ablations`, from their records."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,10 +13,9 @@ PSNR = "PSNR (dB)"
 
 
 def from_ablations(folder: Path) -> Iterator[tuple[str, Figure, tuple[str, ...]]]:
-    """Figures 3 and 6 and Tables 4 to 6, of what has been run; a name, a figure, its records.
+    """Yields Figures 3 and 6 and Tables 4 to 6, of what has been run: names, figures, records.
 
-    Args:
-        folder: with `few_steps_*.csv`, `rank_*.csv` and `robustness_*.csv`; each may be missing.
+    The folder has `few_steps_*.csv`, `rank_*.csv` and `robustness_*.csv`; each may be missing.
     """
     for path in sorted(folder.glob("few_steps_*.csv")):
         rows = rows_of(path)

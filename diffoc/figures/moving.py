@@ -3,8 +3,6 @@
 `python -m diffoc.figures.moving` writes them to `figures/moving`.
 """
 
-from __future__ import annotations
-
 import io
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The figures for print, each from its records or from a computation of seconds."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from dataclasses import replace
@@ -43,9 +41,7 @@ METRICS = {"psnr": "PSNR (dB)", "ssim": "SSIM", "lpips_alex": "LPIPS (AlexNet)"}
 def write_all(folder: Path | None = None, records: Path = ROOT / "data" / "records") -> list[Path]:
     """Draws and writes every figure whose data exist; returns the files in the order of writing.
 
-    Args:
-        folder: see :func:`diffoc.figures.save_for_print`.
-        records: where the tables' CSV files lie.
+    They go to a folder as :func:`diffoc.figures.save_for_print` says; `records` has the tables.
     """
     paths: list[Path] = []
     made = [*from_records(records), *from_ablations(records), *from_paper(), *computed()]
@@ -55,10 +51,9 @@ def write_all(folder: Path | None = None, records: Path = ROOT / "data" / "recor
 
 
 def from_records(folder: Path) -> Iterator[Made]:
-    """Methods by tasks, quality over the budget, and tuning, of what has been run.
+    """Yields methods by tasks, quality over the budget, and tuning, of what has been run.
 
-    Args:
-        folder: with `table1_*.csv` and `tuning_*.csv`; each may be missing.
+    The folder has `table1_*.csv` and `tuning_*.csv`; each may be missing.
     """
     for path in _tables(folder, "table1"):
         rows = rows_of(path)
@@ -78,7 +73,7 @@ def from_records(folder: Path) -> Iterator[Made]:
 
 
 def _tables(folder: Path, name: str) -> list[Path]:
-    """Paths of tables, which need not exist themselves if their shards do."""
+    """Returns the paths of tables, which need not exist themselves if their shards do."""
     names = {
         path.name.split(".shard-")[0].removesuffix(".csv") for path in folder.glob(f"{name}_*")
     }
@@ -86,7 +81,7 @@ def _tables(folder: Path, name: str) -> list[Path]:
 
 
 def from_paper() -> Iterator[Made]:
-    """The paper's own numbers: Table 3's PSNR, and Table 4."""
+    """Yields the paper's own numbers: Table 3's PSNR, and Table 4."""
     path = ROOT / "data" / "paper_tables.json"
     tables = json.loads(path.read_text(encoding="utf-8"))
     nothing = float("nan")
@@ -115,7 +110,7 @@ def from_paper() -> Iterator[Made]:
 
 
 def computed() -> Iterator[Made]:
-    """Figures 1 to 4 on the priors of the repository, and what the theorems miss."""
+    """Yields figures 1 to 4 on the priors of the repository, and what the theorems miss."""
     yield (
         "steering",
         plots.steering(*steered(30.0)),
@@ -129,10 +124,8 @@ def computed() -> Iterator[Made]:
     yield "scores", _scores(), ("prior N(0, 1), y 0.7, x 0.3, noise 0.1",)
 
 
-def steered(
-    control_cost: float,
-) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor], float, float]:
-    """What :func:`diffoc.figures.plots.steering` draws: six noises, steered to a measurement of 1.
+def steered(control_cost: float) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor], float, float]:
+    """Returns what :func:`diffoc.figures.plots.steering` draws: noises, steered to a measured 1.
 
     The prior is a mixture of three Gaussians in the plane, and the control cost r the same for all
     of the 20 steps.

@@ -1,7 +1,5 @@
 """What the notebooks draw in the plane: a prior's density, and a measured coordinate."""
 
-from __future__ import annotations
-
 import torch
 from matplotlib.axes import Axes
 

@@ -4,8 +4,6 @@ Widths are those of the paper's text, colours those of :data:`diffoc.figures.COL
 computed, read or written here.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -31,18 +29,12 @@ def steering(
     measured: float,
     noise_std: float,
 ) -> Figure:
-    """Paths in the plane with and without control, as the paper's Figure 1 sketches them.
+    """Draws paths in the plane with and without control, as the paper's Figure 1 sketches them.
 
-    Args:
-        side: coordinates of the density's grid, (G,), ascending.
-        density: of the prior, (G, G), rows along the second coordinate; not negative.
-        free: states without control, (T + 1, B, 2), noise first.
-        controlled: a panel's title to states of that shape.
-        measured: the first coordinate as it was measured.
-        noise_std: of the measurement, half of the band's width.
-
-    Raises:
-        ValueError: if states are not of the shape (T + 1, B, 2).
+    The prior's density (G, G) has rows along the second coordinate, on a grid of ascending
+    coordinates `side`. States without control are (T + 1, B, 2), noise first; `controlled` has
+    panels' titles and such states. The first coordinate was measured, with a noise that is half of
+    the band's width.
     """
     for name, states in {"free": free, **controlled}.items():
         if states.ndim != 3 or states.shape[-1] != 2:
@@ -74,16 +66,11 @@ def steering(
 def predicted_x0(
     times: Sequence[float], states: Tensor, tweedie: Tensor, rollout: Tensor, truth: Tensor
 ) -> Figure:
-    """The image that a state stands for, by Tweedie's formula and by rollout: Figure 2.
+    """Draws the image that a state stands for, by Tweedie's formula and by rollout: Figure 2.
 
-    Args:
-        times: of the K states, from 1, noise, to 0.
-        states: x_t, (K, C, H, W); shown by what lies in [-1, 1].
-        tweedie, rollout: predictions of x_0 from them, (K, C, H, W) in [-1, 1].
-        truth: (C, H, W) in [-1, 1].
-
-    Raises:
-        ValueError: if the numbers of images differ.
+    The K states (K, C, H, W) are at times from 1, noise, to 0. The two predictions of x_0 from them
+    have their shape; the truth is (C, H, W). What is shown lies in [-1, 1]. A ValueError says that
+    the numbers of images differ.
     """
     rows = {"$x_t$": states, "Tweedie": tweedie, "rollout": rollout}
     for name, images in rows.items():
@@ -106,16 +93,11 @@ def reconstructions(
     rows: Sequence[str],
     captions: Mapping[str, Sequence[str]] | None = None,
 ) -> Figure:
-    """Truth, measurement and reconstructions side by side: Figures 3 and 4.
+    """Draws truth, measurement and reconstructions side by side: Figures 3 and 4.
 
-    Args:
-        columns: a column's title to its images from top to bottom, (C, H, W) each, of one size
-            or several; clipped to [-1, 1].
-        rows: what the rows are called.
-        captions: a column's title to what stands under its images, one each; may be empty.
-
-    Raises:
-        ValueError: if a column has not one image for each row.
+    Columns have titles and images from top to bottom, (C, H, W) each, of one size or several,
+    clipped to [-1, 1], and perhaps a caption for each, which may be empty. A ValueError says that a
+    column has not one image for each of the rows, whose names are given.
     """
     for name, images in columns.items():
         if len(images) != len(rows):
@@ -137,17 +119,11 @@ def reconstructions(
 def metric_by_method(
     values: Mapping[str, Mapping[str, tuple[float, float]]], xlabel: str
 ) -> Figure:
-    """A metric with its interval, methods by tasks, as a picture of Tables 1 and 3.
+    """Draws a metric with its interval, methods by tasks, as a picture of Tables 1 and 3.
 
-    Methods whose names begin with "Ours" are vermilion squares, the others blue dots.
-
-    Args:
-        values: method to task to mean and half-width of its interval; nan for no interval. What
-            is missing has no dot.
-        xlabel: the metric and its unit.
-
-    Raises:
-        ValueError: if there are none.
+    Methods whose names begin with "Ours" are vermilion squares, the others blue dots. The values
+    map a method to a task to mean and half-width of its interval; nan is no interval, and what is
+    missing has no dot. The label is the metric and its unit. A ValueError refuses no values.
     """
     tasks = list(dict.fromkeys(task for found in values.values() for task in found))
     if not tasks:
@@ -179,7 +155,7 @@ def quality_curves(
     columns: int = 3,
     ticks: Sequence[str] | None = None,
 ) -> Figure:
-    """Means of a metric over a budget or a setting, with intervals: Figure 3 and Tables 4 to 6.
+    """Draws means of a metric over a budget or a setting, with intervals: Figure 3, Tables 4 to 6.
 
     Args:
         panels: a panel's title to its lines' labels to their curves, see
@@ -289,7 +265,7 @@ def _grid(
 
 
 def _show(ax: Axes, image: Tensor) -> None:
-    """An image (C, H, W) of one channel or three, by what lies in [-1, 1]."""
+    """Shows an image (C, H, W) of one channel or three, by what lies in [-1, 1]."""
     pixels = ((image.detach().cpu().float() + 1) / 2).clamp(0, 1).movedim(0, -1)
     ax.imshow(pixels.squeeze(-1), vmin=0, vmax=1)
     ax.set(xticks=[], yticks=[])

@@ -12,8 +12,6 @@ and with a small s: the divergence only keeps the latents from growing and from 
 decoder does not need. Latents are standardised channel by channel.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,20 +21,16 @@ from scipy.fft import dct
 from torch import Tensor, nn
 
 from diffoc.data.images import as_states
-from diffoc.data.manifest import load_weights
-from diffoc.priors.weights import load_into
+from diffoc.priors.weights import load_shipped
 
 NOISE_STD = 0.01  # s, of the decoder
 
 
 class Autoencoder(nn.Module):
-    """Maps images in [-1, 1] to latents (B, channels, H / fold, W / fold) and back.
+    """Maps images (B, colours, H, W) in [-1, 1] to latents and back.
 
-    Args:
-        width: channels of the hidden layers, a multiple of 32.
-        channels: of the latents.
-        fold: side of the squares of pixels that become channels.
-        colours: channels of the images (B, colours, H, W), 1 or 3.
+    Latents are (B, channels, H / fold, W / fold). Squares of `fold` pixels a side become channels.
+    The hidden layers are `width` channels wide, a multiple of 32.
     """
 
     mean: Tensor
@@ -65,28 +59,25 @@ class Autoencoder(nn.Module):
             self.down.weight.copy_(basis[:, :, None, None])
             self.up.weight.copy_(basis.mT[:, :, None, None])
             silent = (self.blocks.quant_conv, self.blocks.decoder.conv_out)
-            for parameter in (
-                self.down.bias,
-                self.up.bias,
-                *(p for c in silent for p in c.parameters()),
-            ):
+            biases = (self.down.bias, self.up.bias)
+            for parameter in (*biases, *(p for c in silent for p in c.parameters())):
                 parameter.zero_()
             self.blocks.quant_conv.bias[channels:] = -6  # the log-variance of z
         self.register_buffer("mean", torch.zeros(channels, 1, 1))
         self.register_buffer("std", torch.ones(channels, 1, 1))
 
     def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log-variance of the latents given images, not standardised."""
+        """Returns mean and log-variance of the latents given images, not standardised."""
         folded = nn.functional.pixel_unshuffle(x, self.fold)
         moments = self.blocks.encode(folded).latent_dist
         return self.down(folded) + moments.mean, moments.logvar
 
     def encode(self, x: Tensor) -> Tensor:
-        """The standardised latents' means."""
+        """Returns the standardised latents' means."""
         return (self.posterior(x)[0] - self.mean) / self.std
 
     def decode(self, z: Tensor) -> Tensor:
-        """Images of standardised latents, not clipped."""
+        """Returns images of standardised latents, not clipped."""
         latents = z * self.std + self.mean
         folded = self.up(latents) + self.blocks.decode(latents).sample
         return nn.functional.pixel_shuffle(folded, self.fold)
@@ -101,7 +92,7 @@ class Autoencoder(nn.Module):
 
 
 def autoencoding_loss(network: Autoencoder, x: Tensor, generator: torch.Generator) -> Tensor:
-    """The module's loss per pixel; `generator` draws z."""
+    """Returns the module's loss per pixel; `generator` draws z."""
     mean, log_variance = network.posterior(x)
     noise = torch.randn(mean.shape, generator=generator).to(mean)
     z = mean + (log_variance / 2).exp() * noise
@@ -112,7 +103,7 @@ def autoencoding_loss(network: Autoencoder, x: Tensor, generator: torch.Generato
 
 @torch.no_grad()
 def reconstruction_psnr(network: Autoencoder, images: np.ndarray) -> float:
-    """Mean PSNR in dB (peak 2) of images that went through an autoencoder.
+    """Returns the mean PSNR in dB (peak 2) of images that went through an autoencoder.
 
     They are given as :func:`diffoc.data.images.as_states` takes them.
     """
@@ -125,7 +116,7 @@ def reconstruction_psnr(network: Autoencoder, images: np.ndarray) -> float:
 
 @torch.no_grad()
 def encoded(network: Autoencoder, images: np.ndarray) -> np.ndarray:
-    """Standardised latents (N, channels, h, w), float32, of images as `as_states` takes them."""
+    """Returns standardised latents (N, channels, h, w) of images as `as_states` takes them."""
     parts = np.array_split(images, -(-len(images) // 64))
     return torch.cat([network.encode(as_states(part)) for part in parts]).numpy()
 
@@ -138,31 +129,16 @@ AUTOENCODERS: dict[str, Callable[[], Autoencoder]] = {
 
 
 def load_autoencoder(name: str = "faces64_autoencoder", folder: Path | None = None) -> Autoencoder:
-    """A trained autoencoder of faces, in evaluation mode, float32.
-
-    Args:
-        name: a key of :data:`AUTOENCODERS`.
-        folder: where its weights lie, by default the repository's `data/`.
-
-    Raises:
-        ValueError: for another name, or if the weights are not those of the manifest.
-        FileNotFoundError: if they are missing.
-    """
-    if name not in AUTOENCODERS:
-        raise ValueError(f"name is {name!r}, expected one of {', '.join(AUTOENCODERS)}")
-    network = AUTOENCODERS[name]()
-    load_into(network, load_weights(name, folder), f"{name}.safetensors")
-    return network.eval().requires_grad_(False)
+    """Returns a trained one of :data:`AUTOENCODERS`, to evaluate, float32."""
+    return load_shipped(AUTOENCODERS, name, folder)
 
 
 def _lowest_cosines(side: int, colours: int) -> Tensor:
-    """The orthonormal cosine transform of squares and colours, low rows first.
+    """Returns the orthonormal cosine transform of squares and colours, low rows first.
 
-    The transform along three colours gives their mean and two differences; a difference counts as
-    a frequency between the squares' third and fourth.
-
-    Returns:
-        (n, n), n = colours * side^2, of vectors in the order of a pixel-unshuffle.
+    It is (n, n), n = colours * side^2, for vectors in the order of a pixel-unshuffle. Along three
+    colours it gives their mean and two differences; a difference counts as a frequency between the
+    squares' third and fourth.
     """
     space, colour = (
         torch.from_numpy(dct(np.eye(n), axis=0, norm="ortho")) for n in (side, colours)

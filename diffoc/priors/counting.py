@@ -1,7 +1,5 @@
 """What a method asked of its prior, whoever wrote the method."""
 
-from __future__ import annotations
-
 from contextlib import nullcontext
 
 import torch

@@ -82,45 +82,40 @@ class GaussianPrior(Denoiser):
         return self
 
     def _centred(self, x_t: Tensor, alpha: Tensor) -> Tensor:
-        """x_t - alpha mu; broadcast shapes would be taken for states."""
+        """Returns x_t - alpha mu; broadcast shapes would be taken for states."""
         if x_t.shape[-1:] != self.mean.shape:
             raise ValueError(f"x_t has shape {tuple(x_t.shape)}, expected (B, {len(self.mean)})")
         return x_t - alpha * self.mean
 
     def _marginal(self, t: Tensor) -> tuple[Tensor, Tensor, Covariance]:
-        """alpha, sigma and the covariance of x_t."""
+        """Returns alpha, sigma and the covariance of x_t."""
         alpha, sigma = self.schedule(torch.as_tensor(t, dtype=self.mean.dtype))
         scaled = IsotropicCovariance(alpha**2) * self.covariance
         return alpha, sigma, scaled + IsotropicCovariance(sigma**2)
 
     def forward(self, x_t: Tensor, t: Tensor, **kwargs: object) -> DiracPosterior:
-        """The posterior mean of x_0 given x_t (B, n) at time t, a scalar."""
+        """Returns the posterior mean of x_0 given x_t (B, n) at time t, a scalar."""
         alpha, _, cov_t = self._marginal(t)
         whitened = cov_t.inv(self._centred(x_t, alpha))
         return DiracPosterior(self.mean + alpha * self.covariance(whitened))
 
     def log_prob(self, x_t: Tensor, t: Tensor) -> Tensor:
-        """log p(x_t), (B,), for x_t (B, n) at time t, a scalar."""
+        """Returns log p(x_t), (B,), for x_t (B, n) at time t, a scalar."""
         alpha, _, cov_t = self._marginal(t)
         d = self._centred(x_t, alpha)
         constant = d.shape[-1] * math.log(2 * math.pi) + cov_t.logdet()
         return -((d * cov_t.inv(d)).sum(-1) + constant) / 2
 
     def score(self, x_t: Tensor, t: Tensor) -> Tensor:
-        """grad log p(x_t), (B, n), for x_t (B, n) at time t, a scalar."""
+        """Returns grad log p(x_t), (B, n), for x_t (B, n) at time t, a scalar."""
         alpha, _, cov_t = self._marginal(t)
         return -cov_t.inv(self._centred(x_t, alpha))
 
     def conditional_score(self, x_t: Tensor, t: Tensor, measurement: LinearMeasurement) -> Tensor:
-        r"""The exact :math:`\nabla_{x_t} \log p(y \mid x_t)` of Eq. 7, (B, n).
+        r"""Returns the exact :math:`\nabla_{x_t} \log p(y \mid x_t)` of Eq. 7, (B, n).
 
         .. math:: \alpha \Sigma_t^{-1} \Sigma A^T (A C A^T + s^2 I)^{-1} (y - A m(x_t)), \quad
                   C = \sigma^2 \Sigma \Sigma_t^{-1}
-
-        Args:
-            x_t: (B, n).
-            t: a scalar time.
-            measurement: of x_0.
         """
         alpha, sigma, cov_t = self._marginal(t)
         A = measurement.matrix
@@ -130,7 +125,7 @@ class GaussianPrior(Denoiser):
         return alpha * torch.linalg.solve(S, residual.mT).mT @ gain
 
     def posterior(self, measurement: LinearMeasurement) -> GaussianPosterior:
-        """The exact posterior of x_0 given measurements, and their evidence."""
+        """Returns the exact posterior of x_0 given measurements, and their evidence."""
         A = measurement.matrix
         if A.shape[1] != len(self.mean):
             raise ValueError(f"matrix has {A.shape[1]} columns, expected {len(self.mean)}")
@@ -148,26 +143,22 @@ class GaussianPrior(Denoiser):
         return self.covariance(torch.eye(len(self.mean)).to(self.mean))
 
     def _eigen(self, t: float, s: float) -> tuple[Tensor, Tensor, tuple, tuple]:
-        """Eigenvalues and eigenvectors of the covariance, and the schedule at t and s."""
+        """Returns eigenvalues and eigenvectors of the covariance, and the schedule at t and s."""
         L, Q = torch.linalg.eigh(self.matrix)
         times = torch.tensor([t, s], dtype=L.dtype, device=L.device)
         return L, Q, self.schedule(times[0]), self.schedule(times[1])
 
     def flow(self, x: Tensor, t: float, s: float) -> Tensor:
-        r"""The probability-flow ODE (Eq. 2) solved exactly from time t to s, (B, n).
+        r"""Returns states (B, n) at time s by the exact probability-flow ODE (Eq. 2) from time t.
 
         .. math:: x_s = \alpha_s \mu + \Sigma_s^{1/2} \Sigma_t^{-1/2} (x_t - \alpha_t \mu)
-
-        Args:
-            x: states at t, (B, n).
-            t, s: times in [0, 1].
         """
         L, Q, (alpha_t, sigma_t), (alpha_s, sigma_s) = self._eigen(t, s)
         scale = ((alpha_s**2 * L + sigma_s**2) / (alpha_t**2 * L + sigma_t**2)).sqrt()
         return alpha_s * self.mean + (self._centred(x, alpha_t) @ Q * scale) @ Q.mT
 
     def reverse_kernel(self, t: float, s: float) -> tuple[Tensor, Tensor, Tensor]:
-        r"""The exact transition :math:`x_s \mid x_t \sim N(F x_t + b, C)` of the reverse SDE.
+        r"""Returns the exact transition :math:`x_s | x_t \sim N(F x_t + b, C)` of the reverse SDE.
 
         The forward chain gives :math:`x_t = a x_s + N(0, q I)` with
         :math:`a = \alpha_t / \alpha_s` and :math:`q = \sigma_t^2 - a^2 \sigma_s^2`; Bayes' rule
@@ -176,11 +167,7 @@ class GaussianPrior(Denoiser):
         .. math:: F = a \Sigma_s \Sigma_t^{-1}, \quad C = q \, \Sigma_s \Sigma_t^{-1}, \quad
                   b = \alpha_s \mu - F \alpha_t \mu .
 
-        Args:
-            t, s: times, 0 <= s < t <= 1.
-
-        Returns:
-            F (n, n), b (n,) and C (n, n).
+        It is returned as F (n, n), b (n,) and C (n, n).
         """
         L, Q, (alpha_t, sigma_t), (alpha_s, sigma_s) = self._eigen(t, s)
         a = alpha_t / alpha_s
@@ -206,7 +193,7 @@ class GaussianPosterior:
     log_evidence: Tensor
 
     def sample(self, count: int, generator: torch.Generator) -> Tensor:
-        """Independent exact samples, (count, B, n)."""
+        """Returns independent exact samples, (count, B, n)."""
         values, vectors = torch.linalg.eigh(self.covariance)
         root = vectors * values.clamp(min=0).sqrt()
         z = torch.randn(
@@ -253,27 +240,22 @@ class GaussianMixturePrior(Denoiser):
         return self.schedule(torch.as_tensor(t, dtype=self.means.dtype, device=self.means.device))
 
     def forward(self, x_t: Tensor, t: Tensor, **kwargs: object) -> DiracPosterior:
-        """The posterior mean of x_0 given x_t (B, ...) at time t, a scalar."""
+        """Returns the posterior mean of x_0 given x_t (B, ...) at time t, a scalar."""
         mean = self.mixture.posterior_mean(self._flat(x_t), *self._scales(t))
         return DiracPosterior(mean.reshape(x_t.shape))
 
     def log_prob(self, x_t: Tensor, t: Tensor) -> Tensor:
-        """log p(x_t), (B,), for x_t (B, ...) at time t, a scalar."""
+        """Returns log p(x_t), (B,), for x_t (B, ...) at time t, a scalar."""
         return self.mixture.log_prob(self._flat(x_t), *self._scales(t))
 
     def score(self, x_t: Tensor, t: Tensor) -> Tensor:
-        """grad log p(x_t), shape of x_t (B, ...), at time t, a scalar."""
+        """Returns grad log p(x_t), shape of x_t (B, ...), at time t, a scalar."""
         return self.mixture.score(self._flat(x_t), *self._scales(t)).reshape(x_t.shape)
 
     def conditional_score(self, x_t: Tensor, t: Tensor, measurement: LinearMeasurement) -> Tensor:
-        r"""The exact :math:`\nabla_{x_t} \log p(y \mid x_t)` of Eq. 7, shape of x_t (B, ...).
+        r"""Returns the exact :math:`\nabla_{x_t} \log p(y | x_t)` of Eq. 7, shape of x_t (B, ...).
 
-        The evidence of y under p(x_0 | x_t), differentiated automatically.
-
-        Args:
-            x_t: (B, ...).
-            t: a scalar time.
-            measurement: of x_0.
+        It is that of the evidence of y under p(x_0 | x_t), by automatic differentiation.
         """
         x = x_t.detach().requires_grad_()
         with torch.enable_grad():
@@ -282,11 +264,11 @@ class GaussianMixturePrior(Denoiser):
             return torch.autograd.grad(log_evidence.sum(), x)[0]
 
     def posterior(self, measurement: LinearMeasurement) -> MixturePosterior:
-        """The exact posterior of flat x_0 given measurements, and their evidence."""
+        """Returns the exact posterior of flat x_0 given measurements, and their evidence."""
         return self.mixture.given(measurement)
 
     def sample(self, count: int, generator: torch.Generator) -> Tensor:
-        """Independent samples of x_0, (count, ...)."""
+        """Returns independent samples of x_0, (count, ...)."""
         weights = self.log_weights[0].exp()
         components = torch.multinomial(weights, count, replacement=True, generator=generator)
         flat = self.mixture.sample_components(components, generator)

@@ -33,13 +33,9 @@ if TYPE_CHECKING:
 class LatentPrior(Denoiser):
     """A denoiser of latents with the autoencoder that they belong to.
 
-    Args:
-        denoiser: of latents (B, c, h, w).
-        autoencoder: has differentiable methods `encode`, images to latents, and `decode`.
-
-    Attributes:
-        image_shape: of a latent, (c, h, w): the prior's states are latents.
-        decoded_shape: of an image, (C, H, W). Both are set by `load_prior`.
+    The autoencoder has differentiable methods `encode`, images to latents, and `decode`.
+    `image_shape` is the shape of a latent, (c, h, w): the prior's states are latents.
+    `decoded_shape` is that of an image, (C, H, W). Both are set by `load_prior`.
     """
 
     def __init__(self, denoiser: Denoiser, autoencoder: Autoencoder | DiffusersAutoencoder) -> None:
@@ -49,24 +45,20 @@ class LatentPrior(Denoiser):
         self.schedule = denoiser.schedule
 
     def forward(self, x_t: Tensor, t: Tensor, **kwargs: object) -> DiracPosterior:
-        """The estimate of z_0 given z_t (B, c, h, w) at time t, () or (B,)."""
+        """Returns the estimate of z_0 given z_t (B, c, h, w) at time t, () or (B,)."""
         return DiracPosterior(self.denoiser(x_t, t, **kwargs).mean)
 
     def encode(self, images: Tensor) -> Tensor:
-        """Latents (B, c, h, w) of images (B, C, H, W) in [-1, 1], nothing drawn at random."""
+        """Returns latents (B, c, h, w) of images (B, C, H, W) in [-1, 1]; it draws nothing."""
         return self.autoencoder.encode(images)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Images (B, C, H, W), not clipped, of latents (B, c, h, w)."""
+        """Returns images (B, C, H, W), not clipped, of latents (B, c, h, w)."""
         return self.autoencoder.decode(latents)
 
 
 def latent_prior(prior: Denoiser) -> LatentPrior:
-    """The latent prior that `prior` is, or that it counts the evaluations of.
-
-    Raises:
-        ValueError: for a prior of images.
-    """
+    """Returns the latent prior that `prior` is or counts; a ValueError refuses one of images."""
     inner = prior.prior if isinstance(prior, CountedPrior) else prior
     if not isinstance(inner, LatentPrior):
         raise ValueError(
@@ -91,22 +83,20 @@ class DiffusersAutoencoder(nn.Module):
         self.scale = network.config.scaling_factor
 
     def encode(self, images: Tensor) -> Tensor:
-        """Scaled latents; of a KL model the posterior's mean."""
+        """Returns scaled latents; of a KL model the posterior's mean."""
         output = self.network.encode(images)
         latents = output.latents if "latents" in output else output.latent_dist.mean
         return (latents - self.shift) * self.scale
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Images of scaled latents."""
+        """Returns images of scaled latents."""
         return self.network.decode(latents / self.scale + self.shift).sample
 
 
 class EmptyPrompt(nn.Module):
     """A `diffusers.UNet2DConditionModel` that is asked for nothing: Stable Diffusion as a prior.
 
-    Args:
-        network: the conditional network.
-        embedding: of the empty prompt, (1, tokens, features).
+    The embedding is that of the empty prompt, (1, tokens, features).
     """
 
     embedding: Tensor
@@ -118,24 +108,18 @@ class EmptyPrompt(nn.Module):
         self.register_buffer("embedding", embedding, persistent=False)
 
     def forward(self, x: Tensor, timestep: Tensor) -> object:
-        """The network's output, with its attribute `sample`."""
+        """Returns the network's output, with its attribute `sample`."""
         return self.network(x, timestep, self.embedding.to(x).expand(len(x), -1, -1))
 
 
 def load_pipeline(folder: Path, schedule: Schedule | None) -> LatentPrior:
-    """An unconditional `LDMPipeline`, or a `StableDiffusionPipeline` without a prompt.
+    """Returns an unconditional `LDMPipeline`, or a `StableDiffusionPipeline` without a prompt.
 
     Latent diffusion on FFHQ, as PSLD uses it, comes in the first form (vqvae, unet, scheduler),
-    Stable Diffusion 1.5 in the second (vae, unet, scheduler, tokenizer, text_encoder).
-
-    Args:
-        folder: of the pipeline, as `save_pretrained` writes it.
-        schedule: of the noise.
-
-    Raises:
-        FileNotFoundError: if a part is missing.
-        ValueError: if a part is damaged or of another kind.
-        ModuleNotFoundError: for Stable Diffusion without the package `transformers`.
+    Stable Diffusion 1.5 in the second (vae, unet, scheduler, tokenizer, text_encoder). The folder
+    is as `save_pretrained` writes it. A FileNotFoundError says that a part is missing, a ValueError
+    that one is damaged or of another kind, a ModuleNotFoundError that Stable Diffusion needs the
+    package `transformers`.
     """
     import diffusers  # slow to import
 
@@ -168,7 +152,7 @@ def _load(folder: Path, kinds: dict[str, type[ModelMixin]]) -> ModelMixin:
 
 @torch.no_grad()
 def _embed_nothing(folder: Path) -> Tensor:
-    """The text encoder's output for an empty prompt, (1, tokens, features)."""
+    """Returns the text encoder's output for an empty prompt, (1, tokens, features)."""
     try:
         from transformers import CLIPTextModel, CLIPTokenizer
     except ImportError as error:

@@ -41,11 +41,11 @@ class GaussianMixture:
 
     @property
     def mean(self) -> Tensor:
-        """(B, n)."""
+        """The mean, (B, n)."""
         return torch.einsum("bk,bkn->bn", self.log_weights.exp(), self.means)
 
     def _split(self, x: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
-        """x - alpha mu_k as coordinates in the basis (B, K, r) and the rest (B, K, n).
+        """Returns x - alpha mu_k as coordinates in the basis (B, K, r) and the rest (B, K, n).
 
         Every formula below treats the two apart: a component that is thin off its basis would
         lose all digits of its coordinates in a difference of large numbers.
@@ -55,16 +55,16 @@ class GaussianMixture:
         return coordinates, d - self._lift(coordinates)
 
     def _lift(self, coordinates: Tensor) -> Tensor:
-        """From coordinates (B, K, r) to vectors (B, K, n)."""
+        """Returns vectors (B, K, n) from coordinates (B, K, r)."""
         return torch.einsum("knr,bkr->bkn", self.basis, coordinates)
 
     def _scales(self, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        """The noisy components' variances along the basis (K, r) and off it (K, 1)."""
+        """Returns the noisy components' variances along the basis (K, r) and off it (K, 1)."""
         across = alpha**2 * self.floor + sigma**2
         return alpha**2 * self.variances + sigma**2, across.unsqueeze(-1)
 
     def _log_joint(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-        """log p(k, x) for x = alpha x_0 + sigma noise, (B, K)."""
+        """Returns log p(k, x) for x = alpha x_0 + sigma noise, (B, K)."""
         n, r = self.basis.shape[-2:]
         along, across = self._scales(alpha, sigma)
         coordinates, rest = self._split(x, alpha)
@@ -73,11 +73,11 @@ class GaussianMixture:
         return self.log_weights - (quadratic + logdet + n * math.log(2 * math.pi)) / 2
 
     def log_prob(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-        r"""The log-density of :math:`\alpha x_0 + \sigma z` at x (B, n), (B,)."""
+        r"""Returns the log-density of :math:`\alpha x_0 + \sigma z` at x (B, n), (B,)."""
         return self._log_joint(x, alpha, sigma).logsumexp(dim=1)
 
     def score(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-        """The gradient of :meth:`log_prob` in x, (B, n)."""
+        """Returns the gradient of :meth:`log_prob` in x, (B, n)."""
         along, across = self._scales(alpha, sigma)
         coordinates, rest = self._split(x, alpha)
         whitened = self._lift(coordinates / along) + rest / across
@@ -85,7 +85,7 @@ class GaussianMixture:
         return -torch.einsum("bk,bkn->bn", weights, whitened)
 
     def posterior_mean(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-        r"""The mean of :meth:`given_noisy`, (B, n), without its K means.
+        r"""Returns the mean of :meth:`given_noisy`, (B, n), without its K means.
 
         All components' projections are one matrix product and so is their way back, which is what
         a Jacobian of n rows needs to be fast: nothing of size (B, K, n) is made. The price is in
@@ -117,7 +117,7 @@ class GaussianMixture:
         )
 
     def given_noisy(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> GaussianMixture:
-        r"""The posterior of x_0 given :math:`x = \alpha x_0 + \sigma z`, (B, n)."""
+        r"""Returns the posterior of x_0 given :math:`x = \alpha x_0 + \sigma z`, (B, n)."""
         along, across = self._scales(alpha, sigma)
         coordinates, rest = self._split(x, alpha)
         gain, gain_across = self.variances / along, self.floor.unsqueeze(-1) / across
@@ -131,7 +131,7 @@ class GaussianMixture:
         )
 
     def given(self, measurement: LinearMeasurement) -> MixturePosterior:
-        """The posterior of x_0 given a linear Gaussian measurement."""
+        """Returns the posterior of x_0 given a linear Gaussian measurement."""
         A = measurement.matrix
         # Rows of A Sigma_k: (K, m, n).
         rows = torch.einsum("knr,mn->kmr", self.basis, A)
@@ -152,7 +152,7 @@ class GaussianMixture:
         )
 
     def sample_components(self, components: Tensor, generator: torch.Generator) -> Tensor:
-        """One sample of each named component, (..., n) for components (...); needs B = 1."""
+        """Returns a sample of each named component, (..., n) for components (...), where B = 1."""
         n, device = self.basis.shape[1], self.basis.device
         z = torch.randn(
             *components.shape, n, generator=generator, dtype=torch.float64, device=device
@@ -169,8 +169,7 @@ class MixturePosterior:
     """The posterior of a mixture under a linear Gaussian measurement: again a mixture.
 
     Attributes:
-        log_weights: of the components, (B, K).
-        means: of the components, (B, K, n).
+        log_weights, means: those of the components, (B, K) and (B, K, n).
         log_evidence: log p(y), (B,).
         prior: the mixture before the measurement.
         measurement: what was measured.
@@ -208,7 +207,7 @@ class MixturePosterior:
         return within + torch.einsum("bk,bki,bkj->bij", weights, d, d)
 
     def sample(self, count: int, generator: torch.Generator) -> Tensor:
-        r"""Independent exact samples, (count, B, n).
+        r"""Returns independent exact samples, (count, B, n).
 
         A prior sample x with its own simulated measurement becomes a posterior sample by the
         linear correction of their mismatch (Matheron's rule): no n x n matrix is formed.
@@ -232,16 +231,10 @@ class MixturePosterior:
 def mixture_from_loadings(
     log_weights: Tensor, means: Tensor, loadings: Tensor, noise_variance: Tensor
 ) -> GaussianMixture:
-    r"""A mixture from factor-analysis parameters, :math:`\Sigma_k = W_k W_k^T + \psi_k I`.
+    r"""Returns a mixture with :math:`\Sigma_k = W_k W_k^T + \psi_k I`, as in factor analysis.
 
-    Args:
-        log_weights: (K,), normalised here.
-        means: (K, n).
-        loadings: W, (K, n, r) with r < n.
-        noise_variance: psi > 0, (K,).
-
-    Raises:
-        ValueError: if the shapes disagree or a noise variance is not positive.
+    The log-weights (K,) are normalised here; the means are (K, n), the loadings W (K, n, r) with
+    r < n, and psi (K,). A ValueError refuses shapes that disagree, and a psi that is not positive.
     """
     given = {
         "loadings": loadings,
@@ -274,12 +267,12 @@ def mixture_from_loadings(
 
 
 def with_noise(C: Tensor, noise_std: float) -> Tensor:
-    """Covariances (..., m, m) of a measurement, with its noise."""
+    """Returns covariances (..., m, m) of a measurement, with its noise."""
     return C + noise_std**2 * torch.eye(C.shape[-1], dtype=C.dtype, device=C.device)
 
 
 def log_normal(residual: Tensor, L: Tensor) -> Tensor:
-    """log N(residual; 0, L L^T) for residuals (B, m) and one factor, or (B, K, m) and K."""
+    """Returns log N(residual; 0, L L^T) for residuals (B, m) and one factor, or (B, K, m) and K."""
     whitened = torch.linalg.solve_triangular(L, residual.movedim(0, -1), upper=False)
     logdet = 2 * L.diagonal(dim1=-2, dim2=-1).log().sum(-1)
     constant = residual.shape[-1] * math.log(2 * math.pi)
@@ -287,6 +280,6 @@ def log_normal(residual: Tensor, L: Tensor) -> Tensor:
 
 
 def _correction(residual: Tensor, L: Tensor, gain: Tensor) -> Tensor:
-    """Sigma A^T S^-1 residual of every component, (B, K, n)."""
+    """Returns Sigma A^T S^-1 residual of every component, (B, K, n)."""
     solved = torch.cholesky_solve(residual.movedim(0, -1), L)  # (K, m, B)
     return torch.einsum("kmb,kmn->bkn", solved, gain)

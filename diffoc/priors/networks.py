@@ -4,8 +4,6 @@ A backbone maps a scaled noisy image and :math:`\log(\sigma_t / \alpha_t)` to an
 `KarrasDenoiser` makes a denoiser of it.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 
@@ -22,14 +20,9 @@ class UNetBackbone(nn.Module):
 
     Folding trades resolution for channels (pixel-unshuffle): a 2 x 2 fold makes a 64 x 64 image
     cost what a 32 x 32 one costs. Noise levels beyond the trained ones are treated as the
-    nearest of those.
-
-    Args:
-        channels: of every level; each level halves the resolution of the one before.
-        blocks: residual blocks of every level, each way.
-        fold: side of the squares of pixels that become channels.
-        in_channels: of the images.
-        features: of the noise level's embedding.
+    nearest of those. `channels` and `blocks` say how wide each level is, and how many residual
+    blocks it has each way; a level halves the resolution of the one before. `features` is the size
+    of the noise level's embedding.
     """
 
     def __init__(
@@ -59,11 +52,7 @@ class UNetBackbone(nn.Module):
         )
 
     def forward(self, x: Tensor, log_sigma: Tensor, **kwargs: object) -> Tensor:
-        """Maps images (B, C, H, W) and log-noise-levels, () or (B,), to images.
-
-        Raises:
-            ValueError: if height or width is not a multiple of the fold.
-        """
+        """Maps images (B, C, H, W), sides multiples of the fold, and log-levels, () or (B,)."""
         if x.shape[-2] % self.fold or x.shape[-1] % self.fold:
             raise ValueError(
                 f"x has shape {tuple(x.shape)}, expected sides that {self.fold} divides"
@@ -93,7 +82,7 @@ class DigitClassifier(nn.Module):
         self.head = nn.Linear(128, 10)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits (B, 10) of images (B, 1, 28, 28) in [-1, 1]."""
+        """Returns logits (B, 10) of images (B, 1, 28, 28) in [-1, 1]."""
         return self.head(self.features(x))
 
 
@@ -151,5 +140,5 @@ NETWORKS: dict[str, Callable[[], UNetBackbone]] = {
 
 
 def parameter_count(network: nn.Module) -> int:
-    """The number of parameters."""
+    """Returns the number of parameters."""
     return sum(p.numel() for p in network.parameters())

@@ -13,6 +13,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from torch import Tensor, nn
 
+from diffoc.checks import check_member
 from diffoc.data.downloads import cache_folder
 
 if TYPE_CHECKING:
@@ -48,11 +49,7 @@ class DiffusersDenoiser(Denoiser):
         schedule: Schedule | None = None,
     ) -> None:
         super().__init__()
-        if prediction_type not in PREDICTION_TYPES:
-            raise ValueError(
-                f"prediction_type is {prediction_type!r}, expected one of "
-                f"{', '.join(PREDICTION_TYPES)}"
-            )
+        check_member(PREDICTION_TYPES, prediction_type=prediction_type)
         self.backbone = backbone
         self.prediction_type = prediction_type
         bar = alphas_cumprod.double()
@@ -61,7 +58,7 @@ class DiffusersDenoiser(Denoiser):
         self.register_buffer("log_snr", (bar / (1 - bar)).log(), persistent=False)
 
     def timestep(self, log_snr: Tensor) -> Tensor:
-        """The fractional timestep of a log-SNR, between the first and the last one."""
+        """Returns the fractional timestep of a log-SNR, between the first and the last one."""
         increasing = self.log_snr.flip(0)
         index = torch.searchsorted(increasing, log_snr.to(increasing)).clamp(1, len(increasing) - 1)
         below, above = increasing[index - 1], increasing[index]
@@ -69,7 +66,7 @@ class DiffusersDenoiser(Denoiser):
         return len(increasing) - 1 - (index - 1 + fraction)
 
     def forward(self, x_t: Tensor, t: Tensor, **kwargs: object) -> DiracPosterior:
-        """The estimate of x_0 given x_t (B, C, H, W) at time t, () or (B,)."""
+        """Returns the estimate of x_0 given x_t (B, C, H, W) at time t, () or (B,)."""
         alpha, sigma = scales_of_images(self.schedule, t, x_t)
         scale = torch.rsqrt(alpha**2 + sigma**2)
         signal, noise, x = scale * alpha, scale * sigma, scale * x_t
@@ -85,15 +82,12 @@ class DiffusersDenoiser(Denoiser):
 
 
 def schedule_within(alphas_cumprod: Tensor) -> VPSchedule:
-    r"""A variance-preserving schedule within the levels that a network was trained for.
+    r"""Returns a variance-preserving schedule within the levels, (steps,), of a network's training.
 
     .. math:: \frac{\sigma_0}{\alpha_0} \ge \sqrt{\frac{1 - \bar\alpha_0}{\bar\alpha_0}}, \qquad
               \frac{\sigma_1}{\alpha_1} \le \sqrt{\frac{1 - \bar\alpha_n}{\bar\alpha_n}}
 
     Where they reach further than sigma / alpha from 0.01 to 100, it ends there.
-
-    Args:
-        alphas_cumprod: decreasing, (steps,).
     """
     least, most = _ratios(alphas_cumprod)
     sigma_min = max(0.01, least)
@@ -118,7 +112,7 @@ def _check_within(schedule: Schedule, alphas_cumprod: Tensor) -> None:
 
 
 def from_hub(name: str) -> Path:
-    """The folder of a model "owner/name", downloaded now or earlier; raises as `load_prior`."""
+    """Returns the folder of a model "owner/name", downloaded if need be; raises as `load_prior`."""
     folder = cache_folder() / "hub"
     try:
         return Path(
@@ -144,7 +138,7 @@ def from_hub(name: str) -> Path:
 
 
 def load_pixel_model(folder: Path, schedule: Schedule | None) -> DiffusersDenoiser:
-    """The unconditional `UNet2DModel` of a folder, or of the pipeline in it.
+    """Returns the unconditional `UNet2DModel` of a folder, or of the pipeline in it.
 
     Raises as `load_prior`.
     """
@@ -203,10 +197,9 @@ def load_network(folder: Path, kind: type[ModelMixin]) -> ModelMixin:
 
 
 def sides_of(network: ModelMixin) -> tuple[int, int]:
-    """Height and width of what a network of `diffusers` was made for.
+    """Returns height and width of what a network of `diffusers` was made for.
 
-    Raises:
-        ValueError: if its settings do not say.
+    A ValueError says that its settings do not say.
     """
     size = network.config.sample_size
     sides = tuple(size) if isinstance(size, list | tuple) else (size, size)
@@ -219,10 +212,9 @@ def sides_of(network: ModelMixin) -> tuple[int, int]:
 
 
 def alphas_cumprod_of(folder: Path) -> tuple[Tensor, str]:
-    """What a pipeline's scheduler says: the levels of noise (steps,), and the prediction type.
+    """Returns what a pipeline's scheduler says: the levels (steps,), and the prediction type.
 
-    Raises:
-        FileNotFoundError, ValueError: as for :func:`load_prior`.
+    It raises as :func:`load_prior`.
     """
     from diffusers import DDPMScheduler
 
@@ -249,7 +241,7 @@ def alphas_cumprod_of(folder: Path) -> tuple[Tensor, str]:
 
 
 def read_json(path: Path) -> dict:
-    """The content of one of a pipeline's json files; raises as :func:`load_prior`."""
+    """Returns the content of one of a pipeline's json files; raises as :func:`load_prior`."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: expected a diffusers model or pipeline there")
     try:
@@ -262,7 +254,7 @@ def read_json(path: Path) -> dict:
 
 
 def scales_of_images(schedule: Schedule, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Signal and noise scales at t, shaped to multiply images."""
+    """Returns signal and noise scales at t, shaped to multiply images."""
     alpha, sigma = schedule(t)
     shape = alpha.shape + (1,) * (x.ndim - max(1, alpha.ndim))
     return alpha.reshape(shape), sigma.reshape(shape)

@@ -6,8 +6,6 @@ it was trained with: with :math:`c = (\alpha_t^2 + \sigma_t^2)^{-1/2}`, :math:`c
 of the variance-preserving process at :math:`\bar\alpha = (c \alpha_t)^2`.
 """
 
-from __future__ import annotations
-
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +18,7 @@ from azula.plugins.adm._src.unet import AttentionBlock, ResBlock
 from azula.plugins.utils import load_cards
 from torch import Tensor, nn
 
+from diffoc.checks import check_member
 from diffoc.data import manifest
 from diffoc.data.downloads import RemoteFile, cache_folder, fetch, read_torch_file
 from diffoc.priors.autoencoder import load_autoencoder
@@ -61,18 +60,13 @@ _ADM_CARDS = {"ffhq256": "ffhq_256x256", "imagenet256": "imagenet_256x256"}
 
 
 def default_schedule() -> Schedule:
-    """azula's variance-preserving one with sigma / alpha from 0.01 to 100."""
+    """Returns azula's variance-preserving one with sigma / alpha from 0.01 to 100."""
     return VPSchedule(alpha_min=1e-2, sigma_min=1e-2)
 
 
 def shape_of(name: str) -> tuple[int, ...]:
-    """The shape (C, H, W) of the states of a prior that we know by name.
-
-    Raises:
-        ValueError: for another name.
-    """
-    if name not in _SHAPES:
-        raise ValueError(f"name is {name!r}, expected one of {', '.join(sorted(_SHAPES))}")
+    """Returns the shape (C, H, W) of the states of a prior that we know by name."""
+    check_member(sorted(_SHAPES), name=name)
     return _SHAPES[name]
 
 
@@ -83,7 +77,7 @@ def load_prior(
     allow_pickle: bool = False,
     learned_variance: bool = False,
 ) -> Denoiser:
-    """A pretrained prior: an azula denoiser on images in [-1, 1], in evaluation mode, float32.
+    """Returns a pretrained prior: an azula denoiser on images in [-1, 1], to evaluate, float32.
 
     Its attribute `image_shape` is the shape (C, H, W) of its images. Latent models are loaded as a
     :class:`diffoc.priors.latent.LatentPrior`, whose states are latents.
@@ -200,21 +194,13 @@ def _load_folder(folder: Path, schedule: Schedule | None) -> Denoiser:
 def untrained_adm(
     name: str, channels: int | None = None, learned_variance: bool = False
 ) -> Denoiser:
-    """The network of "ffhq256" or "imagenet256" as initialised: its last convolution is zero.
+    """Returns the network of "ffhq256" or "imagenet256" as initialised: it ends in zeros.
 
     Its schedule is azula's own for these networks; under `torch.device("meta")` it takes no memory.
-
-    Args:
-        name: of the two.
-        channels: of the first level, a multiple of 32; those of the others are in proportion. By
-            default as many as the weights have.
-        learned_variance: whether it has the head for the variance, too.
-
-    Raises:
-        ValueError: for another name or number.
+    The channels are those of the first level, a multiple of 32, by default as many as the weights
+    have; those of the others are in proportion. It may have the head for the variance, too.
     """
-    if name not in _ADM_CARDS:
-        raise ValueError(f"name is {name!r}, expected one of {sorted(_ADM_CARDS)}")
+    check_member(_ADM_CARDS, name=name)
     config = dict(load_cards(adm)[_ADM_CARDS[name]].config)
     if channels is not None:
         if channels < 32 or channels % 32:  # ADM's norms have 32 groups
@@ -257,11 +243,8 @@ def take_nearest_timesteps(prior: Denoiser) -> None:
 class EDMDenoiser(Denoiser):
     r"""A network :math:`D(x_0 + \sigma z; \sigma)` of Karras et al. 2022 as azula denoiser.
 
-    azula's own `ElucidatedDenoiser` asks for a class label, which these networks have not.
-
-    Args:
-        backbone: called with images (B, C, H, W) and sigma (B,).
-        schedule: of the noise.
+    azula's own `ElucidatedDenoiser` asks for a class label, which these networks have not. The
+    backbone is called with images (B, C, H, W) and sigma (B,).
     """
 
     def __init__(self, backbone: Callable[[Tensor, Tensor], Tensor], schedule: Schedule) -> None:
@@ -270,7 +253,7 @@ class EDMDenoiser(Denoiser):
         self.schedule = schedule
 
     def forward(self, x_t: Tensor, t: Tensor, **kwargs: object) -> DiracPosterior:
-        """The estimate of x_0 given x_t (B, C, H, W) at time t, () or (B,)."""
+        """Returns the estimate of x_0 given x_t (B, C, H, W) at time t, () or (B,)."""
         alpha, sigma = scales_of_images(self.schedule, t, x_t)
         ratio = (sigma / alpha).flatten().expand(len(x_t))
         return DiracPosterior(self.backbone(x_t / alpha, ratio).to(x_t))

@@ -7,26 +7,19 @@ logarithm of the severity :math:`\hat\sigma`, its prediction of the estimate's o
 from the picture which one it is.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 from azula.nn.unet import UNet
 from torch import Tensor, nn
 
-from diffoc.data.manifest import load_weights
-from diffoc.priors.weights import load_into
+from diffoc.priors.weights import load_shipped
 
 
 class SeverityEncoder(nn.Module):
-    """Maps pictures in [-1, 1] to latents (B, c, H / fold, W / fold) and severities.
+    """Maps pictures (B, colours, H, W) in [-1, 1] to latents and severities.
 
-    Args:
-        channels: hidden, of every level.
-        blocks: residual blocks of every level, each way.
-        latents: c.
-        fold: side of the squares of pixels that become channels.
-        colours: channels of the pictures (B, colours, H, W), 1 or 3.
+    The latents are (B, latents, H / fold, W / fold). `channels` and `blocks` say how wide each
+    level of the network is, and how many residual blocks it has each way.
     """
 
     def __init__(
@@ -40,15 +33,11 @@ class SeverityEncoder(nn.Module):
         super().__init__()
         self.fold = fold
         self.unet = UNet(
-            colours * fold**2,
-            latents + 1,
-            hid_channels=channels,
-            hid_blocks=blocks,
-            norm="group",
+            colours * fold**2, latents + 1, hid_channels=channels, hid_blocks=blocks, norm="group"
         )
 
     def forward(self, picture: Tensor) -> tuple[Tensor, Tensor]:
-        """The latents' estimate (B, c, h, w) and log severities (B,)."""
+        """Returns the latents' estimate (B, latents, h, w) and log severities (B,)."""
         output = self.unet(nn.functional.pixel_unshuffle(picture, self.fold))
         return output[:, :-1], output[:, -1].flatten(1).mean(1)
 
@@ -61,17 +50,5 @@ SEVERITY_ENCODERS: dict[str, Callable[[], SeverityEncoder]] = {
 
 
 def load_severity_encoder(name: str = "faces64_severity") -> SeverityEncoder:
-    """The trained severity encoder of the latent prior of that name, in evaluation mode, float32.
-
-    Args:
-        name: a key of :data:`SEVERITY_ENCODERS`.
-
-    Raises:
-        ValueError: for another name, or if the weights are not those of the manifest.
-        FileNotFoundError: if they are missing.
-    """
-    if name not in SEVERITY_ENCODERS:
-        raise ValueError(f"name is {name!r}, expected one of {', '.join(SEVERITY_ENCODERS)}")
-    network = SEVERITY_ENCODERS[name]()
-    load_into(network, load_weights(name), f"{name}.safetensors")
-    return network.eval().requires_grad_(False)
+    """Returns a trained one of :data:`SEVERITY_ENCODERS`, to evaluate, float32."""
+    return load_shipped(SEVERITY_ENCODERS, name)

@@ -1,15 +1,14 @@
 """Weights on disk: ours as safetensors in half precision, those of others as torch files."""
 
-from __future__ import annotations
-
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from diffoc.checks import check_member
 from diffoc.data.downloads import read_torch_file
 from diffoc.data.files import replacing
 from diffoc.data.manifest import LICENSES, load_weights, register_file
@@ -32,19 +31,13 @@ TRAINED_ON = {
 
 
 def write_weights(network: nn.Module, name: str, folder: Path) -> Path:
-    """Writes a network's weights as `name`.safetensors and its entry in the manifest.
+    """Writes a network's weights as `name`.safetensors, and its entry in the folder's manifest.
 
-    Args:
-        network: whose weights.
-        name: a key of :data:`TRAINED_ON`.
-        folder: an existing folder.
-
-    Raises:
-        ValueError: for another name, or weights that are not finite: nothing is written then.
-        OSError: if the file cannot be written; an older one is then as it was.
+    A ValueError refuses a name that is no key of :data:`TRAINED_ON`, and weights that are not
+    finite: nothing is written then. An OSError says that the file cannot be written; an older one
+    is then as it was.
     """
-    if name not in TRAINED_ON:
-        raise ValueError(f"name is {name!r}, expected one of {', '.join(TRAINED_ON)}")
+    check_member(TRAINED_ON, name=name)
     state = {k: v.half().contiguous() for k, v in network.state_dict().items()}
     if not all(value.isfinite().all() for value in state.values()):
         raise ValueError(f"network has weights that are not finite: {name} is not written")
@@ -57,14 +50,9 @@ def write_weights(network: nn.Module, name: str, folder: Path) -> Path:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The float32 weights in a file of :func:`write_weights`, wherever it lies.
+    """Returns the float32 weights in a file of :func:`write_weights`, wherever it lies.
 
-    Args:
-        path: of the safetensors file.
-
-    Raises:
-        FileNotFoundError: if there is none.
-        ValueError: if it is damaged or of another kind.
+    A FileNotFoundError says that there is none, a ValueError that it is damaged or of another kind.
     """
     if not path.is_file():
         raise FileNotFoundError(f"path {path} is no file: name the weights of an earlier training")
@@ -75,7 +63,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def difference(network: nn.Module, weights: Mapping[str, object]) -> str | None:
-    """What is first found in weights that makes them those of another network; None if nothing."""
+    """Returns what is first found that makes weights those of another network; None if nothing."""
     expected = network.state_dict()
     if unlike := expected.keys() ^ weights.keys():
         name = min(map(str, unlike))
@@ -90,15 +78,10 @@ def difference(network: nn.Module, weights: Mapping[str, object]) -> str | None:
 
 
 def load_into(network: nn.Module, weights: Mapping[str, Any], place: Path | str) -> None:
-    """Gives a network its weights, in its own precision.
+    """Gives a network its weights, all of its state, in its own precision.
 
-    Args:
-        network: is as it was if they are refused.
-        weights: all of its state.
-        place: where they are from, for the message.
-
-    Raises:
-        ValueError: if they are of another network, or not finite.
+    A ValueError, which names the place that they are from, refuses weights of another network, or
+    that are not finite; the network is then as it was.
     """
     if found := difference(network, weights):
         raise ValueError(f"{place} holds another network: {found}")
@@ -109,11 +92,9 @@ def load_into(network: nn.Module, weights: Mapping[str, Any], place: Path | str)
 
 
 def read_checkpoint(path: Path) -> dict:
-    """The content of a checkpoint that :func:`diffoc.training.trainer.save` wrote, on the CPU.
+    """Returns what :func:`diffoc.training.trainer.save` wrote into a checkpoint, on the CPU.
 
-    Raises:
-        FileNotFoundError: if there is none.
-        ValueError: if the file is damaged or something else.
+    A FileNotFoundError says that there is none, a ValueError that it is damaged or something else.
     """
     if not path.is_file():
         raise FileNotFoundError(f"path {path} is no checkpoint: call start() for a new run")
@@ -128,29 +109,37 @@ def read_checkpoint(path: Path) -> dict:
     return state
 
 
-_CLASSIFIERS: dict[str, tuple[str, type[DigitClassifier | ResidualClassifier]]] = {
-    "mnist": ("classifier", DigitClassifier),
-    "judge": ("judge", ResidualClassifier),
-}
+Network = TypeVar("Network", bound=nn.Module)
+
+
+def load_shipped(
+    builders: Mapping[str, Callable[[], Network]], name: str, folder: Path | None = None
+) -> Network:
+    """Returns a trained network by name, of those that can be built, to evaluate in float32.
+
+    Its weights lie in a folder, by default the repository's `data/`. A ValueError refuses another
+    name and weights that are not those of the manifest; a FileNotFoundError says that they are
+    missing.
+    """
+    check_member(builders, name=name)
+    network = builders[name]()
+    load_into(network, load_weights(name, folder), f"{name}.safetensors")
+    return network.eval().requires_grad_(False)
 
 
 def classifier(
     name: str = "mnist", folder: Path | None = None
 ) -> DigitClassifier | ResidualClassifier:
-    """A trained classifier of handwritten digits, in evaluation mode, float32.
+    """Returns a trained classifier of handwritten digits, see :func:`load_shipped`.
 
-    Args:
-        name: "mnist", the paper's, which guides and whose features measure; or "judge", of another
-            architecture and seed, which has no part in what it judges.
-        folder: where its weights lie, by default the repository's `data/`.
-
-    Raises:
-        ValueError: for another name, or weights that are not those of the manifest.
-        FileNotFoundError: if the weights are missing.
+    "mnist" is the paper's, which guides and whose features measure; "judge" has another
+    architecture and seed, and no part in what it judges.
     """
-    if name not in _CLASSIFIERS:
-        raise ValueError(f"name is {name!r}, expected one of {', '.join(_CLASSIFIERS)}")
-    file, build = _CLASSIFIERS[name]
-    network = build()
-    load_into(network, load_weights(file, folder), f"{file}.safetensors")
-    return network.eval().requires_grad_(False)
+    check_member(("mnist", "judge"), name=name)
+    return load_shipped(_CLASSIFIERS, "classifier" if name == "mnist" else name, folder)
+
+
+_CLASSIFIERS: dict[str, Callable[[], DigitClassifier | ResidualClassifier]] = {
+    "classifier": DigitClassifier,
+    "judge": ResidualClassifier,
+}

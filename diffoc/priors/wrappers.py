@@ -1,7 +1,5 @@
 """A network of one's own as a prior."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 
@@ -23,7 +21,7 @@ class _Output(nn.Module):
         self.network = network
 
     def forward(self, x: Tensor, timestep: Tensor) -> SimpleNamespace:
-        """The output as attribute `sample`."""
+        """Returns the output as attribute `sample`."""
         return SimpleNamespace(sample=self.network(x, timestep))
 
 
@@ -35,7 +33,7 @@ def wrap(
     prediction_type: str = "epsilon",
     schedule: Schedule | None = None,
 ) -> Denoiser:
-    r"""A network that predicts noise, as DDPM's do, as a prior.
+    r"""Returns a network that predicts noise, as DDPM's do, as a prior with `image_shape`.
 
     >>> prior = diffoc.priors.wrap(network, alphas_cumprod, (3, 64, 64))
     >>> result = diffoc.reconstruct(problem, prior)
@@ -50,9 +48,6 @@ def wrap(
         prediction_type: "epsilon" for z, "sample" for x_0, or "v_prediction".
         schedule: of the reverse process, within the levels of `alphas_cumprod`; by default
             :func:`diffoc.priors.pipelines.schedule_within`.
-
-    Returns:
-        An azula denoiser with the attribute `image_shape`.
 
     Raises:
         ValueError: if an argument is out of its range.
@@ -70,19 +65,13 @@ def wrap_edm(
     *,
     schedule: Schedule | None = None,
 ) -> Denoiser:
-    r"""A denoiser :math:`D(x_0 + \sigma z; \sigma)` as k-diffusion and EDM have it, as a prior.
+    r"""Returns a denoiser :math:`D(x_0 + \sigma z; \sigma)`, as EDM and k-diffusion have it.
 
     Args:
         network: maps noisy images (B, C, H, W) and noise levels sigma (B,) to clean images.
         shape: as for :func:`wrap`.
         schedule: of the reverse process; by default azula's variance-preserving one with sigma /
             alpha from 0.01 to 100.
-
-    Returns:
-        An azula denoiser with the attribute `image_shape`.
-
-    Raises:
-        ValueError: if `shape` is none.
     """
     return _finished(EDMDenoiser(network, schedule or default_schedule()), shape)
 

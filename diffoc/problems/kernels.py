@@ -1,32 +1,24 @@
 """Random kernels of motion blur."""
 
-from __future__ import annotations
-
 import math
 
 import torch
 from torch import Tensor
 
+from diffoc.checks import check_within
+
 
 def motion_kernel(side: int, intensity: float, generator: torch.Generator) -> Tensor:
-    """A random motion-blur kernel, (side, side) float64, not negative, with sum 1.
+    """Returns a random motion-blur kernel, (side, side) float64, not negative, with sum 1.
 
     A camera moves at constant speed along a random path, whose steps and headings have the
     distributions of the library `motionblur` by Levi Borodenko, which DPS and the paper use; its
-    line of one pixel at twice the resolution is here a Gaussian of half a pixel.
-
-    Args:
-        side: odd.
-        intensity: 0 for a straight line to 1 for a long and winding one.
-        generator: the source of randomness.
-
-    Raises:
-        ValueError: if an argument is out of its range.
+    line of one pixel at twice the resolution is here a Gaussian of half a pixel. The side is odd;
+    the intensity is 0 for a straight line to 1 for a long and winding one.
     """
     if side < 1 or side % 2 == 0:
         raise ValueError(f"side is {side}, expected an odd number")
-    if not 0 <= intensity <= 1:
-        raise ValueError(f"intensity is {intensity}, expected 0 to 1")
+    check_within(0, 1, intensity=intensity)
     steps = _random_steps(math.hypot(side, side), intensity, generator)
     path = torch.cat([steps.new_zeros(1), steps.cumsum(0)])
     path = path - path[1:].mean()

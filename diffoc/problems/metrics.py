@@ -1,7 +1,5 @@
 """Metrics of images and of sets of images."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure
@@ -10,7 +8,7 @@ from diffoc.checks import check_images, check_tensor
 
 
 def image_metrics(images: Tensor, truth: Tensor, *, rounded: bool = False) -> dict[str, Tensor]:
-    """PSNR in dB, SSIM and MSE of images in [-1, 1], clipped to that range, (B,) each.
+    """Returns PSNR in dB, SSIM and MSE of images in [-1, 1], clipped to that range, (B,) each.
 
     The MSE is that on [-1, 1], four times the one on [0, 1]; :func:`mse_255` has the paper's scale.
     The PSNR is the same on all. SSIM, which depends on where black is, is taken on [0, 1]: that of
@@ -37,11 +35,7 @@ def image_metrics(images: Tensor, truth: Tensor, *, rounded: bool = False) -> di
         images, truth = ((127.5 * (x + 1)).round() / 127.5 - 1 for x in (images, truth))
     mse = (images - truth).square().flatten(1).mean(dim=1)
     _, ssim = structural_similarity_index_measure(
-        (images + 1) / 2,
-        (truth + 1) / 2,
-        data_range=1.0,
-        reduction="none",
-        return_full_image=True,
+        (images + 1) / 2, (truth + 1) / 2, data_range=1.0, reduction="none", return_full_image=True
     )
     # torchmetrics would count the windows that reach beyond the border.
     ssim = ssim[..., 5:-5, 5:-5].flatten(1).mean(dim=1)
@@ -49,7 +43,7 @@ def image_metrics(images: Tensor, truth: Tensor, *, rounded: bool = False) -> di
 
 
 def mse_255(mse: Tensor) -> Tensor:
-    """The MSE on 0..255, as in the paper's Table 3, from that of images in [-1, 1].
+    """Returns the MSE on 0..255, as in the paper's Table 3, from that of images in [-1, 1].
 
     The table's 117.0 beside 27.45 dB is this one: 10 log10(255^2 / 117.0) = 27.45.
     """
@@ -57,16 +51,10 @@ def mse_255(mse: Tensor) -> Tensor:
 
 
 def frechet_distance(first: Tensor, second: Tensor) -> float:
-    """The squared Fréchet distance between Gaussians fitted to two sets of features.
+    """Returns the squared Fréchet distance between Gaussians fitted to features (N, d) and (M, d).
 
     It is what is called FID when the features are Inception's; sets of fewer images than features,
-    or of different sizes, bias it upwards.
-
-    Args:
-        first, second: (N, d) and (M, d), N and M at least 2.
-
-    Raises:
-        ValueError: for other shapes, or values that are not finite.
+    or of different sizes, bias it upwards. Both have at least two rows.
 
     Source: Heusel et al. 2017, arXiv:1706.08500, Eq. 6.
     """
@@ -74,7 +62,7 @@ def frechet_distance(first: Tensor, second: Tensor) -> float:
 
 
 def moments(features: Tensor, name: str = "features") -> tuple[Tensor, Tensor]:
-    """Mean (d,) and covariance (d, d) of features (N, d), float64; errors call them `name`."""
+    """Returns mean (d,) and covariance (d, d) of features (N, d); errors call them `name`."""
     if features.ndim != 2 or len(features) < 2:
         raise ValueError(f"{name} has shape {tuple(features.shape)}, expected (N >= 2, d)")
     check_tensor(name, features)
@@ -83,12 +71,9 @@ def moments(features: Tensor, name: str = "features") -> tuple[Tensor, Tensor]:
 
 
 def frechet_between(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> float:
-    r"""The squared Fréchet distance between two Gaussians, mean (d,) and covariance (d, d) each.
+    r"""Returns the squared Fréchet distance of two Gaussians, mean (d,) and covariance (d, d) each.
 
     .. math:: \|\mu_1 - \mu_2\|^2 + \mathrm{tr}(C_1 + C_2 - 2 (C_1 C_2)^{1/2})
-
-    Raises:
-        ValueError: if their dimensions differ.
     """
     (mu1, c1), (mu2, c2) = ((m.double(), c.double()) for m, c in (first, second))
     if mu1.shape != mu2.shape:

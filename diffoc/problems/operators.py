@@ -4,29 +4,23 @@ An operator is any callable from images (B, C, H, W) to measurements (B, ...), d
 where the controller is to use it. The exact oracles of the priors need linear ones as a matrix.
 """
 
-from __future__ import annotations
-
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from diffoc.checks import check_alike, check_shape, check_tensor
+from diffoc.checks import check_above, check_alike, check_at_least, check_shape, check_tensor
 
 Operator = Callable[[Tensor], Tensor]
 
 
 def average_pool(factor: int) -> Operator:
-    """Down-sampling by the mean over `factor` x `factor` pixels, (B, C, H, W) to
-    (B, C, H / factor, W / factor).
+    """Returns down-sampling to (B, C, H / factor, W / factor) by the mean over squares of pixels.
 
-    Raises:
-        ValueError: if `factor` is below 1, or the operator gets an image that it does not divide.
+    A ValueError refuses a factor below 1, and an image that it does not divide.
     """
-    if factor < 1:
-        raise ValueError(f"factor is {factor}, expected at least 1")
+    check_at_least(1, factor=factor)
 
     def operator(x: Tensor) -> Tensor:
         if x.shape[-2] % factor or x.shape[-1] % factor:
@@ -37,16 +31,10 @@ def average_pool(factor: int) -> Operator:
 
 
 def random_mask(shape: Sequence[int], dropped: float, generator: torch.Generator) -> Operator:
-    """Random inpainting: one mask for all images and channels, (B, C, H, W) to (B, C, kept).
+    """Returns random inpainting, (B, C, H, W) to (B, C, kept), by one mask (H, W) for all.
 
-    Args:
-        shape: (H, W).
-        dropped: the fraction of pixels dropped, in [0, 1[.
-        generator: the source of randomness.
-
-    Raises:
-        ValueError: if `dropped` or `shape` is out of its range, or the operator gets an image of
-            another size.
+    A fraction of the pixels is dropped, in [0, 1[. A ValueError refuses other fractions and shapes,
+    and an image of another size.
     """
     if not 0 <= dropped < 1:
         raise ValueError(f"dropped is {dropped}, expected 0 <= dropped < 1")
@@ -67,15 +55,10 @@ def random_mask(shape: Sequence[int], dropped: float, generator: torch.Generator
 
 
 def as_matrix(operator: Operator, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """The matrix (m, n) of a linear operator, from its action on the n unit images.
+    """Returns the matrix (m, n) of a linear operator, from its action on the n unit images.
 
-    Args:
-        operator: a linear operator.
-        shape: the shape of one image, with n numbers.
-        dtype: the dtype of the matrix.
-
-    Raises:
-        ValueError: if the operator is seen not to be linear, on zero and on a ramp.
+    The shape is that of one image. A ValueError refuses an operator that is seen not to be linear,
+    on zero and on a ramp.
     """
     check_shape(shape, "n" * len(shape))
     ramp = torch.linspace(-1, 1, torch.Size(shape).numel(), dtype=dtype).reshape(1, *shape)
@@ -107,5 +90,4 @@ class LinearMeasurement:
         check_tensor("matrix", self.matrix)
         check_tensor("y", self.y)
         check_alike(matrix=self.matrix, y=self.y)
-        if not 0 < self.noise_std < math.inf:
-            raise ValueError(f"noise_std is {self.noise_std}, expected finite and above 0")
+        check_above(0, noise_std=self.noise_std)

@@ -1,4 +1,4 @@
-"""Metrics in the features of trained networks: LPIPS of images, FID of sets of images.
+"""What measures in the features of trained networks: LPIPS of images, and the network of FID.
 
 The networks' weights belong to others. They are looked for in the cache and, as other programs
 share them, in the folder of torch's hub, and are never downloaded in the middle of a run:
@@ -7,23 +7,16 @@ tables show a dash; no other number ever takes its name. The packages come with
 `pip install -e '.[metrics]'`.
 """
 
-from __future__ import annotations
-
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from diffoc.checks import evaluating
 from diffoc.data.downloads import RemoteFile, fetch, find, read_torch_file
-from diffoc.data.files import replacing
-from diffoc.problems.metrics import frechet_distance
 
 # Names carry the first eight digits of the checksum; sizes are rough.
 WEIGHTS = {
@@ -90,18 +83,11 @@ def perceptual_metrics(
     names: Sequence[str] = ("lpips_alex", "lpips_vgg"),
     batch: int = 16,
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """LPIPS of images in [-1, 1], clipped to that range, for all networks whose weights are there.
+    """Returns LPIPS of images, (B,) each on the CPU, and for other names why there is none.
 
-    Args:
-        images, truth: (B, C, H, W), C 1 or 3, H and W at least 32; grey becomes three channels.
-        names: keys of :data:`LPIPS`.
-        batch: how many images a network sees at once.
-
-    Returns:
-        The values, (B,) each and on the CPU, and for every other name why there is none.
-
-    Raises:
-        ValueError: for other shapes or names, values that are not finite, damaged weights.
+    Images are (B, C, H, W), C 1 or 3, H and W at least 32, and are clipped to [-1, 1]; grey becomes
+    three channels. Names are keys of :data:`LPIPS`, and a network sees `batch` images at once. A
+    ValueError refuses other shapes or names, values that are not finite, and damaged weights.
 
     Source: Zhang et al. 2018, arXiv:1801.03924, version 0.1 of the package.
     """
@@ -128,15 +114,10 @@ def perceptual_metrics(
 
 
 def lpips_network(net: str) -> nn.Module:
-    """The package's LPIPS, of images (B, 3, H, W) in [-1, 1], with trained weights.
+    """Returns the package's LPIPS, of images (B, 3, H, W) in [-1, 1], by "alex" or "vgg".
 
-    Args:
-        net: "alex" or "vgg".
-
-    Raises:
-        FileNotFoundError: if the weights are missing; it says which, from where and where to.
-        ValueError: if they are damaged.
-        ModuleNotFoundError: if the package is.
+    A FileNotFoundError says which weights are missing, from where and where to; a ValueError that
+    they are damaged; a ModuleNotFoundError that the package is missing.
     """
     return _lpips_network(net, find(WEIGHTS[net], _hub_folder()))
 
@@ -160,14 +141,10 @@ def _lpips_network(net: str, path: Path) -> nn.Module:
 
 
 def inception() -> nn.Module:
-    """The network of FID: images (B, 3, H, W) uint8 to features (B, 2048).
+    """Returns the network of FID: images (B, 3, H, W) uint8 to features (B, 2048).
 
-    It is torchmetrics', resizing to 299 x 299 as the original TensorFlow code does.
-
-    Raises:
-        FileNotFoundError: if the weights are missing; it says which, from where and where to.
-        ValueError: if they are damaged.
-        ModuleNotFoundError: if torch-fidelity, which has the network, is.
+    It is torchmetrics', resizing to 299 x 299 as the original TensorFlow code does. It raises as
+    :func:`lpips_network`; torch-fidelity is the package that has the network.
     """
     path = find(WEIGHTS["inception"], _hub_folder())
     read_torch_file(path)  # refuses a file with code in it, which torch-fidelity would run
@@ -175,67 +152,6 @@ def inception() -> nn.Module:
 
     network = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(path), antialias=False)
     return network.requires_grad_(False)
-
-
-@torch.no_grad()
-def features(network: Callable[[Tensor], Tensor], images: Tensor, batch: int = 32) -> Tensor:
-    """Features (N, d) on the CPU of images in [-1, 1], which the network gets as FID's does.
-
-    That is as 8 bits (N, 3, H, W), rounded to the nearest; grey becomes three channels.
-
-    Args:
-        network: such as :func:`inception`.
-        images: (N, C, H, W), C 1 or 3.
-        batch: how many images it sees at once.
-
-    Raises:
-        ValueError: for other shapes, or values that are not finite.
-    """
-    pixels = ((_as_colour(images, "images") + 1) * 127.5).round().byte()
-    with evaluating(network):
-        return torch.cat([network(part).cpu() for part in pixels.split(batch)])
-
-
-def write_features(path: Path, network: str, values: Tensor) -> None:
-    """Keeps features (N, d) of one shard of a set of images, with their network's name."""
-    with replacing(path) as part:
-        save_file({"features": values.contiguous()}, part, {"network": network})
-
-
-def read_features(paths: Sequence[Path], network: str) -> Tensor:
-    """The features (N, d) of all shards, in this order: FID is a function of the whole set.
-
-    Raises:
-        FileNotFoundError: if a shard is missing.
-        ValueError: if there is none, or one is damaged or has features of another network.
-    """
-    if not paths:
-        raise ValueError("paths is empty, expected the files of the shards")
-    shards = []
-    for path in paths:
-        try:
-            with safe_open(path, "pt") as file:
-                other, values = file.metadata()["network"], file.get_tensor("features")
-        except (SafetensorError, KeyError, TypeError) as error:  # no metadata are None
-            raise ValueError(f"{path} is damaged or no file of features: {error}") from error
-        if other != network:
-            raise ValueError(f"{path} has features of {other!r}, expected {network!r}")
-        shards.append(values)
-    return torch.cat(shards)
-
-
-def fid(images: Tensor, reference: Tensor) -> float:
-    """The Fréchet Inception distance of two sets of images in [-1, 1].
-
-    Args:
-        images, reference: (N, C, H, W) and (M, C, H, W); fewer than some ten thousand bias it
-            upwards, so that only distances of sets of equal sizes can be compared.
-
-    Raises:
-        FileNotFoundError, ModuleNotFoundError: as :func:`inception`; there is no substitute.
-    """
-    network = inception().to(images.device)
-    return frechet_distance(features(network, images), features(network, reference))
 
 
 def _as_colour(images: Tensor, name: str) -> Tensor:

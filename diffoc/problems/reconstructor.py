@@ -1,7 +1,5 @@
 """The controller as a reconstruction model of deepinv."""
 
-from __future__ import annotations
-
 import deepinv
 import torch
 from azula.denoise import Denoiser
@@ -17,25 +15,16 @@ class Reconstructor(deepinv.models.Reconstructor):
     >>> model = diffoc.Reconstructor(diffoc.load_prior("faces64"))
     >>> x0 = model(y, physics)
 
-    Args:
-        prior: an azula denoiser on images in [-1, 1], which are those that the physics measures.
-        recipe: how.
-        noise_std: of the measurements; None for the `sigma` of the physics's Gaussian noise model.
-        seed: of what is random.
+    The prior is an azula denoiser on images in [-1, 1], which are those that the physics measures.
+    The noise's standard deviation is by default the `sigma` of the physics's Gaussian noise model;
+    what is random has a seed.
     """
 
     def __init__(
-        self,
-        prior: Denoiser,
-        recipe: Recipe = OURS,
-        noise_std: float | None = None,
-        seed: int = 0,
+        self, prior: Denoiser, recipe: Recipe = OURS, noise_std: float | None = None, seed: int = 0
     ) -> None:
         super().__init__()
-        self.prior = prior
-        self.recipe = recipe
-        self.noise_std = noise_std
-        self.seed = seed
+        self.prior, self.recipe, self.noise_std, self.seed = prior, recipe, noise_std, seed
 
     def forward(self, y: Tensor, physics: Physics, **kwargs: object) -> Tensor:
         """Images (B, C, H, W) of measurements `y`, (B, ...).

@@ -6,9 +6,6 @@ noise of standard deviation 0.05. The settings are those of Chung et al. 2023 (a
 controller, and linear ones have `physics.A_adjoint`; deepinv's samplers take the physics itself.
 """
 
-from __future__ import annotations
-
-import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -17,7 +14,7 @@ from deepinv.physics.functional import conv2d
 from scipy.ndimage import gaussian_filter
 from torch import Tensor, nn
 
-from diffoc.checks import check_images, check_shape, check_tensor
+from diffoc.checks import check_at_least, check_images, check_member, check_shape, check_tensor
 from diffoc.costs import GaussianLikelihood
 from diffoc.problems.kernels import motion_kernel
 
@@ -30,31 +27,21 @@ class UnsupportedTask(ValueError):
 
 
 def super_resolution(factor: int = 4) -> DownsamplingMatlab:
-    """Bicubic anti-aliased down-sampling to (B, C, H / factor, W / factor), as MATLAB's imresize.
+    """Returns bicubic anti-aliased down-sampling to (B, C, H / factor, W / factor).
 
-    Args:
-        factor: at least 1; it must divide the image's sides.
-
-    Raises:
-        ValueError: if `factor` is below 1.
+    It is that of MATLAB's imresize; the factor, at least 1, must divide the image's sides.
     """
-    if factor < 1:
-        raise ValueError(f"factor is {factor}, expected at least 1")
+    check_at_least(1, factor=factor)
     return DownsamplingMatlab(factor=factor)
 
 
 def random_inpainting(
     shape: Sequence[int], generator: torch.Generator, dropped: float = 0.92
 ) -> Inpainting:
-    """Random pixels, dropped in all channels and images alike; A has zeros in their place.
+    """Returns an operator on (C, H, W) that drops a fraction of the pixels, in [0, 1[, at random.
 
-    Args:
-        shape: (C, H, W).
-        generator: of the mask.
-        dropped: their fraction, in [0, 1[.
-
-    Raises:
-        ValueError: if `dropped` is out of its range or keeps no pixel.
+    All channels and images drop the same, and A has zeros in their place. A ValueError refuses a
+    fraction that keeps no pixel.
     """
     check_shape(shape, "CHW")
     _, height, width = shape
@@ -72,16 +59,11 @@ def box_inpainting(
     box: int | None = None,
     margin: int | None = None,
 ) -> Inpainting:
-    """A square at a random place is dropped in all channels and images; A has zeros there.
+    """Returns an operator on (C, H, W) that drops a square at a random place; A has zeros there.
 
-    Args:
-        shape: (C, H, W).
-        generator: of the place.
-        box: side of the square in pixels, by default half of the image's shorter side.
-        margin: least distance to the border, by default a sixteenth of it.
-
-    Raises:
-        ValueError: if the square with its margins does not fit into the image.
+    All channels and images drop the same. The side of the square is by default half of the image's
+    shorter side, its margin, the least distance to the border, a sixteenth of it, in pixels. A
+    ValueError refuses a square that does not fit with its margins.
     """
     check_shape(shape, "CHW")
     _, height, width = shape
@@ -100,13 +82,9 @@ def box_inpainting(
 
 
 def gaussian_blur(side: int) -> Blur:
-    """A Gaussian kernel of 61 x 61 pixels and standard deviation 3, reflected at the border.
+    """Returns a blur by a Gaussian kernel of 61 x 61 pixels, reflected at the border.
 
-    Args:
-        side: of the images in pixels; the kernel is for 256 and scales with it.
-
-    Raises:
-        ValueError: if `side` is below 1.
+    Its standard deviation is 3 pixels. That is for images of 256 pixels a side; it scales with it.
     """
     size = _kernel_size(side)
     delta = torch.zeros(size, size, dtype=torch.float64)
@@ -117,46 +95,32 @@ def gaussian_blur(side: int) -> Blur:
 
 
 def motion_blur(side: int, generator: torch.Generator, intensity: float = 0.5) -> Blur:
-    """A random :func:`motion_kernel` of 61 x 61 pixels, reflected at the border.
+    """Returns a blur by a random :func:`motion_kernel` of 61 x 61 pixels, reflected at the border.
 
-    Args:
-        side: of the images in pixels; the kernel is for 256 and scales with it.
-        generator: of the path.
-        intensity: in [0, 1].
-
-    Raises:
-        ValueError: if `side` or `intensity` is out of its range.
+    That is for images of 256 pixels a side, and scales with it. The intensity is in [0, 1].
     """
     return _blur(motion_kernel(_kernel_size(side), intensity, generator))
 
 
 def nonlinear_blur(side: int, generator: torch.Generator, intensity: float = 0.5) -> Physics:
-    r"""A camera that moves: light adds up, not pixel values.
+    r"""Returns what a camera that moves measures: light adds up, not pixel values.
 
     .. math:: A(x) = R(h * R^{-1}(x))
 
     with a random :func:`motion_kernel` h and the camera's response R, that of sRGB (IEC 61966-2-1),
-    extended smoothly beyond [-1, 1]. It needs no weights.
-
-    Args:
-        side, generator, intensity: as for :func:`motion_blur`.
+    extended smoothly beyond [-1, 1]. It needs no weights. Arguments are as for :func:`motion_blur`.
     """
     return Physics(A=_CameraBlur(motion_kernel(_kernel_size(side), intensity, generator)))
 
 
 def phase_retrieval(shape: Sequence[int], oversampling: float = 2.0) -> Physics:
-    r"""Magnitudes of the orthonormal, centred Fourier transform of the zero-padded image.
+    r"""Returns the magnitudes of the orthonormal, centred Fourier transform of the padded image.
 
-    Args:
-        shape: (C, H, W); every side is padded by `oversampling` / 8 of it at both ends.
-        oversampling: not negative; 2 pads 256 to 384.
-
-    Raises:
-        ValueError: if `oversampling` is negative.
+    Every side of (C, H, W) is padded with zeros by `oversampling` / 8 of it at both ends: 2 pads
+    256 to 384.
     """
     check_shape(shape, "CHW")
-    if not 0 <= oversampling < math.inf:
-        raise ValueError(f"oversampling is {oversampling}, expected finite and at least 0")
+    check_at_least(0, oversampling=oversampling)
     vertical, horizontal = (int(oversampling / 8 * length) for length in shape[-2:])
 
     def magnitudes(x: Tensor) -> Tensor:
@@ -181,35 +145,24 @@ TASKS: dict[str, Callable[[Sequence[int], torch.Generator], Physics]] = {
 
 
 def task(name: str, shape: Sequence[int], generator: torch.Generator) -> Physics:
-    """A task of :data:`TASKS` for images of one shape.
+    """Returns a task of :data:`TASKS` for images (C, H, W); a ValueError refuses another name.
 
-    Args:
-        name: its name.
-        shape: (C, H, W).
-        generator: of masks and kernels, on the CPU.
-
-    Raises:
-        ValueError: for another name.
+    The generator, on the CPU, draws masks and kernels.
     """
     check_shape(shape, "CHW")
-    if name not in TASKS:
-        raise ValueError(f"task is {name!r}, expected one of {', '.join(TASKS)}")
+    check_member(TASKS, task=name)
     return TASKS[name](shape, generator)
 
 
 class PerImage(Physics):
-    """An operator for a batch, whose image i is measured by `parts[i]`.
-
-    Args:
-        parts: each for a batch of one.
-    """
+    """An operator for a batch, whose image i is measured by `parts[i]`, each for a batch of one."""
 
     def __init__(self, parts: Sequence[Physics]) -> None:
         super().__init__()
         self.parts = list(parts)
 
     def A(self, x: Tensor, **kwargs: object) -> Tensor:
-        """Measurements (B, ...) of images (B, C, H, W); ValueError for another batch size."""
+        """Returns measurements (B, ...); a ValueError refuses images of another batch size."""
         return _each([part.A for part in self.parts], x)
 
 
@@ -217,7 +170,7 @@ class LinearPerImage(PerImage, LinearPhysics):
     """The same of linear parts."""
 
     def A_adjoint(self, y: Tensor, **kwargs: object) -> Tensor:
-        """The adjoint: images (B, C, H, W) of measurements (B, ...)."""
+        """Returns images (B, C, H, W) of measurements (B, ...): the adjoint."""
         return _each([part.A_adjoint for part in self.parts], y)
 
 
@@ -230,11 +183,10 @@ class BlurPerImage(Blur):
 
 
 def for_each(parts: Sequence[Physics]) -> Physics:
-    """One operator for a batch, whose image i is measured by `parts[i]`.
+    """Returns one operator for a batch, whose image i is measured by `parts[i]`, of one kind.
 
-    Args:
-        parts: of one kind. Where they are equal, the first of them is returned, and masks make an
-            `Inpainting` with a mask for each image.
+    Where they are equal, it is the first of them; masks make an `Inpainting` with a mask for each
+    image.
     """
     first, states = parts[0], [dict(part.named_buffers()) for part in parts]
     if all(torch.equal(state[name], states[0][name]) for state in states for name in state):
@@ -247,7 +199,7 @@ def for_each(parts: Sequence[Physics]) -> Physics:
 
 
 def parts_of(physics: Physics) -> list[Physics]:
-    """The operators of single images that :func:`for_each` has put together, or the only one."""
+    """Returns the operators that :func:`for_each` has put together, or the only one."""
     if isinstance(physics, PerImage | BlurPerImage):
         return physics.parts
     if isinstance(physics, Inpainting) and len(physics.mask) > 1:
@@ -264,57 +216,43 @@ def _each(maps: Sequence[Callable[[Tensor], Tensor]], x: Tensor) -> Tensor:
 def measure(
     physics: Physics, x: Tensor, generator: torch.Generator, noise_std: float = NOISE_STD
 ) -> Tensor:
-    r"""Measurements :math:`A(x) + \eta` with Gaussian noise; none where nothing is measured.
+    r"""Returns measurements :math:`A(x) + \eta` of images x, (B, C, H, W) in [-1, 1].
 
-    Args:
-        physics: made by a function of this module.
-        x: images, (B, C, H, W) in [-1, 1].
-        generator: of the noise, on the CPU.
-        noise_std: of the noise, not negative.
-
-    Raises:
-        ValueError: if it is, or `x` is of another shape or not finite.
+    The physics was made by a function of this module. The noise is Gaussian, none where nothing is
+    measured; its generator is on the CPU.
     """
     check_images("x", x)
-    _check_noise(noise_std)
+    check_at_least(0, noise_std=noise_std)
     y = physics.A(x)
     noise = torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y)
     return y + noise_std * noise * measured(physics, y)
 
 
 def measured(physics: Physics, y: Tensor) -> Tensor:
-    """1 where `y` has a measurement, 0 where it has a dropped pixel, in the shape of `y`."""
+    """Returns 1 where `y` has a measurement and 0 where it has a dropped pixel, like `y`."""
     if isinstance(physics, Inpainting):
         return (physics.mask != 0).to(y).expand_as(y)
     return torch.ones_like(y)
 
 
 def likelihood(physics: Physics, y: Tensor, noise_std: float = NOISE_STD) -> GaussianLikelihood:
-    """The terminal cost -log p(y | x_0) of a task; arguments as for :func:`noise_level`."""
+    """Returns the terminal cost -log p(y | x_0) of a task."""
     return GaussianLikelihood(physics.A, y, noise_std)
 
 
 def noise_level(physics: Physics, y: Tensor, noise_std: float = NOISE_STD) -> float:
-    """The root mean square of the residual A(x) - y of the truth, which a solution need not beat.
+    """Returns the root mean square of the truth's residual A(x) - y, which need not be beaten.
 
-    Args:
-        physics, noise_std: as for :func:`measure`.
-        y: measurements, of which pixels that were dropped count as right.
+    Pixels that were dropped count as right.
     """
     check_tensor("y", y)
-    _check_noise(noise_std)
+    check_at_least(0, noise_std=noise_std)
     return noise_std * measured(physics, y).mean().sqrt().item()
 
 
-def _check_noise(noise_std: float) -> None:
-    if not 0 <= noise_std < math.inf:
-        raise ValueError(f"noise_std is {noise_std}, expected finite and at least 0")
-
-
 def _kernel_size(side: int) -> int:
-    """61 pixels of 256, in proportion, to the nearest odd number from 3 up."""
-    if side < 1:
-        raise ValueError(f"side is {side}, expected at least 1")
+    """Returns 61 pixels of 256, in proportion, to the nearest odd number from 3 up."""
+    check_at_least(1, side=side)
     return max(3, 2 * round((61 * side / _FULL_SIDE - 1) / 2) + 1)
 
 
@@ -347,14 +285,9 @@ def _from_light(light: Tensor) -> Tensor:
 
 
 def as_picture(y: Tensor, shape: Sequence[int]) -> Tensor:
-    """A measurement as the encoder sees it: scaled up to the image's size where it is smaller.
+    """Returns a measurement (B, C, h, w) scaled up to the images' size (C, H, W) if it is smaller.
 
-    Args:
-        y: (B, C, h, w).
-        shape: of the images, (C, H, W).
-
-    Raises:
-        UnsupportedTask: if it is no picture.
+    An UnsupportedTask refuses a measurement that is no picture.
     """
     if y.ndim != 4 or y.shape[1] != shape[0] or y.shape[2] > shape[1] or y.shape[3] > shape[2]:
         raise UnsupportedTask(

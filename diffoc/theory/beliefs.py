@@ -14,8 +14,6 @@ believed prior is the prior. :func:`langevin` then samples the posterior with D-
 (arXiv:2402.14017), where descent finds one point.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

@@ -24,8 +24,6 @@ sample size :math:`(\sum w)^2 / \sum w^2` is another face of the same number (Th
 2015, doi:10.1103/PhysRevE.91.032104).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass

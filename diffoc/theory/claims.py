@@ -5,8 +5,6 @@ with what is written there. Most are the distance between the controller and a c
 not use it: gradients through whole rollouts, closed forms of Gaussians, a dense solve.
 """
 
-from __future__ import annotations
-
 from itertools import pairwise
 
 import torch

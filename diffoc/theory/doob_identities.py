@@ -4,8 +4,6 @@ Every row compares two computations that have no formula in common, as the rows 
 :mod:`diffoc.theory.identities` do.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator
 from itertools import pairwise

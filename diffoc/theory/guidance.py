@@ -14,8 +14,6 @@ The second is exact for a Gaussian prior (arXiv:2405.13712). The last is the two
 subtracted, see notebook 14; its weights are the likelihoods of the draws.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import torch

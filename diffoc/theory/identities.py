@@ -6,8 +6,6 @@ whole rollouts, closed forms of Gaussians, an independently written loop. Notebo
 a random Gaussian prior in 8 dimensions, measured in 4, under a variance-preserving schedule.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 
 import torch

@@ -1,7 +1,5 @@
 """What a checked statement is: its name, its setting, its error and the bound of that error."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 EXACT = 1e-12

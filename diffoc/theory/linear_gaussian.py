@@ -4,8 +4,6 @@ One Gaussian prior, one linear measurement with Gaussian noise, and the LQR prob
 reverse kernels: what the identities and the theory notebooks are tried on.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -14,8 +14,6 @@ quadratic; only the first two agree with each other, and with :math:`-\log p(y \
 limit of small steps whatever the prior is.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

@@ -14,8 +14,6 @@ size, are those of :mod:`diffoc.sampler`. Meng, Zou, Darbon & Karniadakis 2024
 (arXiv:2409.09614) have a Riccati variant of their sampler for stochastic differential equations.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 

@@ -6,8 +6,6 @@ must be variance preserving with :math:`\log\alpha_t = t^2 \log\alpha_{\min}`, a
 `VPSchedule` with `sigma_min=0` is.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """What training and the cards of the small networks report: denoising, samples, accuracy."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import numpy as np
@@ -22,17 +20,12 @@ SIGMAS = (0.1, 0.3, 1.0)
 
 
 def trained(name: str) -> Denoiser:
-    """A prior of the repository, with the schedule it was trained with: sigma from 0.002 to 80."""
+    """Returns a prior of the repository with its training's schedule: sigma from 0.002 to 80."""
     return load_prior(name, VESchedule(SIGMA_MIN, SIGMA_MAX))
 
 
 def denoising_report(prior: Denoiser, held_out: np.ndarray) -> dict[str, float]:
-    """PSNR in dB of denoised held-out images.
-
-    Args:
-        prior: made by :func:`trained`.
-        held_out: uint8, (N, H, W).
-    """
+    """Returns the PSNR in dB of denoised held-out images, uint8 (N, H, W), by :func:`trained`."""
     return {f"psnr_sigma_{s:g}": round(denoising_psnr(prior, held_out, s), 2) for s in SIGMAS}
 
 
@@ -40,12 +33,9 @@ def denoising_report(prior: Denoiser, held_out: np.ndarray) -> dict[str, float]:
 def digits_report(
     samples: Tensor, classifier: DigitClassifier | ResidualClassifier, real: Tensor
 ) -> dict[str, float | list[float]]:
-    """What a classifier says of samples of digits.
+    """Returns what a classifier says of samples of digits, and of `real`, held-out ones.
 
-    Args:
-        samples: (N, 1, 28, 28) in [-1, 1].
-        classifier: of digits.
-        real: held-out digits in the same form, for the Fréchet distance.
+    Both are (N, 1, 28, 28) in [-1, 1].
 
     Returns:
         confident: the fraction whose largest probability is above 0.9; confident_real: of `real`;
@@ -67,11 +57,10 @@ def digits_report(
 
 @torch.no_grad()
 def frechet_to_digits(samples: Tensor, classifier: DigitClassifier) -> float:
-    """The Fréchet distance of images to MNIST's test digits, whose moments are in the repository.
+    """Returns the Fréchet distance of images to MNIST's test digits, whose moments ship.
 
-    Args:
-        samples: (N, 1, 28, 28) in [-1, 1]; fewer than some thousand bias it upwards.
-        classifier: its last hidden layer (128 features) is where the distance is taken.
+    The samples are (N, 1, 28, 28) in [-1, 1]; fewer than some thousand bias it upwards. It is taken
+    in the classifier's last hidden layer, of 128 features.
     """
     real = load_weights("digit_features")
     features = classifier.features(samples)
@@ -79,16 +68,7 @@ def frechet_to_digits(samples: Tensor, classifier: DigitClassifier) -> float:
 
 
 def report(name: str, samples: int = 1000, seed: int = 0) -> tuple[dict, Tensor]:
-    """All that a card reports of a prior, and the samples that were judged.
-
-    Args:
-        name: "mnist" or "faces64".
-        samples: how many to draw.
-        seed: of the samples.
-
-    Raises:
-        FileNotFoundError: if the held-out images are missing.
-    """
+    """Returns all that a card reports of "mnist" or "faces64", and the samples it was judged by."""
     from diffoc.data import images as data
     from diffoc.priors.weights import classifier
 
@@ -97,8 +77,7 @@ def report(name: str, samples: int = 1000, seed: int = 0) -> tuple[dict, Tensor]
     if name == "mnist":
         held_out, _ = data.mnist("test")
         drawn = draw_samples(prior, (samples, 1, 28, 28), generator)
-        real = torch.from_numpy(held_out).float().unsqueeze(1) / 127.5 - 1
-        judged = digits_report(drawn, classifier(), real)
+        judged = digits_report(drawn, classifier(), as_states(held_out))
         # Every tenth suffices; the first thousand would not, as the set may be sorted by class.
         return denoising_report(prior, held_out[::10]) | judged, drawn
     held_out = data.faces("test")
@@ -108,13 +87,10 @@ def report(name: str, samples: int = 1000, seed: int = 0) -> tuple[dict, Tensor]
 
 @torch.no_grad()
 def denoising_psnr(prior: Denoiser, images: np.ndarray, sigma: float, seed: int = 0) -> float:
-    """Mean PSNR in dB of denoised images at a noise level, on the [-1, 1] scale (peak 2).
+    """Returns the mean PSNR in dB (peak 2) of denoised images at a noise level sigma.
 
-    Args:
-        prior: a denoiser made by :func:`denoiser`.
-        images: as :func:`as_states` takes them.
-        sigma: noise standard deviation.
-        seed: of the noise.
+    The prior is made by :func:`diffoc.training.trainer.denoiser`; images are as :func:`as_states`
+    takes them.
     """
     generator = torch.Generator().manual_seed(seed)
     x = as_states(images)
@@ -134,14 +110,10 @@ def draw_samples(
     steps: int = 32,
     decode: Callable[[Tensor], Tensor] = lambda x: x,
 ) -> Tensor:
-    """Unconditional samples in [-1, 1] by Heun's method with steps uniform in log sigma.
+    """Returns samples in [-1, 1] by Heun's method with steps uniform in log sigma.
 
-    Args:
-        prior: a denoiser made by :func:`denoiser`.
-        shape: (B, C, H, W).
-        generator: of the initial noise.
-        steps: of the sampler; each takes two evaluations.
-        decode: makes images of samples, before they are clipped.
+    The prior is made by :func:`diffoc.training.trainer.denoiser`, the shape is (B, C, H, W). Each
+    step takes two evaluations. `decode` makes images of samples, before they are clipped.
     """
     device = next(prior.parameters()).device
     noise = SIGMA_MAX * torch.randn(shape, generator=generator)
@@ -152,8 +124,8 @@ def draw_samples(
 
 @torch.no_grad()
 def accuracy(network: nn.Module, images: np.ndarray, labels: np.ndarray) -> float:
-    """The fraction of images (N, 28, 28), uint8, that a classifier names rightly."""
-    x = torch.from_numpy(images).float().unsqueeze(1) / 127.5 - 1
+    """Returns the fraction of images (N, 28, 28), uint8, that a classifier names rightly."""
+    x = as_states(images)
     device = next(network.parameters()).device
     guess = torch.cat([network(part.to(device)).argmax(1).cpu() for part in x.split(500)])
     return (guess == torch.from_numpy(labels)).float().mean().item()

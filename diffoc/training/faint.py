@@ -32,13 +32,8 @@ class LinearDenoiser:
 
     .. math:: L(x) = \mu + \Lambda (\Lambda + \sigma^2)^{-1} (x - \mu)
 
-    along U, and the same with :math:`\lambda` along the rest.
-
-    Attributes:
-        mean: (n,).
-        basis: U, orthonormal columns, (n, k).
-        variances: the diagonal of Lambda, (k,).
-        rest: lambda.
+    along U, and the same with :math:`\lambda`, `rest`, along the rest. U has orthonormal columns,
+    (n, k), and Lambda is diagonal.
     """
 
     mean: Tensor
@@ -48,7 +43,7 @@ class LinearDenoiser:
 
     @classmethod
     def fit(cls, x: Tensor, rank: int = RANK, seed: int = 0) -> LinearDenoiser:
-        """Mean and leading covariance of states (N, ...), by a randomised decomposition."""
+        """Returns mean and leading covariance of states (N, ...), by a randomised decomposition."""
         flat = x.flatten(1)
         mean = flat.mean(0)
         centred = flat - mean
@@ -60,7 +55,7 @@ class LinearDenoiser:
         return cls(mean, basis[:, :rank], variances, rest / max(1, flat.shape[1] - rank))
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
-        """L of states (B, ...) at noise levels (B,)."""
+        """Returns L of states (B, ...) at noise levels (B,)."""
         centred = x.flatten(1) - self.mean
         noise = sigma[:, None].square()
         rest = self.rest / (self.rest + noise)
@@ -72,13 +67,9 @@ class LinearDenoiser:
 def faint(
     x: Tensor, z: Tensor, sigma: Tensor, linear: LinearDenoiser, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Faint states and their targets, (B, C, H, W) each, as the module has them.
+    """Returns faint states and their targets, (B, C, H, W) each, as the module has them.
 
-    Args:
-        x, z: images and noise, (B, C, H, W).
-        sigma: noise levels, (B,).
-        linear: of the images.
-        generator: of b and c.
+    They are made of images x and noise z at levels (B,); the generator draws b and c.
     """
     b, c, keep = torch.rand(3, len(x), 1, 1, 1, generator=generator).to(x)
     b = b * (keep >= NO_IMAGE)

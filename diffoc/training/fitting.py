@@ -29,6 +29,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from diffoc.checks import check_above, check_at_least
+
 # Variance of the rounding of 8-bit images on the [-1, 1] scale: no fit can know more.
 NOISE_FLOOR = (2 / 255) ** 2 / 12
 _CHUNK = 2000
@@ -56,13 +58,9 @@ class PPCAMixture:
 
 
 def log_likelihood(mixture: PPCAMixture, data: Tensor) -> Tensor:
-    """Log density of each datum, log sum_k pi_k N(x; mu_k, W_k W_k^T + psi_k I), in nats.
+    """Returns log sum_k pi_k N(x; mu_k, W_k W_k^T + psi_k I) of each datum, (N,), in nats.
 
-    Arguments:
-        mixture: K components on R^n.
-        data: (N, n), of the mixture's dtype.
-
-    Returns (N,). Raises ValueError for data of another shape or dtype or with non-finite values.
+    A ValueError refuses data that are not (N, n), of the mixture's dtype, and finite.
     """
     _check_data(data, mixture.means.shape[1])
     if data.dtype != mixture.means.dtype:
@@ -86,20 +84,16 @@ def fit_mixture(
     """Maximise the likelihood of a mixture of probabilistic PCA by EM.
 
     The start is k-means++ with Lloyd steps, and in each cluster the closed-form solution for one
-    component. The likelihood then never decreases.
+    component. The likelihood then never decreases, and the mixture has its history.
 
-    Arguments:
+    Args:
         data: (N, n) float32 or float64, with N >= components.
-        components: K, at least 1.
-        rank: r, 1 <= r < n.
-        iterations: most EM steps, at least 0.
-        tolerance: stop when a step gains less than this many nats a datum; at least 0.
-        floor: smallest noise variance psi_k, positive; keeps a component from collapsing.
-        generator: source of the start's randomness.
+        components, rank: K, at least 1, and r, 1 <= r < n.
+        iterations: the most steps of EM, at least 0.
+        tolerance: steps end when one gains less than this many nats a datum; at least 0.
+        floor: the smallest noise variance psi_k, positive; keeps a component from collapsing.
+        generator: the source of the start's randomness.
         progress: called with the step's number and the mean log-likelihood before it.
-
-    Returns the mixture, with the history of the likelihood. Raises ValueError for arguments
-    outside these ranges.
 
     Source: Tipping and Bishop 1999, appendix C.
     """
@@ -109,12 +103,8 @@ def fit_mixture(
         raise ValueError(f"components must be in [1, {len(data)}], got {components}")
     if not 1 <= rank < n:
         raise ValueError(f"rank must be in [1, {n - 1}], got {rank}")
-    if iterations < 0:
-        raise ValueError(f"iterations must not be negative, got {iterations}")
-    if not tolerance >= 0:
-        raise ValueError(f"tolerance must not be negative, got {tolerance}")
-    if not floor > 0:
-        raise ValueError(f"floor must be positive, got {floor}")
+    check_at_least(0, iterations=iterations, tolerance=tolerance)
+    check_above(0, floor=floor)
     mixture = initial_mixture(data, components, rank, floor=floor, generator=generator)
     history: list[float] = []
     for step in range(iterations):

@@ -9,8 +9,6 @@ with no gradient through :math:`\log \bar\sigma`. (Fabian et al. compare varianc
 easy and hard pictures alike.)
 """
 
-from __future__ import annotations
-
 from functools import cache
 
 import torch
@@ -34,7 +32,7 @@ _GROUP = 4  # images of a batch that share a task and its operator
 
 
 def severity_loss(network: SeverityEncoder, x: Tensor, generator: torch.Generator) -> Tensor:
-    """The module's loss of images (B, 1 or 3, H, W), a task and an operator drawn for every four.
+    """Returns the loss of images (B, 1 or 3, H, W), a task and an operator drawn for every four.
 
     The noise of the measurements is that of :data:`diffoc.problems.tasks.NOISE_STD`.
     """
@@ -49,7 +47,7 @@ def severity_loss(network: SeverityEncoder, x: Tensor, generator: torch.Generato
 
 @torch.no_grad()
 def severities(network: SeverityEncoder, x: Tensor, generator: torch.Generator) -> Tensor:
-    """Predicted and true severities, (2, B), of images (B, C, H, W), degraded as in training."""
+    """Returns predicted and true severities, (2, B), of images degraded as in training."""
     pictures = torch.cat([_degraded(part, generator) for part in x.split(_GROUP)])
     estimate, log_severity = network(pictures)
     truth = _autoencoder(x.shape[1]).to(x).encode(x)

@@ -7,8 +7,6 @@ weights, bit for bit on one machine, as one that was not. Denoisers are precondi
 and the weights that count are an exponential moving average.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 import time
@@ -44,18 +42,17 @@ class Plan:
     """What a training run depends on besides its data and seed.
 
     Attributes:
-        build: makes the network.
-        images: the number of images to see.
-        batch: images of a step.
+        build: what makes the network.
+        images, batch: the number of images to see, and in a step.
         rate: the learning rate after warm-up; it decays to zero as a cosine.
-        warmup: images of the linear warm-up.
-        decay: of the moving average, per step.
+        warmup: the images of the linear warm-up.
+        decay: that of the moving average, per step.
         log_sigma: mean and standard deviation of log sigma (denoisers).
         flip: whether to mirror images at random.
         faint: the share of a denoiser's batch that has less image and less noise than its level
             says, see :mod:`diffoc.training.faint`.
-        loss: of the network that `build` makes, a batch and the generator, for what is no denoiser
-            and no classifier.
+        loss: a function of the network, a batch and the generator, for what is no denoiser and no
+            classifier.
     """
 
     build: Callable[[], nn.Module]
@@ -78,20 +75,9 @@ PLANS = {
         decay=0.9995,
         log_sigma=(-0.3, 1.2),  # around 1, where the digit is decided
     ),
-    "faces64": Plan(
-        NETWORKS["faces64"],
-        images=225_000,
-        batch=32,
-        rate=2e-3,
-        flip=True,
-    ),
+    "faces64": Plan(NETWORKS["faces64"], images=225_000, batch=32, rate=2e-3, flip=True),
     "faces64_rgb": Plan(
-        NETWORKS["faces64_rgb"],
-        images=700_000,
-        batch=32,
-        rate=2e-3,
-        flip=True,
-        faint=0.4,
+        NETWORKS["faces64_rgb"], images=700_000, batch=32, rate=2e-3, flip=True, faint=0.4
     ),
     **{
         name: Plan(build, images=50_000, batch=32, rate=2e-3, flip=True, loss=autoencoding_loss)
@@ -117,16 +103,15 @@ class Run:
 
     Attributes:
         plan: what is done.
-        network: the weights that are optimised.
-        average: their moving average, the result.
+        network, average: the weights that are optimised, and their moving average, the result.
         optimizer: AdamW.
         generator: the source of all randomness after the initialisation, on the CPU so that every
             device sees the same numbers.
-        precision: of the forward and backward passes, torch.float32 or torch.bfloat16; weights,
-            optimiser and loss stay in float32.
-        seen: images so far.
-        linear: of the training images, where the plan has faint states; set by :func:`train`.
-        losses: of the steps since they were last read.
+        precision: that of the forward and backward passes, torch.float32 or torch.bfloat16;
+            weights, optimiser and loss stay in float32.
+        seen: the images so far.
+        linear: the training images' Gaussian, where the plan has faint states; see :func:`train`.
+        losses: those of the steps since they were last read.
     """
 
     plan: Plan
@@ -152,17 +137,11 @@ def start(
     precision: torch.dtype = torch.float32,
     weights: Mapping[str, Tensor] | None = None,
 ) -> Run:
-    """A run that has seen nothing yet.
+    """Returns a run that has seen nothing yet.
 
-    Args:
-        plan: what to train.
-        seed: of the initialisation and of everything drawn later.
-        device: where to train.
-        precision: torch.float32, or torch.bfloat16 for autocast.
-        weights: to begin with, those of an earlier run's average, say; random by default.
-
-    Raises:
-        ValueError: for another precision, or weights of another network.
+    The seed is that of the initialisation and of everything drawn later. It begins with weights, of
+    an earlier run's average, say, or with random ones. A ValueError refuses weights of another
+    network, and another precision than torch.float32 or, for autocast, torch.bfloat16.
     """
     if precision not in (torch.float32, torch.bfloat16):
         raise ValueError(f"precision is {precision}, expected torch.float32 or torch.bfloat16")
@@ -200,11 +179,10 @@ def resume(
     device: torch.device | str = "cpu",
     precision: torch.dtype = torch.float32,
 ) -> Run:
-    """The run whose checkpoint lies at `path`; device and precision as for :func:`start`.
+    """Returns the run whose checkpoint lies at `path`; device and precision are as for `start`.
 
-    Raises:
-        FileNotFoundError: if there is none.
-        ValueError: if it is damaged or belongs to another network.
+    A FileNotFoundError says that there is none, a ValueError that it is damaged or belongs to
+    another network.
     """
     state = read_checkpoint(path)
     run = start(plan, device=device, precision=precision)
@@ -220,7 +198,7 @@ def resume(
 
 
 def learning_rate(plan: Plan, seen: int) -> float:
-    """Linear warm-up, then a cosine to zero at the plan's last image."""
+    """Returns a linear warm-up, then a cosine to zero at the plan's last image."""
     if seen < plan.warmup:
         return plan.rate * (seen + plan.batch) / (plan.warmup + plan.batch)
     progress = (seen - plan.warmup) / max(1, plan.images - plan.warmup)
@@ -228,12 +206,9 @@ def learning_rate(plan: Plan, seen: int) -> float:
 
 
 def denoising_loss(network: nn.Module, x: Tensor, run: Run) -> Tensor:
-    r"""EDM's loss :math:`E[(1/\sigma^2 + 1) \|m(x + \sigma z, \sigma) - x\|^2]` per pixel.
+    r"""Returns EDM's loss :math:`E[(1/\sigma^2 + 1) \|m(x + \sigma z, \sigma) - x\|^2]` per pixel.
 
-    Args:
-        network: a backbone.
-        x: clean images in [-1, 1], (B, C, H, W).
-        run: gives the noise's distribution and generator.
+    Images x are clean; the run gives the noise's distribution and generator.
     """
     mean, std = run.plan.log_sigma
     log_sigma = mean + std * torch.randn(len(x), generator=run.generator)
@@ -252,28 +227,22 @@ def denoising_loss(network: nn.Module, x: Tensor, run: Run) -> Tensor:
 
 
 def denoiser(network: nn.Module) -> KarrasDenoiser:
-    """A backbone as azula denoiser, with sigma from 0.002 to 80; its schedule may be exchanged."""
+    """Returns a backbone as azula denoiser, whose schedule has sigma from 0.002 to 80."""
     return KarrasDenoiser(network, VESchedule(SIGMA_MIN, SIGMA_MAX))
 
 
 def time_of(sigma: Tensor) -> Tensor:
-    """The time at which the schedule of :func:`denoiser` has the noise level sigma."""
+    """Returns the time at which the schedule of :func:`denoiser` has the noise level sigma."""
     return torch.log(sigma / SIGMA_MIN) / math.log(SIGMA_MAX / SIGMA_MIN)
 
 
 def step(
-    run: Run,
-    images: np.ndarray,
-    labels: np.ndarray | None = None,
-    forward: nn.Module | None = None,
+    run: Run, images: np.ndarray, labels: np.ndarray | None = None, forward: nn.Module | None = None
 ) -> float:
-    """One optimisation step on a random batch; returns its loss.
+    """Takes one optimisation step of a run on a random batch, and returns its loss.
 
-    Args:
-        run: changed in place.
-        images: the training set, as :func:`as_states` takes it.
-        labels: of the images, for a classifier; None for a denoiser.
-        forward: the run's network, compiled; the network itself by default.
+    The training set is given as :func:`as_states` takes it, with labels for a classifier. `forward`
+    may be the run's network, compiled.
     """
     plan, forward = run.plan, run.network if forward is None else forward
     index = torch.randint(len(images), (plan.batch,), generator=run.generator).numpy()
@@ -309,7 +278,7 @@ def step(
 
 
 def shift(x: Tensor, generator: torch.Generator, most: int = 2) -> Tensor:
-    """Images moved by up to `most` pixels each way, the gap filled with black."""
+    """Returns images moved by up to `most` pixels each way, the gap filled with black."""
     down, right = torch.randint(0, 2 * most + 1, (2,), generator=generator).tolist()
     height, width = x.shape[-2:]
     padded = nn.functional.pad(x, (most,) * 4, value=-1.0)
@@ -325,15 +294,10 @@ def train(
     report: Callable[[Run, float], None] | None = None,
     compile: bool = False,
 ) -> None:
-    """Trains until the plan's last image, writing checkpoints on the way.
+    """Trains until the plan's last image, on images and labels as for :func:`step`.
 
-    Args:
-        run: changed in place.
-        images, labels: as in :func:`step`.
-        checkpoint: where to write them, every so many seconds and at the end.
-        every_seconds: between checkpoints and reports.
-        report: called with the run and the images per second at the same rhythm.
-        compile: whether to compile the network (it pays on a GPU).
+    Every `every_seconds` and at the end a checkpoint is written, and `report` is called with the
+    run and the images per second. The network may be compiled, which pays on a GPU.
     """
     forward = run.network
     if run.plan.faint:

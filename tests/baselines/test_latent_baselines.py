@@ -7,9 +7,10 @@ import torch
 from azula.denoise import Denoiser, DiracPosterior
 from azula.noise import VPSchedule
 from azula.sample import DDIMSampler
-from deepinv.physics import LinearPhysics, Physics
+from deepinv.physics import Inpainting, LinearPhysics, Physics
 from torch import nn
 
+from diffoc.baselines import Given
 from diffoc.baselines.flash_diffusion import flash_diffusion, time_of_ratio
 from diffoc.baselines.psld import guided_step, psld
 from diffoc.data import images as data
@@ -108,9 +109,10 @@ def test_psld_s_gradient_is_the_one_by_hand(guidance, gluing):
     prior, q, a = toy(rotation()), rotation(), noise(M, N, seed=3)
     z, y = states(2), states(2, M, seed=2)
     t, s = torch.tensor(0.5, dtype=torch.float64), torch.tensor(0.4, dtype=torch.float64)
-    arguments = (prior, measurement(a), y, z, t, s)
-    plain = guided_step(*arguments, generator(), 0.0, 0.0, 1.0)
-    guided = guided_step(*arguments, generator(), guidance, gluing, 1.0)
+    plain, guided = (
+        guided_step(Given(prior, measurement(a), y, z, generator(), 0.05), z, t, s, *weights, 1.0)
+        for weights in ((0.0, 0.0), (guidance, gluing))
+    )
     alpha, sigma = prior.schedule(t)
     k = alpha * VARIANCE / (alpha**2 * VARIANCE + sigma**2)
     data_residual = y - k * z @ (a @ q).T
@@ -216,6 +218,29 @@ def test_flash_diffusion_starts_where_the_noise_is_as_large_as_the_severity():
             torch.testing.assert_close(z, expected)
         steps = sum(math.ceil(40 * t.item()) for _, t in first)
         assert counted.evaluations == counted.products == steps
+
+
+def test_flash_diffusion_keeps_the_operator_of_each_image():
+    """Images that start at other times, with masks of their own, are those that each is alone."""
+
+    class Encoder(Fixed):
+        def forward(self, picture):
+            return 0.3 * picture, self.severities.log()
+
+    masks = (noise(2, 1, 1, N, seed=4) > 0).double()
+    x, severities = states(2), (0.1, 0.9)
+    y = masks * states(2, seed=2)
+
+    def restored(some):
+        physics = Inpainting((1, 1, N), mask=masks[some])
+        encoder = Encoder(*severities[some])
+        settings = {"noise_std": 0.05, "steps": 20, "guidance": 0.3, "eta": 0.0}
+        return flash_diffusion(
+            toy(), physics, y[some], x[some], generator(), encoder=encoder, **settings
+        )
+
+    alone = torch.cat([restored(slice(i, i + 1)) for i in range(2)])
+    torch.testing.assert_close(restored(slice(0, 2)), alone)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

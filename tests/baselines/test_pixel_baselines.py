@@ -15,7 +15,7 @@ from diffoc.baselines.ddnm import ddnm
 from diffoc.baselines.ddrm import ddrm
 from diffoc.baselines.decomposition import decompose
 from diffoc.baselines.mcg import mcg
-from diffoc.baselines.noise_level import NoiseLevelDenoiser, time_of_level
+from diffoc.baselines.noise_level import NoiseLevelDenoiser, times_of_levels
 from diffoc.baselines.pnp_admm import pnp_admm
 from diffoc.baselines.score_sde import score_sde
 from diffoc.priors.counting import CountedPrior
@@ -148,12 +148,12 @@ def test_what_cannot_be_decomposed_is_refused():
 def test_noise_levels_have_times(schedule):
     t = torch.tensor([0.1, 0.4, 0.9], dtype=torch.float64)
     alpha, sigma = schedule(t)
-    found = [time_of_level(schedule, level) for level in (sigma / alpha).tolist()]
-    torch.testing.assert_close(torch.stack(found), t, rtol=0, atol=1e-9)
-    assert time_of_level(schedule, 0.0) == 0
+    found = times_of_levels(schedule, sigma / alpha)
+    torch.testing.assert_close(found, t, rtol=0, atol=1e-9)
+    assert times_of_levels(schedule, torch.zeros(())) == 0
     for wrong in (-1.0, 1e9, math.nan):
         with pytest.raises(ValueError, match="sigma is"):
-            time_of_level(schedule, wrong)
+            times_of_levels(schedule, torch.tensor(wrong))
 
 
 def test_the_denoiser_is_wieners_filter():

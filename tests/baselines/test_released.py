@@ -134,7 +134,7 @@ def results(monkeypatch):
         found.append(reconstruct(*args, **settings))
         return found[-1]
 
-    monkeypatch.setattr("diffoc.baselines.released.reconstruct", recorded)
+    monkeypatch.setattr("diffoc.baselines.reconstruct", recorded)
     return found
 
 
@@ -378,7 +378,7 @@ def test_wrong_arguments_are_named():
         process = AncestralProcess(headless, 20, draw_noise(19, (1, 64), generator()), True)
         with pytest.raises(ValueError, match="the prior has no head for the variance"):
             process.step(0, torch.zeros(1, 64))
-    with pytest.raises(ValueError, match="steps is 1, expected at least 2"):
+    with pytest.raises(ValueError, match="steps is 1, expected finite and at least 2"):
         released_weights(1)
     with pytest.raises(ValueError, match="weight_decay is -1"):
         Adam(weight_decay=-1.0)

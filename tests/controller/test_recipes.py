@@ -41,7 +41,7 @@ def test_rows_of_the_table_run_the_named_recipe(name, nfe, monkeypatch):
     """What a row hands on is, field by field, the recipe that a reader gets for that task."""
     ran = []
     monkeypatch.setattr(
-        "diffoc.baselines.ours.reconstruct",
+        "diffoc.baselines.reconstruct",
         lambda problem, prior, recipe, **_: ran.append(recipe) or 1 / 0,
     )
     method = METHODS["ours"]

@@ -297,10 +297,10 @@ SAMPLER = """
 import torch
 from diffoc.baselines import Method, method, no_products, one_a_step
 @method
-def negated(prior, physics, y, x, generator, *, noise_std, steps, sign=1.0):
+def negated(given, *, steps, sign=1.0):
     for _ in range(steps):
-        prior(x, torch.tensor(0.5))
-    return sign * y
+        given.prior(given.x, torch.tensor(0.5))
+    return sign * given.y
 METHOD = Method(
     "Negated", negated, one_a_step, no_products, {"sign": [-1.0, *(0.1 * i for i in range(1, 8))]}
 )

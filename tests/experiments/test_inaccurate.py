@@ -42,6 +42,7 @@ def test_names():
         "faces64",
     ]
     assert all(is_inaccurate(name) for name in names)
+    assert load_inaccurate("untrained faces64_rgb").image_shape == (3, 64, 64)
     assert accurate_name("faces64") == "faces64"
     assert not is_inaccurate("faces64")
     for name, message in (

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 
+from diffoc.data.files import csv_text
 from diffoc.experiments import records
 from diffoc.experiments.records import (
     COLUMNS,
@@ -196,9 +197,7 @@ def test_a_wrong_value_in_any_column_is_refused(tmp_path, column, value, last):
     other = path.read_bytes()
     lines = other.splitlines(keepends=True)
     values = dict.fromkeys(COLUMNS, "") | rows[0] | {column: value}
-    text = records.StringIO()
-    records.csv.DictWriter(text, COLUMNS, lineterminator="\n").writerow(values)
-    changed = lines[0] + text.getvalue().encode() + lines[2]
+    changed = lines[0] + csv_text(COLUMNS, [values]).encode() + lines[2]
     write(path, FAILED)
     assert damaged(path, changed if last else changed + path.read_bytes()[len(other) :])
 

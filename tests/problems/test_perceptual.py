@@ -9,15 +9,7 @@ from torch import nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from diffoc.problems import perceptual
-from diffoc.problems.metrics import frechet_distance
-from diffoc.problems.perceptual import (
-    features,
-    fid,
-    missing_metrics,
-    perceptual_metrics,
-    read_features,
-    write_features,
-)
+from diffoc.problems.perceptual import missing_metrics, perceptual_metrics
 
 lpips = pytest.importorskip("lpips")
 
@@ -128,58 +120,9 @@ def test_unfit_arguments_are_refused():
         perceptual_metrics(images / 0, truth)
 
 
-class Projection(nn.Module):
-    """Five features of 8-bit images, in the place of Inception's."""
-
-    num_features = 5
-
-    def __init__(self):
-        super().__init__()
-        generator = torch.Generator().manual_seed(2)
-        self.weight = torch.randn(3 * 64, 5, generator=generator).double()
-
-    def forward(self, images):
-        assert images.dtype == torch.uint8
-        return (images.double().flatten(1) / 255) @ self.weight
-
-
-def sets():
-    generator = torch.Generator().manual_seed(3)
-    first = torch.randint(256, (40, 3, 8, 8), generator=generator, dtype=torch.uint8)
-    second = torch.randint(30, 200, (30, 3, 8, 8), generator=generator, dtype=torch.uint8)
-    return first, second
-
-
-def test_the_distance_of_features_is_torchmetrics():
-    network, (first, second) = Projection(), sets()
-    metric = FrechetInceptionDistance(feature=network)
-    metric.update(first, real=True)
-    metric.update(second, real=False)
-    # A third of a grey level off: what is rounded, not cut, comes back.
-    of_first, of_second = (
-        features(network, x / 127.5 - 1 - 0.3 / 127.5, batch=7) for x in (first, second)
-    )
-    assert frechet_distance(of_first, of_second) == pytest.approx(metric.compute().item(), rel=1e-9)
-
-
-def test_shards_are_merged(tmp_path):
-    network, first = Projection(), sets()[0]
-    whole = features(network, first / 127.5 - 1)
-    paths = [tmp_path / f"{i}.safetensors" for i in range(3)]
-    for path, part in zip(paths, whole.split(15), strict=True):
-        write_features(path, "projection", part)
-    merged = read_features(paths, "projection")
-    assert torch.equal(merged, whole)
-    with pytest.raises(ValueError, match="features of 'projection', expected 'inception'"):
-        read_features(paths, "inception")
-    with pytest.raises(ValueError, match="empty"):
-        read_features([], "inception")
-
-
-def test_fid_without_inception_is_an_error():
-    images, _ = pair(1)
+def test_inception_without_weights_is_an_error():
     with pytest.raises(FileNotFoundError, match=r"weights-inception-2015-12-05-6726825d\.pth"):
-        fid(images, images)
+        perceptual.inception()
 
 
 def test_inception_sees_8_bits_at_the_original_size(cache, monkeypatch):
@@ -195,7 +138,7 @@ def test_inception_sees_8_bits_at_the_original_size(cache, monkeypatch):
     torch.save(untrained.state_dict(), cache / file.name)
     generator = torch.Generator().manual_seed(6)
     pixels = torch.randint(256, (2, 1, 64, 64), generator=generator, dtype=torch.uint8)
-    found = features(perceptual.inception(), pixels / 127.5 - 1, batch=1)
-    expected = untrained(pixels.expand(-1, 3, -1, -1))
+    pixels = pixels.expand(-1, 3, -1, -1)
+    found, expected = perceptual.inception()(pixels), untrained(pixels)
     assert found.shape == (2, 2048)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)

@@ -236,7 +236,7 @@ def small_faces(tmp_path, monkeypatch):
     faces = np.random.default_rng(0).integers(0, 256, (60, 64, 64), dtype=np.uint8)
     np.savez(tmp_path / "faces64.npz", train=faces, test=faces[:7])
     monkeypatch.setenv("DIFFOC_DATA", str(tmp_path))
-    recipe = recipes.MIXTURES["faces32"]._replace(components=2, rank=3, held_out=10)
+    recipe = recipes.MIXTURES["faces32"]._replace(components=2, rank=3)
     monkeypatch.setitem(recipes.MIXTURES, "faces32", recipe)
     return tmp_path
 
@@ -259,15 +259,6 @@ def test_prior_is_written_registered_and_reproducible(small_faces):
         "loadings": (2, 1024, 3),
         "noise_variance": (2,),
     }
-
-
-def test_comparison_holds_faces_out(small_faces):
-    rows = recipes.compare_sizes("faces32", [(1, 3), (2, 2)], iterations=2)
-    assert [(row["components"], row["rank"]) for row in rows] == [(1, 3), (2, 2)]
-    # Pure noise: what is fitted to the rest does not carry over to the held-out part.
-    assert all(row["held_out"] < row["train"] for row in rows)
-    assert len(recipes.training_images("faces32", "train", stop=-10)) == 100
-    assert len(recipes.training_images("faces32", "train", start=-10)) == 10
 
 
 def test_fit_refuses_unknown_names_and_folders(tmp_path):
