@@ -99,3 +99,29 @@ def _with_gradient(log_density: Callable[[Tensor], Tensor], x: Tensor) -> tuple[
     with torch.enable_grad():
         value = log_density(x)
     return value.detach(), torch.autograd.grad(value.sum(), x)[0]
+
+
+def effective_draws(chains: Tensor) -> float:
+    r"""How many independent draws have as precise a mean as these of parallel chains.
+
+    .. math:: \frac{L B}{1 + 2 \sum_k \rho_k}
+
+    with the autocorrelation :math:`\rho_k` of deviations from the mean of all, summed up to
+    where the sum of two that follow each other is negative (Geyer 1992, doi:10.1214/ss/1177011137).
+
+    Args:
+        chains: a number of the state, L times of B chains, (L, B), L at least 2.
+    """
+    deviations = (chains - chains.mean()).double()
+    length = len(chains)
+    covariances = [
+        (deviations[: length - k] * deviations[k:]).sum().item() / (length * chains.shape[1])
+        for k in range(length)
+    ]
+    total = 1.0
+    for k in range(1, length - 1, 2):
+        pair = covariances[k] + covariances[k + 1]
+        if pair < 0:
+            break
+        total += 2 * pair / covariances[0]
+    return chains.numel() / total

@@ -5,7 +5,7 @@ import torch
 
 from diffoc.priors.gaussian import GaussianPrior
 from diffoc.process import ReverseProcess
-from diffoc.theory.beliefs import believed_covariance, believed_draws, langevin
+from diffoc.theory.beliefs import believed_covariance, believed_draws, effective_draws, langevin
 from diffoc.theory.linear_gaussian import linear_gaussian, relative_error
 
 
@@ -62,3 +62,16 @@ def test_langevin_finds_a_skewed_law():
     assert (ends > 0).all()
     mean, variance = (torch.pi / 2) ** 0.5, 2 - torch.pi / 2
     assert abs(ends.mean().item() - mean) < 4 * (variance / count) ** 0.5
+
+
+@pytest.mark.parametrize("phi", [0.0, 0.5, 0.9])
+def test_effective_draws_are_those_of_an_autoregression(phi):
+    """x' = phi x + noise: the variance of its mean is (1 + phi) / (1 - phi) times that of draws."""
+    g, length, count = torch.Generator().manual_seed(0), 400, 200
+    x, chains = torch.randn(count, generator=g, dtype=torch.float64), []
+    for _ in range(length):
+        noise = torch.randn(count, generator=g, dtype=torch.float64)
+        x = phi * x + (1 - phi**2) ** 0.5 * noise
+        chains.append(x)
+    expected = length * count * (1 - phi) / (1 + phi)
+    assert effective_draws(torch.stack(chains)) == pytest.approx(expected, rel=0.3)
