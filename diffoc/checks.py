@@ -6,6 +6,8 @@ Every error names the argument, and says what is expected of it.
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +25,8 @@ def check_tensor(name: str, x: Tensor) -> None:
         raise TypeError(f"{name} is {type(x).__name__}, expected a tensor")
     if not x.is_floating_point() or not x.numel():
         raise ValueError(
-            f"{name} is {x.dtype} of shape {tuple(x.shape)}, expected floating-point numbers"
+            f"{name} is {x.dtype} of shape {tuple(x.shape)}, expected floating-point numbers, at "
+            "least one"
         )
     if x.is_meta or not x.isfinite().all():
         raise ValueError(f"{name} has values that are not finite, or none at all")
@@ -50,9 +53,10 @@ def check_alike(**tensors: Tensor) -> None:
 
 def check_shape(shape: Sequence[int], letters: str) -> None:
     """Raises a ValueError unless a shape has as many sides as `letters`, of 1 or more each."""
-    if len(shape) != len(letters) or min(shape) < 1:
+    sides: Any = shape if isinstance(shape, tuple | list) else ()
+    if len(sides) != len(letters) or not all(isinstance(n, int) and n > 0 for n in sides):
         expected = ", ".join(letters)
-        raise ValueError(f"shape is {tuple(shape)}, expected ({expected}) of 1 or more each")
+        raise ValueError(f"shape is {shape!r}, expected ({expected}) of 1 or more each")
 
 
 def check_size(expected: Sequence[int], **tensors: Tensor) -> None:
@@ -63,15 +67,17 @@ def check_size(expected: Sequence[int], **tensors: Tensor) -> None:
 
 
 def check_above(low: float, **numbers: float) -> None:
-    """Raises a ValueError unless numbers are finite and above `low`."""
+    """Raises unless numbers are finite and above `low`: a TypeError if they are no numbers."""
     for name, value in numbers.items():
+        _check_number(name, value)
         if not low < value < math.inf:
             raise ValueError(f"{name} is {value}, expected finite and above {low}")
 
 
 def check_at_least(low: float, **numbers: float) -> None:
-    """Raises a ValueError unless numbers are finite and not below `low`."""
+    """Raises unless numbers are finite and not below `low`: a TypeError if they are no numbers."""
     for name, value in numbers.items():
+        _check_number(name, value)
         if not low <= value < math.inf:
             raise ValueError(f"{name} is {value}, expected finite and at least {low}")
 
@@ -81,6 +87,44 @@ def check_within(low: float, high: float, **numbers: float) -> None:
     for name, value in numbers.items():
         if not low <= value <= high:
             raise ValueError(f"{name} is {value}, expected {low} to {high}")
+
+
+def check_whole(low: int, **numbers: int | None) -> None:
+    """As :func:`check_at_least`, for whole numbers, or None where there is none."""
+    for name, value in numbers.items():
+        if value is None:
+            continue
+        check_at_least(low, **{name: value})
+        if value != int(value) or isinstance(value, float):
+            raise TypeError(f"{name} is {value}, expected a whole number")
+
+
+def _check_number(name: str, value: object) -> None:
+    one = isinstance(value, Tensor) and value.ndim == 0 and not value.is_complex()
+    if isinstance(value, bool) or not (one or isinstance(value, Real)):
+        raise TypeError(f"{name} is {shown(value)}, expected a single number")
+
+
+def shown(value: object) -> str:
+    """What a value is, in one short line."""
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def check_callable(**functions: object) -> None:
+    """Raises a TypeError unless arguments can be called, or are None."""
+    for name, value in functions.items():
+        if value is not None and not callable(value):
+            raise TypeError(f"{name} is {shown(value)}, expected a function")
+
+
+def check_kind(kind: Any, **values: object) -> None:
+    """Raises a TypeError unless values are of a kind."""
+    for name, value in values.items():
+        if not isinstance(value, kind):
+            raise TypeError(f"{name} is {shown(value)}, expected a {kind.__name__}")
 
 
 def check_member(members: Iterable[str], **names: str) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diffoc.checks import check_above, check_tensor, evaluating
+from diffoc.checks import check_above, check_kind, check_tensor, evaluating
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class GaussianLikelihood:
     noise_std: float
 
     def __post_init__(self) -> None:
+        check_kind(Callable, operator=self.operator)
         check_tensor("y", self.y)
         check_above(0, noise_std=self.noise_std)
 

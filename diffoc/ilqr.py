@@ -23,7 +23,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffoc.checks import check_alike, check_at_least, check_tensor
+from diffoc.checks import (
+    check_alike,
+    check_at_least,
+    check_callable,
+    check_kind,
+    check_size,
+    check_tensor,
+    check_whole,
+)
 from diffoc.riccati import Dense, SingularControlHessianError
 from diffoc.rules import Damping, Direction, LineSearch, Rule, Tikhonov
 from diffoc.system import (
@@ -241,6 +249,8 @@ def ilqr(
             constant a, or for the schedule's largest.
         DivergenceError: if a rule without a line search leads to a cost that is not finite.
     """
+    check_tensor("x", x)
+    check_kind(Derivatives, derivatives=derivatives)
     if controls is None:
         controls = x.new_zeros(()).expand(problem.horizon, *x.shape)  # takes no memory
     if not isinstance(regularization, Damping):
@@ -296,7 +306,10 @@ def init(problem: ControlProblem, x: Tensor, controls: Tensor, method: Method) -
 def terminate(state: State, method: Method) -> bool:
     """Ends the problems that are good enough or out of budget; true if none goes on."""
     if method.stop:
-        state.retire(method.stop(state.nominal.x[-1]), "stopped")
+        enough = method.stop(state.nominal.x[-1])
+        check_kind(Tensor, **{"what stop returns": enough})
+        check_size((len(state.cost),), **{"what stop returns": enough})
+        state.retire(enough, "stopped")
     if method.budget is not None:
         state.retire(state.work["evaluations"] + len(state.nominal.u) > method.budget, "budget")
     return not state.active.any()
@@ -463,7 +476,6 @@ def _search(
 
 
 def _check(problem: ControlProblem, x: Tensor, controls: Tensor, method: Method) -> None:
-    check_tensor("x", x)
     if x.ndim < 2:
         raise ValueError(f"x has shape {tuple(x.shape)}, expected (B, ...)")
     T, batch = problem.horizon, len(x)
@@ -478,4 +490,7 @@ def _check(problem: ControlProblem, x: Tensor, controls: Tensor, method: Method)
         raise ValueError(
             f"rule is {method.rule!r}, expected such as LineSearch(), Adam(), LBFGS() or FullStep()"
         )
-    check_at_least(0, iterations=method.iterations, gradient_tolerance=method.gradient_tolerance)
+    check_whole(0, iterations=method.iterations, rank=method.rank)
+    check_whole(1, budget=method.budget)
+    check_at_least(0, gradient_tolerance=method.gradient_tolerance)
+    check_callable(stop=method.stop, callback=method.callback)

@@ -24,7 +24,7 @@ from azula.denoise import Denoiser
 from azula.noise import Schedule
 from torch import Tensor
 
-from diffoc.checks import check_at_least, check_member, check_size, check_tensor, evaluating
+from diffoc.checks import check_member, check_size, check_tensor, check_whole, evaluating
 
 MODES = ("input", "output")
 
@@ -112,7 +112,7 @@ class ReverseProcess:
         check_member(METHODS, method=method)
         check_member(MODES, mode=mode)
         if isinstance(steps, int):
-            check_at_least(1, steps=steps)
+            check_whole(1, steps=steps)
             steps = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
         times = torch.as_tensor(steps, dtype=torch.float64)
         check_tensor("steps", times)

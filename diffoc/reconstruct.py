@@ -25,7 +25,17 @@ from azula.denoise import Denoiser
 from azula.noise import Schedule
 from torch import Tensor
 
-from diffoc.checks import check_above, check_at_least, check_tensor, evaluating
+from diffoc.checks import (
+    check_above,
+    check_alike,
+    check_at_least,
+    check_callable,
+    check_kind,
+    check_tensor,
+    check_whole,
+    evaluating,
+    shown,
+)
 from diffoc.costs import ControlCost, GaussianLikelihood
 from diffoc.greedy import greedy_controls
 from diffoc.ilqr import Result
@@ -62,10 +72,12 @@ class Problem:
     task: str | None = None
 
     def __post_init__(self) -> None:
-        if not callable(self.physics):
+        if not callable(self.physics) or isinstance(self.physics, type):
             raise TypeError(
-                f"physics is {self.physics!r}, expected a deepinv physics or a callable"
+                f"physics is {shown(self.physics)}, expected a deepinv physics or a callable"
             )
+        if self.task is not None:
+            check_kind(str, task=self.task)
         check_tensor("y", self.y)
         check_above(0, noise_std=self.noise_std)
 
@@ -203,8 +215,12 @@ class Recipe:
     by_task: Mapping[tuple[str, int], Mapping[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        check_at_least(1, steps=self.steps)
-        check_at_least(0, weight=self.weight)
+        check_whole(1, steps=self.steps)
+        check_whole(0, budget=self.budget, iterations=self.iterations, rank=self.rank)
+        check_at_least(0, weight=self.weight, spare=self.spare)
+        check_kind(Derivatives, derivatives=self.derivatives)
+        if self.spare >= 1:
+            raise ValueError(f"spare is {self.spare}, expected a share below 1")
         if self.budget is None and self.iterations is None:
             raise ValueError("budget and iterations are both None: give at least one")
         if self.budget is not None and self.budget < 4 * self.steps:
@@ -326,7 +342,12 @@ def reconstruct(
         ValueError: if the operator, the measurements and the prior do not fit each other, or an
             argument is out of its range.
     """
-    check_at_least(1, starts=starts)
+    check_whole(1, starts=starts)
+    check_kind(Recipe, recipe=recipe)
+    check_kind(Denoiser, prior=prior)
+    check_callable(callback=callback)
+    if generator is not None:
+        check_kind(torch.Generator, generator=generator)
     recipe = recipe.at(problem.task)
     generator = generator or torch.Generator().manual_seed(0)
     with evaluating(prior, problem.physics):
@@ -373,21 +394,48 @@ def _start(problem: Problem, prior: Denoiser, x: Tensor | None) -> Tensor:
     """Returns the initial states, zeros by default, once operator, measurements and prior fit."""
     y = problem.y
     if x is None:
+        if not hasattr(prior, "image_shape"):
+            raise ValueError("x is missing, and the prior has no image_shape: give one of them")
         x = torch.zeros(len(y), *prior.image_shape, dtype=y.dtype, device=y.device)
+    check_tensor("x", x)
+    check_alike(y=y, x=x)
     images, measured = tuple(x.shape), tuple(y.shape)
     try:
-        expected = tuple(problem.operator(torch.zeros_like(x)).shape)
-    except (RuntimeError, TypeError, ValueError) as error:
+        with torch.enable_grad():
+            found = problem.operator(torch.zeros_like(x, requires_grad=True))
+    except Exception as error:  # an operator of the user's fails anywhere
         raise ValueError(
-            f"physics cannot measure images of shape {images}, the prior's: {error}"
+            f"physics cannot measure images of shape {images}, the prior's: "
+            f"{error or type(error).__name__}"
         ) from error
-    if expected != measured:
+    check_kind(Tensor, **{"what physics makes": found})
+    if tuple(found.shape) != measured:
         raise ValueError(
-            f"y has shape {measured}, but physics makes {expected} of images of shape {images}"
+            f"y has shape {measured}, but physics makes {tuple(found.shape)} of images of shape "
+            f"{images}"
         )
+    check_alike(y=y, **{"what physics makes": found})
+    if not found.requires_grad:
+        raise ValueError("physics makes y without derivatives in the image: leave out its detach()")
+    _check_precision(prior, x)
     if problem.linear and (back := tuple(problem.physics.A_adjoint(y).shape)) != images:
         raise ValueError(
             f"physics has an adjoint that makes {back} of y, where images have shape {images}: "
             "the operator does not fit images of this size"
         )
     return x
+
+
+def _check_precision(prior: Denoiser, x: Tensor) -> None:
+    """Raises a ValueError if the prior's weights are of another kind, and it minds."""
+    weights = next(prior.parameters(), x)
+    if (weights.dtype, weights.device) == (x.dtype, x.device):
+        return
+    try:
+        with torch.no_grad():
+            prior(x[:1], torch.ones((), dtype=x.dtype, device=x.device))
+    except RuntimeError as error:
+        raise ValueError(
+            f"y is {x.dtype} on {x.device}, but the prior's weights are {weights.dtype} on "
+            f"{weights.device}: convert one of them with .to(...)"
+        ) from error

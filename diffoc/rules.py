@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.optim.adam import adam
 
-from diffoc.checks import check_above, check_at_least, check_tensor
+from diffoc.checks import check_above, check_at_least, check_tensor, check_whole
 
 
 class Direction(NamedTuple):
@@ -105,7 +105,7 @@ class LineSearch(Rule):
     def __post_init__(self) -> None:
         if not 0 < self.contraction < 1:
             raise ValueError(f"contraction is {self.contraction}, expected in ]0, 1[")
-        check_at_least(1, trials=self.trials)
+        check_whole(1, trials=self.trials)
 
     def accept(self, decrease: Tensor, expected: Tensor, negligible: Tensor) -> Tensor:
         """Takes a sufficient decrease; where the expected one drowns in rounding, no increase."""

@@ -12,7 +12,7 @@ from azula.noise import Schedule
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from diffoc.checks import check_size, check_tensor, evaluating
+from diffoc.checks import check_kind, check_size, check_tensor, evaluating
 from diffoc.costs import ControlCost
 from diffoc.ilqr import Result, ilqr
 from diffoc.lowrank import MatrixFree
@@ -71,6 +71,9 @@ def solve(
         ValueError: if an argument is wrong.
         diffoc.ilqr.DivergenceError: if the cost is not finite any more; it has the best iterate.
     """
+    check_kind(ReverseProcess, process=process)
+    check_kind(Callable, cost=cost)
+    check_tensor("x", x)
     if not isinstance(control_cost, ControlCost):
         control_cost = ControlCost(control_cost)
     process.check_noise(x)

@@ -8,7 +8,7 @@ from azula.denoise import Denoiser
 from azula.noise import Schedule
 from torch import Tensor, nn
 
-from diffoc.checks import check_shape
+from diffoc.checks import check_callable, check_kind, check_shape, shown
 from diffoc.priors.pipelines import DiffusersDenoiser
 from diffoc.priors.pretrained import EDMDenoiser, default_schedule
 
@@ -21,8 +21,16 @@ class _Output(nn.Module):
         self.network = network
 
     def forward(self, x: Tensor, timestep: Tensor) -> SimpleNamespace:
-        """Returns the output as attribute `sample`."""
-        return SimpleNamespace(sample=self.network(x, timestep))
+        """The output as attribute `sample`; a ValueError refuses one that is no prediction."""
+        output = self.network(x, timestep)
+        shape = tuple(getattr(output, "shape", ()))
+        fits = len(shape) == x.ndim and (shape[0], *shape[2:]) == (len(x), *x.shape[2:])
+        if not fits or shape[1] < x.shape[1]:
+            raise ValueError(
+                f"network gives {shape or type(output).__name__} for images of {tuple(x.shape)}, "
+                "expected their shape, with more channels at most"
+            )
+        return SimpleNamespace(sample=output)
 
 
 def wrap(
@@ -52,7 +60,12 @@ def wrap(
     Raises:
         ValueError: if an argument is out of its range.
     """
-    bar = torch.as_tensor(alphas_cumprod, dtype=torch.float64)
+    check_kind(Callable, network=network)
+    check_callable(schedule=schedule)
+    try:
+        bar = torch.as_tensor(alphas_cumprod, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"alphas_cumprod is {shown(alphas_cumprod)}, expected numbers") from error
     if bar.ndim != 1 or len(bar) < 2 or not (bar.diff() < 0).all() or not 0 < bar[-1] < bar[0] < 1:
         raise ValueError("alphas_cumprod must be at least two numbers that decrease within ]0, 1[")
     denoiser = DiffusersDenoiser(_Output(network), bar, prediction_type, schedule)

@@ -6,6 +6,7 @@ from azula.denoise import Denoiser
 from deepinv.physics import Physics
 from torch import Tensor
 
+from diffoc.checks import check_kind, check_whole
 from diffoc.reconstruct import OURS, Problem, Recipe, reconstruct
 
 
@@ -32,6 +33,8 @@ class Reconstructor(deepinv.models.Reconstructor):
         Raises:
             ValueError: as :func:`diffoc.reconstruct`, or if the noise's deviation is not known.
         """
+        check_kind(Physics, physics=physics)
+        check_whole(0, seed=self.seed)
         noise_std = self.noise_std
         if noise_std is None:
             model = physics.noise_model

@@ -1,0 +1,165 @@
+"""What a stranger may pass by mistake: one line that names the argument, or a right answer."""
+
+import numpy as np
+import pytest
+import torch
+from deepinv.physics import Denoising, Inpainting
+from torch import nn
+
+import diffoc
+from diffoc.costs import ControlCost, GaussianLikelihood
+from diffoc.ilqr import ilqr
+from diffoc.priors import wrap
+from diffoc.problems.tasks import super_resolution
+from diffoc.process import ReverseProcess
+from diffoc.solve import solve
+from diffoc.system import ControlProblem
+
+NAN, BAR = float("nan"), torch.linspace(0.999, 0.01, 50)
+PHYSICS, Y = super_resolution(2), torch.linspace(-1, 1, 32).reshape(2, 1, 4, 4)
+X = torch.zeros(2, 1, 8, 8)
+
+
+class Network(nn.Conv2d):
+    def forward(self, x, timestep):
+        return 0.1 * super().forward(x)
+
+
+def good_prior():
+    torch.manual_seed(0)
+    return wrap(Network(1, 1, 3, padding=1), BAR, (1, 8, 8))
+
+
+def recipe(**changes):
+    return diffoc.Recipe(**{"name": "tried", "steps": 2, "iterations": 2} | changes)
+
+
+def reconstruct(**changes):
+    of_problem = {"physics": PHYSICS, "y": Y, "noise_std": 0.05}
+    problem = diffoc.Problem(**{k: changes.pop(k, v) for k, v in of_problem.items()})
+    options = {"prior": good_prior(), "recipe": recipe()} | changes
+    return diffoc.reconstruct(problem, options.pop("prior"), options.pop("recipe"), **options)
+
+
+def solved(**changes):
+    usual = {"process": ReverseProcess(good_prior(), 2), "x": X, "iterations": 2}
+    return solve(**usual | {"cost": GaussianLikelihood(PHYSICS.A, Y, 0.05)} | changes)
+
+
+def planned(**changes):
+    problem = ControlProblem(lambda i, x, u: x + u, ControlCost(1.0), lambda x: (x**2).sum(1), 2)
+    return ilqr(problem, **{"x": torch.ones(2, 3)} | changes)
+
+
+def answer(**changes):
+    options = {"prior": good_prior(), "recipe": recipe(), "noise_std": 0.05} | changes
+    y, physics = options.pop("y", Y), options.pop("physics", PHYSICS)
+    return diffoc.Reconstructor(**options)(y, physics)
+
+
+def wrapped(**changes):
+    return wrap(
+        **{"network": Network(1, 1, 3), "alphas_cumprod": BAR, "shape": (1, 8, 8)} | changes
+    )
+
+
+NUMBERS = [
+    -1,
+    NAN,
+    float("inf"),
+    "0.05",
+    None,
+    1j,
+    True,
+    torch.tensor([0.1, 0.2]),
+    torch.ones(2, 1, 4, 4),
+]
+COUNTS = [0, -1, 1.5, "2", True]
+THINGS = [3, "x", torch.ones(2), object()]
+
+WRONG = {
+    (reconstruct, "y"): [
+        Y.numpy(), Y.int(), Y > 0, Y.cfloat(), Y.double(), Y.half(), Y.bfloat16(), NAN * Y, Y[:0],
+        Y[0], Y[None], torch.zeros(2, 1, 5, 5), torch.zeros(2, 3, 4, 4), Y.to("meta"), [1.0], None,
+    ],
+    (reconstruct, "noise_std"): [0, *NUMBERS],
+    (reconstruct, "physics"): [
+        None, *THINGS, Inpainting, lambda x: x.detach().numpy(), lambda x: PHYSICS.A(x).detach(),
+        lambda x: None, lambda x: (PHYSICS.A(x),), lambda x: PHYSICS.A(x).double(),
+        lambda x: {}["a"], lambda x: PHYSICS.A(x.mul_(2)),
+        Inpainting((1, 8, 8), mask=torch.ones(5, 5)),
+    ],
+    (reconstruct, "prior"): [None, *THINGS, nn.Conv2d(1, 1, 3)],
+    (reconstruct, "recipe"): [None, *THINGS],
+    (reconstruct, "x"): [X[:1], X.double(), NAN * X, X.int(), X.numpy(), "x", X[:, :, :7]],
+    (reconstruct, "starts"): COUNTS,
+    (reconstruct, "generator"): [3, np.random.default_rng(0)],
+    (reconstruct, "callback"): THINGS,
+    (recipe, "steps"): COUNTS,
+    (recipe, "iterations"): COUNTS[1:],
+    (recipe, "budget"): [7, *COUNTS],
+    (recipe, "rank"): COUNTS[1:],
+    (recipe, "weight"): NUMBERS,
+    (recipe, "spare"): [1, 1.5, *NUMBERS],
+    (recipe, "derivatives"): [None, *THINGS],
+    (solved, "process"): [*THINGS, nn.Linear(2, 2)],
+    (solved, "x"): [X[:0], NAN * X, X.int(), None, "x"],
+    (solved, "cost"): [None, *THINGS, lambda x: x.sum()],
+    (solved, "controls"): [torch.zeros(n, *X.shape) * k for n, k in ((3, 1.0), (2, NAN))],
+    (solved, "budget"): COUNTS,
+    (solved, "stop"): [*THINGS, lambda x: 3, lambda x: torch.ones(7).bool()],
+    (planned, "x"): [None, "x", torch.ones(3), torch.ones(2, 3).int(), NAN * torch.ones(2, 3)],
+    (planned, "derivatives"): [None, *THINGS],
+    (planned, "iterations"): COUNTS[1:],
+    (planned, "rule"): THINGS,
+    (planned, "callback"): THINGS,
+    (answer, "physics"): [None, *THINGS, PHYSICS.A],
+    (answer, "noise_std"): [0, *(n for n in NUMBERS if n is not None)],
+    (answer, "y"): [Y.double(), None, NAN * Y, Y[:0]],
+    (answer, "seed"): ["a", -1, 1.5],
+    (wrapped, "network"): [None, 3, "x"],
+    (wrapped, "alphas_cumprod"): [
+        "x", None, BAR.flip(0), [0.9, NAN], BAR[None], torch.arange(5).flip(0),
+    ],
+    (wrapped, "shape"): [(8, 8), (1, 8.5, 8), 8, "abc", (0, 8, 8), None],
+    (wrapped, "schedule"): ["x", 3],
+    (wrapped, "prediction_type"): ["x", None, 3],
+}  # fmt: skip
+
+ALSO = {"budget": "budget|steps", "x": "x is|x has|x are|images", "physics": "physics|y has"}
+"""What an error may say in place of the argument's name."""
+
+
+@pytest.mark.parametrize(
+    ("door", "name", "value"),
+    [
+        pytest.param(door, name, value, id=f"{door.__name__} {name} {i}")
+        for (door, name), values in WRONG.items()
+        for i, value in enumerate(values)
+    ],
+)
+def test_a_mistake_is_one_line_that_names_the_argument(door, name, value):
+    with pytest.raises((ValueError, TypeError), match=ALSO.get(name, name)) as caught:
+        door(**{name: value})
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "y",
+    [
+        Y.clone().requires_grad_(),
+        nn.Parameter(Y),
+        Y.transpose(2, 3).contiguous().transpose(2, 3),
+        Y.contiguous(memory_format=torch.channels_last),
+    ],
+)
+def test_what_is_the_same_measurement_gives_the_same_image(y):
+    expected, found = reconstruct().x0, reconstruct(y=y).x0
+    assert not found.requires_grad
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(reconstruct(noise_std=torch.tensor(0.05)).x0, expected)
+
+
+def test_a_physics_of_another_size_is_refused_by_the_model_of_deepinv():
+    with pytest.raises(ValueError, match="y has shape"):
+        answer(physics=Denoising())
