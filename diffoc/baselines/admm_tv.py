@@ -39,7 +39,7 @@ def admm_tv(
     # criterion would be taken over the batch; and longer steps than deepinv's, to need few.
     regularizer.TVModel = TVDenoiser(tau=0.25, n_it_max=10, crit=0)
     solver = ADMM(
-        data_fidelity=ImageByImage(),
+        data_fidelity=ImageByImage(physics, given.x),
         prior=regularizer,
         lambda_reg=weight,
         stepsize=stepsize,

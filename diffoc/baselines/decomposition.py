@@ -17,6 +17,7 @@ itself is asked in the precision of the images, without the shortened products o
 """
 
 from collections.abc import Callable
+from functools import partial
 from itertools import cycle
 from weakref import WeakKeyDictionary
 
@@ -24,6 +25,7 @@ import torch
 from deepinv.physics import Blur, DecomposablePhysics, Inpainting, LinearPhysics, Physics
 from torch import Tensor
 
+from diffoc.greedy import correction
 from diffoc.problems.tasks import UnsupportedTask, parts_of
 
 LARGEST = 4096  # numbers of a channel whose dense matrix is decomposed
@@ -70,6 +72,25 @@ def decompose(physics: Physics, x: Tensor) -> DecomposablePhysics:
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             known[kind] = _decompose(physics, x)
     return known[kind]
+
+
+def corrections(physics: LinearPhysics, x: Tensor) -> Callable[[Tensor, Tensor, float], Tensor]:
+    r"""Returns the function d(y, x, r) that minimises :math:`r \|A (x + d) - y\|^2 + \|d\|^2`.
+
+    It is exact where the operator is decomposed for images like `x`, and else by the conjugate
+    gradients of :func:`diffoc.greedy.correction`; no image of a batch decides for another.
+    """
+    try:
+        svd = decompose(physics, x)
+    except UnsupportedTask:
+        return partial(correction, physics, trials=100, tol=1e-5)
+
+    def exact(y: Tensor, x: Tensor, ratio: float) -> Tensor:
+        # (I + r S^2) V^T d = r S U^T (y - A x)
+        gain = ratio * svd.mask / (1 + ratio * svd.mask**2)
+        return svd.V(gain * svd.U_adjoint(y - physics.A(x)))
+
+    return exact
 
 
 def _together(parts: list[DecomposablePhysics]) -> DecomposablePhysics:

@@ -15,8 +15,6 @@ The released code measures s on images in [0, 1], but :math:`\sigma_t` on images
 :math:`\lambda = 1` is 1/4 here. Two things of it are left out, so that the method starts from the
 same noise as all others and fits priors of any range: measurements as the mean of the first state,
 of which the noise leaves a hundredth, and means that are clipped to [-1, 1].
-
-The minimum is found by conjugate gradients.
 """
 
 from itertools import pairwise
@@ -25,9 +23,8 @@ import torch
 from torch import Tensor
 
 from diffoc.baselines import Given, Method, method, no_products
-from diffoc.baselines.decomposition import require_linear
+from diffoc.baselines.decomposition import corrections, require_linear
 from diffoc.checks import check_above, check_at_least, check_within
-from diffoc.greedy import correction
 
 
 @method
@@ -48,12 +45,13 @@ def diffpir(
     check_above(0, noise_std=given.noise_std, strength=strength)
     check_at_least(1, steps=steps)
     check_within(0, 1, renewal=renewal)
+    correction = corrections(physics, x)
     times = 1 - torch.linspace(0, 1, steps + 1, dtype=x.dtype, device=x.device).sqrt()
     for t, s in pairwise(times):
         (alpha_t, sigma_t), (alpha_s, sigma_s) = prior.schedule(t), prior.schedule(s)
         rho = strength * (given.noise_std * alpha_t / sigma_t).item() ** 2
         mean = prior(x, t).mean
-        x0 = mean + correction(physics, given.y, mean, 1 / rho, 100, 1e-5)
+        x0 = mean + correction(given.y, mean, 1 / rho)
         predicted = (x - alpha_t * x0) / sigma_t
         noise = (1 - renewal) ** 0.5 * predicted + renewal**0.5 * given.noise()
         x = alpha_s * x0 + sigma_s * noise

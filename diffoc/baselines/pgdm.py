@@ -20,10 +20,8 @@ from azula.guidance import PGDMSampler
 from torch import Tensor
 
 from diffoc.baselines import Given, Method, global_generator, method, one_a_step, product_a_step
-from diffoc.baselines.decomposition import decompose, require_linear
+from diffoc.baselines.decomposition import corrections, require_linear
 from diffoc.checks import check_above, check_at_least, check_within
-from diffoc.greedy import correction
-from diffoc.problems.tasks import UnsupportedTask
 
 
 @method
@@ -57,10 +55,7 @@ class _NoisySampler(PGDMSampler):
             given.prior, torch.zeros_like(given.y), residual, self.inverse, silent=True, **options
         )
         self.given, self.guidance = given, guidance
-        try:
-            self.svd = decompose(given.physics, given.x)
-        except UnsupportedTask:
-            self.svd = None
+        self.correction = corrections(given.physics, given.x)
 
     def step(self, x_t: Tensor, t: Tensor, s: Tensor, **kwargs: object) -> Tensor:
         alpha, sigma = self.denoiser.schedule(t)
@@ -70,11 +65,7 @@ class _NoisySampler(PGDMSampler):
     def inverse(self, y: Tensor) -> Tensor:
         # (A^T A + 1 / r)^-1 A^T y, the same by the push-through identity.
         ratio = self.variance / self.given.noise_std**2
-        if self.svd:
-            gain = self.svd.mask / (self.svd.mask**2 + 1 / ratio)
-            return self.guidance * self.svd.V(gain * self.svd.U_adjoint(y))
-        zero = torch.zeros_like(self.given.x)
-        return self.guidance * correction(self.given.physics, y, zero, ratio, 100, 1e-5)
+        return self.guidance * self.correction(y, torch.zeros_like(self.given.x), ratio)
 
 
 METHOD = Method(

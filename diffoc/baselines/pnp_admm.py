@@ -16,20 +16,23 @@ from deepinv.physics import LinearPhysics
 from torch import Tensor
 
 from diffoc.baselines import Given, Method, method, no_products, one_a_step
-from diffoc.baselines.decomposition import require_linear
+from diffoc.baselines.decomposition import corrections, require_linear
 from diffoc.baselines.noise_level import NoiseLevelDenoiser
 from diffoc.checks import check_above, check_at_least
-from diffoc.greedy import correction
 
 
 class ImageByImage(L2):
     """deepinv's squared residual, with a proximal map in which no image decides for another."""
 
+    def __init__(self, physics: LinearPhysics, x: Tensor) -> None:
+        super().__init__()
+        self.correction = corrections(physics, x)
+
     def prox(
         self, x: Tensor, y: Tensor, physics: LinearPhysics, *args: object, gamma: float = 1.0
     ) -> Tensor:
         r"""The minimiser of :math:`\gamma \|A u - y\|^2 + \|u - x\|^2`."""
-        return x + correction(physics, y, x, float(gamma), 100, 1e-5)
+        return x + self.correction(y, x, float(gamma))
 
 
 @method
@@ -54,7 +57,7 @@ def pnp_admm(
     first, last = torch.tensor([first_std, last_std], dtype=torch.float64).log().tolist()
     levels = torch.linspace(first, last, steps, dtype=torch.float64).exp()
     solver = ADMM(
-        data_fidelity=ImageByImage(),
+        data_fidelity=ImageByImage(physics, given.x),
         prior=PnP(NoiseLevelDenoiser(given.prior)),
         g_param=levels.tolist(),
         stepsize=(weight * levels**2 / noise_std**2).tolist(),

@@ -13,7 +13,7 @@ from deepinv.physics import Blur, LinearPhysics
 from diffoc.baselines.admm_tv import admm_tv
 from diffoc.baselines.ddnm import ddnm
 from diffoc.baselines.ddrm import ddrm
-from diffoc.baselines.decomposition import decompose
+from diffoc.baselines.decomposition import corrections, decompose
 from diffoc.baselines.mcg import mcg
 from diffoc.baselines.noise_level import NoiseLevelDenoiser, times_of_levels
 from diffoc.baselines.pnp_admm import pnp_admm
@@ -114,6 +114,26 @@ def test_the_pseudo_inverse_meets_penroses_conditions(name):
     torch.testing.assert_close(
         (w * physics.A(dagger(y))).sum(), (physics.A(dagger(w)) * y).sum(), **tolerance
     )
+
+
+@pytest.mark.parametrize("ratio", [0.5, 40.0, 4000.0])
+@pytest.mark.parametrize("name", ["super_resolution", "random_inpainting", "motion_blur", "turn"])
+def test_corrections_solve_the_normal_equations(name, ratio):
+    """Exactly where the operator is decomposed; by conjugate gradients where channels mix."""
+    x = normal(2, 1, 12, 12) if name != "turn" else normal(2, 3, 6, 6)
+    if name == "turn":
+        physics = LinearPhysics(A=lambda x: x.flip(1) / 2, A_adjoint=lambda y: y.flip(1) / 2)
+    else:
+        physics = task(name, x.shape[1:], seeded()).double()
+    n = x[0].numel()
+    A = physics.A(torch.eye(n).double().reshape(n, *x.shape[1:])).flatten(1).mT
+    y = physics.A(x) + normal(*physics.A(x).shape, seed=5)
+    residual = (y - physics.A(x)).flatten(1).mT
+    system = torch.eye(n).double() + ratio * A.mT @ A
+    expected = torch.linalg.solve(system, ratio * A.mT @ residual).mT.reshape(x.shape)
+    found = corrections(physics, x)(y, x, ratio)
+    atol = 1e-4 if name == "turn" else 1e-9
+    torch.testing.assert_close(found, expected, rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize(("m", "n"), [(3, 5), (5, 5), (7, 5)])
