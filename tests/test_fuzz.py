@@ -631,6 +631,7 @@ OTHERS = {
     "draw_noise": "torch.randn",
     "check_inputs": "of a grid, which it checks",
     "take_nearest_timesteps": "of a network that was just loaded",
+    "evaluate_once": "of a network that was just made",
     "AdamMemory": "behind ilqr",
     "LBFGSMemory": "behind ilqr",
     "snr_weights": "of a process's times, which it has checked",

@@ -214,6 +214,7 @@ def tune(args: argparse.Namespace) -> int:
         write_tuned,
     )
     from diffoc.experiments.records import read
+    from diffoc.experiments.runs import alone, by_image
 
     try_file(data_folder() / "tuned.json")
     methods = args.methods or compared(args.prior, min(args.nfe or [NFE]))
@@ -235,9 +236,9 @@ def tune(args: argparse.Namespace) -> int:
     }
     compute = experiments.Computer(args.images and args.images.resolve(), args.device)
     status = _execute([cell for some in cells.values() for cell in some], compute, path, args)
-    records, tuned = read(path), read_tuned()
+    known, tuned = by_image(read(path)), read_tuned()
     for (task, method, nfe), trials in plan.items():
-        rows = [records[cell] for cell in cells[task, method, nfe]]
+        rows = [[known[one] for one in alone(cell)] for cell in cells[task, method, nfe]]
         best = experiments.best_trial(rows)
         if best is None and any(some[0]["status"] == "failed" for some in rows):
             print(f"{method}, {task}, nfe {nfe}: every trial failed")

@@ -12,6 +12,7 @@ import torch
 from gdown.exceptions import DownloadError
 from platformdirs import user_cache_path
 from torch import Tensor
+from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 
 @dataclass(frozen=True)
@@ -71,8 +72,9 @@ def find(file: RemoteFile, *elsewhere: Path) -> Path:
         if (folder / file.name).is_file():
             return _checked(file, folder / file.name)
     raise FileNotFoundError(
-        f"{file.name} is missing: fetch {file.url} ({file.bytes / 1e6:,.0f} MB) and put it into "
-        f"{' or '.join(map(str, folders))}, or set DIFFOC_CACHE to the folder that has it"
+        f"{file.name} is missing: fetch {file.url} ({file.bytes / 1e6:,.0f} MB) and put it, under "
+        f"that name, into {' or '.join(map(str, folders))}, or set DIFFOC_CACHE to the folder that "
+        "has it"
     )
 
 
@@ -91,13 +93,17 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_torch_file(path: Path) -> dict[str, Tensor | dict]:
+def read_torch_file(path: Path, stand_ins: bool = False) -> dict[str, Tensor | dict]:
     """Returns the content of an existing torch file, on the CPU; no code in it is run.
 
-    A ValueError refuses one that is damaged, holds more than tensors and numbers, or no names.
+    With `stand_ins`, an empty class stands for each that the file names, as checkpoints of training
+    programs do. A ValueError refuses a file that is damaged, holds more than tensors and numbers,
+    or no names.
     """
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        named = get_unsafe_globals_in_checkpoint(path) if stand_ins else []
+        with safe_globals([(_StandIn, name) for name in named]):
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
     except Exception as error:  # a damaged file makes the reader fail anywhere
@@ -107,3 +113,16 @@ def read_torch_file(path: Path) -> dict[str, Tensor | dict]:
     if not isinstance(state, Mapping):
         raise ValueError(f"{path} is no file of named tensors: remove it and try again")
     return dict(state)
+
+
+class _StandIn:
+    """What is made in place of an object whose class is not to be run."""
+
+    def __new__(cls, *_args: object, **_keywords: object) -> "_StandIn":
+        return super().__new__(cls)
+
+    def __init__(self, *_args: object, **_keywords: object) -> None:
+        pass
+
+    def __setstate__(self, state: object) -> None:
+        pass

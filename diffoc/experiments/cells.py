@@ -29,7 +29,7 @@ from diffoc.data.pictures import read_picture, write_picture
 from diffoc.data.provenance import digest, short
 from diffoc.experiments.inaccurate import accurate_name, is_inaccurate, load_inaccurate
 from diffoc.experiments.methods import METHODS, equal_work, prior_of, settings_of
-from diffoc.experiments.protocol import ONE_OPERATOR, protocol_of
+from diffoc.experiments.protocol import ONE_OPERATOR, Protocol, protocol_of
 from diffoc.experiments.records import METRICS, Cell, Row, as_json, in_batches
 from diffoc.experiments.runs import method_errors
 from diffoc.priors.counting import CountedPrior
@@ -37,7 +37,7 @@ from diffoc.priors.latent import LatentPrior
 from diffoc.priors.pretrained import REMOTE, SHIPPED, load_prior
 from diffoc.problems.metrics import image_metrics
 from diffoc.problems.perceptual import LPIPS, SMALLEST, perceptual_metrics
-from diffoc.problems.tasks import TASKS, UnsupportedTask, for_each, measure, noise_level, task
+from diffoc.problems.tasks import TASKS, UnsupportedTask, for_each, measure, noise_level
 
 TABLES = {"table1": tuple(TASKS)[:5]}
 """The tasks of the paper's tables; the records of Table 1 have the metrics of Table 3 too."""
@@ -55,10 +55,12 @@ class Computer:
     Attributes:
         folder: of pictures, or None for the test set of faces, whose names are numbers.
         device: "cpu", "cuda" or "cuda:i".
+        protocol: how images are measured, by default as the prior's tables have it.
     """
 
     folder: Path | None = None
     device: str = "cpu"
+    protocol: Protocol | None = None
 
     def __call__(self, cell: Cell) -> tuple[list[Row], Tensor]:
         """Returns a row for every image, and the reconstructions on the CPU.
@@ -66,25 +68,27 @@ class Computer:
         An :class:`diffoc.problems.tasks.UnsupportedTask` says that the method cannot do the task, a
         :class:`diffoc.experiments.runs.MethodError` that it fails.
         """
-        method, protocol = METHODS[cell.method], protocol_of(cell.prior)
+        method, protocol = METHODS[cell.method], self.protocol or protocol_of(cell.prior)
         prior, weights = load_once(cell.prior, self.device)
         if method.latent and not isinstance(prior, LatentPrior):
             raise UnsupportedTask(f"{cell.method} needs a prior in a latent space: {cell.prior}")
         shape = getattr(prior, "decoded_shape", prior.image_shape)
         truth = read_images(cell.images, shape, self.folder)
         hashes = [digest(image) for image in truth]
-        whose = hashes if protocol.operator_per_image else [None] * len(hashes)
-        parts = [_operator(cell.task, shape, cell.seed, image, "cpu") for image in whose]
+        each = cell.task in protocol.operator_per_image
+        drawn = [(protocol, cell.task, shape, cell.seed, h if each else None) for h in hashes]
+        parts = [_operator(*which, "cpu") for which in drawn]
         noise = [_generator(cell.seed, cell.task, name, "noise") for name in hashes]
         pairs = zip(parts, truth, noise, strict=True)
-        y = torch.cat([measure(A, x[None], g, protocol.noise_std) for A, x, g in pairs])
+        noisy = protocol.noise_std, protocol.noise_on_dropped
+        y = torch.cat([measure(A, x[None], g, *noisy) for A, x, g in pairs])
         starts = [_generator(cell.seed, name, "start") for name in hashes]
         start = torch.stack([torch.randn(prior.image_shape, generator=g) for g in starts])
         _, sigma = prior.schedule(torch.ones(()))
         counted = CountedPrior(prior, None if cell.precision == "float32" else cell.precision)
         counted.image_shape = prior.image_shape
         generator = _generator(cell.seed, cell.task, *hashes, device=self.device)
-        physics = for_each([_operator(cell.task, shape, cell.seed, w, self.device) for w in whose])
+        physics = for_each([_operator(*which, self.device) for which in drawn])
         y, x = y.to(self.device), (sigma.cpu() * start).to(self.device)
 
         began = _clock(self.device)
@@ -95,7 +99,7 @@ class Computer:
             x0, seconds = x0.detach(), (_clock(self.device) - began) / len(truth)
             metrics = metrics_of(x0.float().cpu(), truth)
         residual = (physics.A(x0) - y).square().flatten(1).mean(dim=1).sqrt()
-        level = noise_level(physics, y, protocol.noise_std)
+        level = noise_level(physics, y, *noisy)
         metrics["residual_over_noise"] = residual / level
         common = {
             "evaluations": f"{counted.evaluations / len(truth):g}",
@@ -164,7 +168,12 @@ def read_images(names: Sequence[str], shape: Sequence[int], folder: Path | None)
 
 @lru_cache(maxsize=16)
 def _operator(
-    name: str, shape: tuple[int, ...], seed: int, image: str | None, device: str
+    protocol: Protocol,
+    name: str,
+    shape: tuple[int, ...],
+    seed: int,
+    image: str | None,
+    device: str,
 ) -> Physics:
     """Returns the operator of an image, or of all images for None, on a device.
 
@@ -172,7 +181,7 @@ def _operator(
     nothing changes it.
     """
     drawn = (seed, name) if image is None else (seed, name, image, "operator")
-    return task(name, shape, _generator(*drawn)).to(device)
+    return protocol.operator(name, shape, _generator(*drawn)).to(device)
 
 
 @cache

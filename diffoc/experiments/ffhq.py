@@ -8,17 +8,20 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from diffoc.baselines.paper import PAPER
 from diffoc.baselines.released import RELEASED
 from diffoc.checks import check_member
-from diffoc.data.downloads import cache_folder
+from diffoc.data.downloads import find
 from diffoc.data.provenance import ROOT
 from diffoc.experiments.cells import cells_of
 from diffoc.experiments.methods import METHODS, read_tuned
 from diffoc.experiments.paper_tables import TASKS
-from diffoc.experiments.records import Cell
+from diffoc.experiments.protocol import FFHQ, Protocol
+from diffoc.experiments.records import Cell, read
+from diffoc.priors.pretrained import REMOTE
 from diffoc.reconstruct import Recipe
 
 PRIOR, LATENT_PRIOR = "ffhq256", "ffhq256_latent"
@@ -105,14 +108,13 @@ def lines(table: str) -> list[Line]:
     check_member(TABLES, table=table)
     ours = method_of(PAPER)
     if table == "table1":
-        latent, by_hand = cache_folder() / LATENT_PRIOR, (cache_folder() / LATENT_PRIOR).is_dir()
-        missing = f"not run: CompVis's model of FFHQ, as a folder of diffusers, is not in {latent}"
+        missing = _missing(LATENT_PRIOR)
         severity = "not run: it needs its authors' severity encoder, which is not read here"
         return [
             Line("Ours (NFE = 2500)", ours, 2500, note="Table 2; NFE counts T times 50"),
             Line("Ours (NFE = 1000)", ours, 1000, note="Table 2, T = 20, 50 iterations"),
             Line("Released code", method_of(RELEASED), 1000, paper=False),
-            Line("PSLD (NFE = 1000)", "psld" if by_hand else "", note="" if by_hand else missing),
+            Line("PSLD (NFE = 1000)", "" if missing else "psld", note=missing),
             Line("Flash-Diffusion* (NFE = varies)", "", note=severity),
             *_others("NFE"),
         ]
@@ -132,6 +134,15 @@ def lines(table: str) -> list[Line]:
         Line(label, ours, 2500, {"steps": t}, note=f"T = {t}, which the paper's text has lost")
         for label, t in zip(labels, HORIZONS, strict=True)
     ]
+
+
+def _missing(prior: str) -> str:
+    """Why a prior that has to be put by hand cannot run, or nothing."""
+    try:
+        find(REMOTE[prior])
+    except FileNotFoundError as error:
+        return f"not run: {error}"
+    return ""
 
 
 def _others(count: str) -> list[Line]:
@@ -220,15 +231,28 @@ def paper_numbers(table: str) -> dict[str, dict[str, Any]]:
     return {row["label"]: row for row in json.loads(text)[table]}
 
 
+def check_protocol(path: Path, protocol: Protocol) -> None:
+    """Raises a ValueError if there is a table with rows of another protocol."""
+    cells = read(path) if path.exists() else {}
+    if others := {rows[0]["protocol"] for rows in cells.values()} - {protocol.name, ""}:
+        raise ValueError(
+            f"{path} has rows of {min(others)!r}: name another folder with --out for "
+            f"{protocol.name!r}"
+        )
+
+
 def beside_the_paper(
-    table: str, found: Mapping[tuple[str, str], Mapping[str, float]], images: int
+    table: str,
+    found: Mapping[tuple[str, str], Mapping[str, float]],
+    images: int,
+    protocol: str = FFHQ.name,
 ) -> str:
     """Returns one of :data:`TABLES` in Markdown for each metric, beside the paper's numbers.
 
     A place has ours, the paper's in brackets, and the difference. What was `found` are means over
-    `images` images, by label and task.
+    `images` images, by label and task; the protocol is named above them.
     """
-    return "\n\n".join(_tables(table, found, images)) + "\n"
+    return "\n\n".join([f"Protocol: {protocol}", *_tables(table, found, images)]) + "\n"
 
 
 def _tables(

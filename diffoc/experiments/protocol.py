@@ -1,9 +1,13 @@
 """What the tables hold fixed, as values that their records name; `docs/protocol.md` is the page."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from deepinv.physics import Physics
 
 from diffoc.experiments.inaccurate import accurate_name
-from diffoc.problems.tasks import NOISE_STD
+from diffoc.problems.tasks import NOISE_STD, TASKS, random_inpainting, task
 
 
 @dataclass(frozen=True)
@@ -14,21 +18,35 @@ class Protocol:
         name: what the records have in their column `protocol`.
         held_out: the names of the images of the tables.
         tuning: those of the images that methods are tuned on; none is in both.
-        operator_per_image: whether each image has a mask, box or kernel of its own, drawn from the
-            seed, the task and the image; otherwise one drawn from seed and task serves all.
+        operator_per_image: the tasks of which each image has a mask, box or kernel of its own,
+            drawn from the seed, the task and the image; of the others one drawn from seed and task
+            serves all.
         noise_std: of the measurements, on the scale of images in [-1, 1].
         precision: of the network; None for any.
         product_cost: c, what a vector-Jacobian product costs in evaluations of the network; None
             where it was not measured.
+        dropped: the least and the largest fraction of the pixels that random inpainting drops,
+            between which an operator's is drawn.
+        noise_on_dropped: whether there is noise where inpainting has dropped a pixel, too.
     """
 
     name: str
     held_out: tuple[str, ...]
     tuning: tuple[str, ...]
-    operator_per_image: bool
+    operator_per_image: tuple[str, ...]
     noise_std: float
     precision: str | None
     product_cost: float | None
+    dropped: tuple[float, float] = (0.92, 0.92)
+    noise_on_dropped: bool = False
+
+    def operator(self, name: str, shape: Sequence[int], generator: torch.Generator) -> Physics:
+        """Returns a task for images (C, H, W), as :func:`diffoc.problems.tasks.task` does."""
+        least, most = self.dropped
+        if name == "random_inpainting" and least < most:
+            share = torch.rand((), generator=generator).item()
+            return random_inpainting(shape, generator, least + (most - least) * share)
+        return task(name, shape, generator)
 
 
 ONE_OPERATOR = Protocol(
@@ -36,7 +54,7 @@ ONE_OPERATOR = Protocol(
     "[0, 1], Gaussian 11x11 windows within the image; LPIPS 0.1 on [-1, 1], _01 on [0, 1]",
     held_out=tuple(str(i) for i in range(0, 512, 16)),
     tuning=tuple(str(i) for i in range(8, 512, 64)),
-    operator_per_image=False,
+    operator_per_image=(),
     noise_std=NOISE_STD,
     precision=None,
     product_cost=None,
@@ -47,7 +65,7 @@ COLOUR_FACES = Protocol(
     name="colour faces, an operator per image, 1",
     held_out=ONE_OPERATOR.held_out,
     tuning=ONE_OPERATOR.tuning,
-    operator_per_image=True,
+    operator_per_image=tuple(TASKS),
     noise_std=NOISE_STD,
     precision="float32",
     product_cost=0.9,
@@ -55,15 +73,26 @@ COLOUR_FACES = Protocol(
 """Of the tables of colour faces. The cost of a product is that of `faces64_rgb`, see the page."""
 
 FFHQ = Protocol(
-    name="FFHQ of 256 pixels, an operator per image, 92 % dropped, 1",
+    name="FFHQ, the paper's text: an operator per image, 92 % dropped and no noise there, 1",
     held_out=(),
     tuning=(),
-    operator_per_image=True,
+    operator_per_image=tuple(TASKS),
     noise_std=NOISE_STD,
     precision=None,
     product_cost=None,
 )
 """Of the paper's tables, as its text has them; the images are those of a folder that is named."""
+
+FFHQ_RELEASED = replace(
+    FFHQ,
+    name="FFHQ, the released code: 30 to 70 % dropped and noise there, one motion kernel, 1",
+    operator_per_image=("random_inpainting", "box_inpainting"),
+    dropped=(0.3, 0.7),
+    noise_on_dropped=True,
+)
+"""The same as the authors' code has them: a mask or box for each image, one kernel for a run."""
+
+FFHQ_PROTOCOLS = {"paper": FFHQ, "released": FFHQ_RELEASED}
 
 
 def protocol_of(prior: str) -> Protocol:

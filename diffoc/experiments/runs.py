@@ -5,9 +5,9 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import count
 from pathlib import Path
@@ -50,7 +50,7 @@ def run_cells(
     the machine, the data or the code, ends the run and is no record.
 
     Args:
-        cells: the whole grid.
+        cells: the whole grid; images that have a record, in whatever batch, are left out of them.
         compute: what gives a cell's rows; with several workers it is pickled.
         path: the table's.
         jobs: how many workers, of one thread each; 1 computes here, with torch's threads. With the
@@ -75,8 +75,7 @@ def run_cells(
     check_member(("loky", "ray"), backend=backend)
     target = records.shard_path(path, shard)
     with records.writing(target) as append:
-        mine, known = _part(cells, shard), records.read(path)
-        status = {cell: known[cell][0]["status"] for cell in mine if cell in known}
+        known = by_image(records.read(path))
         left = unfinished(cells, path, shard, retry_failed)
         parent = os.getpid() if jobs > 1 or backend != "loky" else 0
         calls = [(compute, cell, device, parent) for cell in left]
@@ -86,11 +85,12 @@ def run_cells(
                 if keep is not None and images is not None:
                     keep(cell, images)
                 append(rows)
-                status[cell] = rows[0]["status"]
+                known |= by_image({cell: rows})
                 if rows[0]["status"] == "failed":
                     bar.write(f"failed: {records.describe(cell)}: {rows[0]['error']}")
                 bar.update(work(cell))
-    found = list(status.values())
+    first = [alone(cell)[0] for cell in _part(cells, shard)]
+    found = [known[one]["status"] for one in first if one in known]
     return {name: found.count(name) for name in ("ok", "failed", "unsupported")}
 
 
@@ -100,16 +100,37 @@ def unfinished(
     shard: tuple[int, int] | None = None,
     retry_failed: bool = False,
 ) -> list[Cell]:
-    """Returns the cells that :func:`run_cells` would compute; arguments are as there."""
+    """Returns the cells that :func:`run_cells` would compute; arguments are as there.
+
+    Images that were in a batch of another size are left out, so that a table goes on when the batch
+    is changed.
+    """
     try:
-        known = records.read(path)
+        known = by_image(records.read(path))
     except FileNotFoundError:
         known = {}
-    return [
-        cell
+    had = {one for one, row in known.items() if not (retry_failed and row["status"] == "failed")}
+    left = [
+        replace(cell, images=tuple(one.images[0] for one in alone(cell) if one not in had))
         for cell in _part(cells, shard)
-        if cell not in known or (retry_failed and known[cell][0]["status"] == "failed")
     ]
+    return [cell for cell in left if cell.images]
+
+
+def alone(cell: Cell) -> list[Cell]:
+    """Returns a cell for each image of one."""
+    return [replace(cell, images=(image,)) for image in cell.images]
+
+
+def by_image(known: Mapping[Cell, list[Row]]) -> dict[Cell, Row]:
+    """Returns the rows of a table by cells of one image, whatever batches they were in.
+
+    Where an image failed in one batch and not in another, the latter counts.
+    """
+    failed_first = sorted(known.items(), key=lambda item: item[1][0]["status"] != "failed")
+    return {
+        one: row for cell, rows in failed_first for one, row in zip(alone(cell), rows, strict=True)
+    }
 
 
 def _part(cells: Sequence[Cell], shard: tuple[int, int] | None) -> list[Cell]:

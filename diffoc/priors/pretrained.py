@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from diffoc.checks import check_callable, check_member
 from diffoc.data import manifest
-from diffoc.data.downloads import RemoteFile, cache_folder, fetch, read_torch_file
+from diffoc.data.downloads import RemoteFile, fetch, find, read_torch_file
 from diffoc.priors.autoencoder import load_autoencoder
 from diffoc.priors.latent import LatentPrior, load_pipeline
 from diffoc.priors.networks import NETWORKS
@@ -35,8 +35,8 @@ SHIPPED = {
     "faces64_rgb_latent": (6, 16, 16),
 }
 
-# Sizes: the imagenet256 file's is exact, as its checksum is; ffhq256's is four bytes a parameter,
-# ffhq64's a rough one.
+# Sizes: that of imagenet256 is exact, as its checksum is; those of ffhq256 and of the latent one,
+# which holds its network twice, are four bytes a parameter; ffhq64's is a rough one.
 REMOTE = {
     "ffhq256": RemoteFile(
         "ffhq_10m.pt",
@@ -54,8 +54,18 @@ REMOTE = {
         "https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/edm-ffhq-64x64-uncond-vp.pkl",
         250_000_000,
     ),
+    "ffhq256_latent": RemoteFile(
+        "ffhq256_latent.ckpt",
+        "model.ckpt of https://ommer-lab.com/files/latent-diffusion/ffhq.zip",
+        2_400_000_000,
+    ),
 }
-_SHAPES = SHIPPED | {"ffhq256": (3, 256, 256), "imagenet256": (3, 256, 256), "ffhq64": (3, 64, 64)}
+_SHAPES = SHIPPED | {
+    "ffhq256": (3, 256, 256),
+    "imagenet256": (3, 256, 256),
+    "ffhq64": (3, 64, 64),
+    "ffhq256_latent": (3, 64, 64),
+}
 _ADM_CARDS = {"ffhq256": "ffhq_256x256", "imagenet256": "imagenet_256x256"}
 
 
@@ -92,8 +102,8 @@ def load_prior(
               "imagenet256" (3, 256, 256), of Dhariwal & Nichol 2021, both ADM networks; their
               heads for the variance are cut off, and means are not clipped to [-1, 1], because
               a controller needs the derivatives;
-            - "ffhq256_latent", the latent model of FFHQ of Rombach et al. 2022, once it lies in the
-              cache under that name as a folder of diffusers;
+            - "ffhq256_latent", the latent model of FFHQ of Rombach et al. 2022, of latents
+              (3, 64, 64), once CompVis's checkpoint lies in the cache as `ffhq256_latent.ckpt`;
             - "ffhq64" (3, 64, 64), of Karras et al. 2022, for which see `allow_pickle`;
             - an unconditional pixel model of `diffusers`: "owner/name" on the Hugging Face hub,
               such as "1aurent/mnist-28", or a local folder; or a latent one, such as
@@ -131,7 +141,9 @@ def load_prior(
     elif name == "ffhq64":
         prior = _load_edm(schedule, allow_pickle)
     elif name == "ffhq256_latent":
-        prior = _load_folder(cache_folder() / name, given)
+        from diffoc.priors.compvis import load_compvis  # diffusers is slow to import
+
+        prior = evaluate_once(load_compvis(find(REMOTE[name]), given))
     elif path.suffix == ".pt":
         network, name = _network_of_checkpoint(path)
         shape = SHIPPED[name]
@@ -208,13 +220,20 @@ def untrained_adm(
             raise ValueError(f"channels is {channels}, expected a multiple of 32")
         config["num_channels"] = channels
     prior = adm.make_model(**config, clip_mean=False, learn_var=learned_variance)
-    for block in prior.backbone.modules():
-        if isinstance(block, ResBlock | AttentionBlock):
-            # azula's checkpoints evaluate the block again in every backward pass, 0.74 F each;
-            # the controller recomputes whole steps instead, once for all products.
-            block.forward = block._forward
     prior.image_shape = _SHAPES[name]
-    return prior.eval().requires_grad_(False)
+    return evaluate_once(prior).eval().requires_grad_(False)
+
+
+def evaluate_once(prior: Denoiser) -> Denoiser:
+    """Takes azula's checkpoints out of an ADM network, in place, and returns it.
+
+    They evaluate a block again in every backward pass, 0.74 F each; the controller recomputes whole
+    steps instead, once for all products.
+    """
+    for block in prior.modules():
+        if isinstance(block, ResBlock | AttentionBlock):
+            block.forward = block._forward
+    return prior
 
 
 def _load_adm(name: str, schedule: Schedule, learned_variance: bool) -> Denoiser:

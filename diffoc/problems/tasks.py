@@ -214,18 +214,22 @@ def _each(maps: Sequence[Callable[[Tensor], Tensor]], x: Tensor) -> Tensor:
 
 
 def measure(
-    physics: Physics, x: Tensor, generator: torch.Generator, noise_std: float = NOISE_STD
+    physics: Physics,
+    x: Tensor,
+    generator: torch.Generator,
+    noise_std: float = NOISE_STD,
+    on_dropped: bool = False,
 ) -> Tensor:
     r"""Returns measurements :math:`A(x) + \eta` of images x, (B, C, H, W) in [-1, 1].
 
-    The physics was made by a function of this module. The noise is Gaussian, none where nothing is
-    measured; its generator is on the CPU.
+    The physics was made by a function of this module. The noise is Gaussian; where nothing is
+    measured there is none unless it is asked for, `on_dropped` pixels; its generator is on the CPU.
     """
     check_images("x", x)
     check_at_least(0, noise_std=noise_std)
     y = physics.A(x)
     noise = torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y)
-    return y + noise_std * noise * measured(physics, y)
+    return y + noise_std * noise * (1 if on_dropped else measured(physics, y))
 
 
 def measured(physics: Physics, y: Tensor) -> Tensor:
@@ -240,14 +244,16 @@ def likelihood(physics: Physics, y: Tensor, noise_std: float = NOISE_STD) -> Gau
     return GaussianLikelihood(physics.A, y, noise_std)
 
 
-def noise_level(physics: Physics, y: Tensor, noise_std: float = NOISE_STD) -> float:
+def noise_level(
+    physics: Physics, y: Tensor, noise_std: float = NOISE_STD, on_dropped: bool = False
+) -> float:
     """Returns the root mean square of the truth's residual A(x) - y, which need not be beaten.
 
-    Pixels that were dropped count as right.
+    Pixels that were dropped count as right, unless there is noise on them.
     """
     check_tensor("y", y)
     check_at_least(0, noise_std=noise_std)
-    return noise_std * measured(physics, y).mean().sqrt().item()
+    return noise_std if on_dropped else noise_std * measured(physics, y).mean().sqrt().item()
 
 
 def _kernel_size(side: int) -> int:

@@ -150,6 +150,7 @@ CASES = {
             "--backend": "ray",
             "--rehearse": "",
             "--retry-failed": "",
+            "--protocol": "released",
         },
     ),
     "measure": (

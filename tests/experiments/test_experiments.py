@@ -279,10 +279,9 @@ def test_each_colour_face_has_an_operator_of_its_own(monkeypatch):
 
 def test_nothing_that_is_cached_is_moved():
     """Two cells on other devices: what the first has is not changed by the second."""
-    shape = (1, 8, 8)
-    here = experiments._operator("motion_blur", shape, 0, None, "cpu")
-    there = experiments._operator("motion_blur", shape, 0, None, "meta")
-    assert experiments._operator("motion_blur", shape, 0, None, "cpu") is here
+    drawn = (ONE_OPERATOR, "motion_blur", (1, 8, 8), 0, None)
+    here, there = (experiments._operator(*drawn, device) for device in ("cpu", "meta"))
+    assert experiments._operator(*drawn, "cpu") is here
     assert here.filter.device.type == "cpu"
     assert there.filter.device.type == "meta"
 

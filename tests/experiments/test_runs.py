@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,10 @@ import torch
 from diffoc.data.provenance import device_name
 from diffoc.experiments import runs, spread
 from diffoc.experiments.methods import METHODS
-from diffoc.experiments.records import METRICS, Cell, read, shard_path
+from diffoc.experiments.records import METRICS, Cell, in_batches, read, shard_path
 from diffoc.experiments.runs import (
     MethodError,
+    by_image,
     check,
     method_errors,
     run_cells,
@@ -86,6 +88,31 @@ def test_what_is_there_is_not_computed_again(tmp_path, expected):
     assert calls == CELLS
     assert path.read_bytes().startswith(before)
     assert results(path) == expected
+
+
+def test_another_batch_computes_only_what_no_batch_had(tmp_path):
+    """A day that began with four images at once goes on with two, and what failed may be again."""
+    path, seen = tmp_path / "table.csv", []
+
+    def counted(cell):
+        seen.extend(cell.images)
+        if "b" in cell.images and len(seen) < 5:
+            with method_errors():
+                raise RuntimeError("it broke")
+        return [dict.fromkeys(METRICS, "1")] * len(cell.images), None
+
+    def cells(names, batch):
+        return [replace(CELLS[0], images=some) for some in in_batches(names, batch)]
+
+    assert run(path, counted, cells("abcd", 2)) == {"ok": 1, "failed": 1, "unsupported": 0}
+    assert run(path, counted, cells("abcdef", 3)) == {"ok": 1, "failed": 1, "unsupported": 0}
+    assert "".join(seen) == "abcdef"
+    assert unfinished(cells("abcdef", 1), path) == []
+    assert [c.images for c in unfinished(cells("abcdef", 4), path, None, True)] == [("a", "b")]
+    assert run(path, counted, cells("abcdef", 1), retry_failed=True)["ok"] == 6
+    assert "".join(seen) == "abcdefab"
+    assert all(row["status"] == "ok" for row in by_image(read(path)).values())
+    assert "".join(sorted(one.images[0] for one in by_image(read(path)))) == "abcdef"
 
 
 def test_products_are_not_shortened(tmp_path):
