@@ -22,7 +22,7 @@ from PIL import Image
 
 from diffoc.commands.main import main
 from diffoc.data.provenance import ROOT
-from diffoc.experiments.records import COLUMNS, Cell, as_json
+from diffoc.experiments.records import COLUMNS, Cell, as_json, frame
 from diffoc.experiments.summary import by_budget, by_method, by_setting
 from diffoc.figures import COLORS, WIDTH, paper, plots, save_for_print
 
@@ -177,7 +177,8 @@ def test_records_become_means_and_curves() -> None:
         *rows("stopped", "super_resolution", 300, {"a": 25.0}, steps=10),
         *rows("admm", "super_resolution", 300, {"a": 19.0}),
     ]
-    some[-1]["status"] = "failed"
+    some[-1] |= {"status": "failed", "psnr": ""}
+    some = frame(some)
     half = 12.706 * 2**0.5 / 2**0.5  # of Student's t with one degree of freedom
     means = by_method(some, "psnr")
     assert list(means) == ["DPS (NFE 300)", "DPS (NFE 100)", "Ours, stopped"]
@@ -185,7 +186,7 @@ def test_records_become_means_and_curves() -> None:
     assert math.isnan(means["Ours, stopped"]["super_resolution"][1])
     curves = by_budget(some, "psnr")["super_resolution"]
     assert [place[:2] for place in curves["DPS"]] == [(100.0, 18.0), (300.0, 21.0)]
-    tuned = by_setting(some[:2] + some[4:5], "psnr")
+    tuned = by_setting(some.iloc[[0, 1, 4]], "psnr")
     assert tuned["DPS: guidance"]["super_resolution"][0][:2] == (1.0, 21.0)
     assert tuned["Ours, stopped: steps"]["super_resolution"][0][:2] == (10.0, 25.0)
     apart = by_setting(some[:4], "psnr")

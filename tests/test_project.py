@@ -56,7 +56,7 @@ def test_constraints_are_exact_and_hold_on_every_platform() -> None:
 
 
 def test_importing_the_package_leaves_out_what_takes_seconds() -> None:
-    slow = {"deepinv", "diffusers", "matplotlib", "torchvision"}
+    slow = {"deepinv", "diffusers", "matplotlib", "pandas", "torchvision"}
     code = f"import sys, diffoc; print(*sorted({slow} & sys.modules.keys()))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.split() == []

@@ -1,13 +1,16 @@
 """The records of :mod:`diffoc.experiments.ablations` as curves: Figures 3 and 6, Tables 4 to 6.
 
-All functions but :func:`by_part` take rows and a metric, and give panel to line to curve, for
+All functions but :func:`by_part` take rows, as :func:`diffoc.experiments.records.rows_of` returns
+them, and a metric, and map a panel to a line to its curve, for
 :func:`diffoc.figures.plots.quality_curves`. Rows that do not belong to the curve are left out, and
 so are those without a result.
 """
 
 import json
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Sequence
+from statistics import mode
+
+import pandas as pd
 
 from diffoc.experiments.ablations import (
     BUDGETS,
@@ -18,9 +21,7 @@ from diffoc.experiments.ablations import (
     TUNED,
 )
 from diffoc.experiments.inaccurate import IDENTITY, RANDOM, UNTRAINED, accurate_name
-from diffoc.experiments.methods import METHODS
-from diffoc.experiments.records import Row
-from diffoc.experiments.summary import Curve, curves
+from diffoc.experiments.summary import Curve, curves, labels, select
 
 Panels = dict[str, dict[str, Curve]]
 
@@ -36,84 +37,73 @@ WHOLE = "all parts"
 """Ours, with all its parts, in :func:`by_part`."""
 
 
-def equal_budgets(rows: Iterable[Row], metric: str) -> Panels:
-    """DPS and ours over the budget of evaluations, task by task.
+def equal_budgets(rows: pd.DataFrame, metric: str) -> Panels:
+    """Draws DPS and ours over the budget of evaluations, task by task.
 
     A controller has its usual steps, which are those of its 200 evaluations, or a quarter of the
-    budget where that is less.
+    budget where that is less; DPS has an evaluation a step.
     """
-    rows = list(rows)
-    tuned = {
-        (row["task"], row["method"]): _settings(row)["steps"]
-        for row in rows
-        if row["nfe"] == str(BUDGETS[-2]) and row["method"] != "dps"
-    }
-    tasks = {task for task, _ in tuned}
-
-    def belongs(row: Row, nfe: int, steps: int) -> bool:
-        if row["method"] == "dps":
-            return nfe in BUDGETS and nfe == steps and row["task"] in tasks
-        usual = tuned.get((row["task"], row["method"]), 0)
-        return nfe in BUDGETS and steps == min(usual, nfe // 4)
-
-    return curves(((*found[:2], found[3], found[4]) for found in _steps(rows, belongs)), metric)
+    rows = rows[rows["nfe"].isin(BUDGETS)]
+    planned = rows["method"] != "dps"
+    tuned = rows[planned & (rows["nfe"] == BUDGETS[-2])].groupby(["task", "method"])["steps"].last()
+    usual = rows.join(tuned.rename("usual"), on=["task", "method"])["usual"]
+    fair = usual.clip(upper=rows["nfe"] // 4).where(planned, rows["nfe"])
+    known = rows["task"].isin(tuned.index.get_level_values("task"))
+    return _over(rows[known & (rows["steps"] == fair)], "nfe", metric)
 
 
-def equal_horizons(rows: Iterable[Row], metric: str) -> Panels:
-    """DPS and ours over T, task by task; DPS has T evaluations, ours 300, or 4 T if more."""
-
-    def belongs(row: Row, nfe: int, steps: int) -> bool:
-        most = steps if row["method"] == "dps" else max(TUNED[1], 4 * steps)
-        return steps in HORIZONS and nfe == most
-
-    return curves(((*found[:3], found[4]) for found in _steps(rows, belongs)), metric)
+def equal_horizons(rows: pd.DataFrame, metric: str) -> Panels:
+    """Draws DPS and ours over T, task by task; DPS has T evaluations, ours 300, or 4 T if more."""
+    rows = rows[rows["steps"].isin(HORIZONS)]
+    most = (4 * rows["steps"]).clip(lower=TUNED[1]).where(rows["method"] != "dps", rows["steps"])
+    return _over(rows[rows["nfe"] == most], "steps", metric)
 
 
-def by_rank(rows: Iterable[Row], metric: str) -> Panels:
-    """Over the rank, the exact recursion and Appendix D.1, task by task; rank 0 is in both."""
-    keyed = []
-    for row, settings in _paper(rows):
-        if settings["weight_scale"] and settings["regularization"] == 1e-3:
-            for name in (EXACT, PROJECTED):
-                if settings["rank"] == 0 or settings["projected"] == (name == PROJECTED):
-                    keyed.append((row["task"], name, float(settings["rank"]), row))
-    return curves(keyed, metric)
+def by_rank(rows: pd.DataFrame, metric: str) -> Panels:
+    """Draws the exact recursion and Appendix D.1 over the rank, task by task.
+
+    Rank 0 is in both.
+    """
+    rows = select(rows, method="paper", regularization=1e-3)
+    rows = rows[rows["weight_scale"] > 0]
+    kinds = [
+        rows[(rows["rank"] == 0) | (rows["projected"] == projected)].assign(kind=kind)
+        for kind, projected in ((EXACT, False), (PROJECTED, True))
+    ]
+    return curves(pd.concat(kinds), "task", "kind", "rank", metric)
 
 
-def by_constant(rows: Iterable[Row], metric: str) -> Panels:
-    """Over the places of :data:`CONSTANTS`, rank 0 and 1 of the exact recursion, task by task."""
-    keyed = []
-    for row, settings in _paper(rows):
-        if settings["weight_scale"] and settings["rank"] < 2 and not settings["projected"]:
-            place = REGULARIZATIONS.index(settings["regularization"])
-            keyed.append((row["task"], f"rank {settings['rank']}", float(place), row))
-    return curves(keyed, metric)
+def by_constant(rows: pd.DataFrame, metric: str) -> Panels:
+    """Draws rank 0 and 1 of the exact recursion over the places of :data:`CONSTANTS`."""
+    rows = select(rows, method="paper", projected=False)
+    rows = rows[(rows["weight_scale"] > 0) & (rows["rank"] < 2)]
+    place = rows["regularization"].map(REGULARIZATIONS.index)
+    line = "rank " + rows["rank"].astype(int).astype(str)
+    return curves(rows.assign(place=place, line=line), "task", "line", "place", metric)
 
 
-def by_part(rows: Iterable[Row]) -> dict[str, dict[str, list[Row]]]:
-    """Rows of the grid `parts` by task and by what was taken away, :data:`WHOLE` where nothing."""
-    found: dict[str, dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
-    rows = [row for row in rows if row["method"] == "ours"]
-    steps = Counter((row["task"], _settings(row).get("steps")) for row in rows)
-    usual = {task: T for (task, T), _ in reversed(steps.most_common())}
-    for row in rows:
-        found[row["task"]][_part(_settings(row), usual[row["task"]])].append(row)
+def by_part(rows: pd.DataFrame) -> dict[str, dict[str, pd.DataFrame]]:
+    """Maps a task and what was taken away to the rows of the grid `parts`.
+
+    Where nothing was taken away, that is :data:`WHOLE`.
+    """
+    found = {}
+    for task, some in select(rows, method="ours").groupby("task", sort=False):
+        settings = [json.loads(text) for text in some["settings"]]
+        usual = mode(one.get("steps") for one in settings)
+        parts = [_part(one, usual) for one in settings]
+        found[task] = dict(list(some.groupby(parts, sort=False)))
     return found
 
 
-def by_prior(rows: Iterable[Row], metric: str, priors: Sequence[str] = PRIORS) -> Panels:
-    """Over the places of `priors`, DPS, ours, and what needs no prior, task by task."""
-    keyed = []
-    for row in rows:
-        name = prior_label(row["prior"])
-        if name in priors:
-            label = METHODS[row["method"]].label
-            keyed.append((row["task"], label, float(priors.index(name)), row))
-    return curves(keyed, metric)
+def by_prior(rows: pd.DataFrame, metric: str, priors: Sequence[str] = PRIORS) -> Panels:
+    """Draws DPS, ours, and what needs no prior over the places of `priors`, task by task."""
+    places = {name: place for place, name in enumerate(priors)}
+    return _over(rows.assign(place=rows["prior"].map(prior_label).map(places)), "place", metric)
 
 
 def prior_label(name: str) -> str:
-    """Which of :data:`PRIORS` a prior is."""
+    """Returns which of :data:`PRIORS` a prior is."""
     for prefix, label in ((IDENTITY, "none"), (UNTRAINED, "untrained"), (RANDOM, "random")):
         if name.startswith(prefix):
             return label
@@ -121,8 +111,8 @@ def prior_label(name: str) -> str:
     return f"noise {rest.removeprefix('+noise')}" if rest else "trained"
 
 
-def _settings(row: Row) -> dict:
-    return json.loads(row["settings"])
+def _over(rows: pd.DataFrame, abscissa: str, metric: str) -> Panels:
+    return curves(rows.assign(label=labels(rows)), "task", "label", abscissa, metric)
 
 
 def _part(settings: dict, usual_steps: int | None) -> str:
@@ -135,19 +125,3 @@ def _part(settings: dict, usual_steps: int | None) -> str:
     if settings["weight"] == NO_COST:
         return "almost no cost"
     return WHOLE if settings.get("steps") == usual_steps else "T of STOPPED"
-
-
-def _steps(
-    rows: Iterable[Row], belongs: Callable[[Row, int, int], bool]
-) -> Iterator[tuple[str, str, float, float, Row]]:
-    """Task, label, steps and budget of the rows that belong."""
-    for row in rows:
-        nfe, steps = int(row["nfe"]), _settings(row).get("steps")
-        if steps is not None and belongs(row, nfe, steps):
-            yield row["task"], METHODS[row["method"]].label, float(steps), float(nfe), row
-
-
-def _paper(rows: Iterable[Row]) -> Iterator[tuple[Row, dict]]:
-    for row in rows:
-        if row["method"] == "paper":
-            yield row, _settings(row)

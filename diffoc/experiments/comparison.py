@@ -1,13 +1,12 @@
 """Differences between the methods of a table, image by image, with their uncertainty."""
 
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import pandas as pd
 from scipy import stats
 
-from diffoc.experiments.records import Row
 from diffoc.experiments.summary import by_image
 
 
@@ -52,7 +51,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def differences(
-    rows: Iterable[Row], method: str, nfe: int, metric: str = "psnr", confidence: float = 0.95
+    rows: pd.DataFrame, method: str, nfe: int, metric: str = "psnr", confidence: float = 0.95
 ) -> list[Difference]:
     """Returns what a method is ahead of every other row of a table by, task by task.
 
@@ -62,19 +61,18 @@ def differences(
 
     >>> [found for found in differences(rows, "ours", 300) if found.corrected < 0.05]
     """
-    groups: dict[tuple[str, str, int], list[Row]] = defaultdict(list)
-    for row in rows:
-        groups[row["task"], row["method"], int(row["nfe"])].append(row)
-    values = {key: by_image(some, metric) for key, some in groups.items()}
-    if not any(values[key] for key in values if key[1:] == (method, nfe)):
+    places = rows.groupby(["task", "method", "nfe"], sort=False)
+    values = {place: by_image(some, metric) for place, some in places}
+    ours = {task: some for (task, *place), some in values.items() if place == [method, nfe]}
+    if not any(map(len, ours.values())):
         raise ValueError(f"rows has no {method} with nfe {nfe} that was measured by {metric}")
     found = []
     for (task, other, budget), some in values.items():
-        ours = values.get((task, method, nfe), {})
-        gap = [ours[image] - some[image] for image in ours if image in some]
-        if gap and (other, budget) != (method, nfe):
-            mean, half, p = _t_test(gap, confidence)
-            found.append(Difference(task, other, budget, len(gap), mean, half, p, p))
+        if task in ours and (other, budget) != (method, nfe):
+            gap = (ours[task] - some).dropna().tolist()
+            if gap:
+                mean, half, p = _t_test(gap, confidence)
+                found.append(Difference(task, other, budget, len(gap), mean, half, p, p))
     corrected = holm([one.p for one in found])
     return [replace(one, corrected=p) for one, p in zip(found, corrected, strict=True)]
 

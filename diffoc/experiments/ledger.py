@@ -16,7 +16,6 @@ another CPU moves a mean of records is in :mod:`diffoc.experiments.spread`; a di
 smaller is no claim.
 """
 
-import csv
 import inspect
 import json
 import re
@@ -28,13 +27,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import yaml
 
 from diffoc.checks import check_member
 from diffoc.data.provenance import ROOT
 from diffoc.experiments import paper_tables
 from diffoc.experiments.spread import of_mean
-from diffoc.experiments.summary import by_image, mean_and_interval, paired
+from diffoc.experiments.summary import by_image, paired, select
 from diffoc.theory import claims
 
 LEDGER = ROOT / "data" / "claims.yaml"
@@ -310,23 +310,22 @@ def _check_text(key: str, value: object, optional: bool = False) -> None:
 def _mean(source: Recorded, path: Path) -> float:
     if not path.is_file():
         raise FileNotFoundError(f"there is no table {path.name} of records")
-    with path.open(newline="", encoding="utf-8") as file:
-        # The oldest table has no status: what failed was not written.
-        rows = [{"status": "ok"} | row for row in csv.DictReader(file)]
+    # As text, which is what `where` says.
+    rows = pd.read_csv(path, dtype=str, keep_default_na=False)
     columns = {source.column, *source.where, *(source.minus or {})}
-    if missing := columns - set(rows[0] if rows else ()):
+    if missing := columns - set(rows.columns):
         raise ValueError(f"{path.name} has no column {', '.join(sorted(missing))}")
-    first = _select(rows, source.where)
+    first, second = (
+        select(rows, **{key: str(value) for key, value in (where or {}).items()})
+        .replace({source.column: {"": "nan"}})
+        .astype({source.column: float})
+        for where in (source.where, source.minus)
+    )
     if source.minus is not None:
-        return paired(first, _select(rows, source.minus), source.column)[0]
-    images = by_image(first, source.column)
-    if not images:
+        return paired(first, second, source.column)[0]
+    if first[source.column].isna().all():
         raise ValueError(f"{path.name} has no row where {source.where}")
-    return mean_and_interval(images.values())[0]
-
-
-def _select(rows: list[dict[str, str]], where: dict[str, Any]) -> list[dict[str, str]]:
-    return [row for row in rows if all(row[key] == str(value) for key, value in where.items())]
+    return float(by_image(first, source.column).mean())
 
 
 def _printed(cell: dict) -> str:

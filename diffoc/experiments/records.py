@@ -19,6 +19,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
+import pandas as pd
+
 from diffoc.checks import check_at_least, check_member
 from diffoc.data.files import appending, csv_text
 
@@ -138,9 +140,25 @@ def read(path: Path) -> dict[Cell, list[Row]]:
     return cells
 
 
-def rows_of(path: Path) -> list[Row]:
-    """Returns the rows of all cells of a table; see :func:`read`."""
-    return [row for rows in read(path).values() for row in rows]
+def rows_of(path: Path) -> pd.DataFrame:
+    """Returns the rows of all cells of a table, as :func:`read` finds them and :func:`frame` types.
+
+    >>> rows = rows_of(path)
+    >>> rows[rows["status"] == "ok"].groupby(["method", "task"])["psnr"].mean()
+    """
+    return frame([row for rows in read(path).values() for row in rows])
+
+
+def frame(rows: Sequence[Row]) -> pd.DataFrame:
+    """Returns rows with a column for each keyword of their settings, and numbers as numbers.
+
+    What a row does not have is NaN. A keyword that has the name of a column has none of its own.
+    """
+    found = pd.DataFrame(rows, columns=COLUMNS).astype({"nfe": int})
+    numbers = list(_NUMBERS)
+    found[numbers] = found[numbers].replace("", "nan").astype(float)
+    settings = pd.DataFrame([json.loads(text) for text in found["settings"]], index=found.index)
+    return found.join(settings[settings.columns.difference(COLUMNS)])
 
 
 def describe(cell: Cell) -> str:

@@ -6,9 +6,10 @@ and tasks of Table 1, the greatest change of a face's PSNR and SSIM and of their
 In bfloat16 rounding depends on the CPU's instructions, and changes more.
 """
 
-import csv
 from functools import cache
 from pathlib import Path
+
+import pandas as pd
 
 from diffoc.data.provenance import ROOT
 from diffoc.experiments.records import Cell
@@ -20,7 +21,7 @@ MARGIN = 3
 LEAST = {"psnr": 0.003, "ssim": 0.0003}
 """Which is what is allowed at least."""
 
-COLUMNS = ("psnr_face", "psnr_mean", "ssim_face", "ssim_mean")
+COLUMNS = ["psnr_face", "psnr_mean", "ssim_face", "ssim_mean"]
 
 UNMEASURED = {"psnr": 0.3, "ssim": 0.02, "lpips_alex": 0.02, "lpips_vgg": 0.02}
 """What is allowed where nothing was measured, absolute."""
@@ -32,12 +33,7 @@ UNMEASURED_RELATIVE = 0.1
 @cache
 def measured(path: Path = SPREAD) -> dict[tuple[str, str, str], dict[str, float]]:
     """Returns numbers by the names of :data:`COLUMNS`, by method, task and precision."""
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    return {
-        (row["method"], row["task"], row["precision"]): {key: float(row[key]) for key in COLUMNS}
-        for row in rows
-    }
+    return pd.read_csv(path).set_index(["method", "task", "precision"])[COLUMNS].to_dict("index")
 
 
 def tolerance(metric: str, cell: Cell, value: float) -> float:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from diffoc.data.provenance import ROOT
 from diffoc.experiments import ablation_summary as summary
 from diffoc.experiments.ablations import REGULARIZATIONS, ablation_cells
-from diffoc.experiments.records import COLUMNS
+from diffoc.experiments.records import COLUMNS, frame
 from diffoc.experiments.summary import select
 from diffoc.figures.ablations import from_ablations
 
@@ -23,12 +24,13 @@ def rows(table, prior="faces64", **options):
     for place, cell in enumerate(cells):
         result = {"status": "ok", "psnr": str(place)}
         found += [dict.fromkeys(COLUMNS, "") | row | result for row in cell.rows()]
-    return found
+    return frame(found)
 
 
 def row_of(found, place):
     """The row that a point of a curve was made of."""
-    (row,) = [row for row in found if float(row["psnr"]) == place]
+    row = found[found["psnr"] == place]
+    assert len(row) == 1
     return row
 
 
@@ -41,20 +43,21 @@ def test_equal_budgets_and_equal_steps_are_told_apart():
         assert [x for x, _, _ in curve] == [20, 50, 100, 200, 300]
         for x, place, _ in curve:
             row = row_of(found, place)
-            assert row["nfe"] == str(int(x))
+            assert row["nfe"].item() == x
             expected = x if label == "DPS" else min(usual[label], x // 4)
-            assert select([row], steps=expected) == [row]
+            assert row["steps"].item() == expected
     horizons = summary.equal_horizons(found, "psnr")[TASK]
     for label, curve in horizons.items():
         assert [x for x, _, _ in curve] == [5, 10, 20, 50, 100, 200]
         for x, place, _ in curve:
             row = row_of(found, place)
-            assert select([row], steps=x) == [row]
-            assert row["nfe"] == str(int(x if label == "DPS" else max(300, 4 * x)))
+            assert row["steps"].item() == x
+            assert row["nfe"].item() == (x if label == "DPS" else max(300, 4 * x))
 
 
 def test_parts_are_named_by_what_was_taken_away():
-    found = summary.by_part(rows("parts") + rows("few_steps", methods=["dps"]))
+    others = rows("few_steps", methods=["dps"])
+    found = summary.by_part(pd.concat([rows("parts"), others], ignore_index=True))
     assert list(found) == [TASK]
     assert {label: len(some) for label, some in found[TASK].items()} == {
         summary.WHOLE: 1,
@@ -64,13 +67,13 @@ def test_parts_are_named_by_what_was_taken_away():
         **{f"constant cost {r}": 1 for r in ("0.3", "3", "30", "300")},
         "T of STOPPED": 1,
     }
-    assert select(found[TASK]["constant cost 30"], weighted=False, weight=30.0)
-    assert select(found[TASK]["T of STOPPED"], steps=10)
+    assert len(select(found[TASK]["constant cost 30"], weighted=False, weight=30.0)) == 1
+    assert len(select(found[TASK]["T of STOPPED"], steps=10)) == 1
 
 
 def test_without_the_budget_that_tells_the_steps_there_are_no_curves():
-    found = [row for row in rows("few_steps") if row["nfe"] != "200"]
-    assert summary.equal_budgets(found, "psnr") == {}
+    found = rows("few_steps")
+    assert summary.equal_budgets(found[found["nfe"] != 200], "psnr") == {}
 
 
 def test_rank_and_constant_vary_alone():
@@ -81,13 +84,13 @@ def test_rank_and_constant_vary_alone():
         for x, place, _ in curve:
             wanted = {"rank": x, "regularization": 1e-3, "weight_scale": 1e-6}
             projected = label == summary.PROJECTED and x > 0
-            assert select([row_of(found, place)], projected=projected, **wanted)
+            assert len(select(row_of(found, place), projected=projected, **wanted)) == 1
     constants = summary.by_constant(found, "psnr")[TASK]
     assert [x for x, _, _ in constants["rank 1"]] == list(range(len(REGULARIZATIONS)))
     assert summary.CONSTANTS[-1] == "Lemma 4.2"
     for x, place, _ in constants["rank 1"]:
         wanted = {"regularization": REGULARIZATIONS[int(x)], "weight_scale": 1e-6}
-        assert select([row_of(found, place)], rank=1, projected=False, **wanted)
+        assert len(select(row_of(found, place), rank=1, projected=False, **wanted)) == 1
     assert [x for x, _, _ in constants["rank 0"]] == [0, 4, 7]
 
 
@@ -97,7 +100,8 @@ def test_priors_in_their_order():
     assert [x for x, _, _ in curves["DPS"]] == [0, 1, 2, 3, 4]
     assert [x for x, _, _ in curves["Deep image prior"]] == [6]
     for x, place, _ in curves["Ours, stopped"]:
-        assert summary.prior_label(row_of(found, place)["prior"]) == summary.PRIORS[int(x)]
+        prior = row_of(found, place)["prior"].item()
+        assert summary.prior_label(prior) == summary.PRIORS[int(x)]
     bare = summary.by_prior(rows("robustness", trained=False), "psnr", ["random", "none"])[TASK]
     assert [x for x, _, _ in bare["Ours, stopped"]] == [0, 1]
 
@@ -119,8 +123,9 @@ def test_what_a_prior_is_called(name, label):
 def test_rows_are_selected_by_columns_and_by_settings():
     found = rows("few_steps")
     some = select(found, method="stopped", nfe=300, steps=5)
-    assert {row["settings"] for row in some} == {'{"budget": 300, "steps": 5}'}
-    assert select(found, method="stopped", guidance=1.0) == []
+    assert set(some["settings"]) == {'{"budget": 300, "steps": 5}'}
+    assert select(found, method="stopped", guidance=1.0).empty
+    assert select(found, method="stopped", nothing=1.0).empty
 
 
 def test_todays_records_are_drawn(tmp_path: Path):

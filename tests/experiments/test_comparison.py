@@ -7,6 +7,7 @@ import pytest
 import scipy.stats
 
 from diffoc.experiments.comparison import differences, holm
+from diffoc.experiments.records import COLUMNS, frame
 
 
 def rejected_by_closed_testing(p_values, level):
@@ -33,7 +34,8 @@ def test_holm_is_the_closure_of_bonferroni(seed):
 
 def row(task, method, image, value, nfe=300, status="ok", seed=0):
     return {
-        **{"task": task, "method": method, "nfe": str(nfe), "image": str(image)},
+        **dict.fromkeys(COLUMNS, ""),
+        **{"settings": "{}", "task": task, "method": method, "nfe": str(nfe), "image": str(image)},
         **{"seed": str(seed), "status": status, "psnr": "" if value is None else repr(value)},
     }
 
@@ -53,7 +55,7 @@ def test_differences_are_paired_and_corrected_over_the_table():
     rows.append(row("blur", "ours", 99, 1.0))  # of one side only
     rows.append(row("blur", "dps", 5, None, status="failed"))
     rows.append(row("elsewhere", "dps", 5, 3.0))  # a task of the others alone
-    found = differences(rows, "ours", 300)
+    found = differences(frame(rows), "ours", 300)
     assert {(one.task, one.method) for one in found} == {
         (task, method) for task in ("blur", "mask") for method in ("dps", "ddrm")
     }
@@ -67,12 +69,12 @@ def test_differences_are_paired_and_corrected_over_the_table():
         assert one.mean + one.half == pytest.approx(interval.high)
     assert [one.corrected for one in found] == holm([one.p for one in found])
     with pytest.raises(ValueError, match="no ours with nfe 1000"):
-        differences(rows, "ours", 1000)
+        differences(frame(rows), "ours", 1000)
 
 
 def test_seeds_are_averaged_and_a_single_image_has_no_interval():
     rows = [row("blur", "ours", 0, 20.0), row("blur", "ours", 0, 24.0, seed=1)]
     rows += [row("blur", "dps", 0, 21.0), row("blur", "dps", 0, 7.0, nfe=50)]
-    found = differences(rows, "ours", 300)
+    found = differences(frame(rows), "ours", 300)
     assert [(one.nfe, one.mean) for one in found] == [(300, 1.0), (50, 15.0)]
     assert np.isnan([(one.half, one.p, one.corrected) for one in found]).all()

@@ -5,9 +5,9 @@ import os
 import shutil
 import subprocess
 import sys
-from collections import Counter
 
 import numpy as np
+import pandas as pd
 import pytest
 import scipy.stats
 import torch
@@ -24,7 +24,7 @@ from diffoc.experiments import methods
 from diffoc.experiments.cells import Computer, best_trial, cells_of, work_of
 from diffoc.experiments.methods import LATENT, METHODS, compared, equal_work, settings_of
 from diffoc.experiments.protocol import COLOUR_FACES, ONE_OPERATOR, protocol_of
-from diffoc.experiments.records import METRICS, as_json, read
+from diffoc.experiments.records import COLUMNS, METRICS, as_json, frame, read, rows_of
 from diffoc.experiments.summary import (
     by_method,
     described,
@@ -376,11 +376,11 @@ def test_what_notebooks_say_of_their_tables():
     assert markdown(["a", "b"], [["1", "2"]]) == "| a | b |\n| --- | --- |\n| 1 | 2 |"
     row = {"prior": "faces64", "image": "0", "protocol": ONE_OPERATOR.name, "precision": "float32"}
     other = row | {"prior": "faces64+noise0.1", "image": "16"}
-    assert described([row, other]) == (
+    assert described(pd.DataFrame([row, other])) == (
         "Prior faces64; 2 images; one operator a task, for all images; networks in float32."
     )
     colour = row | {"prior": "faces64_rgb", "protocol": COLOUR_FACES.name}
-    assert "an operator for each image" in described([colour])
+    assert "an operator for each image" in described(pd.DataFrame([colour]))
 
 
 def test_a_table_of_means():
@@ -403,7 +403,10 @@ def test_a_table_of_means():
             for row, value in zip(cell.rows(), values, strict=True)
         ]
 
-    text = summarise(
+    def table(rows):
+        return summarise(frame(rows))
+
+    text = table(
         rows("one", "ok", "20", "22")
         + rows("one", "ok", "22", "24")  # the same images with another seed
         + rows("two", "unsupported", "", "")
@@ -414,9 +417,9 @@ def test_a_table_of_means():
     assert text.splitlines()[4] == "| DPS (NFE 1000) | 22.00 ± 12.71 | - | 2 failed |"
     two = rows("one", "ok", "20", "22")
     other = [row | {"settings": as_json({"guidance": 9})} for row in rows("one", "ok", "1", "1")]
-    assert '{"guidance": 9} | 1.00' in summarise(two + other)
+    assert '{"guidance": 9} | 1.00' in table(two + other)
     wrong = [row | {"prior": "untrained faces64"} for row in rows("one", "ok", "1", "1")]
-    assert "| DPS (NFE 1000) untrained faces64 | 1.00" in summarise(two + wrong)
+    assert "| DPS (NFE 1000) untrained faces64 | 1.00" in table(two + wrong)
 
 
 def run_method(method, prior, name, **settings):
@@ -474,10 +477,9 @@ def test_table_2():
 def test_the_tables_of_results_and_readme_are_those_of_the_records():
     """Every method that has been run on all faces of a task, and no other number."""
     root = data_folder().parent
-    table = read(root / "data" / "records" / "table1_faces64.csv").values()
-    rows = [row for some in table for row in some if row["nfe"] == "300"]
-    faces = Counter((row["method"], row["task"]) for row in rows)
-    rows = [row for row in rows if faces[row["method"], row["task"]] == 32]
+    rows = rows_of(root / "data" / "records" / "table1_faces64.csv")
+    rows = rows[rows["nfe"] == 300]
+    rows = rows[rows.groupby(["method", "task"])["image"].transform("size") == 32]
     psnr, ssim = by_method(rows, "psnr"), by_method(rows, "ssim")
     text = (root / "docs" / "results.md").read_text()
     readme = [row for row in (root / "README.md").read_text().splitlines() if " / 0." in row]
@@ -517,19 +519,27 @@ def test_paired_differences_are_those_of_a_paired_t_test():
     generator = np.random.default_rng(0)
     common = generator.normal(25, 5, 9)
     values = {"a": common + generator.normal(1, 0.3, 9), "b": common + generator.normal(0, 0.3, 9)}
+    blank = dict.fromkeys(COLUMNS, "") | {"nfe": "300", "settings": "{}"}
     rows = {
-        name: [{"status": "ok", "image": str(i), "psnr": repr(float(x))} for i, x in enumerate(v)]
+        name: [
+            blank | {"status": "ok", "image": str(i), "psnr": repr(float(x))}
+            for i, x in enumerate(v)
+        ]
         for name, v in values.items()
     }
-    mean, half = paired(rows["a"], rows["b"][::-1], "psnr")
+
+    def gap():
+        return paired(frame(rows["a"]), frame(rows["b"][::-1]), "psnr")
+
+    mean, half = gap()
     expected = scipy.stats.ttest_rel(values["a"], values["b"])
     interval = expected.confidence_interval(0.95)
     assert mean == pytest.approx((values["a"] - values["b"]).mean())
     assert (mean - half, mean + half) == pytest.approx((interval.low, interval.high))
     # Failures and images of one side only do not count; two seeds of an image are one number.
-    rows["a"].append({"status": "failed", "image": "9", "psnr": ""})
-    rows["b"].append({"status": "ok", "image": "9", "psnr": "1"})
+    rows["a"].append(blank | {"status": "failed", "image": "9"})
+    rows["b"].append(blank | {"status": "ok", "image": "9", "psnr": "1"})
     rows["b"].append(rows["b"][0])
-    assert paired(rows["a"], rows["b"], "psnr") == pytest.approx((mean, half))
+    assert gap() == pytest.approx((mean, half))
     with pytest.raises(ValueError, match="no image in common"):
-        paired(rows["a"], [], "psnr")
+        paired(frame(rows["a"]), frame([]), "psnr")
