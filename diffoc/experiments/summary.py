@@ -68,7 +68,7 @@ def by_setting(rows: pd.DataFrame, metric: str) -> dict[str, dict[str, Curve]]:
     of its method. Rows of methods that have nothing to tune are left out.
     """
     rows = rows[rows["method"].isin([name for name, one in METHODS.items() if one.tuned])]
-    found = {}
+    found: dict[str, dict[str, Curve]] = {}
     for label, some in rows.groupby(_with_budget(rows), sort=False):
         settings = pd.DataFrame(map(json.loads, some["settings"]))
         keyword = settings.nunique().idxmax()
