@@ -109,8 +109,13 @@ def shown(value: object) -> str:
     """What a value is, in one short line."""
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)}"
-    text = " ".join(repr(value).split())
+    text = one_line(repr(value))
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def one_line(text: object) -> str:
+    """Returns what a text or an error says, in one line."""
+    return " ".join(str(text).split())
 
 
 def check_callable(**functions: object) -> None:

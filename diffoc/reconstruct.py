@@ -31,9 +31,11 @@ from diffoc.checks import (
     check_at_least,
     check_callable,
     check_kind,
+    check_member,
     check_tensor,
     check_whole,
     evaluating,
+    one_line,
     shown,
 )
 from diffoc.costs import ControlCost, GaussianLikelihood
@@ -44,6 +46,17 @@ from diffoc.process import METHODS, ReverseProcess, draw_noise
 from diffoc.rules import LBFGS, Damping, LineSearch, Rule
 from diffoc.solve import image_units, solve
 from diffoc.system import Derivatives
+
+TASKS = (
+    "super_resolution",
+    "random_inpainting",
+    "box_inpainting",
+    "gaussian_blur",
+    "motion_blur",
+    "nonlinear_blur",
+    "phase_retrieval",
+)
+"""The names of the tasks of :data:`diffoc.problems.tasks.TASKS`, which is slow to import."""
 
 FIRST_FROM_GUESS = 1e-4
 """L-BFGS's first change from a greedy guess: one of the usual length would undo the guess."""
@@ -58,8 +71,8 @@ class Problem:
             to measurements (B, ...), no image having a part in another's.
         y: the measurements, (B, ...), finite.
         noise_std: standard deviation of the Gaussian noise, above 0.
-        task: the name of a task of :data:`diffoc.problems.tasks.TASKS`, for recipes that were tuned
-            for it; None for any other problem.
+        task: one of :data:`TASKS`, or of the recipe's own, for recipes that were tuned for it; None
+            for any other problem.
 
     Raises:
         TypeError: if `physics` cannot be called, or `y` is no tensor.
@@ -79,6 +92,10 @@ class Problem:
         if self.task is not None:
             check_kind(str, task=self.task)
         check_tensor("y", self.y)
+        if self.y.ndim < 2:
+            raise ValueError(
+                f"y has shape {tuple(self.y.shape)}, expected (B, ...): give y[:, None]"
+            )
         check_above(0, noise_std=self.noise_std)
 
     @property
@@ -92,15 +109,14 @@ class Problem:
         return self._is("LinearPhysics")
 
     @property
-    def noise_level(self) -> float:
-        """The root mean square of the true image's residual.
+    def noise_level(self) -> Tensor:
+        """The root mean square of each true image's residual, (B,).
 
-        Where inpainting has dropped pixels, there is no noise.
+        Where inpainting has dropped pixels, and `y` is zero, there is no noise.
         """
-        if not self._is("Inpainting"):
-            return self.noise_std
-        kept = self.physics.mask.to(self.y).expand_as(self.y) != 0
-        return self.noise_std * kept.double().mean().sqrt().item()
+        mask = self.physics.mask.to(self.y) if self._is("Inpainting") else 1
+        noisy = (self.y != 0) | (mask * torch.ones_like(self.y) != 0)
+        return self.noise_std * noisy.flatten(1).double().mean(dim=1).sqrt().to(self.y)
 
     def residual_over_noise(self, x0: Tensor) -> Tensor:
         """Returns the root mean square of A(x_0) - y over the noise's, (B,)."""
@@ -232,8 +248,11 @@ class Recipe:
         """Returns the recipe as tuned for a task at the nearest budget below, or else above.
 
         A task that is not in `by_task`, and None, change nothing; the budget of evaluations is the
-        recipe's own by default.
+        recipe's own by default. A ValueError refuses a task that is neither there nor in
+        :data:`TASKS`.
         """
+        if task is not None:
+            check_member([*TASKS, *(own for own, _ in self.by_task if own not in TASKS)], task=task)
         most = budget or self.budget or sys.maxsize
         budgets = sorted(each for name, each in self.by_task if name == task)
         if not budgets:
@@ -351,9 +370,8 @@ def reconstruct(
     recipe = recipe.at(problem.task)
     generator = generator or torch.Generator().manual_seed(0)
     with evaluating(prior, problem.physics):
-        given, x = x is not None, _start(problem, prior, x)
         problem = replace(problem, y=problem.y.repeat(starts, *[1] * (problem.y.ndim - 1)))
-        x = x.repeat(starts, *[1] * (x.ndim - 1))
+        given, x = x is not None, _start(problem, prior, x, starts)
         process = recipe.process(prior, recipe.steps, x, generator)
         first = len(x) // starts if given or not recipe.from_noise else 0
         x[first:] = process.initial_state(x[first:].shape, generator).to(x)
@@ -386,27 +404,43 @@ def reconstruct(
             callback=callback,
             noise=noise,
         )
-        residual = problem.residual_over_noise(result.x0)
+        with torch.no_grad():
+            residual = problem.residual_over_noise(result.x0)
     return replace(result, evaluations=result.evaluations + spent, residual_over_noise=residual)
 
 
-def _start(problem: Problem, prior: Denoiser, x: Tensor | None) -> Tensor:
+def _start(problem: Problem, prior: Denoiser, x: Tensor | None, starts: int) -> Tensor:
     """Returns the initial states, zeros by default, once operator, measurements and prior fit."""
     y = problem.y
     if x is None:
         if not hasattr(prior, "image_shape"):
             raise ValueError("x is missing, and the prior has no image_shape: give one of them")
-        x = torch.zeros(len(y), *prior.image_shape, dtype=y.dtype, device=y.device)
+        x = torch.zeros(len(y) // starts, *prior.image_shape, dtype=y.dtype, device=y.device)
     check_tensor("x", x)
     check_alike(y=y, x=x)
-    images, measured = tuple(x.shape), tuple(y.shape)
+    x = x.repeat(starts, *[1] * (x.ndim - 1))
+    _check_operator(problem, x)
+    _check_precision(prior, x)
+    return x
+
+
+def _check_operator(problem: Problem, x: Tensor) -> None:
+    """Raises an error unless the operator measures each of the images, which are like `x`, alone.
+
+    It is tried on random images, the others of a batch being changed for a second trial.
+    """
+    y, images, measured = problem.y, tuple(x.shape), tuple(problem.y.shape)
+    generator = torch.Generator().manual_seed(0)
+    tried = (1.8 * torch.rand(images, generator=generator) - 0.9).to(x).requires_grad_()
+    changes = torch.ones(len(x), *[1] * (x.ndim - 1)).to(x)
+    changes[1:] = -0.5
     try:
         with torch.enable_grad():
-            found = problem.operator(torch.zeros_like(x, requires_grad=True))
+            found, again = problem.operator(tried), problem.operator(tried.detach() * changes)
     except Exception as error:  # an operator of the user's fails anywhere
         raise ValueError(
             f"physics cannot measure images of shape {images}, the prior's: "
-            f"{error or type(error).__name__}"
+            f"{one_line(error) or type(error).__name__}"
         ) from error
     check_kind(Tensor, **{"what physics makes": found})
     if tuple(found.shape) != measured:
@@ -415,15 +449,23 @@ def _start(problem: Problem, prior: Denoiser, x: Tensor | None) -> Tensor:
             f"{images}"
         )
     check_alike(y=y, **{"what physics makes": found})
+    check_tensor("what physics makes of images in [-1, 1]", found)
+    if not torch.allclose(found[0], again[0], rtol=1e-3, atol=1e-3 * found[0].abs().max().item()):
+        raise ValueError(
+            "physics measures an image otherwise beside other images, or each time otherwise: it "
+            "must mix none, and add no noise"
+        )
     if not found.requires_grad:
         raise ValueError("physics makes y without derivatives in the image: leave out its detach()")
-    _check_precision(prior, x)
+    weights = torch.linspace(1, 2, found.numel()).to(found).reshape(measured)
+    (slope,) = torch.autograd.grad(found, tried, weights, allow_unused=True)
+    if slope is None or not slope.flatten(1).any(dim=1).all():
+        raise ValueError("physics makes y that does not change with the image, or not with each")
     if problem.linear and (back := tuple(problem.physics.A_adjoint(y).shape)) != images:
         raise ValueError(
             f"physics has an adjoint that makes {back} of y, where images have shape {images}: "
             "the operator does not fit images of this size"
         )
-    return x
 
 
 def _check_precision(prior: Denoiser, x: Tensor) -> None:

@@ -305,7 +305,7 @@ def with_no_levels(folder):
         (without_a_number, "sample_size is 'large'"),
         (without_settings, r"config\.json is damaged"),
         (with_levels_that_fall, "scheduler has betas"),
-        (with_no_levels, "scheduler has settings"),
+        (with_no_levels, "scheduler has the scheduler DDPMScheduler, whose settings make no betas"),
     ],
 )
 def test_a_damaged_model_is_told_from_a_whole_one(damage, says, pipeline):

@@ -3,13 +3,14 @@
 import numpy as np
 import pytest
 import torch
+from azula.noise import VPSchedule
 from deepinv.physics import Denoising, Inpainting
 from torch import nn
 
 import diffoc
 from diffoc.costs import ControlCost, GaussianLikelihood
 from diffoc.ilqr import ilqr
-from diffoc.priors import wrap
+from diffoc.priors import wrap, wrap_edm
 from diffoc.problems.tasks import super_resolution
 from diffoc.process import ReverseProcess
 from diffoc.solve import solve
@@ -18,6 +19,9 @@ from diffoc.system import ControlProblem
 NAN, BAR = float("nan"), torch.linspace(0.999, 0.01, 50)
 PHYSICS, Y = super_resolution(2), torch.linspace(-1, 1, 32).reshape(2, 1, 4, 4)
 X = torch.zeros(2, 1, 8, 8)
+
+
+POOLED = nn.BatchNorm2d(1, track_running_stats=False)  # by the batch's own statistics, always
 
 
 class Network(nn.Conv2d):
@@ -35,10 +39,29 @@ def recipe(**changes):
 
 
 def reconstruct(**changes):
-    of_problem = {"physics": PHYSICS, "y": Y, "noise_std": 0.05}
+    of_problem = {"physics": PHYSICS, "y": Y, "noise_std": 0.05, "task": None}
     problem = diffoc.Problem(**{k: changes.pop(k, v) for k, v in of_problem.items()})
     options = {"prior": good_prior(), "recipe": recipe()} | changes
     return diffoc.reconstruct(problem, options.pop("prior"), options.pop("recipe"), **options)
+
+
+def untold(y):
+    """A network that only a function knows of says nothing of its precision before it is called."""
+    network = Network(1, 1, 3, padding=1)
+    return reconstruct(prior=wrap(lambda x, i: network(x, i), BAR, (1, 8, 8)), y=y)
+
+
+def predicted(network):
+    return reconstruct(prior=wrap(network, BAR, (1, 8, 8)))
+
+
+def denoised(network):
+    return reconstruct(prior=wrap_edm(network, (1, 8, 8)))
+
+
+def inpainted(**changes):
+    options = {"physics": Inpainting((1, 8, 8), mask=HOLES), "y": torch.zeros(2, 1, 8, 8)}
+    return reconstruct(**options | changes)
 
 
 def solved(**changes):
@@ -63,6 +86,39 @@ def wrapped(**changes):
     )
 
 
+def edm(**changes):
+    return wrap_edm(**{"network": Network(1, 1, 3), "shape": (1, 8, 8)} | changes)
+
+
+def blocked(words):
+    raise RuntimeError(words)
+
+
+class Backwards(VPSchedule):
+    def __call__(self, t):
+        return super().__call__(1 - t)
+
+
+HOLES = torch.ones(2, 1, 8, 8)
+HOLES[0, :, :4] = 0
+LOST = HOLES * torch.tensor([0.0, 1.0]).reshape(2, 1, 1, 1)
+NETWORKS = [
+    Network,
+    lambda x, t: None,
+    lambda x, t: (x,),
+    lambda x, t: {"sample": x},
+    lambda x, t: x.detach().numpy(),
+    lambda x, t: x.detach(),
+    lambda x, t: x.int(),
+    lambda x, t: x.cfloat(),
+    lambda x, t: x.flatten(1),
+    lambda x, t: x[:, :0],
+    lambda x, t: blocked("cannot\nwork"),
+    None,
+    3,
+    "x",
+]
+
 NUMBERS = [
     -1,
     NAN,
@@ -80,15 +136,27 @@ THINGS = [3, "x", torch.ones(2), object()]
 WRONG = {
     (reconstruct, "y"): [
         Y.numpy(), Y.int(), Y > 0, Y.cfloat(), Y.double(), Y.half(), Y.bfloat16(), NAN * Y, Y[:0],
-        Y[0], Y[None], torch.zeros(2, 1, 5, 5), torch.zeros(2, 3, 4, 4), Y.to("meta"), [1.0], None,
+        Y[0], Y[None], Y[:, 0, 0, 0], Y[0, 0, 0, 0], torch.zeros(2, 1, 5, 5),
+        torch.zeros(2, 3, 4, 4), Y.to("meta"), [1.0], None,
     ],
     (reconstruct, "noise_std"): [0, *NUMBERS],
     (reconstruct, "physics"): [
         None, *THINGS, Inpainting, lambda x: x.detach().numpy(), lambda x: PHYSICS.A(x).detach(),
         lambda x: None, lambda x: (PHYSICS.A(x),), lambda x: PHYSICS.A(x).double(),
         lambda x: {}["a"], lambda x: PHYSICS.A(x.mul_(2)),
-        Inpainting((1, 8, 8), mask=torch.ones(5, 5)),
+        Inpainting((1, 8, 8), mask=torch.ones(5, 5)), lambda x: blocked("cannot\nwork"),
+        lambda x: PHYSICS.A(x) - PHYSICS.A(x).mean(0, keepdim=True),
+        lambda x: PHYSICS.A(x) / (1 + x.detach().std()), lambda x: PHYSICS.A(x.flip(0)),
+        lambda x: PHYSICS.A(x * x.mean(0, keepdim=True)), nn.Sequential(nn.AvgPool2d(2), POOLED),
+        lambda x: PHYSICS.A(x) + 0.05 * torch.randn(Y.shape), lambda x: PHYSICS.A(x).round(),
+        lambda x: 0 * PHYSICS.A(x), lambda x: torch.zeros(Y.shape, requires_grad=True),
+        lambda x: PHYSICS.A(x).log(), lambda x: torch.fft.fft2(PHYSICS.A(x)),
     ],
+    (inpainted, "physics"): [Inpainting((1, 8, 8), mask=m) for m in (0 * HOLES, LOST, HOLES / 0)],
+    (reconstruct, "task"): ["super_resolutoin", "", "SR", 3, ["super_resolution"]],
+    (untold, "y"): [Y.double()],
+    (predicted, "network"): NETWORKS,
+    (denoised, "network"): NETWORKS,
     (reconstruct, "prior"): [None, *THINGS, nn.Conv2d(1, 1, 3)],
     (reconstruct, "recipe"): [None, *THINGS],
     (reconstruct, "x"): [X[:1], X.double(), NAN * X, X.int(), X.numpy(), "x", X[:, :, :7]],
@@ -122,11 +190,17 @@ WRONG = {
         "x", None, BAR.flip(0), [0.9, NAN], BAR[None], torch.arange(5).flip(0),
     ],
     (wrapped, "shape"): [(8, 8), (1, 8.5, 8), 8, "abc", (0, 8, 8), None],
-    (wrapped, "schedule"): ["x", 3],
+    (wrapped, "schedule"): ["x", 3, VPSchedule, Backwards(), lambda t: (1 - t, t)],
+    (edm, "schedule"): ["x", 3, VPSchedule, Backwards(), lambda t: (1 - t, t)],
+    (edm, "shape"): [(8, 8), (1, 8.5, 8), 8, None],
     (wrapped, "prediction_type"): ["x", None, 3],
 }  # fmt: skip
 
-ALSO = {"budget": "budget|steps", "x": "x is|x has|x are|images", "physics": "physics|y has"}
+ALSO = {
+    "budget": "budget|steps",
+    "x": "x is|x has|x are|images",
+    "physics": "physics|y has",
+}
 """What an error may say in place of the argument's name."""
 
 
@@ -158,6 +232,13 @@ def test_what_is_the_same_measurement_gives_the_same_image(y):
     assert not found.requires_grad
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(reconstruct(noise_std=torch.tensor(0.05)).x0, expected)
+
+
+def test_a_network_that_changes_what_it_gets_changes_nothing_else():
+    network = Network(1, 1, 3, padding=1)
+    prior, x, t = wrap(network, BAR, (1, 8, 8)), 1 + X, torch.tensor(0.5)
+    spoiling = wrap(lambda x, i: x.copy_(network(x, i)), BAR, (1, 8, 8))
+    torch.testing.assert_close(spoiling(x, t).mean, prior(x, t).mean)
 
 
 def test_a_physics_of_another_size_is_refused_by_the_model_of_deepinv():

@@ -36,11 +36,12 @@ def deep_image_prior(
         raise UnsupportedTask(f"x has shape {tuple(x.shape)}, the decoder makes (B, C, H, W)")
     check_at_least(1, iterations=iterations, channels=channels)
     check_above(0, rate=rate)
-    target = noise_level(physics, y, given.noise_std) ** 2
+    targets = noise_level(physics, y, given.noise_std).square().tolist()
     images = []
     with global_generator(given.generator):
         # One by one: the decoder normalises over the batch.
-        for each, operator in zip(y.split(1), cycle(parts_of(physics)), strict=False):
+        parts = cycle(parts_of(physics))
+        for each, operator, target in zip(y.split(1), parts, targets, strict=False):
             decoder = ConvDecoder(tuple(x.shape[1:]), channels=channels).to(x)
             z = torch.randn(1, channels, 4, 4, device=x.device, dtype=x.dtype)
             images.append(_fit(decoder, z, operator, each, target, iterations, rate))

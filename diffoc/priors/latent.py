@@ -15,13 +15,14 @@ from azula.denoise import Denoiser, DiracPosterior
 from azula.noise import Schedule
 from torch import Tensor, nn
 
+from diffoc.checks import one_line
 from diffoc.priors.counting import CountedPrior
 from diffoc.priors.pipelines import (
     DiffusersDenoiser,
     alphas_cumprod_of,
     load_network,
-    read_json,
     sides_of,
+    try_network,
 )
 
 if TYPE_CHECKING:
@@ -123,16 +124,21 @@ def load_pipeline(folder: Path, schedule: Schedule | None) -> LatentPrior:
     """
     import diffusers  # slow to import
 
-    first_stage = folder / ("vqvae" if (folder / "vqvae").is_dir() else "vae")
-    kinds = {"VQModel": diffusers.VQModel, "AutoencoderKL": diffusers.AutoencoderKL}
-    networks = {
-        "UNet2DModel": diffusers.UNet2DModel,
-        "UNet2DConditionModel": diffusers.UNet2DConditionModel,
-    }
-    autoencoder = DiffusersAutoencoder(_load(first_stage, kinds))
-    backbone = _load(folder / "unet", networks)
+    first_stage, unet = (
+        folder / ("vqvae" if (folder / "vqvae").is_dir() else "vae"),
+        folder / "unet",
+    )
+    network = load_network(first_stage, diffusers.VQModel, diffusers.AutoencoderKL)
+    autoencoder = DiffusersAutoencoder(network)
+    backbone = load_network(unet, diffusers.UNet2DModel, diffusers.UNet2DConditionModel)
+    if backbone.config.in_channels != network.config.latent_channels:
+        raise ValueError(
+            f"{unet} takes {backbone.config.in_channels} channels, but {first_stage} makes latents "
+            f"of {network.config.latent_channels}: expected a network of latents alone"
+        )
     if isinstance(backbone, diffusers.UNet2DConditionModel):
         backbone = EmptyPrompt(backbone, _embed_nothing(folder))
+    try_network(backbone, backbone.config.in_channels, unet)
     denoiser = DiffusersDenoiser(backbone, *alphas_cumprod_of(folder), schedule)
     prior = LatentPrior(denoiser, autoencoder)
     height, width = sides_of(backbone)
@@ -141,13 +147,6 @@ def load_pipeline(folder: Path, schedule: Schedule | None) -> LatentPrior:
     prior.image_shape = (backbone.config.in_channels, height, width)
     prior.decoded_shape = (config.out_channels, factor * height, factor * width)
     return prior
-
-
-def _load(folder: Path, kinds: dict[str, type[ModelMixin]]) -> ModelMixin:
-    found = read_json(folder / "config.json").get("_class_name")
-    if found not in kinds:
-        raise ValueError(f"{folder} holds a {found}, expected one of {', '.join(kinds)}")
-    return load_network(folder, kinds[found])
 
 
 @torch.no_grad()
@@ -163,7 +162,9 @@ def _embed_nothing(folder: Path) -> Tensor:
     try:
         tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
         encoder = CLIPTextModel.from_pretrained(folder / "text_encoder")
-    except OSError as error:
-        raise FileNotFoundError(f"{folder} has no tokenizer or text encoder: {error}") from error
+    except Exception as error:  # a damaged file makes it fail anywhere
+        raise FileNotFoundError(
+            f"{folder} has no tokenizer or text encoder, or damaged ones: {one_line(error)}"
+        ) from error
     tokens = tokenizer("", padding="max_length", truncation=True, return_tensors="pt").input_ids
     return encoder(tokens)[0]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import math
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from azula.denoise import Denoiser, DiracPosterior
@@ -13,7 +15,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from torch import Tensor, nn
 
-from diffoc.checks import check_member
+from diffoc.checks import check_kind, check_member, one_line
 from diffoc.data.downloads import cache_folder
 
 if TYPE_CHECKING:
@@ -21,6 +23,33 @@ if TYPE_CHECKING:
 
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
+
+# Of a network that is told more than images and a timestep, which nobody tells it here.
+CONDITIONS = (
+    "num_class_embeds",
+    "class_embed_type",
+    "addition_embed_type",
+    "encoder_hid_dim",
+    "encoder_hid_dim_type",
+    "time_cond_proj_dim",
+)
+# Every version of diffusers has written these, and weights do not show them: where they are
+# missing, another network might be built than was trained.
+_UNET = (
+    "center_input_sample",
+    "downsample_padding",
+    "flip_sin_to_cos",
+    "freq_shift",
+    "mid_block_scale_factor",
+    "norm_eps",
+    "norm_num_groups",
+)
+UNSEEN = {
+    "UNet2DModel": ("act_fn", *_UNET),
+    "UNet2DConditionModel": ("act_fn", *_UNET),
+    "AutoencoderKL": ("act_fn",),
+    "VQModel": ("act_fn",),
+}
 
 
 class DiffusersDenoiser(Denoiser):
@@ -32,7 +61,8 @@ class DiffusersDenoiser(Denoiser):
 
     Args:
         backbone: a `diffusers.UNet2DModel`.
-        alphas_cumprod: :math:`\bar\alpha_i`, decreasing, shape (steps,).
+        alphas_cumprod: :math:`\bar\alpha_i`, decreasing, shape (steps,); the last may be 0, which
+            counts as :math:`2^{-24}`: what is asked for lies before it.
         prediction_type: "epsilon", "sample" (of x_0) or "v_prediction".
         schedule: of the noise, within the levels of `alphas_cumprod`, beyond which the network was
             not trained; None for :func:`schedule_within`.
@@ -52,7 +82,7 @@ class DiffusersDenoiser(Denoiser):
         check_member(PREDICTION_TYPES, prediction_type=prediction_type)
         self.backbone = backbone
         self.prediction_type = prediction_type
-        bar = alphas_cumprod.double()
+        bar = alphas_cumprod.double().clamp(min=2**-24)
         self.schedule = schedule or schedule_within(bar)
         _check_within(self.schedule, bar)
         self.register_buffer("log_snr", (bar / (1 - bar)).log(), persistent=False)
@@ -81,6 +111,25 @@ class DiffusersDenoiser(Denoiser):
         return DiracPosterior(signal * x - noise * output)
 
 
+def check_schedule(schedule: Schedule | None) -> None:
+    """Raises an error unless a schedule, if there is one, begins with less noise than it ends."""
+    if schedule is None:
+        return
+    check_kind(Schedule, schedule=schedule)
+    first, last = _ratios_of(schedule)
+    if not 0 <= first < last < math.inf:
+        raise ValueError(
+            f"schedule has sigma / alpha from {first:.3g} at time 0 to {last:.3g} at time 1, "
+            "expected finite numbers that grow"
+        )
+
+
+def _ratios_of(schedule: Schedule) -> tuple[float, float]:
+    alpha, sigma = schedule(torch.tensor([0.0, 1.0], dtype=torch.float64))
+    first, last = (sigma / alpha).tolist()
+    return first, last
+
+
 def schedule_within(alphas_cumprod: Tensor) -> VPSchedule:
     r"""Returns a variance-preserving schedule within the levels, (steps,), of a network's training.
 
@@ -101,8 +150,7 @@ def _ratios(alphas_cumprod: Tensor) -> tuple[float, float]:
 
 
 def _check_within(schedule: Schedule, alphas_cumprod: Tensor) -> None:
-    alpha, sigma = schedule(torch.tensor([0.0, 1.0], dtype=torch.float64))
-    (first, last), (least, most) = (sigma / alpha).tolist(), _ratios(alphas_cumprod)
+    (first, last), (least, most) = _ratios_of(schedule), _ratios(alphas_cumprod)
     # The usual schedules differ from the usual betas by less than a hundredth.
     if first < 0.99 * least or last > 1.01 * most:
         raise ValueError(
@@ -145,45 +193,79 @@ def load_pixel_model(folder: Path, schedule: Schedule | None) -> DiffusersDenois
     from diffusers import UNet2DModel  # slow to import
 
     unet = folder / "unet" if (folder / "unet").is_dir() else folder
-    found = read_json(unet / "config.json")
-    if found.get("_class_name") != "UNet2DModel":
-        raise ValueError(f"{unet} holds a {found.get('_class_name')}, expected a UNet2DModel")
-    if found.get("num_class_embeds") or found.get("class_embed_type"):
-        raise ValueError(f"{unet} holds a class-conditional network, expected an unconditional one")
-    scheduler = alphas_cumprod_of(folder)
     network = load_network(unet, UNet2DModel)
-    _try(network, unet)
+    scheduler = alphas_cumprod_of(folder)
+    try_network(network, network.config.in_channels, unet)
     return DiffusersDenoiser(network, *scheduler, schedule)
 
 
 @torch.no_grad()
-def _try(network: ModelMixin, folder: Path) -> None:
-    """Evaluates a `UNet2DModel` at its smallest size: some wrong settings show nowhere before."""
-    config = network.config
+def try_network(network: Any, channels: int, folder: Path) -> None:
+    """Evaluates a UNet at its smallest size: some wrong settings show nowhere before.
+
+    A ValueError that names its folder says if it fails, or makes no prediction of images with so
+    many channels.
+    """
     try:
-        side = 2 ** len(config.block_out_channels)
-        output = network(torch.zeros(1, config.in_channels, side, side), torch.ones(1)).sample
+        side = 2 ** len(network.config.block_out_channels)
+        output = network(torch.zeros(1, channels, side, side), torch.ones(1)).sample
     except Exception as error:
         raise ValueError(
-            f"{folder} has settings in config.json that its network fails with: {error}"
+            f"{folder} has settings in config.json that its network fails with: {one_line(error)}"
         ) from error
+    if tuple(output.shape) not in ((1, n * channels, side, side) for n in (1, 2)):
+        raise ValueError(
+            f"{folder} has a network that makes {tuple(output.shape)} of {channels} channels, "
+            "expected as many or twice as many"
+        )
     if not output.isfinite().all():
         raise ValueError(f"{folder} has a network whose output is not finite")
 
 
-def load_network(folder: Path, kind: type[ModelMixin]) -> ModelMixin:
-    """A network of `diffusers` from its folder; no code in it is run.
+def load_network(folder: Path, *kinds: type[ModelMixin]) -> ModelMixin:
+    """A network of `diffusers`, of one of these kinds, from its folder; no code in it is run.
 
     Raises:
         FileNotFoundError: if the weights are missing.
-        ValueError: if they are damaged, or settings or weights are those of another network.
+        ValueError: if they are damaged, settings or weights are those of another network, or it
+            needs more than images and timesteps.
     """
+    config = read_json(folder / "config.json")
+    found = config.get("_class_name")
+    kind = next((kind for kind in kinds if kind.__name__ == found), None)
+    if kind is None:
+        names = " or a ".join(kind.__name__ for kind in kinds)
+        raise ValueError(f"{folder} holds a {found}, expected a {names}")
+    known = inspect.signature(kind.__init__).parameters
+    if unknown := [key for key in config if key not in known and not key.startswith("_")]:
+        raise ValueError(
+            f"{folder} has the setting {unknown[0]} in config.json, which {kind.__name__} of "
+            "diffusers does not have here: update diffusers, or remove it where it does nothing"
+        )
+    if missing := [key for key in UNSEEN[kind.__name__] if key not in config]:
+        raise ValueError(
+            f"{folder} has no {missing[0]} in config.json, and the weights do not show it: add it"
+        )
+    if told := [key for key in CONDITIONS if config.get(key)]:
+        raise ValueError(
+            f"{folder} holds a conditional network, {told[0]} is {config[told[0]]!r} in "
+            "config.json: expected an unconditional one, or text as the only condition"
+        )
+    if config.get("latents_mean") or config.get("latents_std"):
+        raise ValueError(
+            f"{folder} has latents_mean or latents_std in config.json: an autoencoder whose "
+            "latents are shifted channel by channel is not supported"
+        )
     try:
         network, found = kind.from_pretrained(folder, output_loading_info=True)
     except Exception as error:  # settings of any kind make it fail anywhere
         if not any(folder.glob("diffusion_pytorch_model*")):
-            raise FileNotFoundError(f"{folder} has no weights of the network: {error}") from error
-        raise ValueError(f"{folder} holds no {kind.__name__}, or is damaged: {error}") from error
+            raise FileNotFoundError(
+                f"{folder} has no weights of the network: {one_line(error)}"
+            ) from error
+        raise ValueError(
+            f"{folder} holds no {kind.__name__}, or is damaged: {one_line(error)}"
+        ) from error
     if found["missing_keys"]:  # diffusers would leave them at random
         raise ValueError(f"{folder} is damaged: {found['missing_keys'][0]} is not in the weights")
     if found["unexpected_keys"]:  # of a network with more layers than config.json says
@@ -216,22 +298,27 @@ def alphas_cumprod_of(folder: Path) -> tuple[Tensor, str]:
 
     It raises as :func:`load_prior`.
     """
-    from diffusers import DDPMScheduler
+    import diffusers
 
     home = folder / "scheduler" if (folder / "scheduler").is_dir() else folder
     config = read_json(home / "scheduler_config.json")
-    if "beta_schedule" not in config:
-        raise ValueError(
-            f"{home} has the scheduler {config.get('_class_name')}, expected one with discrete "
-            "timesteps and betas, such as DDPMScheduler or DDIMScheduler"
-        )
+    name = config.get("_class_name")
+    # Of its own class, which has defaults of its own for what the settings do not say.
+    kind: Any = getattr(diffusers, name, None) if isinstance(name, str) else None
     try:
-        bar = DDPMScheduler.from_config(config).alphas_cumprod
+        if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
+            raise TypeError("this is no scheduler")
+        scheduler = kind.from_config(config)
+        bar = scheduler.alphas_cumprod.cpu()
     except Exception as error:  # settings of any kind make it fail anywhere
-        raise ValueError(f"{home} has settings that make no scheduler: {error}") from error
-    if len(bar) < 2 or not (bar.diff() < 0).all() or not (bar[0] < 1 and bar[-1] > 0):
+        raise ValueError(
+            f"{home} has the scheduler {name}, whose settings make no betas ({one_line(error)}): "
+            "expected one with discrete timesteps, such as DDPMScheduler or DDIMScheduler"
+        ) from error
+    if len(bar) < 2 or not (bar.diff() < 0).all() or not 0 <= bar[-1] < bar[0] < 1:
         raise ValueError(f"{home} has betas whose noise does not grow step by step")
-    prediction_type = config.get("prediction_type", "epsilon")
+    once = {"prediction_type": "sample"} if config.get("predict_epsilon") is False else {}
+    prediction_type = {**scheduler.config, **once, **config}.get("prediction_type", "epsilon")
     if prediction_type not in PREDICTION_TYPES:
         raise ValueError(
             f"{home} has the prediction_type {prediction_type!r}, expected one of "

@@ -18,13 +18,19 @@ from azula.plugins.adm._src.unet import AttentionBlock, ResBlock
 from azula.plugins.utils import load_cards
 from torch import Tensor, nn
 
-from diffoc.checks import check_callable, check_member
+from diffoc.checks import check_member
 from diffoc.data import manifest
 from diffoc.data.downloads import RemoteFile, fetch, find, read_torch_file
 from diffoc.priors.autoencoder import load_autoencoder
 from diffoc.priors.latent import LatentPrior, load_pipeline
 from diffoc.priors.networks import NETWORKS
-from diffoc.priors.pipelines import from_hub, load_pixel_model, scales_of_images, sides_of
+from diffoc.priors.pipelines import (
+    check_schedule,
+    from_hub,
+    load_pixel_model,
+    scales_of_images,
+    sides_of,
+)
 from diffoc.priors.weights import difference, load_into, read_checkpoint
 
 SHIPPED = {
@@ -125,7 +131,7 @@ def load_prior(
     """
     if not isinstance(name_or_path, str | Path):
         raise TypeError(f"name_or_path is {name_or_path!r}, expected a name or a path")
-    check_callable(schedule=schedule)
+    check_schedule(schedule)
     given, schedule = schedule, schedule or default_schedule()
     if learned_variance and str(name_or_path) not in _ADM_CARDS:
         raise ValueError(f"learned_variance is for {' and '.join(_ADM_CARDS)} only")

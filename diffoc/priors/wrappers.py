@@ -8,29 +8,58 @@ from azula.denoise import Denoiser
 from azula.noise import Schedule
 from torch import Tensor, nn
 
-from diffoc.checks import check_callable, check_kind, check_shape, shown
-from diffoc.priors.pipelines import DiffusersDenoiser
+from diffoc.checks import check_kind, check_shape, one_line, shown
+from diffoc.priors.pipelines import DiffusersDenoiser, check_schedule
 from diffoc.priors.pretrained import EDMDenoiser, default_schedule
 
 
-class _Output(nn.Module):
-    """Calls a network, and returns its output as networks of `diffusers` do."""
+class _Network(nn.Module):
+    """Calls a network of a user's with a copy of the images, and looks at what it returns."""
 
     def __init__(self, network: Callable[[Tensor, Tensor], Tensor]) -> None:
         super().__init__()
+        check_kind(Callable, network=network)
+        if isinstance(network, type):
+            raise TypeError(f"network is the class {network.__name__}, expected one of its objects")
         self.network = network
 
-    def forward(self, x: Tensor, timestep: Tensor) -> SimpleNamespace:
-        """The output as attribute `sample`; a ValueError refuses one that is no prediction."""
-        output = self.network(x, timestep)
+    def forward(self, x: Tensor, level: Tensor) -> Tensor:
+        """The output, like `x`; a ValueError refuses one that is no prediction."""
+        copy = x.clone()
+        try:
+            output = self.network(copy, level)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # of another precision or device, or another shape
+            raise ValueError(
+                f"network fails for images that are {x.dtype} of shape {tuple(x.shape)} on "
+                f"{x.device}, as y is: {one_line(error)}"
+            ) from error
         shape = tuple(getattr(output, "shape", ()))
         fits = len(shape) == x.ndim and (shape[0], *shape[2:]) == (len(x), *x.shape[2:])
-        if not fits or shape[1] < x.shape[1]:
+        if not isinstance(output, Tensor) or not fits or shape[1] < x.shape[1]:
             raise ValueError(
-                f"network gives {shape or type(output).__name__} for images of {tuple(x.shape)}, "
-                "expected their shape, with more channels at most"
+                f"network gives {shown(output)} for images of shape {tuple(x.shape)}, expected a "
+                "tensor of their shape, with more channels at most"
             )
-        return SimpleNamespace(sample=output)
+        if not output.is_floating_point() or output.requires_grad < copy.requires_grad:
+            raise ValueError(
+                f"network gives a prediction of {output.dtype} without derivatives in the images: "
+                "leave out its no_grad() or detach()"
+            )
+        return output.to(x)
+
+
+class _Output(nn.Module):
+    """The same, for a network that is called as those of `diffusers`."""
+
+    def __init__(self, network: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.network = _Network(network)
+
+    def forward(self, x: Tensor, timestep: Tensor) -> SimpleNamespace:
+        """The output as attribute `sample`."""
+        return SimpleNamespace(sample=self.network(x, timestep))
 
 
 def wrap(
@@ -48,10 +77,11 @@ def wrap(
 
     Args:
         network: maps noisy images :math:`\sqrt{\bar\alpha_i} x_0 + \sqrt{1 - \bar\alpha_i} z`,
-            (B, C, H, W), and timesteps i, (B,), to a prediction of the images' shape. Channels
-            beyond the images', a head for the variance, are cut off. A module is put into
-            evaluation mode; one that only a function knows of has to be put there before.
-        alphas_cumprod: :math:`\bar\alpha_i`, decreasing within ]0, 1[.
+            (B, C, H, W), and timesteps i, (B,), to a prediction of the images' shape, which is
+            differentiable; no image has a part in another's prediction. Channels beyond the
+            images', a head for the variance, are cut off. A module is put into evaluation mode; one
+            that only a function knows of has to be put there before.
+        alphas_cumprod: :math:`\bar\alpha_i`, decreasing within [0, 1[.
         shape: of an image, (C, H, W).
         prediction_type: "epsilon" for z, "sample" for x_0, or "v_prediction".
         schedule: of the reverse process, within the levels of `alphas_cumprod`; by default
@@ -60,15 +90,15 @@ def wrap(
     Raises:
         ValueError: if an argument is out of its range.
     """
-    check_kind(Callable, network=network)
-    check_callable(schedule=schedule)
+    backbone = _Output(network)
+    check_schedule(schedule)
     try:
         bar = torch.as_tensor(alphas_cumprod, dtype=torch.float64)
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"alphas_cumprod is {shown(alphas_cumprod)}, expected numbers") from error
-    if bar.ndim != 1 or len(bar) < 2 or not (bar.diff() < 0).all() or not 0 < bar[-1] < bar[0] < 1:
-        raise ValueError("alphas_cumprod must be at least two numbers that decrease within ]0, 1[")
-    denoiser = DiffusersDenoiser(_Output(network), bar, prediction_type, schedule)
+    if bar.ndim != 1 or len(bar) < 2 or not (bar.diff() < 0).all() or not 0 <= bar[-1] < bar[0] < 1:
+        raise ValueError("alphas_cumprod must be at least two numbers that decrease within [0, 1[")
+    denoiser = DiffusersDenoiser(backbone, bar, prediction_type, schedule)
     return _finished(denoiser, shape)
 
 
@@ -81,12 +111,14 @@ def wrap_edm(
     r"""Returns a denoiser :math:`D(x_0 + \sigma z; \sigma)`, as EDM and k-diffusion have it.
 
     Args:
-        network: maps noisy images (B, C, H, W) and noise levels sigma (B,) to clean images.
+        network: maps noisy images (B, C, H, W) and noise levels sigma (B,) to clean images,
+            otherwise as for :func:`wrap`.
         shape: as for :func:`wrap`.
         schedule: of the reverse process; by default azula's variance-preserving one with sigma /
             alpha from 0.01 to 100.
     """
-    return _finished(EDMDenoiser(network, schedule or default_schedule()), shape)
+    check_schedule(schedule)
+    return _finished(EDMDenoiser(_Network(network), schedule or default_schedule()), shape)
 
 
 def _finished(denoiser: Denoiser, shape: Sequence[int]) -> Denoiser:

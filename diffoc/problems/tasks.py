@@ -246,14 +246,15 @@ def likelihood(physics: Physics, y: Tensor, noise_std: float = NOISE_STD) -> Gau
 
 def noise_level(
     physics: Physics, y: Tensor, noise_std: float = NOISE_STD, on_dropped: bool = False
-) -> float:
-    """Returns the root mean square of the truth's residual A(x) - y, which need not be beaten.
+) -> Tensor:
+    """Returns the root mean square of each truth's residual A(x) - y, (B,): it need not be beaten.
 
     Pixels that were dropped count as right, unless there is noise on them.
     """
     check_tensor("y", y)
     check_at_least(0, noise_std=noise_std)
-    return noise_std if on_dropped else noise_std * measured(physics, y).mean().sqrt().item()
+    kept = torch.ones_like(y) if on_dropped else measured(physics, y)
+    return (noise_std * kept.flatten(1).mean(dim=1).sqrt().double()).to(y)
 
 
 def _kernel_size(side: int) -> int:

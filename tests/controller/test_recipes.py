@@ -15,6 +15,7 @@ from diffoc.commands.solve import RECIPES, Settings
 from diffoc.data import digits
 from diffoc.data.manifest import data_folder
 from diffoc.experiments.methods import METHODS, settings_of
+from diffoc.priors import wrap
 from diffoc.priors.gaussian import GaussianPrior
 from diffoc.priors.pretrained import load_prior
 from diffoc.problems.tasks import measure, noise_level, super_resolution, task
@@ -146,11 +147,26 @@ def test_a_mask_s_weight_is_no_indicator():
     y = measure(physics, x, seeded(), 0.05)
     assert (y[..., 0] == 0).all()
     kept = 7 / 8
-    assert noise_level(physics, y, 0.05) == pytest.approx(0.05 * kept**0.5)
-    assert Problem(physics, y, 0.05).noise_level == pytest.approx(0.05 * kept**0.5)
+    assert noise_level(physics, y, 0.05).item() == pytest.approx(0.05 * kept**0.5)
+    assert Problem(physics, y, 0.05).noise_level.item() == pytest.approx(0.05 * kept**0.5)
     full = Inpainting((1, 64, 64), mask=255 * torch.ones(1, 1, 64, 64))
     noise = measure(full, torch.zeros(1, 1, 64, 64), seeded(), 0.05)
     assert noise.std().item() == pytest.approx(0.05, rel=0.05)
+
+
+def test_each_image_has_the_noise_level_of_its_own_mask():
+    """An image beside another with fewer holes is stopped where it is alone."""
+    mask = torch.ones(2, 1, 8, 8)
+    mask[0, :, :6] = 0
+    y = torch.zeros(2, 1, 8, 8)
+    physics, expected = Inpainting((1, 8, 8), mask=mask), torch.tensor([0.05 * 0.5, 0.05])
+    torch.testing.assert_close(noise_level(physics, y, 0.05), expected)
+    problem = Problem(physics, y, 0.05)
+    torch.testing.assert_close(problem.noise_level, expected)
+    torch.testing.assert_close(problem.residual_over_noise(0.05 * mask), torch.ones(2))
+    prior = wrap(lambda x, i: 0.1 * x, torch.linspace(0.999, 0.01, 50), (1, 8, 8))
+    with pytest.raises(ValueError, match=r"physics cannot measure images of shape \(4, 1, 8"):
+        reconstruct(problem, prior, starts=2)
 
 
 def test_what_does_not_fit_is_refused():

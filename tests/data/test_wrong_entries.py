@@ -5,7 +5,15 @@ import shutil
 
 import pytest
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import (
+    AutoencoderKL,
+    DDPMPipeline,
+    DDPMScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    LCMScheduler,
+    UNet2DModel,
+)
 from safetensors.torch import load_file, save_file
 
 from diffoc.data import manifest
@@ -13,6 +21,7 @@ from diffoc.data.downloads import read_torch_file
 from diffoc.experiments.methods import read_tuned
 from diffoc.priors.autoencoder import Autoencoder, load_autoencoder
 from diffoc.priors.networks import DigitClassifier
+from diffoc.priors.pipelines import CONDITIONS, UNSEEN, alphas_cumprod_of
 from diffoc.priors.pretrained import load_prior
 from diffoc.priors.weights import classifier, read_checkpoint, read_weights, write_weights
 from diffoc.training import trainer as training
@@ -193,6 +202,69 @@ def test_settings_of_diffusers(file, pipeline, tmp_path):
         assert refused(lambda: load_prior(folder), path.name)
     path.write_bytes(whole)
     torch.testing.assert_close(load_prior(folder)(x, t).mean, expected)
+
+
+@pytest.fixture(scope="module")
+def latent_pipeline(tmp_path_factory):
+    """One of latents, whose network takes as many channels as it makes."""
+    folder = tmp_path_factory.mktemp("saved") / "latents"
+    small = {"block_out_channels": (32,), "layers_per_block": 1}
+    AutoencoderKL(**small).save_pretrained(folder / "vae")
+    types = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
+    UNet2DModel(8, 4, 4, **small, **types).save_pretrained(folder / "unet")
+    DDPMScheduler().save_pretrained(folder / "scheduler")
+    assert load_prior(folder).image_shape == (4, 8, 8)
+    return folder
+
+
+VAE = "vae/config.json"
+KINDS = {UNET: "UNet2DModel", VAE: "AutoencoderKL"}
+OTHER_NETWORKS = [
+    *((file, {key: None}, key) for file in (UNET, VAE) for key in UNSEEN[KINDS[file]]),
+    *((UNET, {key: 8}, f"conditional network, {key} is 8") for key in CONDITIONS[:1]),
+    (UNET, {"class_embed_type": "timestep"}, "conditional network, class_embed_type"),
+    *((UNET, {key: 8}, key) for key in CONDITIONS[2:]),
+    (UNET, {"norm_groups": 4}, "setting norm_groups"),
+    (UNET, {"in_channels": 9}, "damaged"),
+    (VAE, {"latents_mean": [0.0] * 4}, "latents_mean"),
+    (VAE, {"unknown": 1}, "setting unknown"),
+    (VAE, {"latent_channels": 3}, "damaged"),
+    (SCHEDULER, {"_class_name": "UNet2DModel"}, "scheduler has the scheduler UNet2DModel"),
+    (SCHEDULER, {"_class_name": None}, "scheduler has the scheduler None"),
+    (SCHEDULER, {"_class_name": "FlowMatchEulerDiscreteScheduler"}, "no attribute|betas"),
+    (SCHEDULER, {"prediction_type": "flow"}, "prediction_type 'flow'"),
+]
+"""What would load without a word as another network than was trained; None takes a key away."""
+
+
+@pytest.mark.parametrize(("file", "changes", "said"), OTHER_NETWORKS)
+def test_settings_of_another_network_are_refused(file, changes, said, latent_pipeline, tmp_path):
+    folder = shutil.copytree(latent_pipeline, tmp_path / "pipeline")
+    settings = json.loads((folder / file).read_text()) | changes
+    if None in changes.values():
+        del settings[next(iter(changes))]
+    (folder / file).write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=said) as caught:
+        load_prior(folder)
+    assert file.split("/")[0] in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_network_of_more_than_latents_is_refused(latent_pipeline, pipeline, tmp_path):
+    folder = shutil.copytree(latent_pipeline, tmp_path / "pipeline")
+    shutil.copytree(pipeline / "unet", folder / "unet", dirs_exist_ok=True)
+    with pytest.raises(ValueError, match=r"unet takes 1 channels, but .*vae makes latents of 4"):
+        load_prior(folder)
+
+
+@pytest.mark.parametrize("kind", [LCMScheduler, HeunDiscreteScheduler, EulerDiscreteScheduler])
+def test_what_a_scheduler_does_not_say_is_as_in_its_own_class(kind, tmp_path):
+    path = tmp_path / "scheduler_config.json"
+    path.write_text(json.dumps({"_class_name": kind.__name__}))
+    bar, prediction = alphas_cumprod_of(tmp_path)
+    assert (bar.tolist(), prediction) == (kind().alphas_cumprod.tolist(), "epsilon")
+    path.write_text(json.dumps({"_class_name": kind.__name__, "predict_epsilon": False}))
+    assert alphas_cumprod_of(tmp_path)[1] == "sample"
 
 
 def test_weights_of_diffusers(pipeline, tmp_path):

@@ -213,7 +213,7 @@ def test_diffusers_models_that_are_no_priors_are_refused(tmp_path):
     with pytest.raises(ValueError, match="UNet2DConditionModel"):
         load_prior(tmp_path)
     edit(unet, _class_name="UNet2DModel", num_class_embeds=10)
-    with pytest.raises(ValueError, match="class-conditional"):
+    with pytest.raises(ValueError, match="conditional network, num_class_embeds"):
         load_prior(tmp_path)
     edit(unet, num_class_embeds=None)
     (scheduler / "scheduler_config.json").write_text('{"_class_name": "ScoreSdeVeScheduler"}')

@@ -56,20 +56,30 @@ def _at(bar, timestep):
     return nn.functional.logsigmoid(value)
 
 
-@pytest.mark.parametrize("betas", ["linear of 100", "Stable Diffusion's"])
+@pytest.mark.parametrize("betas", ["linear of 100", "Stable Diffusion's", "to zero"])
 def test_the_schedule_ends_where_the_network_was_trained(betas):
-    """A perfect predictor for N(0, 1/4) is right at both ends of the process, x = 1."""
+    """A perfect predictor for N(0, 1/4) is right at both ends of the process, x = 1.
+
+    Where the last level is noise alone, its network predicts velocities.
+    """
+    kind = "epsilon"
     if betas == "linear of 100":
         bar = DDPMScheduler(100).alphas_cumprod.double()
+    elif betas == "to zero":
+        kind, scheduler = "v_prediction", DDPMScheduler(1000, rescale_betas_zero_snr=True)
+        bar = scheduler.alphas_cumprod.double()
+        assert bar[-1] == 0
     else:
         scaled = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
         bar = DDPMScheduler(1000, **scaled).alphas_cumprod.double()
 
     def network(x, timestep):
-        a = _at(bar, timestep).exp().reshape(-1, 1, 1, 1)
-        return (x - a * STD**2 / (a * STD**2 + 1 - a) * x) / (1 - a).sqrt()
+        a = _at(bar.clamp(min=2**-24), timestep).exp().reshape(-1, 1, 1, 1)
+        x0 = a.sqrt() * STD**2 / (a * STD**2 + 1 - a) * x
+        z = (x - a.sqrt() * x0) / (1 - a).sqrt()
+        return z if kind == "epsilon" else a.sqrt() * z - (1 - a).sqrt() * x0
 
-    prior = wrap(network, bar, (1, 1, 1))
+    prior = wrap(network, bar, (1, 1, 1), prediction_type=kind)
     x = torch.ones(1, 1, 1, 1, dtype=torch.float64)
     for t in (0.0, 1.0):
         time = torch.tensor(t, dtype=torch.float64)
