@@ -6,7 +6,7 @@ import inspect
 import json
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from azula.denoise import Denoiser, DiracPosterior
@@ -257,7 +257,9 @@ def load_network(folder: Path, *kinds: type[ModelMixin]) -> ModelMixin:
             "latents are shifted channel by channel is not supported"
         )
     try:
-        network, found = kind.from_pretrained(folder, output_loading_info=True)
+        network, found = kind.from_pretrained(
+            folder, output_loading_info=True, low_cpu_mem_usage=False
+        )
     except Exception as error:  # settings of any kind make it fail anywhere
         if not any(folder.glob("diffusion_pytorch_model*")):
             raise FileNotFoundError(
@@ -304,11 +306,11 @@ def alphas_cumprod_of(folder: Path) -> tuple[Tensor, str]:
     config = read_json(home / "scheduler_config.json")
     name = config.get("_class_name")
     # Of its own class, which has defaults of its own for what the settings do not say.
-    kind: Any = getattr(diffusers, name, None) if isinstance(name, str) else None
+    kind = getattr(diffusers, name, None) if isinstance(name, str) else None
     try:
         if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
             raise TypeError("this is no scheduler")
-        scheduler = kind.from_config(config)
+        scheduler = cast("Any", kind).from_config(config)
         bar = scheduler.alphas_cumprod.cpu()
     except Exception as error:  # settings of any kind make it fail anywhere
         raise ValueError(

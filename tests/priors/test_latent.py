@@ -311,7 +311,7 @@ def test_pipelines_that_lack_a_part_say_so(tmp_path, monkeypatch):
 
 
 def test_stable_diffusion_without_transformers_says_what_to_install(tmp_path, monkeypatch):
-    write_pipeline(tmp_path, small_vq(), small_conditional(), "vqvae")
+    write_pipeline(tmp_path, AutoencoderKL(**KL, **SMALL), small_conditional(), "vae")
     monkeypatch.setitem(__import__("sys").modules, "transformers", None)
     with pytest.raises(ModuleNotFoundError, match="pip install transformers"):
         load_prior(tmp_path)
