@@ -256,7 +256,7 @@ def test_no_code_comes_with_a_model(changes, pipeline, tmp_path, monkeypatch):
         (folder / "evil.py").write_text(f"open({str(tmp_path / 'touched')!r}, 'w')\n")
     monkeypatch.chdir(pipeline)
     edit(pipeline / "unet" / "config.json", **changes)
-    with pytest.raises(ValueError, match="unet holds|setting auto_map"):
+    with pytest.raises(ValueError, match=r"unet holds|setting auto_map"):
         load_prior(pipeline)
     assert not (tmp_path / "touched").exists()
 
