@@ -3,8 +3,7 @@
 The executable companion of "Solving Inverse Problems via Diffusion Optimal Control"
 (Li & Pereira, NeurIPS 2024, arXiv:2412.16748). The modules beside this file are the controller::
 
-    process -> costs -> system -> riccati, lowrank, hessian -> rules -> ilqr -> sampler -> solve
-    -> reconstruct
+    process -> costs -> system -> riccati, lowrank, hessian -> rules -> ilqr -> solve -> reconstruct
 
 Whatever compares, trains, records, draws or loads lies in a folder of its own: `data`, `problems`,
 `priors`, `baselines`, `theory`, `training`, `experiments`, `figures` and `commands`. Pretrained
@@ -21,8 +20,9 @@ from diffoc.baselines.released import RELEASED
 from diffoc.ilqr import Result
 from diffoc.priors.pretrained import load_prior
 from diffoc.priors.weights import classifier
-from diffoc.reconstruct import COLD, OURS, RICCATI, STOPPED, Problem, Recipe, reconstruct
+from diffoc.reconstruct import COLD, OURS, STOPPED, Problem, Recipe, reconstruct
 from diffoc.solve import solve
+from diffoc.theory.riccati_draws import RICCATI
 
 if TYPE_CHECKING:
     from diffoc.problems.reconstructor import Reconstructor

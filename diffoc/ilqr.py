@@ -94,8 +94,8 @@ class Result:
         tangents: Jacobian-vector products of the dynamics, likewise.
         residual_over_noise: the root mean square of the residual over the noise's, (B,), where
             :func:`diffoc.reconstruct` was called; else None.
-        log_weights: of draws in the plan's place, (B,), see :class:`diffoc.sampler.Draws`; else
-            None.
+        log_weights: of draws in the plan's place, (B,), see
+            :class:`diffoc.theory.riccati_draws.Draws`; else None.
     """
 
     states: Tensor

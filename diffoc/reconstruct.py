@@ -42,10 +42,10 @@ from diffoc.costs import ControlCost, GaussianLikelihood
 from diffoc.greedy import greedy_controls
 from diffoc.ilqr import Result
 from diffoc.lowrank import MatrixFree
-from diffoc.process import METHODS, ReverseProcess, draw_noise
-from diffoc.rules import LBFGS, Damping, LineSearch, Rule
+from diffoc.process import ReverseProcess
+from diffoc.rules import LBFGS, Damping, Rule
 from diffoc.solve import image_units, solve
-from diffoc.system import Derivatives
+from diffoc.system import ControlProblem, Derivatives
 
 TASKS = (
     "super_resolution",
@@ -147,14 +147,6 @@ def constant(schedule: Schedule, times: Tensor) -> Tensor:
     return torch.ones(len(times) - 1, dtype=torch.float64)
 
 
-def noise_price(schedule: Schedule, times: Tensor) -> Tensor:
-    r"""Returns :math:`1 / c_i^2` of DDPM's noise, (T,), the weights that make exp(-J) a posterior.
-
-    Arguments are as for :func:`snr_squared`.
-    """
-    return METHODS["ddpm"](schedule, times[:-1], times[1:])[2] ** -2.0
-
-
 def likelihood(problem: Problem) -> GaussianLikelihood:
     """Returns the terminal cost -log p(y | x_0)."""
     return GaussianLikelihood(problem.operator, problem.y, problem.noise_std)
@@ -165,14 +157,6 @@ def deterministic(
 ) -> ReverseProcess:
     """Returns the process of DDIM's steps, uniform in time; it draws nothing."""
     return ReverseProcess(prior, steps)
-
-
-def ancestral_mean(
-    prior: Denoiser, steps: int | Tensor, x: Tensor, generator: torch.Generator
-) -> ReverseProcess:
-    """Returns the process of DDPM's means, to which the controls add what noise there is."""
-    horizon = steps if isinstance(steps, int) else len(steps) - 1
-    return ReverseProcess(prior, steps, "ddpm", "output", x.new_zeros(horizon, *x.shape))
 
 
 @dataclass(frozen=True)
@@ -202,11 +186,11 @@ class Recipe:
             probable noise; a random start would only add the texture of a sample.
         stopped: whether an image is left where its residual is as small as the noise (the
             discrepancy principle).
-        sampled: whether the images are draws around the plans and not the plans, see
-            :mod:`diffoc.sampler`; those of the posterior need a process and weights as
-            :data:`RICCATI` has.
         process: makes the reverse process.
         cost: makes the terminal cost.
+        draw: makes, of the controlled system and the plans, a result in their place in at most 2 T
+            evaluations, as :func:`diffoc.theory.riccati_draws.draw_around` does; None keeps the
+            plans.
         by_task: changes for (task, budget): what was tuned for them.
     """
 
@@ -225,9 +209,9 @@ class Recipe:
     guess: bool = False
     from_noise: bool = False
     stopped: bool = False
-    sampled: bool = False
     process: Callable[[Denoiser, int, Tensor, torch.Generator], ReverseProcess] = deterministic
     cost: Callable[[Problem], Callable[[Tensor], Tensor]] = likelihood
+    draw: Callable[[ControlProblem, Result, Recipe, torch.Generator], Result] | None = None
     by_task: Mapping[tuple[str, int], Mapping[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -307,26 +291,6 @@ COLD = replace(STOPPED, name="cold", iterations=25, budget=None, weight=1.0, gue
 """As `STOPPED`, from controls of zero: without the guess, which the paper does not have."""
 
 
-RICCATI = Recipe(
-    "riccati",
-    steps=20,
-    iterations=3,
-    rule=LineSearch(),
-    rank=32,
-    derivatives=MatrixFree(hessian="gauss_newton"),
-    weights=noise_price,
-    from_noise=True,
-    sampled=True,
-    process=ancestral_mean,
-)
-r"""Draws from the posterior by the Riccati sampler: as many as `starts`, each around its own plan.
-
-Their law is that of DDPM's chain given y where the prior is Gaussian, A linear and the rank that of
-A; elsewhere it is an approximation, which the result's `log_weights` correct. What is measured in
-more directions than the rank is planned, but not narrowed.
-"""
-
-
 def reconstruct(
     problem: Problem,
     prior: Denoiser,
@@ -379,34 +343,42 @@ def reconstruct(
         if recipe.guess and problem.linear:
             guess = greedy_controls(process, problem.physics, problem.y, x, problem.noise_std)
         spent = 0 if guess is None else recipe.steps
-        noise = draw_noise(recipe.steps, x.shape, generator).to(x) if recipe.sampled else None
-        reserved = spent + 2 * recipe.steps * recipe.sampled
+        reserved = spent + 2 * recipe.steps * (recipe.draw is not None)
         schedule, times = process.denoiser.schedule, process.times
-        rule, damping = recipe.rule, recipe.regularization
-        if isinstance(rule, LBFGS) and recipe.preconditioned:
-            rule = replace(rule, units=image_units(schedule, times))
-        elif isinstance(rule, LBFGS) and guess is not None:
-            rule = replace(rule, first=FIRST_FROM_GUESS)
+        cost, damping = recipe.cost(problem), recipe.regularization
+        control_cost = ControlCost(recipe.weight * recipe.weights(schedule, times))
         result = solve(
             process,
-            recipe.cost(problem),
+            cost,
             x,
             guess,
-            control_cost=ControlCost(recipe.weight * recipe.weights(schedule, times)),
+            control_cost=control_cost,
             derivatives=recipe.derivatives,
             rank=recipe.rank,
             iterations=recipe.planned,
-            rule=rule,
+            rule=_rule(recipe, process, guess is not None),
             regularization=damping(schedule, times) if callable(damping) else damping,
             budget=None if recipe.spare or recipe.budget is None else recipe.budget - reserved,
             stop=problem.explained if recipe.stopped else None,
             progress=progress,
             callback=callback,
-            noise=noise,
         )
+        if recipe.draw:
+            system = ControlProblem(process.step, control_cost, cost, process.horizon)
+            result = recipe.draw(system, result, recipe, generator)
         with torch.no_grad():
             residual = problem.residual_over_noise(result.x0)
     return replace(result, evaluations=result.evaluations + spent, residual_over_noise=residual)
+
+
+def _rule(recipe: Recipe, process: ReverseProcess, guessed: bool) -> Rule:
+    """Returns the recipe's rule, where it is L-BFGS with what belongs to the process or a guess."""
+    rule = recipe.rule
+    if isinstance(rule, LBFGS) and recipe.preconditioned:
+        return replace(rule, units=image_units(process.denoiser.schedule, process.times))
+    if isinstance(rule, LBFGS) and guessed:
+        return replace(rule, first=FIRST_FROM_GUESS)
+    return rule
 
 
 def _start(problem: Problem, prior: Denoiser, x: Tensor | None, starts: int) -> Tensor:

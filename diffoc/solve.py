@@ -18,8 +18,7 @@ from diffoc.ilqr import Result, ilqr
 from diffoc.lowrank import MatrixFree
 from diffoc.process import ReverseProcess
 from diffoc.rules import Adam, Damping, Rule
-from diffoc.sampler import riccati_draws
-from diffoc.system import ControlProblem, Counts, Derivatives
+from diffoc.system import ControlProblem, Derivatives
 
 
 def solve(
@@ -38,7 +37,6 @@ def solve(
     stop: Callable[[Tensor], Tensor] | None = None,
     progress: bool = False,
     callback: Callable[[int, Tensor, Tensor], None] | None = None,
-    noise: Tensor | None = None,
 ) -> Result:
     r"""Minimises the terminal cost of the process's image, plus the controls' own cost.
 
@@ -60,12 +58,9 @@ def solve(
         derivatives: `MatrixFree(keep_activations=False)` needs less memory, and more time.
         rank: k of the terminal Hessian, at least 0, which is the first order.
         progress: whether to show a bar.
-        noise: standard normal, (T, B, C, H, W), for a draw around the plan in place of the plan,
-            see :mod:`diffoc.sampler`; needs a control cost above 0, and derivatives by products.
 
     Returns:
-        The plan and how it was found; or, with `noise`, the draw's states, controls, cost and
-        `log_weights` in the plan's place, and its work with the plan's.
+        The plan and how it was found, without the gains, which take memory.
 
     Raises:
         ValueError: if an argument is wrong.
@@ -90,8 +85,6 @@ def solve(
         if callback:
             callback(iteration, costs, x0)
 
-    if noise is not None:
-        _check_sampled(noise, control_cost, derivatives, (process.horizon, *x.shape))
     problem = ControlProblem(process.step, control_cost, cost, process.horizon)
     with bar, evaluating(process.denoiser, cost):
         result = ilqr(
@@ -108,25 +101,7 @@ def solve(
             stop=stop,
             callback=report,
         )
-        result = replace(result, gains=[])  # they take memory
-        if noise is None or not isinstance(derivatives, MatrixFree):
-            return result
-        counts = Counts()
-        counted = replace(derivatives, counts=counts)
-        draws = riccati_draws(problem, x, result.controls, noise, counted, rank)
-    work = {name: getattr(result, name) + count for name, count in vars(counts).items()}
-    return replace(result, **vars(draws), **work)
-
-
-def _check_sampled(
-    noise: Tensor, control_cost: ControlCost, derivatives: Derivatives, shape: tuple[int, ...]
-) -> None:
-    check_size(shape, noise=noise)
-    check_tensor("noise", noise)
-    if not isinstance(derivatives, MatrixFree):
-        raise ValueError("derivatives must be MatrixFree(...) for a draw: noise is given")
-    if not (torch.as_tensor(control_cost.weights) > 0).all():
-        raise ValueError("control_cost must be above 0 for a draw: noise is given")
+    return replace(result, gains=[])
 
 
 def image_units(schedule: Schedule, times: Tensor) -> tuple[float, ...]:

@@ -4,8 +4,9 @@ The chain is DDPM's of the shipped prior in colour, the problem is a portrait se
 operator. Every method is written as what it does to the chain's kernels. Its -log w is recorded,
 whose mean is :math:`E[\sum_i |u_i|^2 / 2 c_i^2 + l(x_0)]` for a shift of the means
 (:mod:`diffoc.theory.certificate`) and the same with the kernels' divergence in place of the squares
-for the Riccati sampler (:mod:`diffoc.sampler`). By how much two methods differ in it is by how much
-the divergences of their paths from the posterior's differ, in nats: log p(y) is the same for all.
+for the Riccati sampler (:mod:`diffoc.theory.riccati_draws`). By how much two methods differ in it
+is by how much the divergences of their paths from the posterior's differ, in nats: log p(y) is the
+same for all.
 
 What that needs: noise in every guided step; a shift that knows the past and not the noise to come;
 the likelihood's own noise level; one chain, with the same T, for all that are compared. It does not
@@ -36,10 +37,11 @@ from diffoc.lowrank import MatrixFree
 from diffoc.priors.pretrained import load_prior
 from diffoc.problems.tasks import measure, super_resolution
 from diffoc.process import ReverseProcess, draw_noise
-from diffoc.reconstruct import ancestral_mean, noise_price
 from diffoc.rules import LBFGS, Adam
 from diffoc.solve import solve
+from diffoc.system import ControlProblem
 from diffoc.theory.certificate import Guidance, certify
+from diffoc.theory.riccati_draws import ancestral_mean, noise_price, riccati_draws
 
 RECORD = ROOT / "data" / "records" / "certificate_faces64_rgb.csv"
 """Written by `python tools/certificate.py`, a row a run."""
@@ -175,20 +177,13 @@ def open_loop(case: Case) -> Guidance:
 
 def riccati(case: Case, rank: int) -> tuple[Tensor, float]:
     """The Riccati sampler around that plan: x_0 and -log w."""
-    price = noise_price(case.prior.schedule, case.means.times)
-    draw = solve(
-        case.means,
-        case.cost,
-        case.x,
-        case.planned,
-        control_cost=ControlCost(price),
-        derivatives=MatrixFree(hessian="gauss_newton"),
-        rank=rank,
-        iterations=0,
-        noise=case.noise,
-    )
-    assert draw.log_weights is not None
-    return draw.x0, -draw.log_weights.item()
+    means = case.means
+    price = ControlCost(noise_price(case.prior.schedule, means.times))
+    problem = ControlProblem(means.step, price, case.cost, means.horizon)
+    derivatives = MatrixFree(hessian="gauss_newton")
+    with evaluating(case.prior):
+        draw = riccati_draws(problem, case.x, case.planned, case.noise, derivatives, rank)
+    return draw.states[-1], -draw.log_weights.item()
 
 
 def _shifted(guidance: Callable[[Case], Guidance], case: Case) -> tuple[Tensor, float]:

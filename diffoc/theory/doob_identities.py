@@ -22,8 +22,6 @@ from diffoc.priors.gaussian import GaussianPrior
 from diffoc.priors.mixture import MixturePosterior, with_noise
 from diffoc.problems.operators import LinearMeasurement
 from diffoc.process import ReverseProcess, drift_and_diffusion
-from diffoc.reconstruct import ancestral_mean, noise_price
-from diffoc.sampler import low_rank_draw, riccati_draws
 from diffoc.system import ControlProblem
 from diffoc.theory.beliefs import believed_covariance
 from diffoc.theory.certificate import Guidance
@@ -37,6 +35,12 @@ from diffoc.theory.linear_gaussian import (
     relative_error,
 )
 from diffoc.theory.most_likely_path import bimodal_prior
+from diffoc.theory.riccati_draws import (
+    ancestral_mean,
+    low_rank_draw,
+    noise_price,
+    riccati_draws,
+)
 from diffoc.theory.riccati_sampler import (
     ancestral_kernels,
     path_divergence,
@@ -164,7 +168,7 @@ def riccati_sampler() -> Iterator[Identity]:
 
 
 def draws_by_products() -> Iterator[Identity]:
-    """The draws of :mod:`diffoc.sampler` have the law of the dense policies, and one weight."""
+    """Draws by products have the law of the dense policies, and one weight."""
     n, steps = 6, 5
     setting = linear_gaussian(n, 3, 0.3)
     prior = GaussianPrior(setting.prior.mean, setting.prior.matrix, VPSchedule(sigma_min=1e-2))

@@ -10,7 +10,7 @@ covariance is smaller than the process's:
     u \sim N(k + K x, \; Q_{uu}^{-1}) .
 
 No Monte Carlo is needed: the chain's moments are propagated. Draws by products, for states of any
-size, are those of :mod:`diffoc.sampler`. Meng, Zou, Darbon & Karniadakis 2024
+size, are those of :mod:`diffoc.theory.riccati_draws`. Meng, Zou, Darbon & Karniadakis 2024
 (arXiv:2409.09614) have a Riccati variant of their sampler for stochastic differential equations.
 """
 

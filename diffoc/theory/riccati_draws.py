@@ -19,13 +19,36 @@ stochastic differential equations.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+from azula.denoise import Denoiser
+from azula.noise import Schedule
 from torch import Tensor
 
+from diffoc.checks import check_kind
+from diffoc.ilqr import Result
 from diffoc.lowrank import MatrixFree
-from diffoc.system import ControlProblem, roll_out
+from diffoc.process import METHODS, ReverseProcess, draw_noise
+from diffoc.reconstruct import Recipe
+from diffoc.rules import LineSearch
+from diffoc.system import ControlProblem, Counts, Derivatives, roll_out
+
+
+def noise_price(schedule: Schedule, times: Tensor) -> Tensor:
+    r"""Returns :math:`1 / c_i^2` of DDPM's noise, (T,), the weights that make exp(-J) a posterior.
+
+    The schedule is the prior's, the T + 1 times are the process's.
+    """
+    return METHODS["ddpm"](schedule, times[:-1], times[1:])[2] ** -2.0
+
+
+def ancestral_mean(
+    prior: Denoiser, steps: int | Tensor, x: Tensor, generator: torch.Generator
+) -> ReverseProcess:
+    """Returns the process of DDPM's means, to which the controls add what noise there is."""
+    horizon = steps if isinstance(steps, int) else len(steps) - 1
+    return ReverseProcess(prior, steps, "ddpm", "output", x.new_zeros(horizon, *x.shape))
 
 
 @dataclass(frozen=True)
@@ -53,7 +76,7 @@ def riccati_draws(
     x: Tensor,
     controls: Tensor,
     noise: Tensor,
-    derivatives: MatrixFree,
+    derivatives: Derivatives,
     rank: int,
 ) -> Draws:
     r"""Returns draws around plans by products only, one for each start, for states of any size.
@@ -72,8 +95,11 @@ def riccati_draws(
         rank: k of the terminal Hessian, at least 0, which has no feedback.
 
     Raises:
-        ValueError: if the terminal Hessian is negative enough to make a step's indefinite.
+        TypeError: if the derivatives are not by products.
+        ValueError: if the terminal Hessian is negative enough to make a step's indefinite, or a
+            weight is 0.
     """
+    check_kind(MatrixFree, derivatives=derivatives)
     plan = roll_out(problem, x, controls, derivatives)
     value = derivatives.terminal(problem, plan.x[-1], rank)
     expansions = derivatives.expand(plan.steps, value)
@@ -132,3 +158,35 @@ def low_rank_draw(U: Tensor, S: Tensor, r: float, noise: Tensor) -> tuple[Tensor
     kept = 1 - (1 + values / r).rsqrt()
     draws = (noise - (W @ (kept * inside).unsqueeze(-1)).squeeze(-1)) / r**0.5
     return draws, (1 + values / r).log().sum(-1)
+
+
+def draw_around(
+    problem: ControlProblem, plan: Result, recipe: Recipe, generator: torch.Generator
+) -> Result:
+    """Returns a draw around each plan in its place, and the work of both."""
+    x, counts = plan.states[0], Counts()
+    noise = draw_noise(problem.horizon, x.shape, generator).to(x)
+    derivatives = replace(recipe.derivatives, counts=counts)
+    draws = riccati_draws(problem, x, plan.controls, noise, derivatives, recipe.rank)
+    work = {name: getattr(plan, name) + count for name, count in vars(counts).items()}
+    return replace(plan, **vars(draws), **work)
+
+
+RICCATI = Recipe(
+    "riccati",
+    steps=20,
+    iterations=3,
+    rule=LineSearch(),
+    rank=32,
+    derivatives=MatrixFree(hessian="gauss_newton"),
+    weights=noise_price,
+    from_noise=True,
+    process=ancestral_mean,
+    draw=draw_around,
+)
+r"""Draws from the posterior by the Riccati sampler: as many as `starts`, each around its own plan.
+
+Their law is that of DDPM's chain given y where the prior is Gaussian, A linear and the rank that of
+A; elsewhere it is an approximation, which the result's `log_weights` correct. What is measured in
+more directions than the rank is planned, but not narrowed.
+"""

@@ -14,11 +14,10 @@ from diffoc.experiments.posterior_distance import random_directions, sliced_wass
 from diffoc.lowrank import MatrixFree
 from diffoc.priors.gaussian import GaussianPrior
 from diffoc.process import ReverseProcess
-from diffoc.reconstruct import RICCATI, Problem, ancestral_mean, reconstruct
+from diffoc.reconstruct import Problem, reconstruct
 from diffoc.riccati import Dense
-from diffoc.sampler import low_rank_draw
-from diffoc.solve import solve
 from diffoc.theory.linear_gaussian import linear_gaussian, relative_error
+from diffoc.theory.riccati_draws import RICCATI, ancestral_mean, low_rank_draw
 from diffoc.theory.riccati_sampler import ancestral_kernels, propagate, riccati_policies
 
 PRODUCTS = MatrixFree(convex=True, together=True)
@@ -106,7 +105,7 @@ def test_on_the_ring_it_is_near_the_posterior_and_the_plan_is_not():
         return sliced_wasserstein(found.x0, exact, directions) / scale
 
     assert distance(recipe) < 0.45
-    assert distance(replace(recipe, sampled=False)) > 0.8
+    assert distance(replace(recipe, draw=None)) > 0.8
 
 
 @pytest.mark.parametrize("kind", ["positive", "indefinite", "dependent", "rank 0"])
@@ -128,13 +127,11 @@ def test_what_cannot_be_drawn_is_refused():
     with pytest.raises(ValueError, match="raise r"):
         low_rank_draw(random(1, 5, 2), -5 * torch.eye(2).double()[None], 0.1, random(1, 5))
     setting, prior, _ = gaussian_chain()
-    process, x = ReverseProcess(prior, 3), random(2, 6)
-    noise, cost = random(3, 2, 6), setting.likelihood
-    for said, changes in (
-        ("noise", {"noise": noise[:2]}),
-        ("derivatives must be MatrixFree", {"derivatives": Dense()}),
-        ("control_cost must be above 0", {"control_cost": 0.0, "regularization": 1.0}),
-    ):
-        with pytest.raises(ValueError, match=said):
-            solve(process, cost, x, **{"noise": noise, "iterations": 1} | changes)
-    assert solve(process, cost, x, iterations=1).log_weights is None
+    A, s = setting.measurement.matrix, setting.measurement.noise_std
+    problem, x = Problem(lambda x: x @ A.mT, setting.measurement.y, s), random(1, 6)
+    small = replace(RICCATI, steps=3, rank=3, iterations=1)
+    with pytest.raises(TypeError, match=r"derivatives is Dense.* expected a MatrixFree"):
+        reconstruct(problem, prior, replace(small, derivatives=Dense()), x=x)
+    with pytest.raises(ValueError, match="raise r"):
+        reconstruct(problem, prior, replace(small, weight=0.0, regularization=1.0), x=x)
+    assert reconstruct(problem, prior, replace(small, draw=None), x=x).log_weights is None
