@@ -18,12 +18,20 @@ from diffoc.hessian import range_finder
 from diffoc.ilqr import ilqr
 from diffoc.lowrank import low_rank_step
 from diffoc.priors.gaussian import GaussianPrior
+from diffoc.problems.metrics import frechet_between
 from diffoc.problems.operators import LinearMeasurement
 from diffoc.process import ReverseProcess, drift_and_diffusion
 from diffoc.rules import Adam, FullStep
 from diffoc.solve import solve
 from diffoc.system import ControlProblem
-from diffoc.theory.identities import posterior_by_control, standard_normal_scores
+from diffoc.theory.identities import (
+    first_order_errors,
+    posterior_by_control,
+    predictor_corrector_error,
+    second_order_slope,
+    standard_normal_scores,
+    uncontrolled,
+)
 from diffoc.theory.linear_gaussian import (
     LinearGaussian,
     exact_kernel_problem,
@@ -34,7 +42,6 @@ from diffoc.theory.linear_gaussian import (
 from diffoc.theory.rollouts import end_of_guided_flow, euler, one_sweep
 
 STEPS = 20
-CONSTANTS = (1e-2, 1.0, 1e4)
 
 
 # Section 4
@@ -42,37 +49,27 @@ CONSTANTS = (1e-2, 1.0, 1e4)
 
 def theorem_4_1() -> float:
     """Worst relative error of first-order output controls against gradients at h(x_t) / a."""
-    return _first_order_error("output")
+    return max(first_order_errors("output", STEPS).values())
 
 
 def theorem_4_1_second_order() -> float:
     """Slope of the error against a, in logarithms, with V_xx kept in output mode."""
-    return _second_order_slope("output")
+    return second_order_slope("output", STEPS)
 
 
 def theorem_4_3() -> float:
     """Worst relative error of first-order input controls against gradients at x_t / a."""
-    return _first_order_error("input")
+    return max(first_order_errors("input", STEPS).values())
 
 
 def theorem_4_3_second_order() -> float:
     """As :func:`theorem_4_1_second_order`, in input mode."""
-    return _second_order_slope("input")
+    return second_order_slope("input", STEPS)
 
 
 def predictor_corrector() -> float:
     """Worst relative error of input-mode states against a loop of predictions and corrections."""
-    setting, process, nominal = _nominal("input")
-    a = 100.0
-    states = one_sweep(process, setting.likelihood, nominal[0], a, rank=0).states
-    corrected = nominal[0] + setting.gradient(process, 0, nominal[0]) / a
-    worst = 0.0
-    for i in range(STEPS):
-        predicted = process.step(i, corrected)
-        worst = max(worst, relative_error(states[i + 1], predicted))
-        if i + 1 < STEPS:
-            corrected = predicted + setting.gradient(process, i + 1, nominal[i + 1]) / a
-    return worst
+    return predictor_corrector_error(100.0, STEPS)
 
 
 def lemma_4_2() -> float:
@@ -80,7 +77,7 @@ def lemma_4_2() -> float:
 
     The constant of Eq. 9 is that of the schedule's central differences.
     """
-    setting, process, nominal = _nominal("output")
+    setting, process, nominal = uncontrolled("output", STEPS)
     t, dt = process.times[:-1], -process.times.diff()
     _, g2 = drift_and_diffusion(setting.prior.schedule, t)
     controls = one_sweep(process, setting.likelihood, nominal[0], 2 / (g2 * dt), rank=0).controls
@@ -232,21 +229,16 @@ def decay_with_few_steps(steps: int = 20) -> float:
             guidance = prior.conditional_score(x, t, measurement) if guided else 0.0
             x = euler(prior, x, t, 1 / steps, guidance)
         columns = x[1:] - x[:1]
-        mean, C = (
-            (posterior.mean[0], posterior.covariance) if guided else (prior.mean, prior.matrix)
-        )
-        # The trace of (R S R)^1/2, with R the root of C and S = columns^T columns
-        L, V = torch.linalg.eigh(C)
-        root = (V * L.clamp(min=0).sqrt()) @ V.mT
-        shared = torch.linalg.svdvals(columns @ root).sum()
-        squared = (x[0] - mean).square().sum() + C.trace() + columns.square().sum() - 2 * shared
-        distances.append((squared / C.trace()).sqrt().item())
+        mean = posterior.mean[0] if guided else prior.mean
+        C = posterior.covariance if guided else prior.matrix
+        squared = frechet_between((x[0], columns.mT @ columns), (mean, C))
+        distances.append((squared / C.trace().item()) ** 0.5)
     return distances[1] / distances[0]
 
 
 def rank_one_feedback() -> float:
     """Relative error of all feedback K with a terminal Hessian of rank 1 in place of 4, n = 8."""
-    setting, process, nominal = _nominal("input")
+    setting, process, nominal = uncontrolled("input", STEPS)
     problem = ControlProblem(process.step, ControlCost(1.0), setting.likelihood, STEPS)
     x = nominal[0]
 
@@ -314,7 +306,7 @@ def riccati() -> float:
 
 def mode_shift() -> float:
     """Relative error of output control against input control one step later (Eqs. 17, 18)."""
-    _, output, nominal = _nominal("output")
+    _, output, nominal = uncontrolled("output", STEPS)
     shifted = ReverseProcess(output.denoiser, STEPS, "euler", "input")
     g = torch.Generator().manual_seed(2)
     u = torch.randn(STEPS, 1, 8, generator=g, dtype=torch.float64)
@@ -387,42 +379,6 @@ def _flow_from(prior: GaussianPrior, t: float) -> tuple[Tensor, Tensor]:
     n = len(prior.mean)
     c = prior.flow(torch.zeros(1, n, dtype=torch.float64), t, 0.0)
     return (prior.flow(torch.eye(n, dtype=torch.float64), t, 0.0) - c).mT, c[0]
-
-
-def _nominal(mode: str) -> tuple[LinearGaussian, ReverseProcess, Tensor]:
-    """A random Gaussian setting, its Euler process, and the uncontrolled trajectory."""
-    setting = linear_gaussian()
-    process = ReverseProcess(setting.prior, STEPS, "euler", mode)
-    x = process.initial_state((1, 8), torch.Generator().manual_seed(1))
-    return setting, process, process.rollout(x)
-
-
-def _gradients(setting: LinearGaussian, process: ReverseProcess, nominal: Tensor) -> Tensor:
-    """Autograd's, through the rollout from the state that a control is added to."""
-    where = int(process.mode == "output")
-    return torch.stack(
-        [setting.gradient(process, i + where, nominal[i + where]) for i in range(STEPS)]
-    )
-
-
-def _first_order_error(mode: str) -> float:
-    setting, process, nominal = _nominal(mode)
-    gradients = _gradients(setting, process, nominal)
-    worst = 0.0
-    for a in CONSTANTS:
-        controls = one_sweep(process, setting.likelihood, nominal[0], a, rank=0).controls
-        worst = max(worst, *map(relative_error, controls, gradients / a))
-    return worst
-
-
-def _second_order_slope(mode: str) -> float:
-    setting, process, nominal = _nominal(mode)
-    gradients = _gradients(setting, process, nominal)
-    constants, errors = [1e7, 1e8, 1e9], []
-    for a in constants:
-        gains = one_sweep(process, setting.likelihood, nominal[0], a).gains
-        errors.append(relative_error(a * torch.stack([g.k for g in gains]), gradients))
-    return fitted_slope(constants, errors)
 
 
 def _score(setting: LinearGaussian, x: Tensor, t: Tensor) -> Tensor:

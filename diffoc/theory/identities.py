@@ -34,16 +34,8 @@ CONSTANTS = (1e-2, 1.0, 1e4)
 
 def first_order() -> Iterator[Identity]:
     """Theorems 4.1 and 4.3 without second-order terms: the controls are rollout gradients / a."""
-    setting = linear_gaussian()
-    for mode, where in (("output", 1), ("input", 0)):
-        theorem = "4.1, Eq. 29" if mode == "output" else "4.3, Eq. 32"
-        process, x, nominal = _start(setting, mode)
-        gradients = torch.stack(
-            [setting.gradient(process, i + where, nominal[i + where]) for i in range(50)]
-        )
-        for a in CONSTANTS:
-            controls = one_sweep(process, setting.likelihood, x, a, rank=0).controls
-            worst = max(map(relative_error, controls, gradients / a))
+    for mode, theorem in (("output", "4.1, Eq. 29"), ("input", "4.3, Eq. 32")):
+        for a, worst in first_order_errors(mode, 50).items():
             yield Identity(
                 f"Theorem {theorem}: u = grad log p(y|x_0(x)) / a",
                 f"{mode} mode, first order, a = {a:g}, T = 50",
@@ -52,35 +44,50 @@ def first_order() -> Iterator[Identity]:
             )
 
 
+def first_order_errors(mode: str, steps: int) -> dict[float, float]:
+    """Returns by constant a the worst relative error of a step's first-order control."""
+    setting, process, nominal = uncontrolled(mode, steps)
+    gradients = _gradients(setting, process, nominal)
+    return {
+        a: max(
+            map(
+                relative_error,
+                one_sweep(process, setting.likelihood, nominal[0], a, rank=0).controls,
+                gradients / a,
+            )
+        )
+        for a in CONSTANTS
+    }
+
+
 def second_order() -> Iterator[Identity]:
     """The same with second-order terms: only as a grows, with an error of order 1 / a."""
-    setting = linear_gaussian()
-    constants = [1e7, 1e8, 1e9]
-    for mode, where in (("output", 1), ("input", 0)):
-        process, x, nominal = _start(setting, mode)
-        gradients = torch.stack(
-            [setting.gradient(process, i + where, nominal[i + where]) for i in range(50)]
-        )
-        errors = []
-        for a in constants:
-            gains = one_sweep(process, setting.likelihood, x, a).gains
-            k = torch.stack([g.k for g in gains])
-            errors.append(relative_error(a * k, gradients))
+    for mode, theorem in (("output", "4.1"), ("input", "4.3")):
         yield Identity(
-            f"Theorem {'4.1' if mode == 'output' else '4.3'}, V_xx kept: error ~ 1/a",
+            f"Theorem {theorem}, V_xx kept: error ~ 1/a",
             f"{mode} mode, slope over a = 1e7 ... 1e9",
-            abs(fitted_slope(constants, errors) + 1),
+            abs(second_order_slope(mode, 50) + 1),
             SLOPE,
         )
 
 
+def second_order_slope(mode: str, steps: int) -> float:
+    """Returns the slope of the controls' error against a, in logarithms, with V_xx kept."""
+    setting, process, nominal = uncontrolled(mode, steps)
+    gradients = _gradients(setting, process, nominal)
+    constants, errors = [1e7, 1e8, 1e9], []
+    for a in constants:
+        gains = one_sweep(process, setting.likelihood, nominal[0], a).gains
+        errors.append(relative_error(a * torch.stack([g.k for g in gains]), gradients))
+    return fitted_slope(constants, errors)
+
+
 def lemma_4_2() -> Iterator[Identity]:
     """Output mode with a_t = 2 / (g^2 dt) is the Euler step of Eq. 9 with the rollout's score."""
-    setting = linear_gaussian()
-    process, x, nominal = _start(setting, "output")
+    setting, process, nominal = uncontrolled("output", 50)
     t, dt = process.times[:-1], -process.times.diff()
     _, g2 = drift_and_diffusion(setting.prior.schedule, t)
-    result = one_sweep(process, setting.likelihood, x, 2 / (g2 * dt), rank=0)
+    result = one_sweep(process, setting.likelihood, nominal[0], 2 / (g2 * dt), rank=0)
     steps = [
         process.step(i, nominal[i])
         + g2[i] * dt[i] / 2 * setting.gradient(process, i + 1, nominal[i + 1])
@@ -97,24 +104,27 @@ def lemma_4_2() -> Iterator[Identity]:
 
 def predictor_corrector() -> Iterator[Identity]:
     """Theorem 4.3: the controlled rollout against a loop of predictions and corrections."""
-    setting = linear_gaussian()
-    process, x, nominal = _start(setting, "input")
-    plain = ReverseProcess(setting.prior, process.horizon, "euler")
     for a in (1e2, 1e4):
-        result = one_sweep(process, setting.likelihood, x, a, rank=0)
-        corrected = x + setting.gradient(plain, 0, nominal[0]) / a  # x~ of Eq. 77
-        errors = []
-        for i in range(plain.horizon):
-            predicted = plain.step(i, corrected)
-            errors.append(relative_error(result.states[i + 1], predicted))
-            if i + 1 < plain.horizon:
-                corrected = predicted + setting.gradient(plain, i + 1, nominal[i + 1]) / a
         yield Identity(
             "Theorem 4.3: input mode is predictor-corrector",
             f"states of every step, a = {a:g}, T = 50",
-            max(errors),
+            predictor_corrector_error(a, 50),
             EXACT,
         )
+
+
+def predictor_corrector_error(a: float, steps: int) -> float:
+    """Returns the worst relative error of the controlled states against that loop's."""
+    setting, process, nominal = uncontrolled("input", steps)
+    result = one_sweep(process, setting.likelihood, nominal[0], a, rank=0)
+    corrected = nominal[0] + setting.gradient(process, 0, nominal[0]) / a  # x~ of Eq. 77
+    errors = []
+    for i in range(steps):
+        predicted = process.step(i, corrected)
+        errors.append(relative_error(result.states[i + 1], predicted))
+        if i + 1 < steps:
+            corrected = predicted + setting.gradient(process, i + 1, nominal[i + 1]) / a
+    return max(errors)
 
 
 def kl_control() -> Iterator[Identity]:
@@ -263,8 +273,17 @@ IDENTITIES: tuple[Callable[[], Iterator[Identity]], ...] = (
 )
 
 
-def _start(setting: LinearGaussian, mode: str) -> tuple[ReverseProcess, Tensor, Tensor]:
-    """Fifty Euler steps in a mode, an initial state, and the uncontrolled trajectory from it."""
-    process = ReverseProcess(setting.prior, 50, "euler", mode)
+def uncontrolled(mode: str, steps: int) -> tuple[LinearGaussian, ReverseProcess, Tensor]:
+    """Returns the random setting, Euler steps in a mode, and the trajectory without control."""
+    setting = linear_gaussian()
+    process = ReverseProcess(setting.prior, steps, "euler", mode)
     x = process.initial_state((1, len(setting.prior.mean)), torch.Generator().manual_seed(1))
-    return process, x, process.rollout(x)
+    return setting, process, process.rollout(x)
+
+
+def _gradients(setting: LinearGaussian, process: ReverseProcess, nominal: Tensor) -> Tensor:
+    """Returns autograd's through the rollout, from the states that the controls are added to."""
+    first = int(process.mode == "output")
+    return torch.stack(
+        [setting.gradient(process, i, nominal[i]) for i in range(first, first + process.horizon)]
+    )
