@@ -116,7 +116,8 @@ class Problem:
         """
         mask = self.physics.mask.to(self.y) if self._is("Inpainting") else 1
         noisy = (self.y != 0) | (mask * torch.ones_like(self.y) != 0)
-        return self.noise_std * noisy.flatten(1).double().mean(dim=1).sqrt().to(self.y)
+        share = noisy.to(self.y).flatten(1).mean(dim=1)
+        return (self.noise_std * share.sqrt().double()).to(self.y)
 
     def residual_over_noise(self, x0: Tensor) -> Tensor:
         """Returns the root mean square of A(x_0) - y over the noise's, (B,)."""

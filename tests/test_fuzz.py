@@ -45,7 +45,6 @@ from diffoc.problems.tasks import (
     likelihood,
     measure,
     motion_blur,
-    noise_level,
     nonlinear_blur,
     phase_retrieval,
     random_inpainting,
@@ -257,11 +256,6 @@ DOORS = [
         lambda y, noise_std: likelihood(HALVED, y, noise_std)(X.float()),
         {"y": LIKELIHOOD.y.float(), "noise_std": 0.1},
         of=likelihood,
-    ),
-    Door(
-        lambda y, noise_std: noise_level(HALVED, y, noise_std),
-        {"y": X, "noise_std": 0.1},
-        of=noise_level,
     ),
     Door(
         lambda side, intensity: motion_kernel(side, intensity, generator()),

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from diffoc.baselines import Given, Method, global_generator, method
 from diffoc.checks import check_above, check_at_least
-from diffoc.problems.tasks import UnsupportedTask, noise_level, parts_of
+from diffoc.problems.tasks import UnsupportedTask, measured, parts_of
 
 
 @method
@@ -36,7 +36,7 @@ def deep_image_prior(
         raise UnsupportedTask(f"x has shape {tuple(x.shape)}, the decoder makes (B, C, H, W)")
     check_at_least(1, iterations=iterations, channels=channels)
     check_above(0, rate=rate)
-    targets = noise_level(physics, y, given.noise_std).square().tolist()
+    targets = (given.noise_std**2 * measured(physics, y).flatten(1).mean(dim=1)).tolist()
     images = []
     with global_generator(given.generator):
         # One by one: the decoder normalises over the batch.

@@ -37,7 +37,8 @@ from diffoc.priors.latent import LatentPrior
 from diffoc.priors.pretrained import REMOTE, SHIPPED, load_prior
 from diffoc.problems.metrics import image_metrics
 from diffoc.problems.perceptual import LPIPS, SMALLEST, perceptual_metrics
-from diffoc.problems.tasks import TASKS, UnsupportedTask, for_each, measure, noise_level
+from diffoc.problems.tasks import TASKS, UnsupportedTask, for_each, measure
+from diffoc.reconstruct import Problem
 
 TABLES = {"table1": tuple(TASKS)[:5]}
 """The tasks of the paper's tables; the records of Table 1 have the metrics of Table 3 too."""
@@ -80,8 +81,8 @@ class Computer:
         parts = [_operator(*which, "cpu") for which in drawn]
         noise = [_generator(cell.seed, cell.task, name, "noise") for name in hashes]
         pairs = zip(parts, truth, noise, strict=True)
-        noisy = protocol.noise_std, protocol.noise_on_dropped
-        y = torch.cat([measure(A, x[None], g, *noisy) for A, x, g in pairs])
+        noise_std, on_dropped = protocol.noise_std, protocol.noise_on_dropped
+        y = torch.cat([measure(A, x[None], g, noise_std, on_dropped) for A, x, g in pairs])
         starts = [_generator(cell.seed, name, "start") for name in hashes]
         start = torch.stack([torch.randn(prior.image_shape, generator=g) for g in starts])
         _, sigma = prior.schedule(torch.ones(()))
@@ -98,9 +99,8 @@ class Computer:
             )
             x0, seconds = x0.detach(), (_clock(self.device) - began) / len(truth)
             metrics = metrics_of(x0.float().cpu(), truth)
-        residual = (physics.A(x0) - y).square().flatten(1).mean(dim=1).sqrt()
-        level = noise_level(physics, y, *noisy)
-        metrics["residual_over_noise"] = residual / level
+        problem = Problem(physics, y, noise_std)
+        metrics["residual_over_noise"] = problem.residual_over_noise(x0)
         common = {
             "evaluations": f"{counted.evaluations / len(truth):g}",
             "products": f"{counted.products / len(truth):g}",

@@ -14,7 +14,7 @@ from deepinv.physics.functional import conv2d
 from scipy.ndimage import gaussian_filter
 from torch import Tensor, nn
 
-from diffoc.checks import check_at_least, check_images, check_member, check_shape, check_tensor
+from diffoc.checks import check_at_least, check_images, check_member, check_shape
 from diffoc.costs import GaussianLikelihood
 from diffoc.problems.kernels import motion_kernel
 
@@ -242,19 +242,6 @@ def measured(physics: Physics, y: Tensor) -> Tensor:
 def likelihood(physics: Physics, y: Tensor, noise_std: float = NOISE_STD) -> GaussianLikelihood:
     """Returns the terminal cost -log p(y | x_0) of a task."""
     return GaussianLikelihood(physics.A, y, noise_std)
-
-
-def noise_level(
-    physics: Physics, y: Tensor, noise_std: float = NOISE_STD, on_dropped: bool = False
-) -> Tensor:
-    """Returns the root mean square of each truth's residual A(x) - y, (B,): it need not be beaten.
-
-    Pixels that were dropped count as right, unless there is noise on them.
-    """
-    check_tensor("y", y)
-    check_at_least(0, noise_std=noise_std)
-    kept = torch.ones_like(y) if on_dropped else measured(physics, y)
-    return (noise_std * kept.flatten(1).mean(dim=1).sqrt().double()).to(y)
 
 
 def _kernel_size(side: int) -> int:

@@ -18,7 +18,7 @@ from diffoc.experiments.methods import METHODS, settings_of
 from diffoc.priors import wrap
 from diffoc.priors.gaussian import GaussianPrior
 from diffoc.priors.pretrained import load_prior
-from diffoc.problems.tasks import measure, noise_level, super_resolution, task
+from diffoc.problems.tasks import measure, super_resolution, task
 from diffoc.process import ReverseProcess
 from diffoc.reconstruct import COLD, OURS, STOPPED, Problem, Recipe, reconstruct
 from diffoc.rules import LBFGS
@@ -147,7 +147,6 @@ def test_a_mask_s_weight_is_no_indicator():
     y = measure(physics, x, seeded(), 0.05)
     assert (y[..., 0] == 0).all()
     kept = 7 / 8
-    assert noise_level(physics, y, 0.05).item() == pytest.approx(0.05 * kept**0.5)
     assert Problem(physics, y, 0.05).noise_level.item() == pytest.approx(0.05 * kept**0.5)
     full = Inpainting((1, 64, 64), mask=255 * torch.ones(1, 1, 64, 64))
     noise = measure(full, torch.zeros(1, 1, 64, 64), seeded(), 0.05)
@@ -160,7 +159,6 @@ def test_each_image_has_the_noise_level_of_its_own_mask():
     mask[0, :, :6] = 0
     y = torch.zeros(2, 1, 8, 8)
     physics, expected = Inpainting((1, 8, 8), mask=mask), torch.tensor([0.05 * 0.5, 0.05])
-    torch.testing.assert_close(noise_level(physics, y, 0.05), expected)
     problem = Problem(physics, y, 0.05)
     torch.testing.assert_close(problem.noise_level, expected)
     torch.testing.assert_close(problem.residual_over_noise(0.05 * mask), torch.ones(2))

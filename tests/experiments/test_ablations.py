@@ -18,8 +18,9 @@ from diffoc.experiments.methods import METHODS, read_tuned
 from diffoc.experiments.records import read
 from diffoc.priors.counting import CountedPrior
 from diffoc.priors.pretrained import load_prior
-from diffoc.problems.tasks import NOISE_STD, measure, noise_level, task
+from diffoc.problems.tasks import NOISE_STD, measure, task
 from diffoc.process import drift_and_diffusion
+from diffoc.reconstruct import Problem
 from diffoc.riccati import SingularControlHessianError
 
 PAPER = TABLE_2["super_resolution"] | {"steps": 3, "iterations": 4}
@@ -218,7 +219,7 @@ def test_a_deep_image_prior_ends_at_the_noise():
     x0 = deep_image_prior(None, physics, y, truth, g, noise_std=NOISE_STD, **settings)
     assert x0.shape == truth.shape
     residual = (physics.A(x0) - y).square().mean().sqrt()
-    assert 0.8 * NOISE_STD < residual < noise_level(physics, y)
+    assert 0.8 * NOISE_STD < residual < Problem(physics, y, NOISE_STD).noise_level
     assert (x0 - truth).square().mean() < 0.5 * truth.square().mean()
     for name, value in (("iterations", 0), ("channels", 0), ("rate", 0.0)):
         with pytest.raises(ValueError, match=f"{name} is 0"):

@@ -16,7 +16,8 @@ from diffoc.experiments.methods import METHODS
 from diffoc.experiments.preflight import Report, check_images, check_weights, seconds_of
 from diffoc.experiments.protocol import FFHQ, FFHQ_RELEASED
 from diffoc.priors.pretrained import REMOTE, load_prior
-from diffoc.problems.tasks import measured, noise_level
+from diffoc.problems.tasks import measured
+from diffoc.reconstruct import Problem
 
 SMALL = "random ffhq256/32/64"
 
@@ -253,7 +254,7 @@ def test_each_image_is_measured_as_its_protocol_says(name, protocol, tmp_path, m
     # The truth's residual is the noise's, in either case.
     truth = torch.stack([torch.full((3, 64, 64), grey / 127.5 - 1) for grey in (60, 200)])
     residual = (physics.A(truth) - y).square().mean().sqrt()
-    level = noise_level(physics, y, 0.05, protocol.noise_on_dropped)
+    level = Problem(physics, y, 0.05).noise_level
     assert residual == pytest.approx(level[0].item(), rel=0.05)
 
 

@@ -23,13 +23,13 @@ from diffoc.problems.tasks import (
     measure,
     measured,
     motion_blur,
-    noise_level,
     nonlinear_blur,
     phase_retrieval,
     random_inpainting,
     super_resolution,
     task,
 )
+from diffoc.reconstruct import Problem
 
 LINEAR = [
     "super_resolution",
@@ -224,7 +224,7 @@ def test_the_residual_of_the_truth_is_the_noise_level(name):
     x = 2 * torch.rand(8, *shape, generator=seeded(1)) - 1
     y = measure(physics, x, seeded(2), 0.1)
     residual = (physics.A(x) - y).square().mean().sqrt().item()
-    assert residual == pytest.approx(noise_level(physics, y, 0.1)[0].item(), rel=0.05)
+    assert residual == pytest.approx(Problem(physics, y, 0.1).noise_level[0].item(), rel=0.05)
     assert not y[measured(physics, y) == 0].any()
     assert torch.equal(y, measure(physics, x, seeded(2), 0.1))
 
