@@ -194,7 +194,7 @@ def benchmark(args: argparse.Namespace) -> int:
 
 
 def parser_of() -> argparse.ArgumentParser:
-    """The command line, with all its commands."""
+    """Returns the command line, with all its commands."""
     parser = argparse.ArgumentParser(prog="python -m diffoc", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("verify", help="check the theory's identities in float64")

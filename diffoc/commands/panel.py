@@ -137,7 +137,7 @@ class Panel:
 
 
 def _link(x0: Tensor) -> str:
-    """A link that downloads an image (1, C, H, W) at its own size, as PNG; it needs no server."""
+    """Returns a link that downloads an image (1, C, H, W) as PNG; it needs no server."""
     content = io.BytesIO()
     Image.fromarray(sheet(x0, 1).numpy()).save(content, "png")
     address = "data:image/png;base64," + b64encode(content.getvalue()).decode()
@@ -145,7 +145,7 @@ def _link(x0: Tensor) -> str:
 
 
 def _draw(truth: Tensor, measurement: Tensor, x0: Tensor, costs: list[float]) -> bytes:
-    """Three images and the cost so far, as PNG."""
+    """Returns three images and the cost so far, as PNG."""
     figure = Figure(figsize=(9.5, 2.6), layout="constrained")
     axes = figure.subplots(1, 4, width_ratios=[1, 1, 1, 1.3])
     pictures = {"truth": truth, "measurement": measurement, "reconstruction": x0}

@@ -286,7 +286,7 @@ def write(folder: Path, case: Case, image: Tensor, report: dict) -> list[Path]:
 
 
 def picture_of(y: Tensor, task_name: str) -> Tensor:
-    """A measurement as images in [-1, 1]; Fourier magnitudes on a logarithmic scale.
+    """Returns a measurement as images in [-1, 1]; Fourier magnitudes on a logarithmic scale.
 
     Args:
         y: (B, C, H, W).

@@ -99,7 +99,7 @@ def _add_grid(parser: argparse.ArgumentParser) -> None:
 
 
 def _precision(args: argparse.Namespace) -> str:
-    """That of the protocol; a processor without bfloat16 emulates it, so it is one for GPUs."""
+    """Returns the protocol's; a processor without bfloat16 emulates it, so it is one for GPUs."""
     from diffoc.experiments.protocol import protocol_of
 
     usual = protocol_of(args.prior).precision
@@ -110,7 +110,7 @@ def _precision(args: argparse.Namespace) -> str:
 
 
 def _product_cost(args: argparse.Namespace) -> float | None:
-    """What a product costs, where equal work is asked for."""
+    """Returns what a product costs, where equal work is asked for, else None."""
     from diffoc.experiments.protocol import protocol_of
 
     cost = protocol_of(args.prior).product_cost
@@ -146,7 +146,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _cells(args: argparse.Namespace, images: Sequence[str]) -> tuple[str, list[Cell]]:
-    """The name of the prior, and the grid."""
+    """Returns the name of the prior, and the grid."""
     from diffoc.experiments import cells as experiments
     from diffoc.experiments.ablations import TASKS, ablation_cells
     from diffoc.experiments.inaccurate import UNTRAINED
@@ -192,7 +192,7 @@ def _cells(args: argparse.Namespace, images: Sequence[str]) -> tuple[str, list[C
 
 
 def _settings(args: argparse.Namespace, methods: Sequence[str]) -> dict[str, object]:
-    """What --set gives, once each of it is for one of the methods, and given once."""
+    """Returns what --set gives, once each of it is for one of the methods, and given once."""
     keys = [key for key, _ in args.set]
     for key in keys:
         method, dot, _ = key.partition(".")
@@ -263,7 +263,7 @@ def _ends(values: Iterable[float]) -> tuple[float, float]:
 def _trials(
     args: argparse.Namespace, methods: Sequence[str]
 ) -> dict[tuple[str, str, int], list[dict]]:
-    """The settings to try by task, method and budget.
+    """Returns the settings to try by task, method and budget.
 
     With the usual budget, the only one that a method has, or images of one's own they are all of
     its trials; with another budget they lie around the best of those.
@@ -374,7 +374,7 @@ def _execute(
 
 
 def digits(args: argparse.Namespace) -> int:
-    """Figure 5's experiment; the images go to build/digits."""
+    """Makes Figure 5's experiment; the images go to build/digits."""
     from diffoc.experiments import class_guidance
 
     if args.samples < 2:
@@ -411,7 +411,7 @@ def _print_plan(left: Sequence[Cell], cells: int, args: argparse.Namespace, keep
 
 
 def _as_file_name(prior: str) -> str:
-    """A prior's name or path as part of a file's name, which stays in its folder."""
+    """Returns a prior's name or path as part of a file's name, which stays in its folder."""
     return prior.replace(" ", "_").replace("/", "_")
 
 

@@ -29,7 +29,7 @@ COSTS = tuple(10.0 ** (exponent / 2) for exponent in range(-2, 9))
 
 
 def pixels(figure: Figure, dpi: int = 144) -> np.ndarray:
-    """A figure drawn as an array (H, W, 3), uint8."""
+    """Returns a figure drawn as an array (H, W, 3), uint8."""
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=dpi, format="png")
     return np.asarray(Image.open(buffer).convert("RGB"))
@@ -57,13 +57,13 @@ class Recorded(Denoiser):
         self.seen: list[tuple[float, Tensor, Tensor]] = []
 
     def forward(self, x_t: Tensor, t: Tensor, **kwargs: object) -> Posterior:
-        """The prior's own answer."""
+        """Returns the prior's own answer, and records it."""
         posterior = self.prior(x_t, t, **kwargs)
         self.seen.append((t.item(), x_t.detach(), posterior.mean.detach()))
         return posterior
 
     def at(self, t: float) -> list[Tensor]:
-        """State and estimate of the latest evaluation that time t has come to."""
+        """Returns state and estimate of the latest evaluation that time t has come to."""
         begun = [seen for seen in self.seen if seen[0] >= t] or self.seen[:1]
         return [begun[-1][1][0], begun[-1][2][0]]
 

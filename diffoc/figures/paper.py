@@ -175,7 +175,7 @@ def _reconstructions() -> Iterator[tuple[str, Figure]]:
     prior, truth = load_prior("faces64"), portrait("astronaut", grey=True)
 
     def solved(name: str, steps: int) -> tuple[Tensor, Tensor, str]:
-        """Measurement, image and its quality, by ours with few iterations."""
+        """Returns measurement, image and its quality, by ours with few iterations."""
         generator = torch.Generator().manual_seed(0)
         physics = task(name, prior.image_shape, generator)
         y = measure(physics, truth, generator)

@@ -215,7 +215,7 @@ def quality_curves(
 def theorem_errors(
     constants: Sequence[float], errors: Mapping[str, Sequence[float]], bound: float
 ) -> Figure:
-    """What the theorems miss, over Tikhonov's constant, beside the slope -1 of a limit.
+    """Draws what the theorems miss, over Tikhonov's constant, beside the slope -1 of a limit.
 
     Args:
         constants: positive, ascending.
@@ -238,7 +238,7 @@ def theorem_errors(
 
 @mpl.rc_context(PRINT)
 def sizes_over_time(times: Sequence[float], sizes: Mapping[str, Sequence[float]]) -> Figure:
-    """Lengths of scores from noise to image, on a logarithmic axis.
+    """Draws lengths of scores from noise to image, on a logarithmic axis.
 
     Args:
         times: in [0, 1], any order.

@@ -23,7 +23,7 @@ from diffoc.process import ReverseProcess
 
 
 def believed_covariance(process: ReverseProcess, costs: Tensor, x: Tensor) -> Tensor:
-    """S of a linear process of flat states, (n, n).
+    """Returns S of a linear process of flat states, (n, n).
 
     Args:
         process: linear in state and control.
@@ -60,7 +60,7 @@ def langevin(
     count: int,
     generator: torch.Generator,
 ) -> tuple[Tensor, float]:
-    r"""Metropolis-adjusted Langevin chains, one for each row, towards one density.
+    r"""Runs Metropolis-adjusted Langevin chains, one for each row, towards one density.
 
     .. math:: x' = x + \tau \nabla \log \pi(x) + \sqrt{2 \tau} \, \epsilon , \quad \text{kept with}
               \quad \min\Big(1, \frac{\pi(x') q(x \mid x')}{\pi(x) q(x' \mid x)}\Big)
@@ -102,7 +102,7 @@ def _with_gradient(log_density: Callable[[Tensor], Tensor], x: Tensor) -> tuple[
 
 
 def effective_draws(chains: Tensor) -> float:
-    r"""How many independent draws have as precise a mean as these of parallel chains.
+    r"""Returns how many independent draws have as precise a mean as these of parallel chains.
 
     .. math:: \frac{L B}{1 + 2 \sum_k \rho_k}
 

@@ -76,7 +76,7 @@ class Certificate:
         return 1 / (len(w) * w.square().sum().item())
 
     def divergence(self, log_evidence: tuple[float, float]) -> tuple[float, float]:
-        """KL(guided paths || posterior's) in nats, with its standard error.
+        """Returns KL(guided paths || posterior's) in nats, with its standard error.
 
         Args:
             log_evidence: log Z and its standard error, best from a well guided run of the chain.
@@ -123,7 +123,7 @@ def certify(
 
 
 def noise_priced(process: ReverseProcess, score: Score) -> Guidance:
-    r"""The shift :math:`c_i^2 \hat g(\mu_i(x), t_{i+1})` of an estimate of grad log p(y | x_t).
+    r"""Returns the shift :math:`c_i^2 \hat g(\mu_i(x), t_{i+1})` of an estimate of the score.
 
     It is what the quadratic price :math:`|u|^2 / (2 c^2)` makes of V = -log h to first order, with
     the gradient taken where the control acts, as in Theorem 4.1's output mode.

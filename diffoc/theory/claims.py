@@ -2,7 +2,8 @@ r"""The paper's statements that take seconds to check, each as one number, in fl
 
 `data/claims.yaml` names these functions; :mod:`diffoc.experiments.ledger` compares what they return
 with what is written there. Most are the distance between the controller and a computation that does
-not use it: gradients through whole rollouts, closed forms of Gaussians, a dense solve.
+not use it: gradients through whole rollouts, closed forms of Gaussians, a dense solve. Errors are
+relative.
 """
 
 from itertools import pairwise
@@ -48,32 +49,32 @@ STEPS = 20
 
 
 def theorem_4_1() -> float:
-    """Worst relative error of first-order output controls against gradients at h(x_t) / a."""
+    """Returns the worst error of first-order output controls against gradients at h(x_t) / a."""
     return max(first_order_errors("output", STEPS).values())
 
 
 def theorem_4_1_second_order() -> float:
-    """Slope of the error against a, in logarithms, with V_xx kept in output mode."""
+    """Returns the slope of the error against a, in logarithms, V_xx kept, in output mode."""
     return second_order_slope("output", STEPS)
 
 
 def theorem_4_3() -> float:
-    """Worst relative error of first-order input controls against gradients at x_t / a."""
+    """Returns the worst error of first-order input controls against gradients at x_t / a."""
     return max(first_order_errors("input", STEPS).values())
 
 
 def theorem_4_3_second_order() -> float:
-    """As :func:`theorem_4_1_second_order`, in input mode."""
+    """Does as :func:`theorem_4_1_second_order`, in input mode."""
     return second_order_slope("input", STEPS)
 
 
 def predictor_corrector() -> float:
-    """Worst relative error of input-mode states against a loop of predictions and corrections."""
+    """Returns the worst error of input-mode states against predictions and corrections."""
     return predictor_corrector_error(100.0, STEPS)
 
 
 def lemma_4_2() -> float:
-    """Worst relative error of Eq. 18 against Eq. 9, the rollout's gradient taken at h(x_t).
+    """Returns the worst error of Eq. 18 against Eq. 9, the rollout's gradient taken at h(x_t).
 
     The constant of Eq. 9 is that of the schedule's central differences.
     """
@@ -93,7 +94,7 @@ def lemma_4_2() -> float:
 
 
 def kl_control() -> float:
-    """Worst relative error of F' C^-1 u* against autograd's gradient of log p(y | x_t), T = 10."""
+    """Returns the worst error of F' C^-1 u* against autograd's grad log p(y | x_t), T = 10."""
     setting = linear_gaussian()
     problem, kernels, times = exact_kernel_problem(setting, 10)
     x = torch.randn(1, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -106,17 +107,17 @@ def kl_control() -> float:
 
 
 def posterior_of_exact_kernels() -> float:
-    """Worst relative error of the mean and covariance that control with exact kernels ends in."""
+    """Returns the worst error of the moments that control with exact kernels ends in."""
     return max(row.error for row in posterior_by_control())
 
 
 def scores_in_one_dimension() -> float:
-    """Worst relative error of the scores of N(0, 1): true, by rollout, by Tweedie (DPS)."""
+    """Returns the worst error of scores of N(0, 1): true, by rollout, by Tweedie (DPS)."""
     return max(row.error for row in standard_normal_scores())
 
 
 def rollout_score_ratio() -> float:
-    """How much longer the rollout's gradient is than the conditional score: N(0, 1), t = 1/2."""
+    """Returns how much longer the rollout's gradient is than the score: N(0, 1), t = 1/2."""
     s, y, time = 0.1, 0.7, 0.5
     prior, _ = _standard_normal()
     x = torch.full((1, 1), 0.3, dtype=torch.float64, requires_grad=True)
@@ -127,14 +128,14 @@ def rollout_score_ratio() -> float:
 
 
 def value_gradient() -> float:
-    """Worst relative error of -V_x, with exact stochastic kernels, against grad log p(y | x_t)."""
+    """Returns the worst error of -V_x, with exact kernels, against grad log p(y | x_t)."""
     setting = linear_gaussian()
     problem, _, times = exact_kernel_problem(setting, 10)
     x = torch.randn(1, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     worst = 0.0
 
     def rest(i: int) -> ControlProblem:
-        """The problem of the steps from i on."""
+        """Returns the problem of the steps from i on."""
 
         def dynamics(j: int, x: Tensor, u: Tensor) -> Tensor:
             return problem.dynamics(i + j, x, u)
@@ -153,7 +154,7 @@ def value_gradient() -> float:
 
 
 def marginals_of_the_flow() -> float:
-    """Relative error of mean and covariance that the exact flow carries from t = 1/2 to 0."""
+    """Returns the error of the moments that the exact flow carries from t = 1/2 to 0."""
     prior, t = linear_gaussian().prior, 0.5
     M, c = _flow_from(prior, t)
     alpha, sigma = prior.schedule(torch.tensor(t, dtype=torch.float64))
@@ -165,7 +166,7 @@ def marginals_of_the_flow() -> float:
 
 
 def order_of_heun() -> float:
-    """Order in dt of Heun's method on Eq. 2, against the exact flow of a Gaussian."""
+    """Returns the order in dt of Heun's method on Eq. 2, against a Gaussian's exact flow."""
     prior = linear_gaussian().prior
     start = torch.randn(8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     truth, counts, errors = prior.flow(start, 1.0, 0.0), [100, 200, 400], []
@@ -179,7 +180,7 @@ def order_of_heun() -> float:
 
 
 def score_of_the_flows_law() -> float:
-    """Relative error of the flow's likelihood gradient against the score of the flow's own law.
+    """Returns the error of the flow's likelihood gradient against the score of its own law.
 
     In that law x_0 = M x_t + c, so that x_t and y are jointly Gaussian; t = 1/2.
     """
@@ -197,24 +198,24 @@ def score_of_the_flows_law() -> float:
 
 
 def mean_of_guided_flow() -> float:
-    """Where Eq. 9 with the rollout's gradient ends: prior N(0, 1), y = 0.7, s = 0.5, T = 1000."""
+    """Returns where Eq. 9 with the rollout's gradient ends: N(0, 1), y = 0.7, s = 0.5, T = 1000."""
     return _guided_flow()[0]
 
 
 def spread_of_guided_flow() -> float:
-    """The standard deviation there; the posterior's is s / sqrt(1 + s^2) = 0.447."""
+    """Returns the standard deviation there; the posterior's is s / sqrt(1 + s^2) = 0.447."""
     return _guided_flow()[1]
 
 
 def spread_of_posterior() -> float:
-    """The posterior's standard deviation in the setting of :func:`mean_of_guided_flow`."""
+    """Returns the posterior's standard deviation in the setting of the guided flow."""
     prior, one = _standard_normal()
     posterior = prior.posterior(LinearMeasurement(one, 0.7 * one, 0.5))
     return posterior.covariance.sqrt().item()
 
 
 def decay_with_few_steps(steps: int = 20) -> float:
-    """How much farther conditional sampling ends from its target than unconditional sampling.
+    """Returns how much farther conditional sampling ends from its target than unconditional.
 
     Euler steps of Eq. 9 with the exact conditional score against those of Eq. 3, n = 8.
     Distances are Wasserstein's (2), in units of the target's own spread; both are of order dt.
@@ -237,7 +238,7 @@ def decay_with_few_steps(steps: int = 20) -> float:
 
 
 def rank_one_feedback() -> float:
-    """Relative error of all feedback K with a terminal Hessian of rank 1 in place of 4, n = 8."""
+    """Returns the error of all feedback K with a terminal Hessian of rank 1, not 4, n = 8."""
     setting, process, nominal = uncontrolled("input", STEPS)
     problem = ControlProblem(process.step, ControlCost(1.0), setting.likelihood, STEPS)
     x = nominal[0]
@@ -253,7 +254,7 @@ def rank_one_feedback() -> float:
 
 
 def share_of_the_algebra() -> float:
-    """Multiplications of a step's Riccati algebra over those of the network's evaluation, in %.
+    """Returns what a step's Riccati algebra takes of the network's multiplications, in %.
 
     A 64 x 64 image, rank 16, and one convolution of 64 to 64 channels of 3 x 3 in place of a
     network, which is less than any network here.
@@ -273,7 +274,7 @@ def share_of_the_algebra() -> float:
 
 
 def riccati() -> float:
-    """Relative error of iLQR on a random linear-quadratic problem against a solve in all u."""
+    """Returns the error of iLQR on a random linear-quadratic problem against a solve in all u."""
     n, m, steps = 4, 3, 6
     g = torch.Generator().manual_seed(0)
     F, G, R, L, z = (
@@ -305,7 +306,7 @@ def riccati() -> float:
 
 
 def mode_shift() -> float:
-    """Relative error of output control against input control one step later (Eqs. 17, 18)."""
+    """Returns the error of output control against input control one step later (Eqs. 17, 18)."""
     _, output, nominal = uncontrolled("output", STEPS)
     shifted = ReverseProcess(output.denoiser, STEPS, "euler", "input")
     g = torch.Generator().manual_seed(2)
@@ -316,7 +317,7 @@ def mode_shift() -> float:
 
 
 def woodbury() -> float:
-    """Relative error of Eq. 85's inverse against a dense solve, n = 40, rank 5."""
+    """Returns the error of Eq. 85's inverse against a dense solve, n = 40, rank 5."""
     g = torch.Generator().manual_seed(0)
     U, root, Qu = (
         torch.randn(1, *shape, generator=g, dtype=torch.float64)
@@ -329,7 +330,7 @@ def woodbury() -> float:
 
 
 def range_of_low_rank() -> float:
-    """Relative error of a range finder with 5 directions on a 40 x 40 matrix of rank 5."""
+    """Returns the error of a range finder with 5 directions on a 40 x 40 matrix of rank 5."""
     g = torch.Generator().manual_seed(0)
     left, right, directions = (
         torch.randn(1, 40, 5, generator=g, dtype=torch.float64) for _ in range(3)
@@ -340,7 +341,7 @@ def range_of_low_rank() -> float:
 
 
 def evaluations_of_table_2() -> float:
-    """Denoiser evaluations of 100 iterations with T = 50, counted on a prior of one pixel."""
+    """Returns the evaluations of 100 iterations with T = 50, counted on a prior of one pixel."""
     prior, one = _standard_normal()
     process = ReverseProcess(prior, 50)
 
@@ -359,12 +360,12 @@ def evaluations_of_table_2() -> float:
 
 
 def megabytes_of_an_image() -> float:
-    """A 3 x 256 x 256 image in single precision."""
+    """Returns the size of a 3 x 256 x 256 image in single precision, in MB."""
     return torch.empty(3, 256, 256).nbytes / 1e6
 
 
 def _standard_normal() -> tuple[GaussianPrior, Tensor]:
-    """The prior N(0, 1), and the number one, (1, 1)."""
+    """Returns the prior N(0, 1), and the number one, (1, 1)."""
     one = torch.ones(1, 1, dtype=torch.float64)
     return GaussianPrior(torch.zeros(1, dtype=torch.float64), one, VPSchedule(sigma_min=0.0)), one
 
@@ -375,14 +376,14 @@ def _guided_flow() -> tuple[float, float]:
 
 
 def _flow_from(prior: GaussianPrior, t: float) -> tuple[Tensor, Tensor]:
-    """The exact flow from t to 0 as x -> M x + c."""
+    """Returns the exact flow from t to 0 as x -> M x + c: M and c."""
     n = len(prior.mean)
     c = prior.flow(torch.zeros(1, n, dtype=torch.float64), t, 0.0)
     return (prior.flow(torch.eye(n, dtype=torch.float64), t, 0.0) - c).mT, c[0]
 
 
 def _score(setting: LinearGaussian, x: Tensor, t: Tensor) -> Tensor:
-    """grad log p(y | x_t) of a Gaussian prior: p(y | x_t) from the joint, then autograd."""
+    """Returns grad log p(y | x_t) of a Gaussian prior: p(y | x_t) from the joint, then autograd."""
     x = x.detach().requires_grad_()
     m, C = setting.prior.mean, setting.prior.matrix
     alpha, sigma = setting.prior.schedule(t)

@@ -68,7 +68,7 @@ def score_is_a_control() -> Iterator[Identity]:
 
 
 def displacement_error(problem: LineProblem, t: float, s: float) -> float:
-    """The relative error of the identity for one step, over :data:`STATES`."""
+    """Returns the relative error of the identity for one step, over :data:`STATES`."""
     x = torch.tensor(STATES, dtype=torch.float64)
     step = problem.reverse_step(x, t, s)
     f, v = problem.forward_kernel(t, s)
@@ -206,13 +206,13 @@ def draws_by_products() -> Iterator[Identity]:
 
 
 def posterior_from(setting: LinearGaussian, x: Tensor) -> MixturePosterior:
-    """p(x_0 | x_1 = x, y) of a setting by conditioning a mixture of one, for x (1, n)."""
+    """Returns p(x_0 | x_1 = x, y) of a setting by conditioning a mixture of one, for x (1, n)."""
     scales = setting.prior.schedule(torch.ones((), dtype=torch.float64))
     return as_mixture(setting.prior).given_noisy(x, *scales).given(setting.measurement)
 
 
 def low_rank_error(m: int = 40, k: int = 5, r: float = 0.3) -> float:
-    """The relative error of the covariance of low-rank draws against a dense inverse."""
+    """Returns the error of the covariance of low-rank draws against a dense inverse."""
     g = torch.Generator().manual_seed(0)
     U, root = (torch.randn(*shape, generator=g, dtype=torch.float64) for shape in ((m, k), (k, k)))
     S = root @ root.mT
@@ -234,7 +234,7 @@ def girsanov() -> Iterator[Identity]:
 
 
 def guided_gaussian(steps: int) -> tuple[ReverseProcess, LinearMeasurement, Guidance]:
-    """A DDPM chain of a Gaussian prior in 3 dimensions, a measurement of 2, and weak guidance."""
+    """Returns a DDPM chain of a Gaussian prior, n = 3, a measurement of 2, and weak guidance."""
     g = torch.Generator().manual_seed(3)
     root, A = (torch.randn(k, 3, generator=g, dtype=torch.float64) for k in (3, 2))
     prior = GaussianPrior(
@@ -256,7 +256,7 @@ def guided_gaussian(steps: int) -> tuple[ReverseProcess, LinearMeasurement, Guid
 
 
 def gaussian_certificate(steps: int) -> tuple[float, float]:
-    """Both sides of the certificate of :func:`guided_gaussian`.
+    """Returns both sides of the certificate of :func:`guided_gaussian`.
 
     The left one is a mean of quadratic forms over the guided paths; the right one is the divergence
     of two dense Gaussians over (x_T, ..., x_0), the posterior's by conditioning on y.
@@ -287,7 +287,7 @@ def gaussian_certificate(steps: int) -> tuple[float, float]:
 
 
 def _path_law(process: ReverseProcess, guidance: Guidance) -> tuple[Tensor, Tensor]:
-    """Mean and covariance of (x_T, ..., x_0) of a chain that is affine in its noises, n = 3."""
+    """Returns the moments of (x_T, ..., x_0) of a chain that is affine in its noises, n = 3."""
     size = 3 * (process.horizon + 1)
     noise = torch.cat([torch.zeros(1, size), torch.eye(size)]).double().split(3, dim=1)
     still = ReverseProcess(
@@ -375,7 +375,7 @@ DOOB_IDENTITIES: tuple[Callable[[], Iterator[Identity]], ...] = (
 
 
 def _steps(*counts: int) -> list[tuple[float, float]]:
-    """The pairs (t, s) of all chains with so many steps, uniform from 1 to 0."""
+    """Returns the pairs (t, s) of all chains with so many steps, uniform from 1 to 0."""
     return [
         pair
         for steps in counts
@@ -384,5 +384,5 @@ def _steps(*counts: int) -> list[tuple[float, float]]:
 
 
 def _expected_square(a: Tensor, B: Tensor, mean: Tensor, covariance: Tensor) -> float:
-    """E|a + B x|^2 for x of this mean and covariance."""
+    """Returns E|a + B x|^2 for x of this mean and covariance."""
     return ((a + B @ mean).square().sum() + (B @ covariance @ B.mT).trace()).item()

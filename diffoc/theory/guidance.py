@@ -31,7 +31,7 @@ Score = Callable[[Tensor, Tensor], Tensor]
 
 
 def tweedie_score(prior: Denoiser, cost: Callable[[Tensor], Tensor]) -> Score:
-    """The gradient of DPS, which takes x_0 for its mean.
+    """Returns the gradient of DPS, which takes x_0 for its mean.
 
     Args:
         prior: of states of any shape, a network too.
@@ -48,7 +48,7 @@ def tweedie_score(prior: Denoiser, cost: Callable[[Tensor], Tensor]) -> Score:
 
 
 def covariance_score(prior: Denoiser, measurement: LinearMeasurement) -> Score:
-    """The gradient that takes x_0 for a Gaussian of its mean and covariance.
+    """Returns the gradient that takes x_0 for a Gaussian of its mean and covariance.
 
     Args:
         prior: of states (B, n).
@@ -71,7 +71,7 @@ def covariance_score(prior: Denoiser, measurement: LinearMeasurement) -> Score:
 
 
 def rollout_score(prior: Denoiser, cost: Callable[[Tensor], Tensor], steps: int = 20) -> Score:
-    """The paper's gradient, through DDIM steps from t > 0 to the image.
+    """Returns the paper's gradient, through DDIM steps from t > 0 to the image.
 
     Args:
         prior: of states of any shape.
@@ -97,7 +97,7 @@ def feynman_kac(
     count: int,
     generator: torch.Generator,
 ) -> tuple[Tensor, Tensor]:
-    r"""A Monte Carlo estimate of grad log p(y | x_t) at one state, with its standard error.
+    r"""Estimates grad log p(y | x_t) at one state by Monte Carlo, with its standard error.
 
     .. math:: \frac{\alpha}{\sigma^2} \sum_j w_j (x_0^j - m), \qquad
               w_j \propto p(y \mid x_0^j), \quad x_0^j \sim p(x_0 \mid x_t)
@@ -129,7 +129,7 @@ def feynman_kac(
 
 
 def members(mixture: GaussianMixture, labels: Sequence[int]) -> GaussianMixture:
-    """The mixture of the components with these labels alone, its weights normalised."""
+    """Returns the mixture of the components with these labels alone, its weights normalised."""
     chosen = list(labels)
     return GaussianMixture(
         mixture.log_weights[:, chosen].log_softmax(1),
@@ -141,7 +141,7 @@ def members(mixture: GaussianMixture, labels: Sequence[int]) -> GaussianMixture:
 
 
 def label_score(prior: GaussianMixturePrior, labels: Sequence[int]) -> Score:
-    """The exact gradient of log p(label | x_t), where the label says which components x_0 is from.
+    """Returns the gradient of log p(label | x_t); the label says which components x_0 is from.
 
     It is the difference of two scores, of the labelled mixture and of all.
     """
@@ -156,7 +156,7 @@ def label_score(prior: GaussianMixturePrior, labels: Sequence[int]) -> Score:
 
 @torch.no_grad()
 def conditional_rollout(process: ReverseProcess, score: Score, x: Tensor) -> Tensor:
-    r"""The end of the process with E[x_0 | x_t, y] in the place of E[x_0 | x_t], (B, ...).
+    r"""Returns the end of the process with E[x_0 | x_t, y] in the place of E[x_0 | x_t].
 
     .. math:: E[x_0 \mid x_t, y] = E[x_0 \mid x_t] + \frac{\sigma^2}{\alpha}
               \nabla \log p(y \mid x_t)

@@ -61,7 +61,7 @@ def first_order_errors(mode: str, steps: int) -> dict[float, float]:
 
 
 def second_order() -> Iterator[Identity]:
-    """The same with second-order terms: only as a grows, with an error of order 1 / a."""
+    """With V_xx kept the theorems hold only as a grows, with an error of order 1 / a."""
     for mode, theorem in (("output", "4.1"), ("input", "4.3")):
         yield Identity(
             f"Theorem {theorem}, V_xx kept: error ~ 1/a",
@@ -103,7 +103,7 @@ def lemma_4_2() -> Iterator[Identity]:
 
 
 def predictor_corrector() -> Iterator[Identity]:
-    """Theorem 4.3: the controlled rollout against a loop of predictions and corrections."""
+    """Theorem 4.3: the controlled rollout is a loop of predictions and corrections."""
     for a in (1e2, 1e4):
         yield Identity(
             "Theorem 4.3: input mode is predictor-corrector",
@@ -224,7 +224,7 @@ def posterior_by_control() -> Iterator[Identity]:
 
 
 def standard_normal_scores() -> Iterator[Identity]:
-    """Three scores of one case known in closed form: true, through the flow, through Tweedie."""
+    """Three scores of N(0, 1) agree with closed forms: true, through the flow, through Tweedie."""
     s, y, time = 0.1, 0.7, 0.5
     one = torch.ones(1, 1, dtype=torch.float64)
     prior = GaussianPrior(torch.zeros(1, dtype=torch.float64), one, VPSchedule(sigma_min=0.0))

@@ -48,7 +48,7 @@ class Function:
 
 
 def bimodal(centre: float = 0.8, spread: float = 0.2, weight: float = 0.6) -> Function:
-    """The prior of two normals at `centre` (with its `weight`) and `-centre`, not normalised."""
+    """Returns two normals at `centre` (with its `weight`) and `-centre`, not normalised."""
 
     def log(x: Tensor) -> Tensor:
         right = math.log(weight) - ((x - centre) / spread).square() / 2
@@ -60,33 +60,33 @@ def bimodal(centre: float = 0.8, spread: float = 0.2, weight: float = 0.6) -> Fu
 
 
 def uniform(low: float = -0.8, high: float = 1.0) -> Function:
-    """The uniform prior on an interval, not normalised."""
+    """Returns the uniform prior on an interval, not normalised."""
     return Function(torch.zeros_like, (low, high), "uniform")
 
 
 def laplace(centre: float = 0.1, scale: float = 0.3) -> Function:
-    """The Laplace prior, not normalised and cut off at 30 scales, where it is 1e-13."""
+    """Returns the Laplace prior, not normalised, cut off at 30 scales, where it is 1e-13."""
     ends = (centre - 30 * scale, centre, centre + 30 * scale)
     return Function(lambda x: -(x - centre).abs() / scale, ends, "Laplace")
 
 
 def linear(y: float = 0.4, noise_std: float = 0.3) -> Function:
-    """The likelihood of y = x_0 + s noise, up to a constant."""
+    """Returns the likelihood of y = x_0 + s noise, up to a constant."""
     return Function(lambda x: -((y - x) / noise_std).square() / 2, (), "linear")
 
 
 def square(y: float = 0.5, noise_std: float = 0.2) -> Function:
-    """The likelihood of y = x_0^2 + s noise, up to a constant."""
+    """Returns the likelihood of y = x_0^2 + s noise, up to a constant."""
     return Function(lambda x: -((y - x.square()) / noise_std).square() / 2, (), "square")
 
 
 def label(steepness: float = 5.0) -> Function:
-    """The probability that a logistic classifier says "positive" of x_0."""
+    """Returns the probability that a logistic classifier says "positive" of x_0."""
     return Function(lambda x: torch.nn.functional.logsigmoid(steepness * (x - 0.2)), (), "label")
 
 
 def indicator(low: float = 0.15, high: float = 0.7) -> Function:
-    """The event that x_0 lies in an interval."""
+    """Returns the event that x_0 lies in an interval."""
 
     def log(x: Tensor) -> Tensor:
         return torch.zeros_like(x).masked_fill((x < low) | (x > high), -math.inf)
@@ -101,7 +101,7 @@ LIKELIHOODS = (linear, square, label, indicator)
 
 
 def nodes(breaks: tuple[float, ...]) -> tuple[Tensor, Tensor]:
-    """Points and logarithms of weights of composite Gauss-Legendre quadrature.
+    """Returns points and logarithms of weights of composite Gauss-Legendre quadrature.
 
     Args:
         breaks: increasing, at least two; panels end at each.
@@ -131,18 +131,18 @@ class LineProblem:
     schedule: Schedule = field(default_factory=lambda: VPSchedule(sigma_min=0.0))
 
     def scales(self, t: float) -> tuple[float, float]:
-        """alpha and sigma at time t."""
+        """Returns alpha and sigma at time t."""
         alpha, sigma = self.schedule(torch.tensor(t, dtype=torch.float64))
         return alpha.item(), sigma.item()
 
     def forward_kernel(self, t: float, s: float) -> tuple[float, float]:
-        r"""f and v of :math:`x_t = f x_s + \sqrt v \, \epsilon`, for s < t."""
+        r"""Returns f and v of :math:`x_t = f x_s + \sqrt v \, \epsilon`, for s < t."""
         (alpha_t, sigma_t), (alpha_s, sigma_s) = self.scales(t), self.scales(s)
         f = alpha_t / alpha_s
         return f, sigma_t**2 - f**2 * sigma_s**2
 
     def log_h(self, x: Tensor, t: float) -> Tensor:
-        """log p(y | x_t = x), of the shape of x, (B,), by one integral over x_0."""
+        """Returns log p(y | x_t = x), of the shape of x, (B,), by one integral over x_0."""
         if t == 0:
             return self.likelihood.log(x)
         z, log_w, log_prior, log_likelihood = self._clean
@@ -151,12 +151,12 @@ class LineProblem:
         return (log_joint + log_likelihood).logsumexp(1) - log_joint.logsumexp(1)
 
     def score(self, x: Tensor, t: float) -> Tensor:
-        """The gradient of :meth:`log_h` by automatic differentiation, (B,)."""
+        """Returns the gradient of :meth:`log_h` by automatic differentiation, (B,)."""
         x = x.detach().requires_grad_()
         return torch.autograd.grad(self.log_h(x, t).sum(), x)[0]
 
     def reverse_step(self, x: Tensor, t: float, s: float) -> ReverseStep:
-        r"""The kernel p(x_s | x_t = x), discretised, and h_s at its points.
+        r"""Returns the kernel p(x_s | x_t = x), discretised, and h_s at its points.
 
         The density of x_s is an integral over x_0 of its own, so that a mean over this kernel and
         the derivative of :meth:`log_h` have no sum in common.
@@ -228,7 +228,7 @@ class ReverseStep:
         return (self.log_prob + self.log_h).logsumexp(1)
 
     def cost(self, log_kernel: Tensor) -> Tensor:
-        """What any kernel pays: KL(q || p(x_s | x_t)) - E_q[log h_s], (B,).
+        """Returns what any kernel pays: KL(q || p(x_s | x_t)) - E_q[log h_s], (B,).
 
         Args:
             log_kernel: log-probabilities of q, (B, N).
@@ -239,5 +239,5 @@ class ReverseStep:
 
 
 def _log_normal(x: Tensor, scale: float, std: float, z: Tensor) -> Tensor:
-    """log N(x; scale z, std^2) up to a constant, states (B,) by points (N,)."""
+    """Returns log N(x; scale z, std^2) up to a constant, states (B,) by points (N,)."""
     return -((x[:, None] - scale * z) / std).square() / 2

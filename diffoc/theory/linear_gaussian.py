@@ -27,7 +27,7 @@ class LinearGaussian:
     likelihood: GaussianLikelihood
 
     def gradient(self, process: ReverseProcess, i: int, x: Tensor) -> Tensor:
-        """grad log p(y | x_0(x)) at states x (B, n) of step i, through the whole rollout."""
+        """Returns grad log p(y | x_0(x)) at states x (B, n) of step i, through the rollout."""
         x = x.detach().requires_grad_()
         cost = self.likelihood(process.rollout(x, start=i)[-1])
         return -torch.autograd.grad(cost.sum(), x)[0]
@@ -36,7 +36,7 @@ class LinearGaussian:
 def linear_gaussian(
     n: int = 8, m: int = 4, noise_std: float = 0.1, seed: int = 0
 ) -> LinearGaussian:
-    """A random setting of n dimensions and m measurements.
+    """Returns a random setting of n dimensions and m measurements.
 
     Args:
         n, m: dimensions, at least 1.
@@ -65,7 +65,7 @@ def linear_gaussian(
 def exact_kernel_problem(
     setting: LinearGaussian, steps: int, noise: Tensor | None = None, start: float = 1.0
 ) -> tuple[ControlProblem, list[tuple[Tensor, Tensor, Tensor]], Tensor]:
-    r"""LQR for the reverse SDE's exact kernels, with the control cost of KL control.
+    r"""Returns LQR for the reverse SDE's exact kernels, with the control cost of KL control.
 
     .. math:: x_{i+1} = F_i x_i + b_i + C_i^{1/2} \varepsilon_i + u_i, \quad
               \ell_i = \tfrac12 u_i^T C_i^{-1} u_i
@@ -98,7 +98,7 @@ def exact_kernel_problem(
 
 
 def as_mixture(prior: GaussianPrior) -> GaussianMixture:
-    """The prior as a mixture of one: another implementation of the same oracles."""
+    """Returns the prior as a mixture of one: another implementation of the same oracles."""
     L, Q = torch.linalg.eigh(prior.matrix)
     return GaussianMixture(
         torch.zeros(1, 1, dtype=L.dtype), prior.mean[None, None], Q[None], L[None], L[:1]
@@ -106,12 +106,12 @@ def as_mixture(prior: GaussianPrior) -> GaussianMixture:
 
 
 def relative_error(value: Tensor, reference: Tensor) -> float:
-    """`|value - reference| / |reference|` in the Euclidean norm."""
+    """Returns `|value - reference| / |reference|` in the Euclidean norm."""
     return (torch.linalg.norm(value - reference) / torch.linalg.norm(reference)).item()
 
 
 def fitted_slope(x: list[float], y: list[float]) -> float:
-    """The slope of log y against log x by least squares."""
+    """Returns the slope of log y against log x by least squares."""
     log_x, log_y = torch.tensor([x, y], dtype=torch.float64).log()
     d = log_x - log_x.mean()
     return ((d @ log_y) / (d @ d)).item()

@@ -35,7 +35,7 @@ GRID = np.linspace(-3.5, 3.5, 701)
 def bimodal_prior(
     centre: float = 1.0, spread: float = 0.2, schedule: Schedule | None = None
 ) -> GaussianMixturePrior:
-    """Two normals of equal weight at -centre and centre, as a prior of states (B, 1), float64."""
+    """Returns two normals of equal weight at -centre and centre as a prior of (B, 1), float64."""
     means = torch.tensor([[[-centre], [centre]]], dtype=torch.float64)
     variance = torch.full((2,), spread**2, dtype=torch.float64)
     mixture = GaussianMixture(
@@ -67,7 +67,7 @@ class Values:
 
 @torch.no_grad()
 def values(prior: GaussianMixturePrior, y: float, noise_std: float, steps: int) -> list[Values]:
-    """The values of all times but 0, from the first step on.
+    """Returns the values of all times but 0, from the first step on.
 
     Args:
         prior: of states (B, 1).
@@ -97,7 +97,7 @@ def values(prior: GaussianMixturePrior, y: float, noise_std: float, steps: int) 
 
 
 def planned_ends(found: list[Values], starts: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Where control without noise ends from each of the starts, between points linearly."""
+    """Returns where control without noise ends from each start, between points linearly."""
     for value in found:
         starts = np.interp(starts, GRID, value.plan)
     return starts
@@ -106,7 +106,7 @@ def planned_ends(found: list[Values], starts: NDArray[np.float64]) -> NDArray[np
 def score_error(
     estimate: NDArray[np.float64], prior: GaussianMixturePrior, y: float, noise_std: float, t: float
 ) -> float:
-    """The root mean square error over x_t of an estimate on :data:`GRID`, relative to the score."""
+    """Returns the root mean square error of an estimate on :data:`GRID`, relative to the score."""
     x = torch.from_numpy(GRID)[:, None]
     time = torch.tensor(t, dtype=torch.float64)
     weight = prior.log_prob(x, time).exp()
@@ -116,7 +116,7 @@ def score_error(
 
 
 def exact_score(prior: GaussianMixturePrior, y: float, noise_std: float, t: float) -> Tensor:
-    """d log p(y | x_t) / dx on :data:`GRID`, in closed form."""
+    """Returns d log p(y | x_t) / dx on :data:`GRID`, in closed form."""
     one = torch.ones(1, 1, dtype=torch.float64)
     measurement = LinearMeasurement(one, y * one, noise_std)
     x = torch.from_numpy(GRID)[:, None]
@@ -124,14 +124,14 @@ def exact_score(prior: GaussianMixturePrior, y: float, noise_std: float, t: floa
 
 
 def _inside(V: NDArray[np.float64], at: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The spline of V at points, those beyond the grid taken for its ends."""
+    """Returns the spline of V at points, those beyond the grid taken for its ends."""
     return CubicSpline(GRID, V)(np.clip(at, GRID[0], GRID[-1]))
 
 
 def _cheapest(
     V: NDArray[np.float64], mean: NDArray[np.float64], std: float
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """min_z (z - mean)^2 / (2 std^2) + V(z), and z: the best grid point, then Newton's steps."""
+    """Returns min_z (z - mean)^2 / (2 std^2) + V(z), and z: by the grid, then Newton's steps."""
     if std == 0:
         return _inside(V, mean), mean
     spline = CubicSpline(GRID, V)

@@ -97,7 +97,7 @@ class ProjectedValue:
     def step_back(
         self, e: ProjectedStep, a: Tensor, update: str
     ) -> tuple[LowRankGains, ProjectedValue]:
-        """One step, Eqs. 81-89; arguments as for :meth:`diffoc.riccati.DenseValue.step_back`."""
+        """Steps back by Eqs. 81-89, as :meth:`diffoc.riccati.DenseValue.step_back` does."""
         P = e.basis()
         PTZ = P.mT @ self.Z
         Qx, Qu = (g[0] for g in e.pullback(self.Vx.unsqueeze(0)))
@@ -158,7 +158,7 @@ class Projected(Derivatives):
     def step(
         self, problem: ControlProblem, i: int, x: Tensor, u: Tensor
     ) -> tuple[Tensor, Callable[[], ProjectedStep]]:
-        """The next states, and what expands this step from the activations that are kept."""
+        """Returns the next states, and what expands this step from the activations kept."""
         r, n = control_weight(problem, i), x[0].numel()
         if self.rank > n:
             raise ValueError(f"rank is {self.rank}, but the states have {n} numbers")
@@ -183,7 +183,7 @@ class Projected(Derivatives):
         return y, lambda: step
 
     def terminal(self, problem: ControlProblem, x: Tensor, rank: int | None) -> ProjectedValue:
-        """The value at the final states (B, ...), its Hessian H projected: P (P^T H P) P^T.
+        """Returns the value at the final states (B, ...), its Hessian H projected: P (P^T H P) P^T.
 
         Raises:
             ValueError: if `rank` is missing, or not between 0 and n.
@@ -197,11 +197,11 @@ class Projected(Derivatives):
         return ProjectedValue(Vx, P, (S + S.mT) / 2)
 
     def gradients(self, expansions: list[ProjectedStep], value: ProjectedValue) -> list[Tensor]:
-        """NaN (B, m) of every step: they would cost another vector-Jacobian product each."""
+        """Returns NaN (B, m) for every step: to know them would cost another product each."""
         return [torch.full_like(e.u, torch.nan) for e in expansions]
 
     def _basis(self, product: Callable[[Tensor], Tensor], x: Tensor, rank: int) -> Tensor:
-        """Orthonormal columns (B, n, rank) for the range of a matrix, or random ones."""
+        """Returns orthonormal columns (B, n, rank) for the range of a matrix, or random ones."""
         omega = random_directions(x, rank, self.seed)
         if rank and self.passes == 2:
             return range_finder(product, omega)
@@ -209,7 +209,7 @@ class Projected(Derivatives):
 
 
 def push_forward(f: Callable[[Tensor], Tensor], x: Tensor, X: Tensor) -> Tensor:
-    """Jacobian-vector products of a batched function, by forward differentiation, (B, p, c).
+    """Returns Jacobian-vector products of a batched function, by forward mode, (B, p, c).
 
     Args:
         f: maps (B, ...) to (B, ...), of p numbers each.

@@ -46,13 +46,13 @@ class Policy:
 
 
 def reverse_kernels(setting: LinearGaussian, steps: int, start: float = 1.0) -> list[Kernel]:
-    """The exact kernels of the reverse process at `steps` + 1 times, uniform from start to 0."""
+    """Returns the exact kernels of the reverse process, `steps` uniform ones from start to 0."""
     times = torch.linspace(start, 0, steps + 1, dtype=torch.float64).tolist()
     return [setting.prior.reverse_kernel(times[i], times[i + 1]) for i in range(steps)]
 
 
 def ancestral_kernels(prior: GaussianPrior, steps: int) -> list[Kernel]:
-    """The kernels of DDPM's chain of a Gaussian prior: their means are affine, their noise c I."""
+    """Returns the kernels of DDPM's chain of a Gaussian prior: affine means, noise c I."""
     unit = torch.eye(len(prior.mean), dtype=torch.float64)
     still = torch.zeros(steps, *unit.shape, dtype=torch.float64)
     process, kernels = ReverseProcess(prior, steps, "ddpm", noise=still), []
@@ -63,7 +63,7 @@ def ancestral_kernels(prior: GaussianPrior, steps: int) -> list[Kernel]:
 
 
 def riccati_policies(kernels: Sequence[Kernel], measurement: LinearMeasurement) -> list[Policy]:
-    """The optimal policy of every step, for one measurement of the final state, by one sweep."""
+    """Returns the optimal policy of every step, for one measurement of the final state."""
     A, s = measurement.matrix, measurement.noise_std
     P, q = A.mT @ A / s**2, -A.mT @ measurement.y[0] / s**2
     identity = torch.eye(len(P), dtype=P.dtype)
@@ -80,7 +80,7 @@ def riccati_policies(kernels: Sequence[Kernel], measurement: LinearMeasurement) 
 
 
 def shift_alone(kernels: Sequence[Kernel], policies: Sequence[Policy]) -> list[Policy]:
-    """The same feedback with the process's own noise C in place of the optimal one."""
+    """Returns the same feedback with the process's own noise C in place of the optimal one."""
     return [
         replace(policy, covariance=C) for (_, _, C), policy in zip(kernels, policies, strict=True)
     ]
@@ -89,7 +89,7 @@ def shift_alone(kernels: Sequence[Kernel], policies: Sequence[Policy]) -> list[P
 def propagate(
     kernels: Sequence[Kernel], policies: Sequence[Policy], x: Tensor
 ) -> list[tuple[Tensor, Tensor]]:
-    """Mean (n,) and covariance (n, n) of every state of the controlled chain from x (n,)."""
+    """Returns mean (n,) and covariance (n, n) of the controlled chain's states from x (n,)."""
     moments = [(x, torch.zeros(len(x), len(x), dtype=x.dtype))]
     for (F, b, _), policy in zip(kernels, policies, strict=True):
         mean, covariance = moments[-1]
@@ -107,7 +107,7 @@ def path_divergence(
     x: Tensor,
     log_evidence: Tensor,
 ) -> Tensor:
-    r"""KL(law of the controlled paths from x || the posterior's), a number, in closed form.
+    r"""Returns KL(law of the controlled paths from x || the posterior's) in closed form.
 
     .. math:: E \sum_i \mathrm{KL}\big(N(k + K x_i, \Sigma_i) \,\|\, N(0, C_i)\big)
               - E \log p(y \mid x_0) + \log p(y \mid x_T)

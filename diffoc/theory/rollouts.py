@@ -37,7 +37,7 @@ class PlanarMixture:
 
 
 def planar_mixture(y: float = 0.9, noise_std: float = 0.3) -> PlanarMixture:
-    """The setting, with six states x_T to start from, (6, 2), in float64."""
+    """Returns the setting, with six states x_T to start from, (6, 2), in float64."""
 
     def tensor(*rows: object) -> Tensor:
         return torch.tensor(rows, dtype=torch.float64)
@@ -58,14 +58,14 @@ def planar_mixture(y: float = 0.9, noise_std: float = 0.3) -> PlanarMixture:
 
 
 def drift_rate(prior: ExactPrior, t: Tensor | float) -> Tensor | float:
-    r"""The rate :math:`\varphi = 2 t \log\alpha_{\min}` of the drift; :math:`g^2 = -2\varphi`."""
+    r"""Returns the drift's :math:`\varphi = 2 t \log\alpha_{\min}`; :math:`g^2 = -2\varphi`."""
     return 2 * t * math.log(prior.schedule.alpha_min)
 
 
 def euler(
     prior: ExactPrior, x: Tensor, t: Tensor, dt: Tensor | float, guidance: Tensor | float = 0.0
 ) -> Tensor:
-    r"""One step of Eq. 9: Eq. 3 with a guidance term added to the score, states (B, n).
+    r"""Takes one step of Eq. 9: Eq. 3 with a guidance term added to the score, states (B, n).
 
     .. math:: x - \big[\varphi x - \tfrac12 g^2 (\nabla\log p(x) + \text{guidance})\big]\,dt
     """
@@ -76,7 +76,7 @@ def euler(
 def rollout_gradient(
     prior: ExactPrior, cost: Callable[[Tensor], Tensor], times: Tensor, i: int, x: Tensor
 ) -> Tensor:
-    """grad log p(y | x_0(x)) at states x (B, n) of step i, by autograd through the rollout."""
+    """Returns grad log p(y | x_0(x)) at states x (B, n) of step i, through the rollout."""
     start = x = x.detach().requires_grad_()
     for t, s in zip(times[i:-1], times[i + 1 :], strict=True):
         x = euler(prior, x, t, t - s)
@@ -90,7 +90,7 @@ def one_sweep(
     regularization: float | Tensor,
     rank: int | None = None,
 ) -> Result:
-    """One iteration of iLQR without running cost (Eq. 28) at full step, from zero controls."""
+    """Runs one iteration of iLQR without running cost (Eq. 28) at full step, from zero controls."""
     problem = ControlProblem(process.step, ControlCost(0.0), cost, process.horizon)
     return ilqr(problem, x, regularization=regularization, rank=rank, rule=FullStep(), iterations=1)
 
@@ -98,7 +98,7 @@ def one_sweep(
 def replanned(
     process: ReverseProcess, cost: Callable[[Tensor], Tensor], x: Tensor, a: float
 ) -> Tensor:
-    """The states (T + 1, B, n) of iLQR in a receding horizon, to first order.
+    """Returns the states (T + 1, B, n) of iLQR in a receding horizon, to first order.
 
     At every state one sweep plans for the steps that remain, and its first control is applied.
     """
@@ -113,7 +113,7 @@ def replanned(
 def end_of_guided_flow(
     prior: GaussianPrior, score: Callable[[Tensor, Tensor], Tensor], steps: int
 ) -> tuple[float, float]:
-    r"""Mean and standard deviation at the end of Eq. 9 in one dimension, started from N(0, 1).
+    r"""Returns mean and standard deviation at the end of Eq. 9 in one dimension from N(0, 1).
 
     No sampling is needed where `score` is affine in the state: then so is the end.
 
