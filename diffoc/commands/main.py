@@ -46,19 +46,12 @@ def verify() -> int:
 
 def train(args: argparse.Namespace) -> int:
     """Trains, or goes on from the checkpoint, and writes the weights of the moving average."""
-    from diffoc.data import images as data
+    from diffoc.data.images import as_states
     from diffoc.figures import write_sheet
-    from diffoc.priors.autoencoder import (
-        Autoencoder,
-        encoded,
-        load_autoencoder,
-        reconstruction_psnr,
-    )
-    from diffoc.priors.severity import SeverityEncoder
+    from diffoc.priors.autoencoder import Autoencoder
     from diffoc.priors.weights import read_weights, write_weights
     from diffoc.training import evaluation
     from diffoc.training import trainer as training
-    from diffoc.training.severity import severities
 
     name = args.name
     checkpoint = args.checkpoint or ROOT / "build" / "training" / f"{name}.pt"
@@ -66,20 +59,7 @@ def train(args: argparse.Namespace) -> int:
     try_folder(args.out)
     changes = {"images": args.images, "rate": args.rate}
     plan = replace(training.PLANS[name], **{k: v for k, v in changes.items() if v is not None})
-    labels = truth = None
-    decode: Callable[[torch.Tensor], torch.Tensor] = torch.nn.Identity()
-    if name.startswith("faces64"):
-        read = data.colour_faces if name.startswith("faces64_rgb") else data.faces
-        images, held_out = read("train"), read("test")[::2]
-        if name.endswith("_latent"):
-            network = load_autoencoder(name.replace("latent", "autoencoder"), args.out)
-            images = encoded(network, np.concatenate([images, images[:, :, ::-1]]))
-            held_out, decode = encoded(network, held_out), network.decode
-    else:
-        (images, labels), (held_out, truth) = data.mnist("train"), data.mnist("test")
-        if name == "mnist":
-            # Not the first ones: the set may be sorted by class.
-            held_out, labels, truth = held_out[::40], None, None
+    (images, labels), (held_out, truth), decode = _training_data(name, args.out)
     precision = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.precision]
     if checkpoint.exists() and (args.seed is not None or args.init):
         raise ValueError(
@@ -93,24 +73,9 @@ def train(args: argparse.Namespace) -> int:
         run = training.start(plan, args.seed or 0, args.device, precision, weights)
 
     def report(run: training.Run, rate: float) -> None:
-        if truth is not None:
-            score = f"accuracy {evaluation.accuracy(run.average, held_out, truth):.4f}"
-        elif isinstance(run.average, Autoencoder):
-            score = f"PSNR {reconstruction_psnr(run.average, held_out):.2f}"
-        elif isinstance(run.average, SeverityEncoder):
-            found = severities(
-                run.average, data.as_states(held_out), torch.Generator().manual_seed(0)
-            )
-            correlation = torch.corrcoef(found.log())[0, 1]
-            score = f"RMSE {found[1].mean():.3f}, correlation of severities {correlation:.3f}"
-        else:
-            prior = training.denoiser(run.average)
-            psnr = (evaluation.denoising_psnr(prior, held_out, s) for s in (0.1, 0.3, 1.0))
-            score = "PSNR at sigma 0.1, 0.3, 1: " + " / ".join(f"{p:.2f}" for p in psnr)
-            shape = (16, *data.as_states(held_out[:1]).shape[1:])
-            generator = torch.Generator().manual_seed(0)
-            sheet = evaluation.draw_samples(prior, shape, generator, decode=decode)
-            write_sheet(sheet, checkpoint.with_suffix(".png"))
+        score, samples = evaluation.score(run.average, held_out, truth, decode)
+        if samples is not None:
+            write_sheet(samples, checkpoint.with_suffix(".png"))
         loss = sum(run.losses) / len(run.losses)
         print(
             f"{run.seen:>9,} of {plan.images:,} images  {rate:6.0f}/s  loss {loss:.4f}  {score}",
@@ -119,9 +84,35 @@ def train(args: argparse.Namespace) -> int:
 
     training.train(run, images, labels, checkpoint, args.every, report=report, compile=args.compile)
     if isinstance(run.average, Autoencoder):
-        run.average.standardise(data.as_states(images))
+        run.average.standardise(as_states(images))
     print(write_weights(run.average, name, args.out))
     return 0
+
+
+Labelled = tuple[np.ndarray, np.ndarray | None]
+"""Images, and their labels where the network is a classifier."""
+
+
+def _training_data(
+    name: str, folder: Path
+) -> tuple[Labelled, Labelled, Callable[[torch.Tensor], torch.Tensor]]:
+    """Returns what a network is trained on, what is held out, and what makes images of samples."""
+    from diffoc.data import images as data
+    from diffoc.priors.autoencoder import encoded, load_autoencoder
+
+    if not name.startswith("faces64"):
+        (images, labels), (held_out, truth) = data.mnist("train"), data.mnist("test")
+        if name != "mnist":
+            return (images, labels), (held_out, truth), torch.nn.Identity()
+        # Not the first ones: the set may be sorted by class.
+        return (images, None), (held_out[::40], None), torch.nn.Identity()
+    read = data.colour_faces if name.startswith("faces64_rgb") else data.faces
+    images, held_out = read("train"), read("test")[::2]
+    if not name.endswith("_latent"):
+        return (images, None), (held_out, None), torch.nn.Identity()
+    network = load_autoencoder(name.replace("latent", "autoencoder"), folder)
+    images = encoded(network, np.concatenate([images, images[:, :, ::-1]]))
+    return (images, None), (encoded(network, held_out), None), network.decode
 
 
 def evaluate(name: str, samples: int, out: Path) -> int:

@@ -6,7 +6,7 @@ import argparse
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -246,18 +246,13 @@ def tune(args: argparse.Namespace) -> int:
         chosen = {} if best is None else trials[best]
         place = tuned.setdefault(args.prior, {}).setdefault(method, {})
         place.setdefault(task, {})[str(nfe)] = chosen
-        values = (trial[next(iter(METHODS[method].tuned or {}))] for trial in trials)
+        values = [trial[next(iter(METHODS[method].tuned or {}))] for trial in trials]
         first = next(iter(chosen.values()), None)
-        edge = " (at the edge)" if first is not None and first in _ends(values) else ""
+        edge = " (at the edge)" if first in (min(values), max(values)) else ""
         said = ", ".join(f"{key} {value:g}" for key, value in chosen.items()) or "unsupported"
         print(f"{method}, {task}, nfe {nfe}: {said}{edge}")
     write_tuned(tuned)
     return status
-
-
-def _ends(values: Iterable[float]) -> tuple[float, float]:
-    ordered = sorted(values)
-    return ordered[0], ordered[-1]
 
 
 def _trials(

@@ -11,10 +11,13 @@ from torch import Tensor, nn
 
 from diffoc.data.images import as_states
 from diffoc.data.manifest import load_weights
+from diffoc.priors.autoencoder import Autoencoder, reconstruction_psnr
 from diffoc.priors.networks import SIGMA_MAX, SIGMA_MIN, DigitClassifier, ResidualClassifier
 from diffoc.priors.pretrained import load_prior
+from diffoc.priors.severity import SeverityEncoder
 from diffoc.problems.metrics import frechet_between, frechet_distance, moments
-from diffoc.training.trainer import time_of
+from diffoc.training.severity import severities
+from diffoc.training.trainer import denoiser, time_of
 
 SIGMAS = (0.1, 0.3, 1.0)
 
@@ -83,6 +86,34 @@ def report(name: str, samples: int = 1000, seed: int = 0) -> tuple[dict, Tensor]
     held_out = data.faces("test")
     drawn = draw_samples(prior, (samples, 1, 64, 64), generator)
     return denoising_report(prior, held_out), drawn
+
+
+def score(
+    network: nn.Module,
+    held_out: np.ndarray,
+    labels: np.ndarray | None = None,
+    decode: Callable[[Tensor], Tensor] = lambda x: x,
+) -> tuple[str, Tensor | None]:
+    """Returns what a network is worth on held-out images as text, and a denoiser's samples.
+
+    A classifier is one that labels are given for. `decode` makes images of samples.
+    """
+    if labels is not None:
+        return f"accuracy {accuracy(network, held_out, labels):.4f}", None
+    if isinstance(network, Autoencoder):
+        return f"PSNR {reconstruction_psnr(network, held_out):.2f}", None
+    generator = torch.Generator().manual_seed(0)
+    if isinstance(network, SeverityEncoder):
+        found = severities(network, as_states(held_out), generator)
+        correlation = torch.corrcoef(found.log())[0, 1]
+        error = f"RMSE {found[1].mean():.3f}, correlation of severities {correlation:.3f}"
+        return error, None
+    prior = denoiser(network)
+    psnr = " / ".join(f"{denoising_psnr(prior, held_out, sigma):.2f}" for sigma in SIGMAS)
+    shape = (16, *as_states(held_out[:1]).shape[1:])
+    return f"PSNR at sigma 0.1, 0.3, 1: {psnr}", draw_samples(
+        prior, shape, generator, decode=decode
+    )
 
 
 @torch.no_grad()
