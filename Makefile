@@ -59,7 +59,7 @@ figures: $(STAMP) ## draw the figures for print from the records, into figures/p
 	@$(RUN) diffoc figures
 
 # Tables on FFHQ. GPUS=4 takes four cards, a worker each; what was computed is not computed again. REHEARSE=1 runs the whole chain with random weights, two steps and the CPU.
-ffhq: ## say how to make the paper's tables on FFHQ, which take a GPU
+ffhq: $(STAMP) ## say how to make the paper's tables on FFHQ, which take a GPU
 	@echo 'make ffhq-preflight IMAGES=DIR   what is there, what it costs, what would fail'
 	@echo 'make ffhq-table1 IMAGES=DIR      and -table3, -table4, -table5, -table6: run, measure, compare'
 	@echo 'make ffhq-figures IMAGES=DIR     four images of Table 1, as pictures'

@@ -8,16 +8,24 @@ Fake tensors have no values, but control flow needs some ("is the cost finite?")
 those of the same run on real tensors of the CPU, recorded first and replayed in the same order.
 """
 
+import copy
+from dataclasses import replace
+
 import pytest
 import torch
 from azula.denoise import KarrasDenoiser
 from azula.noise import VPSchedule
-from torch._subclasses.fake_tensor import FakeTensorMode
+from deepinv.physics import LinearPhysics
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.overrides import TorchFunctionMode
 
 from diffoc.baselines.paper import snr_weights
 from diffoc.costs import GaussianLikelihood
+from diffoc.experiments import cells as experiments
+from diffoc.experiments import ffhq
 from diffoc.experiments.memory import LiveTensors
+from diffoc.experiments.protocol import FFHQ
+from diffoc.experiments.records import as_json
 from diffoc.lowrank import MatrixFree
 from diffoc.priors.networks import UNetBackbone
 from diffoc.priors.pretrained import untrained_adm
@@ -39,7 +47,15 @@ class Decisions(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         name = getattr(func, "__name__", "")
-        is_value = name in ("item", "tolist", "__bool__", "__float__", "__int__")
+        is_value = name in (
+            "item",
+            "tolist",
+            "__bool__",
+            "__float__",
+            "__int__",
+            "equal",
+            "allclose",
+        )
         is_shape = name == "nonzero" or (
             name == "__getitem__"
             and isinstance(args[1], torch.Tensor)
@@ -160,3 +176,55 @@ def test_the_network_of_the_paper_at_full_size():
 def test_what_is_on_another_device_is_found(misplaced):
     with pytest.raises(ValueError, match=rf"{misplaced} .*cpu"):
         on_fake_device(rank=1, rule=Adam(), keep=True, method="ddpm", misplaced=misplaced)
+
+
+@pytest.mark.parametrize("task", ["random_inpainting", "motion_blur"])
+def test_cells_of_the_ffhq_tables_stay_on_the_device(task, monkeypatch):
+    """Every method of Table 1, two cells one after the other: the second finds all as the first."""
+    images = dict(zip("ab", 2 * torch.rand(2, 1, 3, 32, 32) - 1, strict=True))
+    cached = experiments._operator
+    copies = []
+
+    def operator(*drawn):
+        *which, device = drawn
+        with unset_fake_temporarily():
+            made = copy.deepcopy(cached(*which, "cpu"))
+        copies.append(made.to(device))
+        return made
+
+    generator = experiments._generator
+    monkeypatch.setattr(experiments, "_operator", operator)
+    monkeypatch.setattr(experiments, "_generator", lambda *what, device="": generator(*what))
+    monkeypatch.setattr(experiments, "digest", lambda what: "digest")
+    monkeypatch.setattr(experiments, "read_images", lambda names, *_: images[names[0]])
+    monkeypatch.setattr(experiments, "_clock", lambda device: 0.0)
+    monkeypatch.setattr(  # deepinv's draws on the device itself
+        LinearPhysics, "compute_sqnorm", lambda self, x, **_: x.flatten()[0] * 0 + 1
+    )
+    cached(FFHQ, task, (3, 32, 32), 0, "digest", "cpu")  # a kernel is drawn number by number
+    network = small_network(3)
+    network.image_shape = (3, 32, 32)
+
+    def load_once(name, device):
+        with unset_fake_temporarily():
+            own = copy.deepcopy(network)
+        return own.to(device), "weights"
+
+    monkeypatch.setattr(experiments, "load_once", load_once)
+    cells = ffhq.cells_by_line("table1", "ffhq256", "ab", 1, "float32", tasks=[task], smallest=True)
+    methods = {cell.method for cell in cells}
+    assert len(methods) == 9
+    for method in sorted(methods):
+        two = [cell for cell in cells if cell.method == method][:2]
+        if method == "admm_tv":  # its steps cost no evaluation, so that a rehearsal has them all
+            two = [replace(cell, settings=as_json({"steps": 2})) for cell in two]
+        with Decisions() as decisions:
+            for cell in two:
+                experiments.Computer()(cell)
+        with FakeTensorMode(allow_non_fake_inputs=True), Decisions(decisions.log) as replayed:
+            for cell in two:
+                _, x0 = experiments.Computer(device=str(DEVICE))(cell)
+        assert not replayed.log
+        assert x0.device.type == "cpu"
+    devices = {buffer.device for one in copies for buffer in one.buffers()}
+    assert devices <= {DEVICE, torch.device("cpu")}

@@ -31,7 +31,7 @@ from diffoc.experiments.inaccurate import accurate_name, is_inaccurate, load_ina
 from diffoc.experiments.methods import METHODS, equal_work, prior_of, settings_of
 from diffoc.experiments.protocol import ONE_OPERATOR, Protocol, protocol_of
 from diffoc.experiments.records import METRICS, Cell, Row, as_json, in_batches
-from diffoc.experiments.runs import method_errors
+from diffoc.experiments.runs import method_errors, whole_products
 from diffoc.priors.counting import CountedPrior
 from diffoc.priors.latent import LatentPrior
 from diffoc.priors.pretrained import REMOTE, SHIPPED, load_prior
@@ -98,7 +98,7 @@ class Computer:
                 counted, physics, y, x, generator, noise_std=protocol.noise_std, **cell.keywords
             )
             x0, seconds = x0.detach(), (_clock(self.device) - began) / len(truth)
-            metrics = metrics_of(x0.float().cpu(), truth)
+            metrics = metrics_of(x0.float(), truth.to(self.device))
         problem = Problem(physics, y, noise_std)
         metrics["residual_over_noise"] = problem.residual_over_noise(x0)
         common = {
@@ -315,6 +315,7 @@ def time_prior(
 
     They are the medians of some repeats, after one that warms up.
     """
+    whole_products()
     network, _ = load_once(prior, device)
     counted = CountedPrior(network, None if precision == "float32" else precision)
     x = torch.zeros(batch, *network.image_shape, device=device, requires_grad=True)

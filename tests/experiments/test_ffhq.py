@@ -1,20 +1,24 @@
 """The chain of the FFHQ tables from pictures to a table beside the paper's, rehearsed."""
 
 import csv
+import re
+import shlex
+import subprocess
 
 import pytest
 import torch
 from PIL import Image
 
 from diffoc.baselines import Method, no_products
-from diffoc.commands.main import main
+from diffoc.commands.main import main, parser_of
 from diffoc.data.pictures import picture_size
+from diffoc.data.provenance import ROOT
 from diffoc.experiments import ffhq, preflight
 from diffoc.experiments.cells import Computer, cells_of
 from diffoc.experiments.ffhq import beside_the_paper, cells_by_line, lines, paper_numbers
 from diffoc.experiments.methods import METHODS
 from diffoc.experiments.preflight import Report, check_images, check_weights, seconds_of
-from diffoc.experiments.protocol import FFHQ, FFHQ_RELEASED
+from diffoc.experiments.protocol import FFHQ, FFHQ_PROTOCOLS, FFHQ_RELEASED
 from diffoc.priors.pretrained import REMOTE, load_prior
 from diffoc.problems.tasks import measured
 from diffoc.reconstruct import Problem
@@ -268,3 +272,66 @@ def test_a_table_has_one_protocol(few, tmp_path, capsys):
     assert main(command) == 2
     assert "name another folder with --out" in capsys.readouterr().err
     assert (tmp_path / "records.csv").read_bytes() == before
+
+
+PAGE = " ".join((ROOT / "docs" / "gpu.md").read_text().split())
+SPANS = re.findall(r"`([^`]+)`", PAGE)
+MADE = [span for span in SPANS if span.startswith("make ffhq")]
+MADE += [f"make ffhq-table1 IMAGES=DIR {s}" for s in SPANS if s.startswith(("ARGS=", "GPUS="))]
+TYPED = [span for span in SPANS if " -m diffoc " in span]
+
+
+@pytest.mark.parametrize("command", [*MADE, *TYPED])
+def test_commands_of_the_page_are_commands(command):
+    """Those of make become what its rules would run; each is one that the command line knows."""
+    lines = [command]
+    if command.startswith("make"):
+        stamp = ["VENV=.venv", "-o", ".venv/.diffoc-installed", "-n"]
+        made = ["make", *stamp, *shlex.split(command)[1:]]
+        lines = subprocess.run(made, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+        lines = [line for line in lines.splitlines() if " -m diffoc " in line]
+        assert bool(lines) == (command != "make ffhq")
+    for line in lines:
+        program, _, words = line.partition(" -m diffoc ")
+        assert program == ".venv/bin/python"
+        parser_of().parse_args(shlex.split(words))  # exits where it does not know one
+
+
+def test_the_page_has_every_command_and_says_that_none_was_run_on_a_gpu():
+    assert "**None of it was ever run on a GPU**" in PAGE
+    commands = " ".join([*MADE, *TYPED])
+    for table in ("preflight", "figures", *ffhq.TABLES):
+        assert f"make ffhq-{table} IMAGES=DIR" in commands
+    for name in ("ffhq256_latent.ckpt", *(file.name for file in (REMOTE["ffhq256"],))):
+        assert f"`{name}`" in PAGE
+    for option, protocol in FFHQ_PROTOCOLS.items():
+        assert f"`--protocol {option}`" in PAGE
+        assert protocol.name in (ROOT / "docs" / "protocol.md").read_text().replace("\n", " ")
+
+
+def test_sets_that_are_equal_have_no_distance(few, tmp_path, monkeypatch, capsys):
+    """The command `measure` on copies of the originals: FID 0, whatever the network and parts."""
+
+    class Network(torch.nn.Module):
+        def forward(self, pixels):
+            return torch.nn.functional.adaptive_avg_pool2d(pixels.float() / 255, 2).flatten(1)
+
+    monkeypatch.setattr("diffoc.problems.perceptual.inception", Network)
+    generator = torch.Generator().manual_seed(0)
+    for i in range(6):
+        pixels = (255 * torch.rand(32, 32, 3, generator=generator)).byte().numpy()
+        for folder, ending in (("truth/a", "png"), ("kept/one", "png"), ("kept/two", "png")):
+            (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+            shift = 40 if folder == "kept/two" else 0
+            Image.fromarray(pixels // 2 + shift).save(tmp_path / folder / f"{i:05d}.{ending}")
+    command = ["measure", str(tmp_path / "kept"), "--images", str(tmp_path / "truth")]
+    assert main([*command, "--shard", "1/2"]) == 0
+    assert "part 1 of 2 measured" in capsys.readouterr().out
+    assert main([*command, "--shard", "2/2"]) == 0
+    with (tmp_path / "kept-measured" / "measured.csv").open() as file:
+        means = {row["set"]: row for row in csv.DictReader(file) if row["image"] == "mean"}
+    assert abs(float(means["one"]["fid_png"])) < 1e-6
+    assert abs(float(means["one"]["fid_jpeg"])) < 1e-6
+    # Means that are moved by d in each of n features have the distance n d^2.
+    assert float(means["two"]["fid_png"]) == pytest.approx(12 * (40 / 255) ** 2, rel=1e-3)
+    assert float(means["two"]["mse_255"]) == pytest.approx(40**2, rel=1e-5)

@@ -14,8 +14,9 @@ import torch
 
 from diffoc.data.provenance import device_name
 from diffoc.experiments import runs, spread
+from diffoc.experiments.cells import time_prior
 from diffoc.experiments.methods import METHODS
-from diffoc.experiments.records import METRICS, Cell, in_batches, read, shard_path
+from diffoc.experiments.records import ENVIRONMENT, METRICS, Cell, in_batches, read, shard_path
 from diffoc.experiments.runs import (
     MethodError,
     by_image,
@@ -124,7 +125,10 @@ def test_products_are_not_shortened(tmp_path):
 
     torch.backends.cudnn.allow_tf32 = True
     run(tmp_path / "table.csv", asked, CELLS[:1])
-    assert found == [False]
+    torch.backends.cudnn.allow_tf32 = True  # and where times are taken
+    time_prior("mnist", 1, "float32", "cpu", repeats=1)
+    asked(CELLS[0])
+    assert found == [False, False]
 
 
 def test_a_failure_is_recorded_and_stops_nothing(tmp_path):
@@ -424,6 +428,17 @@ def test_check_tolerates_rounding_only_on_another_machine(tmp_path, monkeypatch)
     assert near.tolerances == {("fake", "one", "float32"): pytest.approx(0.15)}
     assert near.differences == []
     assert "psnr" in check(path, off_by(0.2), rows=1).differences[0]
+
+
+def test_a_gpu_is_not_held_to_the_last_digit(tmp_path, monkeypatch):
+    """Its sums have no fixed order: the same card, versions and threads agree within the spread."""
+    monkeypatch.setattr(runs, "environment", lambda device: dict.fromkeys(ENVIRONMENT, "x"))
+    path, moved = tmp_path / "table.csv", lambda cell: ([NUMBERS | {"psnr": "1.0000001"}], None)
+    run(path, lambda cell: ([NUMBERS], None), CELLS[:1])
+    assert check(path, moved, device="cuda").differences == []
+    assert check(path, moved, device="cuda").exact == 0
+    assert check(path, moved, device="cpu").exact == 1
+    assert len(check(path, moved, device="cpu").differences) == 1
 
 
 def test_the_table_of_spreads_is_of_methods_and_tasks_that_there_are():
