@@ -43,7 +43,7 @@ class Report:
 
 
 def check_weights(prior: str, report: Report) -> None:
-    """The prior's file, its SHA-256 against that of its first use, and the metrics' files."""
+    """A prior's file, and its SHA-256 against that of its first use."""
     if is_inaccurate(prior):
         report.say(f"weights: random, {prior!r}: numbers mean nothing, times do")
     elif prior in REMOTE:
@@ -63,6 +63,10 @@ def check_weights(prior: str, report: Report) -> None:
                     f"weights: {path} has changed since its first use, sha256 {first[:12]}...: "
                     f"remove {note} if that is meant"
                 )
+
+
+def check_metrics(report: Report) -> None:
+    """The metrics' files; a column whose weights are missing is left out."""
     hub = Path(torch.hub.get_dir()) / "checkpoints"
     for name, file in WEIGHTS.items():
         try:
@@ -177,7 +181,10 @@ def preflight(
     Table 1; the rest is as for :func:`diffoc.experiments.cells.cells_of`.
     """
     report = Report()
-    check_weights(prior, report)
+    full = cells_by_line("table1", prior, names[:1], 1, precision, tasks=tasks)
+    for name in dict.fromkeys([prior, *(cell.prior for cell in full)]):
+        check_weights(name, report)
+    check_metrics(report)
     if report.refused:
         report.say("the rest needs the weights, or --random-weights")
         return report
@@ -186,7 +193,6 @@ def preflight(
     compute = Computer(prepared, device)
     small = cells_by_line("table1", prior, names[:1], 1, precision, tasks=tasks, smallest=True)
     ratios = time_methods(small, compute, report)
-    full = cells_by_line("table1", prior, names[:1], 1, precision, tasks=tasks)
     for cell, line in full.items():
         if line.label == "Ours (NFE = 2500)":
             largest_batch(cell, compute, names, report)
