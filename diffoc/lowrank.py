@@ -312,7 +312,8 @@ def linearize_step(
         if count == 0:
             return x.new_empty(0, *x.flatten(1).shape), u.new_empty(0, *u.flatten(1).shape)
         if together:
-            in_x, in_u = pull(shaped, is_grads_batched=True)
+            # In order in memory: else a matrix is applied vector by vector, several times slower.
+            in_x, in_u = pull(shaped.contiguous(), is_grads_batched=True)
             # torch's zeros, where y does not depend on one, have no dimension for the cotangents.
             in_x, in_u = in_x.expand(count, *x.shape), in_u.expand(count, *u.shape)
         else:
