@@ -8,11 +8,12 @@ Notebook 14 reads the record; `diffoc/experiments/certificates.py` says what the
 from __future__ import annotations
 
 import argparse
-import csv
 from pathlib import Path
 
+import pandas as pd
 import torch
 
+from diffoc.data.files import replacing
 from diffoc.data.provenance import environment
 from diffoc.experiments.certificates import METHODS, RECORD, case, outcome
 
@@ -29,8 +30,7 @@ def main() -> None:
     torch.set_num_threads(1)
     rows: list[dict] = []
     if args.out.exists():
-        with args.out.open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
+        rows = pd.read_csv(args.out, dtype=str, keep_default_na=False).to_dict("records")
     done = {(each["factor"], each["steps"], each["method"], each["run"]) for each in rows}
     for run in range(args.runs):
         this = case(args.factor, args.steps, run)
@@ -40,10 +40,8 @@ def main() -> None:
                 continue
             rows.append(place | outcome(method, this) | environment())
             print(*list(rows[-1].values())[:7], flush=True)
-            with args.out.open("w", newline="", encoding="utf-8") as file:
-                writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-                writer.writeheader()
-                writer.writerows(rows)
+            with replacing(args.out) as part:
+                pd.DataFrame(rows).to_csv(part, index=False, lineterminator="\n")
 
 
 if __name__ == "__main__":

@@ -16,10 +16,10 @@ import argparse
 import csv
 import subprocess
 import sys
-from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
 from portability import perturb
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -64,13 +64,13 @@ def compute(args: argparse.Namespace) -> None:
     for cell, rows in records.read(TABLE).items():
         if cell.prior == "faces64" and cell.nfe == 300 and rows[0]["status"] == "ok":
             cells.setdefault((cell.method, cell.task), cell)
-    done = {(row["jitter"], *(row[key] for key in PLACE)) for row in runs()}
+    done = set(runs()[["jitter", *PLACE]].itertuples(index=False, name=None))
     for cell in cells.values():
         cell = replace(cell, precision=args.precision or cell.precision)
         place = [cell.method, cell.task, cell.precision]
         wanted = cell.method in (args.methods or [cell.method])
         wanted &= cell.task in (args.tasks or [cell.task])
-        if not wanted or (str(args.jitter), *place) in done:
+        if not wanted or (args.jitter, *place) in done:
             continue
         again, _ = Computer()(cell)
         with RUNS.open("a", newline="", encoding="utf-8") as file:
@@ -80,43 +80,32 @@ def compute(args: argparse.Namespace) -> None:
         print(args.jitter, *place, flush=True)
 
 
-def runs() -> list[dict[str, str]]:
-    """What was computed: a row for every face."""
+def runs() -> pd.DataFrame:
+    """Returns what was computed: a row for every face."""
     if not RUNS.exists():
         RUNS.parent.mkdir(parents=True, exist_ok=True)
         RUNS.write_text(",".join(HEAD) + "\n", encoding="utf-8")
-    with RUNS.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+    return pd.read_csv(RUNS, float_precision="round_trip")
 
 
 def summarise() -> None:
     """Writes the greatest change of a face, and of the mean over faces, of each method and task."""
-    with TABLE.open(newline="", encoding="utf-8") as file:
-        recorded = [row for row in csv.DictReader(file) if row["nfe"] == "300"]
-    found = runs()
-    plain = [row for row in found if row["jitter"] == "0"]
-    reference = {tuple(row[key] for key in (*PLACE, "image")): row for row in [*plain, *recorded]}
-    groups: dict[tuple[str, ...], dict[str, list[dict[str, str]]]] = defaultdict(
-        lambda: defaultdict(list)
-    )
-    for row in found:
-        groups[tuple(row[key] for key in PLACE)][row["jitter"]].append(row)
-    with SPREAD.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        numbers = [f"{key}_{of}" for key in METRICS for of in ("face", "mean")]
-        writer.writerow([*PLACE, "faces", "jitters", *numbers])
-        for place, jitters in sorted(groups.items()):
-            greatest = []
-            for key in METRICS:
-                changes = [
-                    [float(row[key]) - float(reference[*place, row["image"]][key]) for row in rows]
-                    for jitter, rows in jitters.items()
-                ]
-                greatest.append(max(abs(change) for some in changes for change in some))
-                greatest.append(max(abs(sum(some) / len(some)) for some in changes))
-            count = len(jitters.keys() - {"0"})
-            faces = min(map(len, jitters.values()))
-            writer.writerow([*place, faces, count, *(f"{number:.2g}" for number in greatest)])
+    recorded = pd.read_csv(TABLE, float_precision="round_trip").query("nfe == 300")
+    changes, place, metrics = runs(), list(PLACE), list(METRICS)
+    key, plain = [*place, "image"], changes["jitter"] == 0
+    reference = pd.concat([changes[plain], recorded]).drop_duplicates(key, keep="last")
+    then = reference.set_index(key).loc[pd.MultiIndex.from_frame(changes[key]), metrics]
+    changes[metrics] -= then.to_numpy()
+    by_jitter = changes.groupby([*place, "jitter"])
+    means = by_jitter[metrics].mean().abs().groupby(place).max()
+    faces = changes[metrics].abs().groupby([changes[name] for name in place]).max()
+    spread = by_jitter.size().groupby(place).min().rename("faces").to_frame()
+    jitters = changes[~plain].groupby(place)["jitter"].nunique()
+    spread["jitters"] = jitters.reindex(spread.index, fill_value=0)
+    for metric in METRICS:
+        for of, greatest in {"face": faces, "mean": means}.items():
+            spread[f"{metric}_{of}"] = greatest[metric].map("{:.2g}".format)
+    spread.to_csv(SPREAD, lineterminator="\n")
     print(SPREAD.relative_to(ROOT))
 
 
