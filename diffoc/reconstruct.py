@@ -390,18 +390,18 @@ def _start(problem: Problem, prior: Denoiser, x: Tensor | None, starts: int) -> 
             raise ValueError("x is missing, and the prior has no image_shape: give one of them")
         x = torch.zeros(len(y) // starts, *prior.image_shape, dtype=y.dtype, device=y.device)
     check_tensor("x", x)
-    check_alike(y=y, x=x)
     x = x.repeat(starts, *[1] * (x.ndim - 1))
-    _check_operator(problem, x)
-    _check_precision(prior, x)
+    check_operator(problem, x)
+    check_precision(prior, x)
     return x
 
 
-def _check_operator(problem: Problem, x: Tensor) -> None:
+def check_operator(problem: Problem, x: Tensor) -> None:
     """Raises an error unless the operator measures each of the images, which are like `x`, alone.
 
     It is tried on random images, the others of a batch being changed for a second trial.
     """
+    check_alike(y=problem.y, x=x)
     y, images, measured = problem.y, tuple(x.shape), tuple(problem.y.shape)
     generator = torch.Generator().manual_seed(0)
     tried = (1.8 * torch.rand(images, generator=generator) - 0.9).to(x).requires_grad_()
@@ -433,7 +433,9 @@ def _check_operator(problem: Problem, x: Tensor) -> None:
     weights = torch.linspace(1, 2, found.numel()).to(found).reshape(measured)
     (slope,) = torch.autograd.grad(found, tried, weights, allow_unused=True)
     if slope is None or not slope.flatten(1).any(dim=1).all():
-        raise ValueError("physics makes y that does not change with the image, or not with each")
+        raise ValueError(
+            "physics makes y that does not change with each image, as where a mask keeps no pixel"
+        )
     if problem.linear and (back := tuple(problem.physics.A_adjoint(y).shape)) != images:
         raise ValueError(
             f"physics has an adjoint that makes {back} of y, where images have shape {images}: "
@@ -441,11 +443,12 @@ def _check_operator(problem: Problem, x: Tensor) -> None:
         )
 
 
-def _check_precision(prior: Denoiser, x: Tensor) -> None:
-    """Raises a ValueError if the prior's weights are of another kind, and it minds."""
-    weights = next(prior.parameters(), x)
-    if (weights.dtype, weights.device) == (x.dtype, x.device):
+def check_precision(prior: Denoiser, x: Tensor) -> None:
+    """Raises a ValueError if all of the prior's weights are of another kind, and it minds."""
+    found = [w for w in (*prior.parameters(), *prior.buffers()) if w.is_floating_point()]
+    if not found or any((w.dtype, w.device) == (x.dtype, x.device) for w in found):
         return
+    weights = found[0]
     try:
         with torch.no_grad():
             prior(x[:1], torch.ones((), dtype=x.dtype, device=x.device))

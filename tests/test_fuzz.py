@@ -19,6 +19,7 @@ from tempfile import TemporaryDirectory
 import pytest
 import torch
 from azula.noise import VPSchedule
+from deepinv.physics import Inpainting
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -466,8 +467,22 @@ def test_methods_refuse_what_is_no_measurement(name):
         ("y", torch.cat([MEASURED] * 2)),
         ("x", NOISY[..., :4]),
     ):
-        with pytest.raises(ValueError, match=rf"^{argument} has shape"):
+        with pytest.raises(ValueError, match=r"^(y has|physics cannot measure images of) shape"):
             run_method(name, **{argument: wrong})
+    lost = Inpainting((1, 8, 8), mask=torch.zeros(1, 8, 8))
+    for argument, wrong in (
+        ("physics", None),
+        ("physics", DROPPING.A),
+        ("physics", lost),
+        ("prior", None),
+        ("prior", DROPPING),
+        ("x", NOISY.double()),
+        ("y", MEASURED.double()),
+    ):
+        with pytest.raises((TypeError, ValueError), match=rf"^{argument} |prior's|, y torch"):
+            run_method(name, **{argument: wrong})
+    with pytest.raises(ValueError, match="but the prior's weights are"):
+        run_method(name, x=NOISY.double(), y=MEASURED.double())
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -32,8 +32,14 @@ import torch
 from azula.denoise import Denoiser
 from torch import Tensor
 
-from diffoc.checks import check_at_least, check_tensor, evaluating
-from diffoc.reconstruct import Problem, Recipe, reconstruct
+from diffoc.checks import check_at_least, check_kind, check_tensor, evaluating
+from diffoc.reconstruct import (
+    Problem,
+    Recipe,
+    check_operator,
+    check_precision,
+    reconstruct,
+)
 
 if TYPE_CHECKING:
     from deepinv.physics import Physics
@@ -208,20 +214,15 @@ def method(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
         check_tensor("y", y)
         check_tensor("x", x)
         check_at_least(0, noise_std=noise_std)
+        from deepinv.physics import Physics  # slow to import
+
+        check_kind(Physics, physics=physics)
+        check_kind(Denoiser, prior=prior)
+        check_precision(prior, x)
         # Where the prior is one of latents, x is no image.
         if not hasattr(getattr(prior, "prior", prior), "decode"):
-            _check_fit(physics, y, x)
+            check_operator(Problem(physics, y, 1.0), x)
         with evaluating(prior, physics, *settings.values()):
             return run(Given(prior, physics, y, x, generator, noise_std), **settings)
 
     return checked
-
-
-@torch.no_grad()
-def _check_fit(physics: Physics, y: Tensor, x: Tensor) -> None:
-    try:
-        expected = physics.A(x).shape
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(f"x has shape {tuple(x.shape)}, not that of the task: {error}") from error
-    if y.shape != expected:
-        raise ValueError(f"y has shape {tuple(y.shape)}, expected {expected} for x and the task")

@@ -1,5 +1,6 @@
 """Pictures of any kind to tensors in [-1, 1] and back."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,7 +23,7 @@ def picture_names(folder: Path) -> list[str]:
     names = sorted(
         path.name
         for path in folder.glob("*")
-        if path.suffix.lower() in ENDINGS and not path.name.startswith(".")
+        if path.suffix.lower() in ENDINGS and not path.name.startswith(".") and path.is_file()
     )
     if not names:
         raise FileNotFoundError(
@@ -37,7 +38,8 @@ def read_picture(
     """Returns a picture as image in [-1, 1], and what had to be done to it.
 
     It is turned as its EXIF data say, composited over white, made grey or coloured, cut to the
-    wanted aspect ratio, and resized (anti-aliased, bicubic). Nothing is rounded on the way.
+    wanted aspect ratio, and resized (anti-aliased, bicubic). Nothing is rounded on the way. Colour
+    profiles are not applied.
 
     >>> image, notes = read_picture(Path("face.jpg"), (3, 64, 64), crop=(120, 80, 200))
 
@@ -87,15 +89,22 @@ def read_picture(
 def read_transparency(path: Path) -> Tensor:
     """Returns 1 where a picture is opaque and 0 where it is transparent, (1, 1, H, W).
 
-    A ValueError refuses a picture that has no transparent pixel; others as :func:`read_picture`.
+    A ValueError refuses a picture that has none of either, or half transparent pixels; others as
+    :func:`read_picture`.
     """
     picture, _ = _open(path)
-    opaque = np.array(picture.convert("RGBA"))[..., 3] > 127
-    if opaque.all():
+    opacity = np.array(picture.convert("RGBA"))[..., 3]
+    if opacity.min() == 255 or opacity.max() == 0:
+        which = "transparent" if opacity.min() else "opaque"
         raise ValueError(
-            f"measurement {path} has no transparent pixel: make those that were dropped transparent"
+            f"measurement {path} has no {which} pixel: make those that were dropped transparent, "
+            "and no others"
         )
-    return torch.from_numpy(opaque).float()[None, None]
+    if not np.isin(opacity, (0, 255)).all():
+        raise ValueError(
+            f"measurement {path} has half transparent pixels: make each opaque or transparent"
+        )
+    return torch.from_numpy(opacity == 255).float()[None, None]
 
 
 def picture_size(path: Path) -> tuple[int, int]:
@@ -121,6 +130,8 @@ def _values(path: Path) -> tuple[np.ndarray, list[str]]:
     """Returns a picture's values (H, W, 1 or 3) in [0, 1], float32, and what was done to them."""
     picture, notes = _open(path)
     if picture.mode.startswith(("I", "F")):
+        if picture.has_transparency_data:
+            raise ValueError(f"{path} has a transparent colour and more than 8 bits: flatten it")
         values, note = _of_many_bits(np.asarray(picture, dtype=np.float64), picture.mode, path)
         return values[..., None].astype(np.float32), [*notes, note]
     if picture.has_transparency_data:
@@ -140,13 +151,15 @@ def _of_many_bits(values: np.ndarray, mode: str, path: Path) -> tuple[np.ndarray
     if not np.isfinite(values).all():
         raise ValueError(f"{path} has pixels that are not finite")
     low, high = values.min(), values.max()
-    if mode.startswith("I") and low >= 0 and high <= 65535:
-        return values / 65535, "16 bits, 0 to 65535, kept"
+    if mode.startswith("I") and low >= 0 and 255 < high <= 65535:
+        return values / 65535, f"16 bits, black 0 and white 65535, kept: values {low:g} to {high:g}"
     if mode == "F" and low >= 0 and high <= 1:
         return values, "floating-point values, black 0 and white 1, kept"
     if mode == "F" and low >= -1 and high <= 1:
         return (values + 1) / 2, "floating-point values, black -1 and white 1, kept"
-    expected = "0 to 65535" if mode.startswith("I") else "[0, 1] or [-1, 1]"
+    expected = (
+        "0 to 65535, and more than 8 bits of it," if mode.startswith("I") else "[0, 1] or [-1, 1]"
+    )
     raise ValueError(f"{path} has values from {low:g} to {high:g}, expected {expected}: scale it")
 
 
@@ -170,7 +183,10 @@ def _window(
 
 
 def _open(path: Path) -> tuple[Image.Image, list[str]]:
-    """Returns a picture, upright, and what of its file is left out."""
+    """Returns a picture, upright, and what of its file is left out.
+
+    Pillow's colour pictures have 8 bits; where a file has more, its tiles say so.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: expected a picture there")
     try:
@@ -178,7 +194,7 @@ def _open(path: Path) -> tuple[Image.Image, list[str]]:
             notes = []
             if (frames := getattr(picture, "n_frames", 1)) > 1:
                 notes.append(f"the first of {frames} pictures in the file")
-            if ";16" in str(picture.tile) and not picture.mode.startswith("I"):
+            if re.search(r";16|\b65535\b", str(picture.tile)) and not picture.mode.startswith("I"):
                 notes.append("16 bits a channel cut to 8, which Pillow's colour pictures have")
             return ImageOps.exif_transpose(picture), notes
     except UnidentifiedImageError as error:

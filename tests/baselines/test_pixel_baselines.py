@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from azula.denoise import Denoiser, DiracPosterior
 from azula.noise import CosineSchedule, VPSchedule
 from deepinv.physics import Blur, LinearPhysics
 
@@ -25,6 +26,13 @@ from diffoc.problems.tasks import UnsupportedTask, task
 
 METHODS = [score_sde, mcg, ddnm, ddrm, pnp_admm, admm_tv]
 STEPS, COUNT, N, M, NOISE = 30, 20_000, 5, 3, 0.3
+
+
+class Half(Denoiser):
+    schedule = VPSchedule()
+
+    def forward(self, x, t):
+        return DiracPosterior(x / 2)
 
 
 def seeded(seed=0):
@@ -415,7 +423,7 @@ def test_admm_tv_denoises_as_chambolles_algorithm_does():
     noisy = (normal(1, 1, 16, 16).cumsum(-1) / 4).contiguous()
     identity = LinearPhysics(A=lambda x: x, A_adjoint=lambda y: y)
     x0 = admm_tv(
-        None, identity, noisy, noisy, seeded(), noise_std=0.1, steps=100, weight=0.2, stepsize=1.0
+        Half(), identity, noisy, noisy, seeded(), noise_std=0.1, steps=100, weight=0.2, stepsize=1.0
     )
     expected = denoise_tv_chambolle(noisy[0, 0].numpy(), weight=0.2, eps=1e-12, max_num_iter=20_000)
     torch.testing.assert_close(x0[0, 0], torch.from_numpy(expected), rtol=0, atol=5e-3)
@@ -451,19 +459,11 @@ def test_nonlinear_tasks_are_refused_before_any_evaluation(method, name):
 def test_settings_out_of_range_are_refused(method, settings, message):
     physics, x = images("random_inpainting", torch.float64)
     with pytest.raises(ValueError, match=message):
-        method(None, physics, physics.A(x), x, seeded(), **{"noise_std": 0.1, **settings})
+        method(Half(), physics, physics.A(x), x, seeded(), **{"noise_std": 0.1, **settings})
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_problems_of_a_batch_do_not_influence_each_other(method):
-    class Half(torch.nn.Module):
-        schedule = VPSchedule()
-
-        def forward(self, x, t):
-            from azula.denoise import DiracPosterior
-
-            return DiracPosterior(x / 2)
-
     shape = (1, 8, 12)
     physics, x = task("super_resolution", shape, seeded()).double(), normal(2, *shape, seed=1)
     y = physics.A(x)

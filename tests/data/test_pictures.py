@@ -1,5 +1,8 @@
 """Any picture becomes an image of the wanted shape, and says what was done to it."""
 
+import struct
+import zlib
+
 import numpy as np
 import pytest
 import torch
@@ -48,7 +51,7 @@ KINDS = {
     "LA": (np.dstack([LEVELS, ALPHA]), GREY * FADED + 1 - FADED, "composited over white"),
     "clear palette": (CLEAR, np.where(GREY == 4 / 255, 1, GREY), "composited over white"),
     "CMYK tif": (Image.fromarray(COLOUR).convert("CMYK"), RGB, "CMYK converted to RGB"),
-    "16 bits": (LEVELS.astype(np.uint16) * 257 + 100, GREY + 100 / 65535, "16 bits, 0 to 65535"),
+    "16 bits": (LEVELS.astype(np.uint16) * 257 + 100, GREY + 100 / 65535, "16 bits, black 0"),
     "floats tif": (FLOATS, FLOATS[..., None], "black 0 and white 1"),
     "signed floats tif": (2 * FLOATS - 1, FLOATS[..., None], "black -1 and white 1"),
 }
@@ -81,6 +84,9 @@ def test_what_can_be_read_in_more_than_one_way_is_refused(tmp_path):
         (3 * FLOATS - 2, "values from -2 to 1"),
         (np.full((8, 8), 70000, np.int32), "from 70000 to 70000, expected 0 to 65535"),
         (np.full((8, 8), np.nan, np.float32), "not finite"),
+        (LEVELS.astype(np.uint16), "from 0 to 252, expected 0 to 65535, and more than 8 bits"),
+        (LEVELS.astype(np.int32), "from 0 to 252, expected 0 to 65535, and more than 8 bits"),
+        (LEVELS.astype(np.int32) - 5, "from -5 to 247, expected 0 to 65535"),
     ):
         Image.fromarray(values).save(tmp_path / "a.tif")
         with pytest.raises(ValueError, match=message):
@@ -111,7 +117,7 @@ def test_a_folder_s_pictures_by_name(tmp_path):
     for name in ("b.PNG", "a.jpg", "c.JPEG", "._a.jpg", ".hidden.png", "notes.txt", "d.npz"):
         (tmp_path / name).touch()
     assert picture_names(tmp_path) == ["a.jpg", "b.PNG", "c.JPEG"]
-    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "a.png").mkdir(parents=True)  # a folder is none, whatever its name
     with pytest.raises(FileNotFoundError, match="has no pictures"):
         picture_names(tmp_path / "empty")
 
@@ -130,13 +136,84 @@ def test_the_centre_is_kept_and_the_camera_turned_upright(tmp_path):
     assert picture_size(tmp_path / "turned.jpg") == (60, 20)
 
 
+UPRIGHT = {
+    1: lambda pixels: pixels,
+    2: np.fliplr,
+    3: lambda pixels: np.rot90(pixels, 2),
+    4: np.flipud,
+    5: lambda pixels: np.swapaxes(pixels, 0, 1),
+    6: lambda pixels: np.rot90(pixels, -1),
+    7: lambda pixels: np.swapaxes(np.rot90(pixels, 2), 0, 1),
+    8: np.rot90,
+}
+"""What EXIF's orientations say."""
+
+
+@pytest.mark.parametrize("orientation", UPRIGHT)
+@pytest.mark.parametrize("stored", [COLOUR, FLOATS], ids=["png", "tif"])
+def test_a_picture_is_turned_once(stored, orientation, tmp_path):
+    picture = Image.fromarray(stored)
+    exif = picture.getexif()
+    exif[0x0112] = orientation
+    path = tmp_path / ("a.tif" if stored is FLOATS else "a.png")
+    picture.save(path, exif=exif)
+    expected = UPRIGHT[orientation](stored if stored is FLOATS else stored / 255)
+    found = read_picture(path, (1 if stored is FLOATS else 3, 8, 8))[0][0].movedim(0, -1)
+    np.testing.assert_allclose(np.squeeze(found.numpy()), 2 * expected - 1, rtol=0, atol=1e-6)
+
+
+def png(depth, colour, rows, *chunks):
+    """The bytes of a PNG, as Pillow does not write it, of rows of bytes."""
+
+    def chunk(kind, content):
+        checked = kind + content
+        return struct.pack(">I", len(content)) + checked + struct.pack(">I", zlib.crc32(checked))
+
+    header = struct.pack(">IIBBBBB", 8, len(rows), depth, colour, 0, 0, 0)
+    data = zlib.compress(b"".join(b"\0" + row for row in rows))
+    parts = [(b"IHDR", header), *chunks, (b"IDAT", data), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
+
+
+@pytest.mark.parametrize("kind", ["png", "ppm"])
+def test_colours_of_16_bits_are_cut_with_a_note(kind, tmp_path):
+    rows = [row.tobytes() for row in (COLOUR.astype(">u2") * 257)]
+    content = png(16, 2, rows) if kind == "png" else b"P6\n8 8\n65535\n" + b"".join(rows)
+    (tmp_path / f"a.{kind}").write_bytes(content)
+    image, notes = read_picture(tmp_path / f"a.{kind}", (3, 8, 8))
+    np.testing.assert_allclose(image[0].movedim(0, -1), 2 * RGB - 1, rtol=0, atol=1e-6)
+    assert notes == ["16 bits a channel cut to 8, which Pillow's colour pictures have"]
+
+
+def test_a_transparent_colour_of_16_bits_and_an_empty_png_are_refused(tmp_path):
+    rows = [row.tobytes() for row in (LEVELS.astype(">u2") * 257)]
+    (tmp_path / "a.png").write_bytes(png(16, 0, rows, (b"tRNS", struct.pack(">H", 257 * 4))))
+    with pytest.raises(ValueError, match="transparent colour and more than 8 bits"):
+        read_picture(tmp_path / "a.png", (1, 8, 8))
+    (tmp_path / "a.png").write_bytes(png(8, 2, []))
+    with pytest.raises(ValueError, match="no picture that Pillow knows"):
+        read_picture(tmp_path / "a.png", (1, 8, 8))
+
+
+@pytest.mark.parametrize("kind", ["gif", "webp", "png", "tif"])
+def test_of_a_film_the_first_picture_is_read_with_a_note(kind, tmp_path):
+    film = [Image.fromarray(LEVELS), Image.fromarray(255 - LEVELS)]
+    options = {"lossless": True} if kind == "webp" else {}
+    film[0].save(tmp_path / f"a.{kind}", save_all=True, append_images=film[1:], **options)
+    image, notes = read_picture(tmp_path / f"a.{kind}", (1, 8, 8))
+    np.testing.assert_allclose(image[0, 0], 2 * GREY[..., 0] - 1, rtol=0, atol=1e-6)
+    assert notes[0] == "the first of 2 pictures in the file"
+
+
 def test_transparency_is_a_mask(tmp_path):
     mask = (torch.arange(12) % 3 > 0).float().reshape(1, 3, 4)
     write_picture(torch.zeros(3, 3, 4), tmp_path / "a.png", mask)
     assert torch.equal(read_transparency(tmp_path / "a.png"), mask[None])
-    write_picture(torch.zeros(3, 3, 4), tmp_path / "b.png")
-    with pytest.raises(ValueError, match="no transparent pixel"):
-        read_transparency(tmp_path / "b.png")
+    for opacity, said in ((255, "no transparent"), (0, "no opaque"), (ALPHA, "half transparent")):
+        alpha = np.broadcast_to(np.uint8(opacity), (8, 8))
+        Image.fromarray(np.dstack([COLOUR, alpha])).save(tmp_path / "b.png")
+        with pytest.raises(ValueError, match=f"{said} pixel"):
+            read_transparency(tmp_path / "b.png")
 
 
 def test_what_is_no_picture_is_refused(tmp_path):

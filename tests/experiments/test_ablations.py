@@ -215,15 +215,15 @@ def test_a_deep_image_prior_ends_at_the_noise():
     truth = digits()[0][:1]
     physics = task("super_resolution", (1, 28, 28), g)
     y = measure(physics, truth, g)
-    settings = {"iterations": 400, "channels": 16}
-    x0 = deep_image_prior(None, physics, y, truth, g, noise_std=NOISE_STD, **settings)
+    settings, prior = {"iterations": 400, "channels": 16}, load_prior("mnist")
+    x0 = deep_image_prior(prior, physics, y, truth, g, noise_std=NOISE_STD, **settings)
     assert x0.shape == truth.shape
     residual = (physics.A(x0) - y).square().mean().sqrt()
     assert 0.8 * NOISE_STD < residual < Problem(physics, y, NOISE_STD).noise_level
     assert (x0 - truth).square().mean() < 0.5 * truth.square().mean()
     for name, value in (("iterations", 0), ("channels", 0), ("rate", 0.0)):
         with pytest.raises(ValueError, match=f"{name} is 0"):
-            deep_image_prior(None, physics, y, truth, g, noise_std=0.05, **{name: value})
+            deep_image_prior(prior, physics, y, truth, g, noise_std=0.05, **{name: value})
 
 
 def test_each_image_has_a_deep_image_prior_of_its_own():
@@ -234,7 +234,7 @@ def test_each_image_has_a_deep_image_prior_of_its_own():
     options = {"noise_std": NOISE_STD, "iterations": 3, "channels": 8}
     found = [
         deep_image_prior(
-            None,
+            load_prior("mnist"),
             physics,
             torch.cat([y[:1], other]),
             truth,
