@@ -11,39 +11,76 @@ expects the image :math:`m(x_t, t)`, to some :math:`\rho_t`, the measurements mo
 is affine in m moves the next state by :math:`b_t \delta_t`, which in input mode is the next
 control. The prior is evaluated once a step, and never differentiated.
 
+Neighbouring pixels are wrong together, because images are smooth. So v may be a covariance, whose
+variances S(k) of cosines fall with the frequency as those of images do (:func:`image_spectrum`);
+then :math:`\rho_t^2` is one number for each frequency, and a measured pixel moves those around it.
+
 The closed form is solved by conjugate gradients of its own: deepinv's proximal maps stop theirs by
 the worst image of a batch, which couples its images.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from diffoc.checks import check_above, check_size, check_tensor, evaluating
+from diffoc.checks import check_above, check_at_least, check_size, check_tensor, evaluating
 from diffoc.process import ReverseProcess
 
 if TYPE_CHECKING:
     from deepinv.physics import LinearPhysics
 
+Linear = Callable[[Tensor], Tensor]
+
 PIXEL_VARIANCE = 0.25
 """v: half the range of an image in [-1, 1] as a standard deviation."""
 
 
+def image_spectrum(shape: Sequence[int], smoothness: float) -> Tensor:
+    r"""Returns the variances S(k) of an image's cosine coefficients, (H, W), in float64.
+
+    .. math:: S(k) \propto (1 + |k|^2)^{-\beta/2}
+
+    k counts half waves along either side of (H, W), :math:`\beta \ge 0` is the smoothness, and the
+    mean is the variance v of a pixel. White noise has 0, photographs have about 2 (Field 1987,
+    doi:10.1364/JOSAA.4.002379).
+    """
+    vertical, horizontal = (torch.arange(length, dtype=torch.float64) for length in shape)
+    spectrum = (1 + vertical[:, None] ** 2 + horizontal**2) ** (-smoothness / 2)
+    return PIXEL_VARIANCE * spectrum / spectrum.mean()
+
+
+def cosines(length: int) -> Tensor:
+    """Returns the orthonormal cosine transform of a line, (length, length), in float64."""
+    k = torch.arange(length, dtype=torch.float64)
+    waves = torch.cos(math.pi / length * k[:, None] * (k + 0.5)) * (2 / length) ** 0.5
+    waves[0] /= 2**0.5
+    return waves
+
+
 @torch.no_grad()
 def greedy_controls(
-    process: ReverseProcess, physics: LinearPhysics, y: Tensor, x: Tensor, noise_std: float
+    process: ReverseProcess,
+    physics: LinearPhysics,
+    y: Tensor,
+    x: Tensor,
+    noise_std: float,
+    smoothness: float = 0.0,
 ) -> Tensor:
     """Returns the controls (T, B, ...) of a process in input mode; T evaluations, and no product.
 
     The physics is linear and has `A` and `A_adjoint`; measurements y and initial states x are
     (B, ...). The last correction would act on the image itself, which no control of this mode does.
-    A ValueError refuses a `noise_std` that is not above 0, `y` or `x` of another shape or not
-    finite, and a process in output mode.
+    The smoothness is that of :func:`image_spectrum`; other than 0 it is for images (B, C, H, W).
+    A ValueError refuses a `noise_std` that is not above 0, a negative smoothness, `y` or `x` of
+    another shape or not finite, and a process in output mode.
     """
     check_above(0, noise_std=noise_std)
+    check_at_least(0, smoothness=smoothness)
     if process.mode != "input":
         raise ValueError(f"process is in {process.mode} mode, expected input")
     check_tensor("x", x)
@@ -53,6 +90,9 @@ def greedy_controls(
     except (RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"x has shape {tuple(x.shape)}, which physics cannot take") from error
     check_size(expected, y=y)
+    if smoothness and x.ndim != 4:
+        raise ValueError(f"smoothness is {smoothness}, but x has shape {tuple(x.shape)}: take 0")
+    errors = _errors(x, smoothness)
     controls, u = [], torch.zeros_like(x)
     for i in range(process.horizon):
         controls.append(u)
@@ -61,23 +101,43 @@ def greedy_controls(
         alpha, sigma = process.denoiser.schedule(t)
         with evaluating(process.denoiser):
             mean = process.denoiser(x, t).mean.to(x.dtype)
-        variance = 1 / ((alpha / sigma) ** 2 + 1 / PIXEL_VARIANCE)
         _, b, _ = process.coefficients[i]
-        u = b * correction(physics, y, mean, (variance / noise_std**2).item())
+        u = b * correction(physics, y, mean, errors((alpha / sigma) ** 2, noise_std))
         x = process.affine(i, x, mean)
     return torch.stack(controls)
 
 
-def correction(
-    physics: LinearPhysics, y: Tensor, x: Tensor, ratio: float, trials: int = 50, tol: float = 1e-3
-) -> Tensor:
-    r"""Returns the d that minimises :math:`r \|A (x + d) - y\|^2 + \|d\|^2`, r >= 0.
+def _errors(x: Tensor, smoothness: float) -> Callable[[Tensor, float], Linear]:
+    r"""Returns what makes :math:`\rho^2 / s^2`, for images like x, of snr squared and s."""
+    if not smoothness:
+        return lambda known, s: lambda d: d / ((known + 1 / PIXEL_VARIANCE) * s**2)
+    rows, columns = (cosines(length).to(x) for length in x.shape[-2:])
+    spectrum = image_spectrum(x.shape[-2:], smoothness).to(x)
 
-    Measurements y and images x are (B, ...). There are at most `trials` iterations of conjugate
+    def covariance(known: Tensor, s: float) -> Linear:
+        gain = 1 / ((known + 1 / spectrum) * s**2)
+        return lambda d: rows.mT @ (gain * (rows @ d @ columns.mT)) @ columns
+
+    return covariance
+
+
+def correction(
+    physics: LinearPhysics,
+    y: Tensor,
+    x: Tensor,
+    ratio: float | Linear,
+    trials: int = 50,
+    tol: float = 1e-3,
+) -> Tensor:
+    r"""Returns the d that minimises :math:`\|A (x + d) - y\|^2 + d^T C^{-1} d`.
+
+    C is the ratio times the unit matrix, for a number >= 0, or a function that multiplies images by
+    it. Measurements y and images x are (B, ...). There are at most `trials` iterations of conjugate
     gradients, fewer where the normal equations' residual is `tol` times what it was at the start.
     No image of a batch decides when another is done.
     """
-    # In measurement space, (I + r A A^T) w = y - A x and d = r A^T w: never larger than the image.
+    covariance: Linear = ratio if callable(ratio) else lambda d: ratio * d
+    # In measurement space, (I + A C A^T) w = y - A x and d = C A^T w: never larger than the image.
     residual = y - physics.A(x)
     w, direction = torch.zeros_like(residual), residual
     square = start = _dot(residual, residual)
@@ -85,14 +145,14 @@ def correction(
         active = square > tol**2 * start
         if not active.any():
             break
-        image = direction + ratio * physics.A(physics.A_adjoint(direction))
+        image = direction + physics.A(covariance(physics.A_adjoint(direction)))
         step = torch.where(active, square / _dot(direction, image).where(active, 1), 0)
         w = w + step * direction
         residual = residual - step * image
         new = _dot(residual, residual)
         direction = residual + torch.where(active, new / square.where(active, 1), 0) * direction
         square = torch.where(active, new, square)
-    return ratio * physics.A_adjoint(w)
+    return covariance(physics.A_adjoint(w))
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:

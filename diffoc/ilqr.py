@@ -234,8 +234,8 @@ def ilqr(
         iterations: at most so many, at least 0.
         gradient_tolerance: not negative; zero for no such test, which saves the memory of the
             gains while those of the next iteration are computed.
-        budget: of evaluations of the dynamics by each problem: a problem ends before an iteration
-            that would exceed it if its first trial is accepted. None for no limit.
+        budget: of evaluations of the dynamics by each problem, which ends before the trial that
+            would exceed it. None for no limit.
         stop: maps final states to the problems that are good enough, (B,) bool.
         callback: called after each iteration with its number, copies of the costs (B,) and of the
             final states (B, ...); if it raises StopIteration, all problems are stopped there.
@@ -310,9 +310,15 @@ def terminate(state: State, method: Method) -> bool:
         check_kind(Tensor, **{"what stop returns": enough})
         check_size((len(state.cost),), **{"what stop returns": enough})
         state.retire(enough, "stopped")
-    if method.budget is not None:
-        state.retire(state.work["evaluations"] + len(state.nominal.u) > method.budget, "budget")
+    state.retire(~_affordable(state, method), "budget")
     return not state.active.any()
+
+
+def _affordable(state: State, method: Method) -> Tensor:
+    """Which problems may evaluate the dynamics of T steps once more, (B,) bool."""
+    if method.budget is None:
+        return torch.ones_like(state.active)
+    return state.work["evaluations"] + len(state.nominal.u) <= method.budget
 
 
 def expand(problem: ControlProblem, state: State, method: Method) -> None:
@@ -372,7 +378,7 @@ def step(problem: ControlProblem, state: State, method: Method, iteration: int) 
         state.best = choose(better, state.nominal.u, state.best[0]), best
     if rule.searches:
         state.retire(negligible, "cost")
-    refused = state.active & ~moved
+    refused = state.active & ~moved & _affordable(state, method)
     hopeless = rule.retry(state.memory, refused) & damping.exhausted(state.a)
     state.damp(state.active & moved, damping.shrink)
     state.damp(refused, damping.grow)
@@ -448,7 +454,7 @@ def _search(
     rule, nominal = method.rule, state.nominal
     taken, trial = torch.zeros_like(state.cost), 1.0
     for _ in range(rule.trials):
-        waiting = state.active & (taken == 0)
+        waiting = state.active & (taken == 0) & _affordable(state, method)
         if not waiting.any():
             break
         size = torch.where(waiting, trial, taken)
@@ -464,11 +470,12 @@ def _search(
     if not moved.any():
         return taken
     if (refused := (size > 0) & ~moved).any():
-        # Their last trial is in the new trajectory: roll out once more, without them.
+        # Their last trial is in the new trajectory: roll out once more, without them, which no
+        # problem alone would have to pay for.
         controls = choose(refused, nominal.u, new.u)
         new = nominal
         new = roll_out(problem, nominal.x[0], controls, method.derivatives)
-        state.charge(method.derivatives, refused)
+        state.charge(method.derivatives, torch.zeros_like(refused))
     state.nominal = new
     state.cost = torch.where(moved, cost, state.cost)
     state.terminal = torch.where(moved, terminal, state.terminal)

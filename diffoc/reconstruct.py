@@ -183,6 +183,8 @@ class Recipe:
         weights: gives :math:`\rho_i`, such as :func:`snr_squared` or :func:`constant`.
         guess: whether the first controls of a linear problem are the greedy ones, see
             :mod:`diffoc.greedy`; otherwise they are zero.
+        smoothness: of the errors that the guess takes the prior's estimate to have, at least 0: see
+            :func:`diffoc.greedy.image_spectrum`.
         from_noise: whether the process starts from random noise. The default, zero, is the most
             probable noise; a random start would only add the texture of a sample.
         stopped: whether an image is left where its residual is as small as the noise (the
@@ -208,6 +210,7 @@ class Recipe:
     weight: float = 1.0
     weights: Callable[[Schedule, Tensor], Tensor] = constant
     guess: bool = False
+    smoothness: float = 0.0
     from_noise: bool = False
     stopped: bool = False
     process: Callable[[Denoiser, int, Tensor, torch.Generator], ReverseProcess] = deterministic
@@ -218,7 +221,7 @@ class Recipe:
     def __post_init__(self) -> None:
         check_whole(1, steps=self.steps)
         check_whole(0, budget=self.budget, iterations=self.iterations, rank=self.rank)
-        check_at_least(0, weight=self.weight, spare=self.spare)
+        check_at_least(0, weight=self.weight, spare=self.spare, smoothness=self.smoothness)
         check_kind(Derivatives, derivatives=self.derivatives)
         if self.spare >= 1:
             raise ValueError(f"spare is {self.spare}, expected a share below 1")
@@ -342,7 +345,9 @@ def reconstruct(
         x[first:] = process.initial_state(x[first:].shape, generator).to(x)
         guess = None
         if recipe.guess and problem.linear:
-            guess = greedy_controls(process, problem.physics, problem.y, x, problem.noise_std)
+            guess = greedy_controls(
+                process, problem.physics, problem.y, x, problem.noise_std, recipe.smoothness
+            )
         spent = 0 if guess is None else recipe.steps
         reserved = spent + 2 * recipe.steps * (recipe.draw is not None)
         schedule, times = process.denoiser.schedule, process.times

@@ -15,7 +15,9 @@ def ours(
     *,
     budget: int,
     steps: int = OURS.steps,
-    weight: float = OURS.weight,
+    weight: float = 16.0,
+    smoothness: float = OURS.smoothness,
+    iterations: int | None = OURS.iterations,
     weighted: bool = True,
     in_units: bool = True,
     stopped: bool = False,
@@ -26,10 +28,11 @@ def ours(
     :mod:`diffoc.experiments.ablations`.
 
     Args:
-        budget: how many evaluations each image has, at least 4 T; the last iteration's line search
-            may go beyond it.
+        budget: how many evaluations each image has, at least 4 T.
         steps: T, at least 1.
-        weight: w, positive.
+        weight: w, positive; without smoothness 1 to 16 differed by 0.02 dB on colour faces.
+        smoothness: of the guess's errors, not negative.
+        iterations: of the plan, at most; 0 leaves the guess as it is, None is no limit.
         weighted: whether the cost is :math:`w \alpha_i^2 / \sigma_i^2`; without, it is w.
         in_units: whether L-BFGS measures in units of the image; without, in those of the state.
         stopped: whether the discrepancy principle ends it all the same.
@@ -40,6 +43,8 @@ def ours(
         budget=budget,
         steps=steps,
         weight=weight,
+        smoothness=smoothness,
+        iterations=iterations,
         weights=snr_squared if weighted else constant,
         preconditioned=in_units,
         stopped=stopped,
@@ -47,12 +52,18 @@ def ours(
     return given.reconstruct(recipe)
 
 
+def _work(settings: dict) -> tuple[int, int]:
+    # At most: the guess and the trials of the line search cost no product.
+    if settings.get("iterations") == 0:
+        return 2 * settings.get("steps", OURS.steps), 0
+    return settings["budget"], settings["budget"]
+
+
 METHOD = Method(
     "Ours",
     ours,
     lambda task, nfe: {"budget": nfe},
-    # At most: the guess and the trials of the line search cost no product.
-    lambda settings: (settings["budget"], settings["budget"]),
-    tuned={"weight": (1.0, 4.0, 16.0, 64.0), "steps": (15, 30)},
+    _work,
+    tuned={"steps": (15, 60), "smoothness": (2.0, 3.0), "iterations": (0, 20)},
     recipe=OURS,
 )

@@ -2,14 +2,17 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from azula.denoise import DiracPosterior
 from azula.noise import VPSchedule
 from deepinv.physics import LinearPhysics
+from scipy.fft import dct
 
 from diffoc.baselines.ours import ours
 from diffoc.baselines.stopped import stopped
-from diffoc.greedy import PIXEL_VARIANCE, correction, greedy_controls
+from diffoc.greedy import PIXEL_VARIANCE, correction, cosines, greedy_controls, image_spectrum
 from diffoc.priors.counting import CountedPrior
 from diffoc.priors.gaussian import GaussianPrior
 from diffoc.priors.pretrained import load_prior
@@ -63,6 +66,49 @@ def test_no_image_decides_for_another():
     torch.testing.assert_close(both[:1], alone, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("smoothness", [0.0, 2.0, 3.5])
+def test_the_spectrum_is_of_the_cosine_transform(smoothness):
+    """Against scipy's: the mean variance of a pixel is v, and white noise has v everywhere."""
+    spectrum = image_spectrum((6, 9), smoothness)
+    ends = [torch.from_numpy(dct(np.eye(n), axis=0, norm="ortho")) for n in (6, 9)]
+    for n, expected in zip((6, 9), ends, strict=True):
+        torch.testing.assert_close(cosines(n), expected, rtol=0, atol=1e-14)
+    both = torch.kron(*ends)
+    covariance = both.mT @ torch.diag(spectrum.flatten()) @ both
+    assert covariance.diagonal().mean().item() == pytest.approx(PIXEL_VARIANCE)
+    if not smoothness:
+        torch.testing.assert_close(covariance, PIXEL_VARIANCE * torch.eye(54).double())
+
+
+@pytest.mark.parametrize("smoothness", [0.0, 2.5])
+def test_a_step_is_the_posterior_mean_under_a_prior_of_that_spectrum(smoothness):
+    """E[x_0 | x_t, y] by joint Gaussian algebra: no time, mask or weight is left out."""
+    generator, s = seeded(), 0.3
+    H, W = 5, 4
+    waves = torch.kron(cosines(H), cosines(W))
+    C = waves.mT @ torch.diag(image_spectrum((H, W), smoothness).flatten()) @ waves
+    prior = GaussianPrior(torch.zeros(H * W, dtype=torch.float64), C, VPSchedule())
+
+    class Images(CountedPrior):
+        def forward(self, x, t):
+            return DiracPosterior(super().forward(x.flatten(1), t).mean.reshape(x.shape))
+
+    mask = torch.rand(1, 1, H, W, generator=generator, dtype=torch.float64) < 0.4
+    physics = LinearPhysics(A=lambda x, **_: mask * x, A_adjoint=lambda y, **_: mask * y)
+    x, y = torch.randn(2, 2, 1, H, W, generator=generator, dtype=torch.float64)
+    y = mask * y
+    process = ReverseProcess(Images(prior), 3)
+    u = greedy_controls(process, physics, y, x, s, smoothness)[1]
+    alpha, sigma = prior.schedule(process.times[0])
+    A = torch.diag(mask.flatten().double())
+    precision = torch.linalg.inv(C) + alpha**2 / sigma**2 * torch.eye(H * W) + A / s**2
+    information = alpha / sigma**2 * x.flatten(1) + y.flatten(1) / s**2
+    expected = torch.linalg.solve(precision, information.mT).mT.reshape(x.shape)
+    mean = prior(x.flatten(1), process.times[0]).mean.reshape(x.shape)
+    _, b, _ = process.coefficients[0]
+    torch.testing.assert_close(u, b * (expected - mean), rtol=2e-3, atol=2e-3)
+
+
 @pytest.mark.parametrize("method", ["ddim", "ddpm"])
 def test_the_controls_move_the_posterior_mean_of_every_step(method):
     # The whole trajectory by dense algebra, with the flow written out for images moved by d.
@@ -97,6 +143,11 @@ def test_bad_arguments():
     x = torch.zeros(1, 1, 28, 28)
     with pytest.raises(ValueError, match="noise_std is 0"):
         greedy_controls(ReverseProcess(prior, 2), physics, x, x, 0)
+    with pytest.raises(ValueError, match="smoothness is -1"):
+        greedy_controls(ReverseProcess(prior, 2), physics, x, x, 0.1, -1)
+    flat = physics_of(torch.eye(4))
+    with pytest.raises(ValueError, match="smoothness is 2, but x has shape"):
+        greedy_controls(ReverseProcess(prior, 2), flat, torch.ones(1, 4), torch.ones(1, 4), 0.1, 2)
     with pytest.raises(ValueError, match="output mode"):
         greedy_controls(ReverseProcess(prior, 2, mode="output"), physics, x, x, 0.1)
     with pytest.raises(ValueError, match="budget is 10"):
