@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import importlib
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+
+import diffoc
+import diffoc.problems
+from diffoc.priors.pretrained import SHIPPED
+from diffoc.problems import tasks
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("data/*.md")]
@@ -39,6 +46,48 @@ def test_names_in_a_page_can_be_imported(page: Path) -> None:
                     break
             thing = getattr(thing, part)
     assert missing == []
+
+
+README = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+SHORT = """
+import diffoc
+from diffoc.problems import super_resolution
+
+prior = diffoc.load_prior("faces64_rgb")
+physics = super_resolution(4)
+y = physics.A(torch.zeros(1, 3, 64, 64))
+problem = diffoc.Problem(physics, y, noise_std=0.05)
+result = diffoc.reconstruct(problem, prior)
+paper = diffoc.reconstruct(problem, prior, recipe=diffoc.PAPER)
+assert paper.x0.shape == result.x0.shape
+"""
+
+
+@pytest.mark.parametrize("example", [*README, SHORT])
+def test_examples_run_as_they_are_written(example: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a denoiser of a normal law in place of the network, and two steps of the paper's."""
+
+    def wiener(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        return x / (1 + sigma.reshape(-1, 1, 1, 1) ** 2)
+
+    prior = diffoc.priors.wrap_edm(wiener, (3, 64, 64))
+    asked: list[str] = []
+    monkeypatch.setattr(diffoc, "load_prior", lambda name: asked.append(name) or prior)
+    monkeypatch.setattr(diffoc, "PAPER", replace(diffoc.PAPER, steps=2, iterations=1))
+    names = {"torch": torch}
+    exec(example, names)
+    assert set(asked) <= set(SHIPPED)
+    result = names["result"]
+    assert result.x0.shape == (1, 3, 64, 64)
+    assert result.residual_over_noise < 1.5
+
+
+def test_all_that_problems_has_is_a_task_s() -> None:
+    for name in diffoc.problems.__all__:
+        assert getattr(diffoc.problems, name) is getattr(tasks, name)
+    assert {*tasks.TASKS, "measure", "task"} == set(diffoc.problems.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'blur'"):
+        _ = diffoc.problems.blur
 
 
 def equations(text: str) -> set[int]:
