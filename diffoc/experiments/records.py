@@ -90,7 +90,8 @@ COLUMNS = (
 """Status is "ok", "failed" with its error, or "unsupported": the method cannot do the task."""
 
 _HEADER = ",".join(COLUMNS) + "\n"
-_SHARED = tuple(key for key in COLUMNS if key not in ("image", "image_sha256", *METRICS))
+_OWN = ("image", "image_sha256", "operator", *METRICS)
+_SHARED = tuple(key for key in COLUMNS if key not in _OWN)
 _NUMBERS = (*METRICS, *COUNTS, "seconds")
 
 

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -340,6 +341,26 @@ def test_a_latent_method_says_that_it_has_no_prior(folder):
     )
     with pytest.raises(UnsupportedTask, match="psld needs a prior in a latent space"):
         Computer(folder)(cells[0])
+
+
+@pytest.mark.parametrize("name", ["random_inpainting", "box_inpainting", "motion_blur"])
+def test_a_table_with_an_operator_for_each_image_is_written_and_gone_on_with(
+    folder, tmp_path, seen, monkeypatch, name
+):
+    """A second run reads what the first wrote, and computes nothing again."""
+    each = replace(ONE_OPERATOR, operator_per_image=tuple(TASKS))
+    monkeypatch.setattr("diffoc.experiments.cells.protocol_of", lambda prior: each)
+    path = tmp_path / "table.csv"
+    command = ["run", "table1", "--prior", "mnist", "--images", str(folder), "--methods", "look"]
+    command += ["--tasks", name, "--nfe", "4", "--batch", "3", "--out", str(path)]
+    assert main(command) == 0
+    written = path.read_bytes()
+    assert pd.read_csv(path)["operator"].nunique() == (
+        1 if name in ("super_resolution", "gaussian_blur") else 3
+    )
+    assert main(command) == 0
+    assert path.read_bytes() == written
+    assert len(seen) == 1
 
 
 def test_the_commands_make_check_and_print_a_table(folder, tmp_path, seen, capsys):

@@ -186,7 +186,7 @@ def test_one_wrong_character_is_refused_or_harms_its_own_cell_only(tmp_path):
         *((key, value) for key in ("evaluations", "seconds") for value in ("nan", "7")),
         *((key, "") for key in ("image", "prior", "precision", "task", "method")),
         ("image", "ü b.png"),
-        *((key, "another") for key in ("weights_sha256", "operator", "protocol", "commit")),
+        *((key, "another") for key in ("weights_sha256", "protocol", "commit")),
         *((key, "another") for key in ("versions", "device", "threads", "error")),
     ],
 )
