@@ -261,8 +261,17 @@ class MatrixFree(Derivatives):
     def expand(
         self, steps: list[Callable[[], MatrixFreeStep]], value: LowRankValue
     ) -> list[LowRankExpansion]:
-        """Returns the trajectory's expansions, see :func:`pull_back`; empties `steps`."""
-        return pull_back(steps, value)
+        """Returns the trajectory's expansions from its steps and the value at its end.
+
+        Costate and factor are pulled back from the last step to the first. Each step is taken off
+        the list when its turn comes, and with it the last reference to its activations.
+        """
+        p, Z, expansions = value.p, value.Z, []
+        while steps:
+            e = _pull_back_step(steps.pop()(), p, Z)
+            expansions.append(e)
+            p, Z = e.px, e.W
+        return expansions[::-1]
 
     def gradients(self, expansions: list[LowRankExpansion], value: LowRankValue) -> list[Tensor]:
         """Returns the derivatives of the total cost in the controls of every step, (B, m) each."""
@@ -325,22 +334,6 @@ def linearize_step(
         return in_x.flatten(2), in_u.flatten(2)
 
     return y.detach(), pullback
-
-
-def pull_back(
-    steps: list[Callable[[], MatrixFreeStep]], value: LowRankValue
-) -> list[LowRankExpansion]:
-    """Returns the expansions of the steps 0 to T - 1, from the value at the final state.
-
-    Costate and factor are pulled back from the last step to the first. Each step is taken off the
-    list when its turn comes, and with it the last reference to its activations.
-    """
-    p, Z, expansions = value.p, value.Z, []
-    while steps:
-        e = _pull_back_step(steps.pop()(), p, Z)
-        expansions.append(e)
-        p, Z = e.px, e.W
-    return expansions[::-1]
 
 
 def _pull_back_step(step: MatrixFreeStep, p: Tensor, Z: Tensor) -> LowRankExpansion:

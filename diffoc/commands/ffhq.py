@@ -87,7 +87,7 @@ def measure(args: argparse.Namespace) -> int:
 def _measured(
     kept: dict[str, Path], truth: dict[str, Path], place: Path, args: argparse.Namespace
 ) -> Measured | None:
-    """The set of pictures, of which the parts that are there already are read; None if not all."""
+    """Returns the set measured, whose parts that are there already are read; None if not all."""
     from diffoc.experiments.measured import Measured, read_part, write_part
     from diffoc.experiments.measured import measure as measured
 
@@ -114,7 +114,7 @@ def _measured(
 
 
 def _digest(kept: dict[str, Path], truth: dict[str, Path], resize: str) -> str:
-    """Of all that decides what is measured: pictures, originals, filter, metrics that are there."""
+    """Returns a digest of what decides the result: pictures, originals, filter, metrics."""
     from diffoc.problems.perceptual import missing_metrics
 
     files = [(str(p.resolve()), p.stat().st_mtime_ns) for p in (*kept.values(), *truth.values())]
@@ -123,7 +123,7 @@ def _digest(kept: dict[str, Path], truth: dict[str, Path], resize: str) -> str:
 
 
 def _inception(device: str) -> tuple[Features | None, str]:
-    """FID's network, or why there is none."""
+    """Returns FID's network, or why there is none."""
     from diffoc.problems.perceptual import inception
 
     try:
@@ -241,7 +241,7 @@ def _compare(
 
 
 def _draw(sets: Sequence[dict[str, Path]], path: Path) -> Path:
-    """A sheet: a row for every set, the originals first; the first images of all."""
+    """Writes a sheet of the first images: a row for every set, the originals first."""
     import torch
 
     from diffoc.data.pictures import picture_size, read_picture
@@ -269,7 +269,7 @@ def _out(args: argparse.Namespace) -> Path:
 
 
 def _chosen(args: argparse.Namespace) -> list[Path]:
-    """The pictures that are asked for; in a rehearsal without a folder some that are generated."""
+    """Returns the pictures asked for; in a rehearsal without a folder some are generated."""
     from diffoc.experiments.measured import pictures_in
 
     if args.images is None:
@@ -283,7 +283,7 @@ def _chosen(args: argparse.Namespace) -> list[Path]:
 
 
 def _generated(folder: Path) -> Path:
-    """Four pictures of 256 pixels, smooth and in colour, in nobody's likeness."""
+    """Makes four pictures of 256 pixels, smooth and in colour, in nobody's likeness."""
     import torch
 
     from diffoc.data.pictures import write_picture
@@ -298,7 +298,7 @@ def _generated(folder: Path) -> Path:
 
 
 def _prepare(args: argparse.Namespace, prior: str, paths: Sequence[Path]) -> tuple[Path, list[str]]:
-    """A folder of PNG files of the prior's size, made where they are missing, and their names."""
+    """Returns a folder of PNG files of the prior's size, made where missing, and their names."""
     from PIL import Image
 
     from diffoc.data.files import replacing
@@ -318,7 +318,7 @@ def _prepare(args: argparse.Namespace, prior: str, paths: Sequence[Path]) -> tup
 
 
 def _side(prior: str) -> int:
-    """Of a prior's images in pixels; its weights need not be there."""
+    """Returns the side of a prior's images in pixels; its weights need not be there."""
     from diffoc.experiments.inaccurate import accurate_name
     from diffoc.priors.pretrained import shape_of
 

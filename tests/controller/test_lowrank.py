@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from diffoc.costs import ControlCost
-from diffoc.lowrank import LowRankValue, MatrixFreeStep, linearize_step, pull_back
+from diffoc.lowrank import LowRankValue, MatrixFree, MatrixFreeStep, linearize_step
 from diffoc.riccati import DenseValue, expand_step
 from diffoc.system import backward_sweep
 
@@ -47,7 +47,7 @@ def setting(mode, n, k, T=6, batch=2, definite=True):
 
 def free_sweep(steps, value, constant, update):
     """The backward sweep by products only; `steps` stay as they are."""
-    expansions = pull_back([lambda step=step: step for step in steps], value)
+    expansions = MatrixFree().expand([lambda step=step: step for step in steps], value)
     return backward_sweep(expansions, value, constant, update)
 
 
@@ -104,7 +104,7 @@ def test_singular_and_indefinite_control_hessians_are_reported():
         step = MatrixFreeStep(free[0].pullback, free[0].u, problem_r)
         value = LowRankValue(low.Vx, low.Z, S_scale * low.S)
         a = torch.tensor([0.0, 1e4], dtype=torch.float64)
-        (expansion,) = pull_back([lambda step=step: step], value)
+        (expansion,) = MatrixFree().expand([lambda step=step: step], value)
         gains, new = value.step_back(expansion, a, "full")
         assert gains.definite.tolist() == [False, True]
         assert (gains.k[0] == 0).all()
