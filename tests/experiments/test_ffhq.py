@@ -1,6 +1,7 @@
 """The chain of the FFHQ tables from pictures to a table beside the paper's, rehearsed."""
 
 import csv
+import inspect
 import re
 import shlex
 import subprocess
@@ -17,7 +18,13 @@ from diffoc.experiments import ffhq, preflight
 from diffoc.experiments.cells import Computer, cells_of
 from diffoc.experiments.ffhq import beside_the_paper, cells_by_line, lines, paper_numbers
 from diffoc.experiments.methods import METHODS
-from diffoc.experiments.preflight import Report, check_images, check_weights, seconds_of
+from diffoc.experiments.preflight import (
+    Report,
+    check_images,
+    check_weights,
+    largest_batch,
+    seconds_of,
+)
 from diffoc.experiments.protocol import FFHQ, FFHQ_PROTOCOLS, FFHQ_RELEASED
 from diffoc.priors.pretrained import REMOTE, load_prior
 from diffoc.problems.tasks import measured
@@ -168,6 +175,30 @@ def test_pictures_that_do_not_fit_are_refused_one_line_each(tmp_path):
     check_images(sorted(tmp_path.iterdir()), 64, report)
     assert ["b.png" in report.refused[0], "c.png" in report.refused[1]] == [True, True]
     assert len(report.refused) == 3
+
+
+@pytest.mark.parametrize(("recomputed", "kept"), [(6, 1), (1, 0), (0, 0)])
+def test_the_largest_batch_is_found_by_trying(recomputed, kept):
+    """A card, for once a stand-in, on which so many images fit."""
+    cells = cells_by_line("table1", SMALL, ["a"], 1, "float32", tasks=["super_resolution"])
+    (cell,) = [cell for cell, line in cells.items() if line.label == "Ours (NFE = 2500)"]
+    tried = []
+
+    class Card:
+        device = "cuda"
+
+        def __call__(self, cell):
+            inspect.signature(METHODS[cell.method].run).bind_partial(**cell.keywords)
+            keep = cell.keywords["keep_activations"]
+            tried.append((keep, len(cell.images), cell.keywords["iterations"]))
+            if len(cell.images) > (kept if keep else recomputed):
+                raise torch.OutOfMemoryError("CUDA out of memory")
+
+    largest_batch(cell, Card(), ["a", "b"], report := Report())
+    found = [line.rpartition(": ")[2] for line in report.lines]
+    assert found == [str(2 ** (n.bit_length() - 1) if n else 0) for n in (recomputed, kept)]
+    assert bool(report.refused) == (recomputed == 0)
+    assert {iterations for *_, iterations in tried} == {1}
 
 
 def test_hours_follow_the_counts():
