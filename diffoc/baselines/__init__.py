@@ -62,7 +62,7 @@ class Method:
         settings: maps a task's name and a budget of evaluations to keyword arguments; it raises a
             ValueError for a budget that the method cannot have.
         work: maps keyword arguments to the evaluations and products of an image.
-        tuned: the values to try of the one or two keywords that are tuned for a task; all their
+        tuned: the values to try of the one to three keywords that are tuned for a task; all their
             pairs are tried.
         largest: the largest value that the first of them may have.
         latent: whether the method needs a :class:`diffoc.priors.latent.LatentPrior`.
