@@ -131,6 +131,7 @@ def evaluate(name: str, samples: int, out: Path) -> int:
 def solve(args: argparse.Namespace) -> int:
     """Reconstructs a picture from a measurement of it, and writes what happened."""
     from diffoc.commands import solve as solving
+    from diffoc.priors.latent import LatentPrior
     from diffoc.priors.pretrained import load_prior
 
     names = ("recipe", "budget", "steps", "iterations", "rank", "starts")
@@ -140,6 +141,8 @@ def solve(args: argparse.Namespace) -> int:
     )
     try_folder(args.out)
     prior = load_prior(args.prior)
+    if isinstance(prior, LatentPrior):
+        raise ValueError(f"prior is {args.prior}, one of latents: expected one of images")
     if args.measurement:
         if args.crop:
             raise ValueError("crop is given, but it is of a picture: a measurement is taken whole")

@@ -26,7 +26,7 @@ from diffoc.data.pictures import (
     write_picture,
 )
 from diffoc.ilqr import Result
-from diffoc.problems.metrics import image_metrics
+from diffoc.problems.metrics import SMALLEST, image_metrics
 from diffoc.problems.tasks import NOISE_STD, measure, measured, task
 from diffoc.reconstruct import COLD, OURS, STOPPED, Problem, Recipe, reconstruct
 
@@ -105,6 +105,11 @@ def from_picture(
     crop: tuple[int, int, int] | None = None,
 ) -> Case:
     """Simulates the measurement of a picture; arguments and errors as for `read_picture`."""
+    if min(shape[1:]) < SMALLEST:
+        raise ValueError(
+            f"prior is {settings.prior!r}, with images of {shape[1]} x {shape[2]}: solve measures "
+            f"SSIM, which needs sides of {SMALLEST} or more"
+        )
     truth, notes = read_picture(path, shape, crop)
     generator = torch.Generator().manual_seed(settings.seed)
     physics = task(settings.task, shape, generator)

@@ -6,6 +6,8 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 
 from diffoc.checks import check_images, check_tensor
 
+SMALLEST = 11  # side of an image in which SSIM has a whole window
+
 
 def image_metrics(images: Tensor, truth: Tensor, *, rounded: bool = False) -> dict[str, Tensor]:
     """Returns PSNR in dB, SSIM and MSE of images in [-1, 1], clipped to that range, (B,) each.
@@ -23,7 +25,7 @@ def image_metrics(images: Tensor, truth: Tensor, *, rounded: bool = False) -> di
     Raises:
         ValueError: for other shapes, or values that are not finite.
     """
-    if images.shape != truth.shape or images.ndim != 4 or min(images.shape[-2:]) < 11:
+    if images.shape != truth.shape or images.ndim != 4 or min(images.shape[-2:]) < SMALLEST:
         raise ValueError(
             f"images and truth have shapes {tuple(images.shape)} and {tuple(truth.shape)}, "
             "expected the same (B, C, H, W), H and W at least 11"

@@ -47,7 +47,20 @@ def test_every_path_is_known_to_be_read_or_written():
     assert {command for command, action in path_options() if action.dest in WRITTEN} == {*NEEDED}
 
 
-@pytest.mark.parametrize("where", ["below a file", "in its place"])
+READ_ONLY = Path("/proc/diffoc/written")
+"""Where root cannot write either."""
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        "below a file",
+        "in its place",
+        pytest.param(
+            "read only", marks=pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs /proc")
+        ),
+    ],
+)
 @pytest.mark.parametrize(
     ("command", "option"),
     [(c, a.option_strings[0]) for c, a in path_options() if a.dest in WRITTEN],
@@ -62,7 +75,8 @@ def test_a_place_that_cannot_be_written_is_said_before_the_work(
     # What takes a file meets a folder, and what takes a folder a file.
     is_file = option == "--checkpoint" or (option == "--out" and command in CSV)
     taken = folder if is_file else tmp_path / "file"
-    place = tmp_path / "file" / "below" if where == "below a file" else taken
+    below = {"below a file": tmp_path / "file" / "below", "read only": READ_ONLY}
+    place = below.get(where, taken)
 
     def work(*args, **options):
         raise AssertionError("the work began")
@@ -76,7 +90,7 @@ def test_a_place_that_cannot_be_written_is_said_before_the_work(
     assert main([command, *needed, option, str(place)]) == 2
     err = capsys.readouterr().err
     assert len(err.splitlines()) == 1
-    assert place.name in err or "file" in err
+    assert place.name in err or "file" in err or "/proc/diffoc" in err
     assert (tmp_path / "file").read_text() == "a file"
 
 

@@ -19,6 +19,8 @@ from diffoc.commands.solve import (
 from diffoc.data import images as data
 from diffoc.data.pictures import read_picture
 from diffoc.greedy import greedy_controls
+from diffoc.priors import wrap
+from diffoc.priors.latent import LatentPrior
 from diffoc.priors.pretrained import load_prior
 from diffoc.problems.metrics import image_metrics
 from diffoc.problems.tasks import NOISE_STD, TASKS, measured, task
@@ -127,6 +129,24 @@ def test_the_cheapest_of_several_starts_is_written(picture, tmp_path):
     report = json.loads((tmp_path / "report.json").read_text())
     assert len(report["costs_of_starts"]) == 3
     assert report["cost"] == min(report["costs_of_starts"])
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda prior: LatentPrior(prior, None), "prior is mnist, one of latents"),
+        (lambda prior: wrap(lambda x, i: 0 * x, [0.9, 0.5], (1, 8, 8)), "needs sides of 11"),
+    ],
+)
+def test_priors_of_other_things_are_refused_before_the_work(
+    make, said, picture, tmp_path, monkeypatch, capsys
+):
+    prior = make(load_prior("mnist"))
+    monkeypatch.setattr("diffoc.priors.pretrained.load_prior", lambda name: prior)
+    assert command(picture, "--task", "super_resolution", "--out", tmp_path) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert len(error.splitlines()) == 1
 
 
 def test_unfit_measurements_are_refused(picture, tmp_path, capsys):
