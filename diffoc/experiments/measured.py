@@ -55,7 +55,7 @@ def pictures_in(folder: Path) -> dict[str, Path]:
     """
     found: dict[str, Path] = {}
     for path in sorted(folder.rglob("*"), key=lambda path: (path.stem, str(path))):
-        if path.suffix.lower() not in PICTURES:
+        if path.suffix.lower() not in PICTURES or path.name.startswith(".") or path.is_dir():
             continue
         if path.stem in found:
             raise ValueError(f"{folder} has two pictures {path.stem}: {found[path.stem]}, {path}")

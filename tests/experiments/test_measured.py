@@ -155,6 +155,13 @@ def test_originals_are_found_and_resized(folders):
         read_resized(path, 100, "box")
 
 
+def test_hidden_files_and_folders_are_no_pictures(tmp_path):
+    for name in ("a.png", "._a.png"):
+        (tmp_path / name).touch()
+    (tmp_path / "b.png").mkdir()
+    assert pictures_in(tmp_path) == {"a": tmp_path / "a.png"}
+
+
 def test_jpeg_and_names_that_do_not_fit(tmp_path):
     write(tmp_path / "jpeg", pixels(2), "jpg")
     write(tmp_path / "png", pixels(3))
