@@ -600,6 +600,8 @@ OTHERS = {
     "as_picture": "test_latent_baselines",
     "residual_of": "behind the costs",
     "correction": "behind greedy_controls and the methods",
+    "cosines": "behind greedy_controls",
+    "image_spectrum": "behind greedy_controls",
     "method": "decorates the methods, above",
     "methods": "has no argument",
     "Share": "a number",
