@@ -789,3 +789,14 @@ def test_a_callback_that_raises_stop_iteration_ends_the_run():
     assert result.status == ["stopped"] * len(x)
     torch.testing.assert_close(result.cost, seen[-1][0], rtol=0, atol=0)
     torch.testing.assert_close(result.states[-1], seen[-1][1], rtol=0, atol=0)
+
+
+def test_what_a_callback_does_to_its_copies_changes_nothing():
+    problem, x, controls = pendulum()
+
+    def spoil(iteration, cost, states):
+        cost.zero_(), states.fill_(torch.nan)
+
+    alone, watched = ilqr(problem, x, controls), ilqr(problem, x, controls, callback=spoil)
+    assert watched.status == alone.status
+    torch.testing.assert_close(watched.controls, alone.controls, rtol=0, atol=0)
