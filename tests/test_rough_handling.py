@@ -4,6 +4,7 @@ import ast
 import json
 import math
 import pickle
+import re
 import shutil
 import tarfile
 import zipfile
@@ -484,6 +485,24 @@ def test_a_training_that_has_seen_nothing_writes_nothing(tmp_path, monkeypatch, 
     checkpoint.write_bytes(b"a checkpoint")
     assert main([*command, "--seed", "1"]) == 2
     assert "seed and init are of a new run" in capsys.readouterr().err
+
+
+def test_worse_weights_are_written_beside_those_that_they_would_replace(
+    tmp_path, monkeypatch, capsys
+):
+    x, labels = diffoc.data.digits()
+    images = ((x[:, 0] + 1) * 127.5).round().byte().numpy()
+    monkeypatch.setattr("diffoc.data.images.mnist", lambda split: (images, labels.numpy()))
+    out, checkpoint = tmp_path / "out", tmp_path / "beside" / "run.pt"
+    command = ["train", "judge", "--images", "64", "--out", str(out)]
+    assert main([*command, "--checkpoint", str(tmp_path / "first.pt")]) == 0
+    poor = (out / "judge.safetensors").read_bytes()
+    shutil.copy(manifest.data_folder() / "judge.safetensors", out)
+    good = (out / "judge.safetensors").read_bytes()
+    assert main([*command, "--checkpoint", str(checkpoint)]) == 2
+    assert re.search(r"it stays, and they are in .*beside/judge", capsys.readouterr().err)
+    assert (out / "judge.safetensors").read_bytes() == good
+    assert (tmp_path / "beside" / "judge.safetensors").read_bytes() == poor
 
 
 def test_a_diffusers_folder_with_more_weights_than_its_config_says_is_refused(tmp_path):

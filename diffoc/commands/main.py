@@ -1,6 +1,7 @@
 """The command line: `python -m diffoc COMMAND`."""
 
 import argparse
+import copy
 import json
 import math
 import sys
@@ -45,7 +46,11 @@ def verify() -> int:
 
 
 def train(args: argparse.Namespace) -> int:
-    """Trains, or goes on from the checkpoint, and writes the weights of the moving average."""
+    """Trains, or goes on from the checkpoint, and writes the weights of the moving average.
+
+    Weights that are worse than those in their place are written beside the checkpoint, which a
+    ValueError says.
+    """
     from diffoc.data.images import as_states
     from diffoc.figures import write_sheet
     from diffoc.priors.autoencoder import Autoencoder
@@ -85,6 +90,17 @@ def train(args: argparse.Namespace) -> int:
     training.train(run, images, labels, checkpoint, args.every, report=report, compile=args.compile)
     if isinstance(run.average, Autoencoder):
         run.average.standardise(as_states(images))
+    shipped = args.out / f"{name}.safetensors"
+    if shipped.exists():
+        before = copy.deepcopy(run.average)
+        before.load_state_dict(read_weights(shipped))
+        old, new = (evaluation.worth(one, held_out, truth) for one in (before, run.average))
+        if new < old:
+            path = write_weights(run.average, name, checkpoint.parent)
+            raise ValueError(
+                f"out has {shipped}, which is worth {old:.4g} on held-out images where the new "
+                f"weights are worth {new:.4g}: it stays, and they are in {path}"
+            )
     print(write_weights(run.average, name, args.out))
     return 0
 

@@ -116,6 +116,23 @@ def score(
     )
 
 
+def worth(network: nn.Module, held_out: np.ndarray, labels: np.ndarray | None = None) -> float:
+    """Returns one number by which two networks of a kind are compared, the larger the better.
+
+    It is a classifier's accuracy, an autoencoder's PSNR, a denoiser's mean over the three levels,
+    or a severity encoder's error, with the opposite sign. Arguments are as for :func:`score`.
+    """
+    if labels is not None:
+        return accuracy(network, held_out, labels)
+    if isinstance(network, Autoencoder):
+        return reconstruction_psnr(network, held_out)
+    if isinstance(network, SeverityEncoder):
+        found = severities(network, as_states(held_out), torch.Generator().manual_seed(0))
+        return -found[1].mean().item()
+    prior = denoiser(network)
+    return sum(denoising_psnr(prior, held_out, sigma) for sigma in SIGMAS) / len(SIGMAS)
+
+
 @torch.no_grad()
 def denoising_psnr(prior: Denoiser, images: np.ndarray, sigma: float, seed: int = 0) -> float:
     """Returns the mean PSNR in dB (peak 2) of denoised images at a noise level sigma.
