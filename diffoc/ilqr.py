@@ -234,8 +234,8 @@ def ilqr(
         iterations: at most so many, at least 0.
         gradient_tolerance: not negative; zero for no such test, which saves the memory of the
             gains while those of the next iteration are computed.
-        budget: of evaluations of the dynamics by each problem, which ends before the trial that
-            would exceed it. None for no limit.
+        budget: of evaluations of the dynamics by each problem, which ends before an iteration, or
+            a further trial of one, that would exceed it. None for no limit.
         stop: maps final states to the problems that are good enough, (B,) bool.
         callback: called after each iteration with its number, copies of the costs (B,) and of the
             final states (B, ...); if it raises StopIteration, all problems are stopped there.
@@ -454,7 +454,9 @@ def _search(
     rule, nominal = method.rule, state.nominal
     taken, trial = torch.zeros_like(state.cost), 1.0
     for _ in range(rule.trials):
-        waiting = state.active & (taken == 0) & _affordable(state, method)
+        waiting = state.active & (taken == 0)
+        if trial < 1:
+            waiting &= _affordable(state, method)
         if not waiting.any():
             break
         size = torch.where(waiting, trial, taken)

@@ -64,6 +64,6 @@ METHOD = Method(
     ours,
     lambda task, nfe: {"budget": nfe},
     _work,
-    tuned={"steps": (15, 60), "smoothness": (2.0, 3.0), "iterations": (0, 20)},
+    tuned={"smoothness": (2.0, 3.0), "steps": (15, 60), "iterations": (0, 20)},
     recipe=OURS,
 )

@@ -215,12 +215,13 @@ def _tuned(prior: str, method: str, task: str, nfe: int) -> dict:
     """The settings of a method for a budget, tuned for it or, as far as they go, for 300."""
     found = METHODS[method].settings(task, nfe)
     tuned = read_tuned()
-    own = tuned.get(accurate_name(prior), {}).get(method) or tuned[TUNED[0]][method]
-    if str(nfe) in own[task]:
-        return found | own[task][str(nfe)]
+    own = tuned.get(accurate_name(prior), {}).get(method, {}).get(task)
+    own = own or tuned[TUNED[0]][method][task]
+    if str(nfe) in own:
+        return found | own[str(nfe)]
     # Steps that are a share of 300 evaluations are none of another budget.
     shares = {key for key, some in (METHODS[method].tuned or {}).items() if _has_share(some)}
-    usual = own[task][str(TUNED[1])]
+    usual = own[str(TUNED[1])]
     return found | {key: value for key, value in usual.items() if key not in shares}
 
 

@@ -160,7 +160,7 @@ def test_pgdm_is_the_same_by_conjugate_gradients(monkeypatch):
     setting = Setting(3)
     setting.y = setting.y + noise(3, M, seed=8)
     decomposed = setting.run(pgdm, steps=5)
-    monkeypatch.setattr("diffoc.baselines.pgdm.decompose", refuse)
+    monkeypatch.setattr("diffoc.baselines.decomposition.decompose", refuse)
     torch.testing.assert_close(setting.run(pgdm, steps=5), decomposed, rtol=1e-4, atol=1e-4)
 
 
