@@ -93,6 +93,8 @@ def greedy_controls(
     if smoothness and x.ndim != 4:
         raise ValueError(f"smoothness is {smoothness}, but x has shape {tuple(x.shape)}: take 0")
     errors = _errors(x, smoothness)
+    # Smooth errors make the system ill-conditioned, and what has not converged is rounding.
+    trials, tol = (200, 1e-5) if smoothness else (50, 1e-3)
     controls, u = [], torch.zeros_like(x)
     for i in range(process.horizon):
         controls.append(u)
@@ -102,7 +104,8 @@ def greedy_controls(
         with evaluating(process.denoiser):
             mean = process.denoiser(x, t).mean.to(x.dtype)
         _, b, _ = process.coefficients[i]
-        u = b * correction(physics, y, mean, errors((alpha / sigma) ** 2, noise_std))
+        covariance = errors((alpha / sigma) ** 2, noise_std)
+        u = b * correction(physics, y, mean, covariance, trials, tol)
         x = process.affine(i, x, mean)
     return torch.stack(controls)
 

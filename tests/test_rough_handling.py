@@ -500,7 +500,9 @@ def test_worse_weights_are_written_beside_those_that_they_would_replace(
     shutil.copy(manifest.data_folder() / "judge.safetensors", out)
     good = (out / "judge.safetensors").read_bytes()
     assert main([*command, "--checkpoint", str(checkpoint)]) == 2
-    assert re.search(r"it stays, and they are in .*beside/judge", capsys.readouterr().err)
+    assert re.search(
+        r"it stays, and the new weights are in .*beside/judge", capsys.readouterr().err
+    )
     assert (out / "judge.safetensors").read_bytes() == good
     assert (tmp_path / "beside" / "judge.safetensors").read_bytes() == poor
 

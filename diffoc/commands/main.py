@@ -1,7 +1,6 @@
 """The command line: `python -m diffoc COMMAND`."""
 
 import argparse
-import copy
 import json
 import math
 import sys
@@ -91,16 +90,12 @@ def train(args: argparse.Namespace) -> int:
     if isinstance(run.average, Autoencoder):
         run.average.standardise(as_states(images))
     shipped = args.out / f"{name}.safetensors"
-    if shipped.exists():
-        before = copy.deepcopy(run.average)
-        before.load_state_dict(read_weights(shipped))
-        old, new = (evaluation.worth(one, held_out, truth) for one in (before, run.average))
-        if new < old:
-            path = write_weights(run.average, name, checkpoint.parent)
-            raise ValueError(
-                f"out has {shipped}, which is worth {old:.4g} on held-out images where the new "
-                f"weights are worth {new:.4g}: it stays, and they are in {path}"
-            )
+    if (lost := evaluation.worth_lost(run.average, shipped, held_out, truth)) > 0:
+        path = write_weights(run.average, name, checkpoint.parent)
+        raise ValueError(
+            f"out has {shipped}, which is better by {lost:.3g} on held-out images: it stays, and "
+            f"the new weights are in {path}"
+        )
     print(write_weights(run.average, name, args.out))
     return 0
 

@@ -1,6 +1,8 @@
 """What training and the cards of the small networks report: denoising, samples, accuracy."""
 
+import copy
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,6 +17,7 @@ from diffoc.priors.autoencoder import Autoencoder, reconstruction_psnr
 from diffoc.priors.networks import SIGMA_MAX, SIGMA_MIN, DigitClassifier, ResidualClassifier
 from diffoc.priors.pretrained import load_prior
 from diffoc.priors.severity import SeverityEncoder
+from diffoc.priors.weights import read_weights
 from diffoc.problems.metrics import frechet_between, frechet_distance, moments
 from diffoc.training.severity import severities
 from diffoc.training.trainer import denoiser, time_of
@@ -114,6 +117,20 @@ def score(
     return f"PSNR at sigma 0.1, 0.3, 1: {psnr}", draw_samples(
         prior, shape, generator, decode=decode
     )
+
+
+def worth_lost(
+    network: nn.Module, path: Path, held_out: np.ndarray, labels: np.ndarray | None = None
+) -> float:
+    """Returns how much more the weights in a file are worth than the network's, 0 without a file.
+
+    They are of the same kind of network; other arguments are as for :func:`score`.
+    """
+    if not path.exists():
+        return 0.0
+    before = copy.deepcopy(network)
+    before.load_state_dict(read_weights(path))
+    return worth(before, held_out, labels) - worth(network, held_out, labels)
 
 
 def worth(network: nn.Module, held_out: np.ndarray, labels: np.ndarray | None = None) -> float:
