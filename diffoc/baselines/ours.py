@@ -30,7 +30,7 @@ def ours(
     Args:
         budget: how many evaluations each image has, at least 4 T.
         steps: T, at least 1.
-        weight: w, positive; without smoothness 1 to 16 differed by 0.02 dB on colour faces.
+        weight: w, positive; by default that of the plans tried on colour faces, not that of `OURS`.
         smoothness: of the guess's errors, not negative.
         iterations: of the plan, at most; 0 leaves the guess as it is, None is no limit.
         weighted: whether the cost is :math:`w \alpha_i^2 / \sigma_i^2`; without, it is w.
