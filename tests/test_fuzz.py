@@ -632,6 +632,7 @@ OTHERS = {
     "digits": "has no argument",
     "manifest_entry": "checked_bytes",
     "register_file": "test_data",
+    "store_weights": "write_weights",
     "frechet_between": "frechet_distance",
     "mse_255": "a factor",
     "EDMDenoiser": "a network's forward pass",

@@ -19,7 +19,7 @@ import yaml
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from matplotlib.figure import Figure
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 
 import diffoc
 import notebooks
@@ -38,6 +38,7 @@ from diffoc.priors.networks import DigitClassifier
 from diffoc.priors.pretrained import load_prior
 from diffoc.priors.weights import read_weights, write_weights
 from diffoc.training import trainer as training
+from diffoc.training.mixtures import MIXTURES
 
 # Full disks: what was there stays, and the message says which file could not be written.
 
@@ -487,24 +488,68 @@ def test_a_training_that_has_seen_nothing_writes_nothing(tmp_path, monkeypatch, 
     assert "seed and init are of a new run" in capsys.readouterr().err
 
 
-def test_worse_weights_are_written_beside_those_that_they_would_replace(
-    tmp_path, monkeypatch, capsys
-):
+@pytest.fixture
+def twenty_digits(monkeypatch):
+    """The shipped digits in MNIST's place, for networks and mixtures."""
     x, labels = diffoc.data.digits()
     images = ((x[:, 0] + 1) * 127.5).round().byte().numpy()
-    monkeypatch.setattr("diffoc.data.images.mnist", lambda split: (images, labels.numpy()))
-    out, checkpoint = tmp_path / "out", tmp_path / "beside" / "run.pt"
-    command = ["train", "judge", "--images", "64", "--out", str(out)]
-    assert main([*command, "--checkpoint", str(tmp_path / "first.pt")]) == 0
-    poor = (out / "judge.safetensors").read_bytes()
-    shutil.copy(manifest.data_folder() / "judge.safetensors", out)
-    good = (out / "judge.safetensors").read_bytes()
-    assert main([*command, "--checkpoint", str(checkpoint)]) == 2
+    for module in ("data.images", "training.mixtures"):
+        monkeypatch.setattr(f"diffoc.{module}.mnist", lambda split: (images, labels.numpy()))
+
+
+WRITERS = {
+    "beside": ("judge", ["train", "judge", "--images", "64", "--checkpoint", "OUT/../run.pt"]),
+    # What the checkpoint's folder has is no less worth keeping.
+    "inside": ("judge", ["train", "judge", "--images", "64", "--checkpoint", "OUT/run.pt"]),
+    "fit": ("mixture_mnist", ["fit", "mnist"]),
+}
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_worse_weights_are_written_beside_those_that_they_would_replace(
+    writer, tmp_path, monkeypatch, twenty_digits, capsys
+):
+    name, command = WRITERS[writer]
+
+    def run(out, rank):
+        monkeypatch.setitem(MIXTURES, "mnist", MIXTURES["mnist"]._replace(components=1, rank=rank))
+        status = main([*(word.replace("OUT", str(out)) for word in command), "--out", str(out)])
+        return status, (out / f"{name}.safetensors").read_bytes()
+
+    (alone, out) = (tmp_path / "alone" / "out", tmp_path / "both" / "out")
+    assert run(alone, 1)[0] == 0
+    poor = (alone / f"{name}.safetensors").read_bytes()
+    if writer == "fit":
+        assert run(out, 5)[0] == 0
+    else:
+        out.mkdir(parents=True)
+        shutil.copy(manifest.data_folder() / f"{name}.safetensors", out)
+    good = (out / f"{name}.safetensors").read_bytes()
+    capsys.readouterr()
+    assert run(out, 1) == (2, good)
     assert re.search(
-        r"it stays, and the new weights are in .*beside/judge", capsys.readouterr().err
+        f"it stays, and the new weights are in .*worse/{name}", capsys.readouterr().err
     )
-    assert (out / "judge.safetensors").read_bytes() == good
-    assert (tmp_path / "beside" / "judge.safetensors").read_bytes() == poor
+    assert (out / "worse" / f"{name}.safetensors").read_bytes() == poor
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_what_lies_in_the_place_of_weights_is_looked_at_before_the_work(
+    writer, tmp_path, monkeypatch, twenty_digits, capsys
+):
+    def work(*args, **options):
+        raise AssertionError("the work began")
+
+    monkeypatch.setattr("diffoc.training.trainer.train", work)
+    monkeypatch.setattr("diffoc.training.mixtures.fit_mixture", work)
+    name, command = WRITERS[writer]
+    file = tmp_path / f"{name}.safetensors"
+    command = [*(word.replace("OUT", str(tmp_path)) for word in command), "--out", str(tmp_path)]
+    for wrong in (b"half a file", save({"means": torch.zeros(2, 3)})):
+        file.write_bytes(wrong)
+        assert main(command) == 2
+        assert re.search(rf"diffoc: path .*{name}\.safetensors", capsys.readouterr().err)
+        assert file.read_bytes() == wrong
 
 
 def test_a_diffusers_folder_with_more_weights_than_its_config_says_is_refused(tmp_path):

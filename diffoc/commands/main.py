@@ -6,6 +6,7 @@ import math
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -47,8 +48,7 @@ def verify() -> int:
 def train(args: argparse.Namespace) -> int:
     """Trains, or goes on from the checkpoint, and writes the weights of the moving average.
 
-    Weights that are worse than those in their place are written beside the checkpoint, which a
-    ValueError says.
+    A ValueError says that those in their place are better, or of another network.
     """
     from diffoc.data.images import as_states
     from diffoc.figures import write_sheet
@@ -86,17 +86,13 @@ def train(args: argparse.Namespace) -> int:
             flush=True,
         )
 
+    shipped = args.out / f"{name}.safetensors"
+    before = evaluation.worth_of_file(shipped, run.average, held_out, truth)
     training.train(run, images, labels, checkpoint, args.every, report=report, compile=args.compile)
     if isinstance(run.average, Autoencoder):
         run.average.standardise(as_states(images))
-    shipped = args.out / f"{name}.safetensors"
-    if (lost := evaluation.worth_lost(run.average, shipped, held_out, truth)) > 0:
-        path = write_weights(run.average, name, checkpoint.parent)
-        raise ValueError(
-            f"out has {shipped}, which is better by {lost:.3g} on held-out images: it stays, and "
-            f"the new weights are in {path}"
-        )
-    print(write_weights(run.average, name, args.out))
+    lost = before - evaluation.worth(run.average, held_out, truth)
+    print(evaluation.write_unless_worse(partial(write_weights, run.average, name), args.out, lost))
     return 0
 
 
@@ -299,7 +295,7 @@ def main(argv: list[str] | None = None) -> int:
         from diffoc.training.mixtures import fit_mixture_prior
 
         try_folder(args.out)
-        fit_mixture_prior(args.name, args.out, args.seed)
+        print(json.dumps(fit_mixture_prior(args.name, args.out, args.seed), indent=2))
         return 0
     except (ValueError, OSError, ImportError) as error:
         print(f"diffoc: {told(error)}", file=sys.stderr)

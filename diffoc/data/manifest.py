@@ -2,10 +2,11 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError
-from safetensors.torch import load
+from safetensors.torch import load, save_file
 from torch import Tensor
 
 from diffoc.data.files import replacing
@@ -126,3 +127,26 @@ def load_weights(name: str, folder: Path | None = None) -> dict[str, Tensor]:
         return load(checked_bytes(file, folder))
     except SafetensorError as error:
         raise ValueError(f"{file} is registered, but no safetensors file: {error}") from error
+
+
+def store_weights(
+    name: str,
+    tensors: Mapping[str, Tensor],
+    license: str,
+    source: str,
+    folder: Path,
+    metadata: dict[str, str] | None = None,
+) -> Path:
+    """Writes tensors as `name`.safetensors, with their entry in the folder's manifest.
+
+    It returns the file's path; license and source are as for `register_file`. A ValueError refuses
+    tensors that are not finite: nothing is written then. An OSError says that the file cannot be
+    written; an older one is then as it was.
+    """
+    if not all(value.isfinite().all() for value in tensors.values()):
+        raise ValueError(f"network has weights that are not finite: {name} is not written")
+    path = folder / f"{name}.safetensors"
+    with replacing(path) as part:
+        save_file({k: v.contiguous() for k, v in tensors.items()}, part, metadata)
+    register_file(path.name, license, source, folder)
+    return path

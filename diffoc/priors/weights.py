@@ -5,13 +5,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from diffoc.checks import check_member
 from diffoc.data.downloads import read_torch_file
-from diffoc.data.files import replacing
-from diffoc.data.manifest import LICENSES, load_weights, register_file
+from diffoc.data.manifest import LICENSES, load_weights, store_weights
 from diffoc.priors.networks import DigitClassifier, ResidualClassifier
 
 # What each network was trained on.
@@ -38,15 +37,9 @@ def write_weights(network: nn.Module, name: str, folder: Path) -> Path:
     is then as it was.
     """
     check_member(TRAINED_ON, name=name)
-    state = {k: v.half().contiguous() for k, v in network.state_dict().items()}
-    if not all(value.isfinite().all() for value in state.values()):
-        raise ValueError(f"network has weights that are not finite: {name} is not written")
-    path = folder / f"{name}.safetensors"
-    with replacing(path) as part:
-        save_file(state, part)
-    license = LICENSES[TRAINED_ON[name]]
-    register_file(path.name, license, f"python -m diffoc train {name}", folder)
-    return path
+    state = {key: value.half() for key, value in network.state_dict().items()}
+    source = f"python -m diffoc train {name}"
+    return store_weights(name, state, LICENSES[TRAINED_ON[name]], source, folder)
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
 """What training and the cards of the small networks report: denoising, samples, accuracy."""
 
 import copy
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,13 +12,14 @@ from azula.noise import VESchedule
 from azula.sample import HeunSampler
 from torch import Tensor, nn
 
+from diffoc.data.files import try_folder
 from diffoc.data.images import as_states
 from diffoc.data.manifest import load_weights
 from diffoc.priors.autoencoder import Autoencoder, reconstruction_psnr
 from diffoc.priors.networks import SIGMA_MAX, SIGMA_MIN, DigitClassifier, ResidualClassifier
 from diffoc.priors.pretrained import load_prior
 from diffoc.priors.severity import SeverityEncoder
-from diffoc.priors.weights import read_weights
+from diffoc.priors.weights import load_into, read_weights
 from diffoc.problems.metrics import frechet_between, frechet_distance, moments
 from diffoc.training.severity import severities
 from diffoc.training.trainer import denoiser, time_of
@@ -119,18 +121,36 @@ def score(
     )
 
 
-def worth_lost(
-    network: nn.Module, path: Path, held_out: np.ndarray, labels: np.ndarray | None = None
+def worth_of_file(
+    path: Path, network: nn.Module, held_out: np.ndarray, labels: np.ndarray | None = None
 ) -> float:
-    """Returns how much more the weights in a file are worth than the network's, 0 without a file.
+    """Returns what the weights in a file are worth, minus infinity without a file.
 
-    They are of the same kind of network; other arguments are as for :func:`score`.
+    They are of the same kind of network, which stays as it is; a ValueError says that they are not.
+    Other arguments are as for :func:`worth`.
     """
     if not path.exists():
-        return 0.0
+        return -math.inf
     before = copy.deepcopy(network)
-    before.load_state_dict(read_weights(path))
-    return worth(before, held_out, labels) - worth(network, held_out, labels)
+    load_into(before, read_weights(path), f"path {path}")
+    return worth(before, held_out, labels)
+
+
+def write_unless_worse(write: Callable[[Path], Path], folder: Path, lost: float) -> Path:
+    """Writes weights into a folder, or beside it those that are worth `lost` less than its own.
+
+    `write` takes a folder and returns the file that it wrote there. A ValueError says where worse
+    weights are: in the subfolder "worse". What is worth no number is worse.
+    """
+    if lost <= 0:
+        return write(folder)
+    beside = folder / "worse"
+    try_folder(beside)
+    path = write(beside)
+    raise ValueError(
+        f"out has {folder / path.name}, which is better by {lost:.3g} on held-out images: it "
+        f"stays, and the new weights are in {path}"
+    )
 
 
 def worth(network: nn.Module, held_out: np.ndarray, labels: np.ndarray | None = None) -> float:

@@ -7,12 +7,13 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from diffoc.data import faces, mnist
-from diffoc.data.manifest import LICENSES, register_file
-from diffoc.training.fitting import fit_mixture, log_likelihood
+from diffoc.data.manifest import LICENSES, store_weights
+from diffoc.priors.weights import read_weights
+from diffoc.training.evaluation import write_unless_worse
+from diffoc.training.fitting import PPCAMixture, fit_mixture, log_likelihood
 
 
 class _Mixture(NamedTuple):
@@ -39,7 +40,8 @@ def fit_mixture_prior(
     The name is a key of :data:`MIXTURES`; mixture_<name>.safetensors and its entry in manifest.json
     go to an existing folder. The seed is that of the start and of the dequantisation. What is
     returned are the numbers of the fit: sizes, steps, seconds, and the test split's log-likelihood
-    in nats and bits per pixel. A FileNotFoundError says that the folder or the data set is missing.
+    in nats and bits per pixel. A FileNotFoundError says that the folder or the data set is missing,
+    a ValueError that the mixture that is there is better, or none of such images.
     """
     if name not in MIXTURES:
         raise ValueError(f"name must be one of {sorted(MIXTURES)}, got {name!r}")
@@ -50,6 +52,9 @@ def fit_mixture_prior(
     generator = torch.Generator().manual_seed(seed)
     train = dequantise(training_images(name, "train"), generator)
     test = dequantise(training_images(name, "test"), generator)
+    n = test.shape[1]
+    file = f"mixture_{name}"
+    before = _worth_of_file(out_dir / f"{file}.safetensors", test)
     start = perf_counter()
     mixture = fit_mixture(
         train,
@@ -59,27 +64,52 @@ def fit_mixture_prior(
         progress=_print_step if progress else None,
     )
     seconds = perf_counter() - start
-    file = f"mixture_{name}.safetensors"
     tensors = {
         "log_weights": mixture.log_weights,
         "means": mixture.means.half(),  # costs 2e-6 nats a pixel, and is half as large
         "loadings": mixture.loadings.half(),
         "noise_variance": mixture.noise_variance,
     }
-    shape = ",".join(map(str, sizes.shape))
-    save_file({k: v.contiguous() for k, v in tensors.items()}, out_dir / file, {"shape": shape})
-    register_file(file, LICENSES[sizes.data], f"python -m diffoc fit {name}", out_dir)
-    nats = log_likelihood(mixture, test).double().mean().item() / test.shape[1]
+    shape = {"shape": ",".join(map(str, sizes.shape))}
+    source = f"python -m diffoc fit {name}"
+    nats = _nats_per_pixel(mixture, test)
+
+    def write(folder: Path) -> Path:
+        return store_weights(file, tensors, LICENSES[sizes.data], source, folder, shape)
+
+    write_unless_worse(write, out_dir, before - nats)
     return {
         "components": sizes.components,
         "rank": sizes.rank,
         "images": len(train),
         "steps": len(mixture.history) - 1,
         "seconds": seconds,
-        "train_nats_per_pixel": mixture.history[-1] / test.shape[1],
+        "train_nats_per_pixel": mixture.history[-1] / n,
         "test_nats_per_pixel": nats,
         "test_bits_per_pixel": bits_per_pixel(nats),
     }
+
+
+def _worth_of_file(path: Path, images: Tensor) -> float:
+    """Returns the nats per pixel of images (N, n) under a mixture, minus infinity without a file.
+
+    A ValueError says that the file holds no mixture on R^n.
+    """
+    if not path.exists():
+        return -math.inf
+    tensors = read_weights(path)
+    shapes = {name: tuple(value.shape) for name, value in tensors.items()}
+    K, n, r = (*shapes.get("loadings", ()), 0, 0, 0)[:3]
+    mixture = {"log_weights": (K,), "means": (K, n), "loadings": (K, n, r), "noise_variance": (K,)}
+    if shapes != mixture or n != images.shape[1]:
+        raise ValueError(
+            f"path {path} holds no mixture of {images.shape[1]} pixels: name another --out"
+        )
+    return _nats_per_pixel(PPCAMixture(**tensors), images)  # type: ignore[arg-type]  # no history
+
+
+def _nats_per_pixel(mixture: PPCAMixture, images: Tensor) -> float:
+    return log_likelihood(mixture, images).double().mean().item() / images.shape[1]
 
 
 def training_images(name: str, split: str) -> np.ndarray:

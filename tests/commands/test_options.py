@@ -249,7 +249,8 @@ def outcome(places, monkeypatch, capsys):
     for place in ("start", "resume"):
         catch(f"diffoc.training.trainer.{place}", run)
     catch("diffoc.training.trainer.train", run, hidden=(1, 2))
-    catch("diffoc.training.evaluation.worth_lost", 0.0, hidden=(2, 3))
+    catch("diffoc.training.evaluation.worth_of_file", 0.0, hidden=(2, 3))
+    catch("diffoc.training.evaluation.worth", 0.0, hidden=(1, 2))
     catch("diffoc.priors.weights.read_weights", {"weights": 1})
     catch("diffoc.priors.weights.write_weights")
     catch("diffoc.training.mixtures.fit_mixture_prior")
