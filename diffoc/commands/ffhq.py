@@ -157,8 +157,8 @@ def ffhq(args: argparse.Namespace) -> int:
     from diffoc.experiments import ffhq as tables
     from diffoc.experiments.cells import Computer, keep_in, work_of
     from diffoc.experiments.protocol import FFHQ_PROTOCOLS
-    from diffoc.experiments.records import read
-    from diffoc.experiments.runs import alone, by_image, run_cells
+    from diffoc.experiments.records import alone, by_image, read
+    from diffoc.experiments.runs import run_cells
 
     args.random_weights |= args.rehearse
     prior, out = _prior(args), _out(args)

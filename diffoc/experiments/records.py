@@ -14,9 +14,9 @@ import json
 import logging
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import pandas as pd
@@ -119,8 +119,9 @@ def shard_path(path: Path, shard: tuple[int, int] | None) -> Path:
 def read(path: Path) -> dict[Cell, list[Row]]:
     """Returns the cells of a table and of its shards, but for incomplete ones at a file's end.
 
-    A cell that was computed again after it had failed counts as it is now. The table need not exist
-    if shards do; a FileNotFoundError says that neither does. A ValueError refuses a file that is no
+    What was computed again after it had failed counts as it is now, image by image: a cell that
+    failed has only those of its images that have no other record. The table need not exist if
+    shards do; a FileNotFoundError says that neither does. A ValueError refuses a file that is no
     table of this version or is damaged, and two results of a cell that differ.
     """
     shards = sorted(path.parent.glob(f"{path.stem}.shard-*-of-*{path.suffix}"))
@@ -138,6 +139,37 @@ def read(path: Path) -> dict[Cell, list[Row]]:
                     f"{file} has other results than an earlier record of {describe(cell)}: "
                     "remove one of them"
                 )
+    return _counting(cells)
+
+
+def alone(cell: Cell) -> list[Cell]:
+    """Returns a cell for each image of one."""
+    return [replace(cell, images=(image,)) for image in cell.images]
+
+
+def by_image(known: Mapping[Cell, list[Row]]) -> dict[Cell, Row]:
+    """Returns the rows of a table by cells of one image, whatever batches they were in.
+
+    Where an image failed in one batch and not in another, the latter counts; where it failed in
+    several, the last of them.
+    """
+    failed_first = sorted(known.items(), key=lambda item: item[1][0]["status"] != "failed")
+    return {
+        one: row for cell, rows in failed_first for one, row in zip(alone(cell), rows, strict=True)
+    }
+
+
+def _counting(known: dict[Cell, list[Row]]) -> dict[Cell, list[Row]]:
+    """Returns the cells without the failed rows of images whose record is in another batch."""
+    counts = by_image(known)
+    cells: dict[Cell, list[Row]] = {}
+    for cell, rows in known.items():
+        if rows[0]["status"] == "failed":
+            pairs = zip(alone(cell), rows, strict=True)
+            rows = [row for one, row in pairs if counts[one] is row]
+            cell = Cell.of(rows) if rows else cell
+        if rows:
+            cells[cell] = rows
     return cells
 
 

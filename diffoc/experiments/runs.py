@@ -5,7 +5,7 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
@@ -22,7 +22,7 @@ from diffoc.checks import check_at_least, check_member
 from diffoc.data.files import lock
 from diffoc.data.provenance import environment, told
 from diffoc.experiments import records
-from diffoc.experiments.records import COUNTS, ENVIRONMENT, METRICS, Cell, Row
+from diffoc.experiments.records import COUNTS, ENVIRONMENT, METRICS, Cell, Row, alone, by_image
 from diffoc.experiments.spread import tolerance
 from diffoc.problems.tasks import UnsupportedTask
 
@@ -64,7 +64,8 @@ def run_cells(
         progress: whether to show a bar.
 
     Returns:
-        How many cells there are now, of those of the shard, by status.
+        How many cells there are now, of those of the shard, by status; one is "failed" if any
+        of its images is.
 
     Raises:
         ValueError: if an argument is out of its range, or the table is another's or damaged.
@@ -89,8 +90,12 @@ def run_cells(
                 if rows[0]["status"] == "failed":
                     bar.write(f"failed: {records.describe(cell)}: {rows[0]['error']}")
                 bar.update(work(cell))
-    first = [alone(cell)[0] for cell in _part(cells, shard)]
-    found = [known[one]["status"] for one in first if one in known]
+    order = ("ok", "unsupported", "failed")
+    some = [
+        [known[one]["status"] for one in alone(cell) if one in known]
+        for cell in _part(cells, shard)
+    ]
+    found = [max(statuses, key=order.index) for statuses in some if statuses]
     return {name: found.count(name) for name in ("ok", "failed", "unsupported")}
 
 
@@ -115,22 +120,6 @@ def unfinished(
         for cell in _part(cells, shard)
     ]
     return [cell for cell in left if cell.images]
-
-
-def alone(cell: Cell) -> list[Cell]:
-    """Returns a cell for each image of one."""
-    return [replace(cell, images=(image,)) for image in cell.images]
-
-
-def by_image(known: Mapping[Cell, list[Row]]) -> dict[Cell, Row]:
-    """Returns the rows of a table by cells of one image, whatever batches they were in.
-
-    Where an image failed in one batch and not in another, the latter counts.
-    """
-    failed_first = sorted(known.items(), key=lambda item: item[1][0]["status"] != "failed")
-    return {
-        one: row for cell, rows in failed_first for one, row in zip(alone(cell), rows, strict=True)
-    }
 
 
 def _part(cells: Sequence[Cell], shard: tuple[int, int] | None) -> list[Cell]:

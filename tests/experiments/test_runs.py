@@ -16,10 +16,18 @@ from diffoc.data.provenance import device_name
 from diffoc.experiments import runs, spread
 from diffoc.experiments.cells import time_prior
 from diffoc.experiments.methods import METHODS
-from diffoc.experiments.records import ENVIRONMENT, METRICS, Cell, in_batches, read, shard_path
+from diffoc.experiments.records import (
+    ENVIRONMENT,
+    METRICS,
+    Cell,
+    by_image,
+    in_batches,
+    read,
+    rows_of,
+    shard_path,
+)
 from diffoc.experiments.runs import (
     MethodError,
-    by_image,
     check,
     method_errors,
     run_cells,
@@ -114,6 +122,35 @@ def test_another_batch_computes_only_what_no_batch_had(tmp_path):
     assert "".join(seen) == "abcdefab"
     assert all(row["status"] == "ok" for row in by_image(read(path)).values())
     assert "".join(sorted(one.images[0] for one in by_image(read(path)))) == "abcdef"
+
+
+def test_rows_of_a_batch_that_failed_are_replaced_image_by_image(tmp_path):
+    path, bad = tmp_path / "table.csv", ["b", "d"]
+
+    def brittle(cell):
+        with method_errors():
+            if some := [image for image in cell.images if image in bad]:
+                raise RuntimeError(f"{some} broke")
+        return [dict.fromkeys(METRICS, "1")] * len(cell.images), None
+
+    def again(names, batch):
+        cells = [replace(CELLS[0], images=some) for some in in_batches(names, batch)]
+        found = run(path, brittle, cells, retry_failed=True)
+        rows = rows_of(path)
+        assert sum(found.values()) == len(cells)
+        return found["failed"], dict(zip(rows["image"], rows["error"], strict=True)), len(rows)
+
+    whole = repr(RuntimeError("['b', 'd'] broke"))
+    assert again("abcd", 4) == (1, dict.fromkeys("abcd", whole), 4)
+    alone = {name: repr(RuntimeError(f"['{name}'] broke")) for name in "bd"}
+    # The first two are done again, of which one fails: the others' record is still the batch's.
+    assert again("ab", 1) == (1, {"a": "", "b": alone["b"], "c": whole, "d": whole}, 4)
+    assert again("abcd", 1) == (2, {"a": "", "b": alone["b"], "c": "", "d": alone["d"]}, 4)
+    bad.remove("b")
+    assert again("abcd", 2) == (1, dict.fromkeys("abc", "") | {"d": alone["d"]}, 4)
+    bad.remove("d")
+    assert again("abcd", 4) == (0, dict.fromkeys("abcd", ""), 4)
+    assert read(path).keys() == {replace(CELLS[0], images=(name,)) for name in "abcd"}
 
 
 def test_products_are_not_shortened(tmp_path):
