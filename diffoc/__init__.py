@@ -3,7 +3,8 @@
 The executable companion of "Solving Inverse Problems via Diffusion Optimal Control"
 (Li & Pereira, NeurIPS 2024, arXiv:2412.16748). The modules beside this file are the controller::
 
-    process -> costs -> system -> riccati, lowrank, hessian -> rules -> ilqr -> solve -> reconstruct
+    process -> costs -> system -> riccati, lowrank, hessian -> rules -> ilqr -> solve
+    solve, greedy, problem -> recipe -> reconstruct
 
 Whatever compares, trains, records, draws or loads lies in a folder of its own: `data`, `problems`,
 `priors`, `baselines`, `theory`, `training`, `experiments`, `figures` and `commands`. Pretrained
@@ -20,7 +21,9 @@ from diffoc.baselines.released import RELEASED
 from diffoc.ilqr import Result
 from diffoc.priors.pretrained import load_prior
 from diffoc.priors.weights import classifier
-from diffoc.reconstruct import COLD, OURS, STOPPED, Problem, Recipe, reconstruct
+from diffoc.problem import Problem
+from diffoc.recipe import COLD, OURS, STOPPED, Recipe
+from diffoc.reconstruct import reconstruct
 from diffoc.solve import solve
 from diffoc.theory.riccati_draws import RICCATI
 

@@ -162,3 +162,19 @@ def evaluating(*networks: object) -> Iterator[None]:
     finally:
         for module, mode in zip(modules, modes, strict=True):
             module.training = mode
+
+
+def check_precision(prior: nn.Module, x: Tensor) -> None:
+    """Raises a ValueError if all of the prior's weights are of another kind, and it minds."""
+    found = [w for w in (*prior.parameters(), *prior.buffers()) if w.is_floating_point()]
+    if not found or any((w.dtype, w.device) == (x.dtype, x.device) for w in found):
+        return
+    weights = found[0]
+    try:
+        with torch.no_grad():
+            prior(x[:1], torch.ones((), dtype=x.dtype, device=x.device))
+    except RuntimeError as error:
+        raise ValueError(
+            f"y is {x.dtype} on {x.device}, but the prior's weights are {weights.dtype} on "
+            f"{weights.device}: convert one of them with .to(...)"
+        ) from error

@@ -32,14 +32,10 @@ import torch
 from azula.denoise import Denoiser
 from torch import Tensor
 
-from diffoc.checks import check_at_least, check_kind, check_tensor, evaluating
-from diffoc.reconstruct import (
-    Problem,
-    Recipe,
-    check_operator,
-    check_precision,
-    reconstruct,
-)
+from diffoc.checks import check_at_least, check_kind, check_precision, check_tensor, evaluating
+from diffoc.problem import Problem, check_operator
+from diffoc.recipe import Recipe
+from diffoc.reconstruct import reconstruct
 
 if TYPE_CHECKING:
     from deepinv.physics import Physics

@@ -1,11 +1,11 @@
-"""The recipe without a guess, :data:`diffoc.reconstruct.COLD`, as a row of the tables."""
+"""The recipe without a guess, :data:`diffoc.recipe.COLD`, as a row of the tables."""
 
 from dataclasses import replace
 
 from torch import Tensor
 
 from diffoc.baselines import Given, Method, method
-from diffoc.reconstruct import COLD
+from diffoc.recipe import COLD
 
 
 def iterations_within(budget: int, steps: int) -> int:
@@ -26,7 +26,7 @@ def cold(
     from_noise: bool = False,
     greedy: bool = False,
 ) -> Tensor:
-    """Returns images (B, ...) by :data:`diffoc.reconstruct.COLD`.
+    """Returns images (B, ...) by :data:`diffoc.recipe.COLD`.
 
     Args:
         steps: T, at least 1.

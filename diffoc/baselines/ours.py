@@ -1,4 +1,4 @@
-"""The default recipe of the controller, :data:`diffoc.reconstruct.OURS`, as a row of the tables."""
+"""The default recipe of the controller, :data:`diffoc.recipe.OURS`, as a row of the tables."""
 
 from dataclasses import replace
 
@@ -6,7 +6,7 @@ from torch import Tensor
 
 from diffoc.baselines import Given, Method, method
 from diffoc.checks import check_above
-from diffoc.reconstruct import OURS, constant, snr_squared
+from diffoc.recipe import OURS, constant, snr_squared
 
 
 @method
@@ -22,7 +22,7 @@ def ours(
     in_units: bool = True,
     stopped: bool = False,
 ) -> Tensor:
-    r"""Returns images (B, ...) by :data:`diffoc.reconstruct.OURS`.
+    r"""Returns images (B, ...) by :data:`diffoc.recipe.OURS`.
 
     The last three settings are there to see what each part is worth, see the grid `parts` of
     :mod:`diffoc.experiments.ablations`.

@@ -17,7 +17,7 @@ from torch import Tensor
 from diffoc.baselines import Given, Method, method
 from diffoc.lowrank import MatrixFree
 from diffoc.process import drift_and_diffusion
-from diffoc.reconstruct import Recipe
+from diffoc.recipe import Recipe
 from diffoc.rules import Adam
 from diffoc.theory.projected import Projected
 

@@ -29,8 +29,9 @@ from diffoc.baselines.noise_level import times_of_levels
 from diffoc.checks import check_at_least, check_tensor
 from diffoc.costs import residual_of
 from diffoc.lowrank import LowRankExpansion, LowRankGains, LowRankValue, MatrixFree
+from diffoc.problem import Problem
 from diffoc.process import METHODS, ReverseProcess, draw_noise
-from diffoc.reconstruct import Problem, Recipe
+from diffoc.recipe import Recipe
 from diffoc.rules import Adam
 from diffoc.system import ControlProblem
 

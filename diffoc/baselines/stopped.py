@@ -1,16 +1,16 @@
-"""The recipe that stops at the noise, :data:`diffoc.reconstruct.STOPPED`, as a row of tables."""
+"""The recipe that stops at the noise, :data:`diffoc.recipe.STOPPED`, as a row of tables."""
 
 from dataclasses import replace
 
 from torch import Tensor
 
 from diffoc.baselines import Given, Method, method
-from diffoc.reconstruct import STOPPED
+from diffoc.recipe import STOPPED
 
 
 @method
 def stopped(given: Given, *, steps: int, budget: int, weight: float = STOPPED.weight) -> Tensor:
-    """Returns images (B, ...) by :data:`diffoc.reconstruct.STOPPED`.
+    """Returns images (B, ...) by :data:`diffoc.recipe.STOPPED`.
 
     Args:
         steps: T, at least 1.

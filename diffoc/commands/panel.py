@@ -19,9 +19,11 @@ from diffoc.data import images as data
 from diffoc.data.provenance import told
 from diffoc.figures import sheet
 from diffoc.priors.pretrained import load_prior
+from diffoc.problem import Problem
 from diffoc.problems.metrics import image_metrics
 from diffoc.problems.tasks import TASKS, measure, task
-from diffoc.reconstruct import OURS, Problem, reconstruct
+from diffoc.recipe import OURS
+from diffoc.reconstruct import reconstruct
 
 # What can be chosen: the images that ship with the repository, each with its prior.
 _IMAGES = {

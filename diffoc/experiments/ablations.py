@@ -14,7 +14,7 @@ from diffoc.checks import check_member
 from diffoc.experiments.inaccurate import IDENTITY, RANDOM, UNTRAINED, accurate_name
 from diffoc.experiments.methods import METHODS, read_tuned
 from diffoc.experiments.records import Cell, as_json, in_batches
-from diffoc.reconstruct import OURS
+from diffoc.recipe import OURS
 
 TASKS = ("super_resolution", "random_inpainting")
 """Of the paper's Tables 4 to 6 too."""

@@ -35,10 +35,10 @@ from diffoc.experiments.runs import method_errors, whole_products
 from diffoc.priors.counting import CountedPrior
 from diffoc.priors.latent import LatentPrior
 from diffoc.priors.pretrained import REMOTE, SHIPPED, load_prior
+from diffoc.problem import Problem
 from diffoc.problems.metrics import image_metrics
 from diffoc.problems.perceptual import LPIPS, SMALLEST, perceptual_metrics
 from diffoc.problems.tasks import TASKS, UnsupportedTask, for_each, measure
-from diffoc.reconstruct import Problem
 
 TABLES = {"table1": tuple(TASKS)[:5]}
 """The tasks of the paper's tables; the records of Table 1 have the metrics of Table 3 too."""

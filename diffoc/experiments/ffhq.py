@@ -22,7 +22,7 @@ from diffoc.experiments.paper_tables import TASKS
 from diffoc.experiments.protocol import FFHQ, Protocol
 from diffoc.experiments.records import Cell, read
 from diffoc.priors.pretrained import REMOTE
-from diffoc.reconstruct import Recipe
+from diffoc.recipe import Recipe
 
 PRIOR, LATENT_PRIOR = "ffhq256", "ffhq256_latent"
 NFE = 1000

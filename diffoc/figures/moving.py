@@ -20,9 +20,11 @@ from diffoc.data.provenance import ROOT
 from diffoc.figures.paper import steered
 from diffoc.figures.plots import reconstructions, steering
 from diffoc.priors.pretrained import load_prior
+from diffoc.problem import Problem
 from diffoc.problems.tasks import NOISE_STD, as_picture, measure, task
 from diffoc.process import ReverseProcess
-from diffoc.reconstruct import OURS, Problem, reconstruct
+from diffoc.recipe import OURS
+from diffoc.reconstruct import reconstruct
 
 COSTS = tuple(10.0 ** (exponent / 2) for exponent in range(-2, 9))
 """Control costs r of the slider's frames, 0.1 to 10,000."""

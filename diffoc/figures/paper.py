@@ -21,11 +21,13 @@ from diffoc.ilqr import ilqr
 from diffoc.priors.gaussian import GaussianMixturePrior, GaussianPrior
 from diffoc.priors.mixture import mixture_from_loadings
 from diffoc.priors.pretrained import load_prior
+from diffoc.problem import Problem
 from diffoc.problems.metrics import image_metrics
 from diffoc.problems.operators import LinearMeasurement
 from diffoc.problems.tasks import NOISE_STD, measure, task
 from diffoc.process import ReverseProcess
-from diffoc.reconstruct import OURS, Problem, reconstruct
+from diffoc.recipe import OURS
+from diffoc.reconstruct import reconstruct
 from diffoc.riccati import Dense, terminal_value
 from diffoc.system import ControlProblem, backward_sweep, roll_out
 from diffoc.theory.linear_gaussian import linear_gaussian, relative_error

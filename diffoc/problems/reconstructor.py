@@ -7,7 +7,9 @@ from deepinv.physics import Physics
 from torch import Tensor
 
 from diffoc.checks import check_kind, check_whole
-from diffoc.reconstruct import OURS, Problem, Recipe, reconstruct
+from diffoc.problem import Problem
+from diffoc.recipe import OURS, Recipe
+from diffoc.reconstruct import reconstruct
 
 
 class Reconstructor(deepinv.models.Reconstructor):

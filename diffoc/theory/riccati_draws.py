@@ -30,7 +30,7 @@ from diffoc.checks import check_kind
 from diffoc.ilqr import Result
 from diffoc.lowrank import MatrixFree
 from diffoc.process import METHODS, ReverseProcess, draw_noise
-from diffoc.reconstruct import Recipe
+from diffoc.recipe import Recipe
 from diffoc.rules import LineSearch
 from diffoc.system import ControlProblem, Counts, Derivatives, roll_out
 

@@ -16,10 +16,12 @@ from diffoc.greedy import PIXEL_VARIANCE, correction, cosines, greedy_controls, 
 from diffoc.priors.counting import CountedPrior
 from diffoc.priors.gaussian import GaussianPrior
 from diffoc.priors.pretrained import load_prior
+from diffoc.problem import Problem
 from diffoc.problems.metrics import image_metrics
 from diffoc.problems.tasks import measure, task
 from diffoc.process import ReverseProcess, draw_noise
-from diffoc.reconstruct import COLD, Problem, reconstruct
+from diffoc.recipe import COLD
+from diffoc.reconstruct import reconstruct
 
 TASKS = ("super_resolution", "random_inpainting", "box_inpainting", "gaussian_blur", "motion_blur")
 

@@ -18,9 +18,11 @@ from diffoc.experiments.methods import METHODS, settings_of
 from diffoc.priors import wrap
 from diffoc.priors.gaussian import GaussianPrior
 from diffoc.priors.pretrained import load_prior
+from diffoc.problem import Problem
 from diffoc.problems.tasks import measure, super_resolution, task
 from diffoc.process import ReverseProcess
-from diffoc.reconstruct import COLD, OURS, STOPPED, Problem, Recipe, reconstruct
+from diffoc.recipe import COLD, OURS, STOPPED, Recipe
+from diffoc.reconstruct import reconstruct
 from diffoc.rules import LBFGS
 
 TABLE_1 = ["super_resolution", "random_inpainting", "box_inpainting", "gaussian_blur"]

@@ -18,9 +18,9 @@ from diffoc.experiments.methods import METHODS, read_tuned
 from diffoc.experiments.records import read
 from diffoc.priors.counting import CountedPrior
 from diffoc.priors.pretrained import load_prior
+from diffoc.problem import Problem
 from diffoc.problems.tasks import NOISE_STD, measure, task
 from diffoc.process import drift_and_diffusion
-from diffoc.reconstruct import Problem
 from diffoc.riccati import SingularControlHessianError
 
 PAPER = TABLE_2["super_resolution"] | {"steps": 3, "iterations": 4}

@@ -27,8 +27,8 @@ from diffoc.experiments.preflight import (
 )
 from diffoc.experiments.protocol import FFHQ, FFHQ_PROTOCOLS, FFHQ_RELEASED
 from diffoc.priors.pretrained import REMOTE, load_prior
+from diffoc.problem import Problem
 from diffoc.problems.tasks import measured
-from diffoc.reconstruct import Problem
 
 SMALL = "random ffhq256/32/64"
 

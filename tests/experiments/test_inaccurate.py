@@ -21,9 +21,11 @@ from diffoc.experiments.inaccurate import (
     load_inaccurate,
 )
 from diffoc.priors.pretrained import load_prior, untrained_adm
+from diffoc.problem import Problem
 from diffoc.problems.tasks import likelihood, measure, task
 from diffoc.process import ReverseProcess
-from diffoc.reconstruct import COLD, Problem, reconstruct
+from diffoc.recipe import COLD
+from diffoc.reconstruct import reconstruct
 from diffoc.rules import LBFGS
 from diffoc.solve import solve
 from diffoc.training.evaluation import denoising_psnr

@@ -11,6 +11,7 @@ from scipy.ndimage import convolve
 from skimage import color
 from torch.autograd import gradcheck
 
+from diffoc.problem import Problem
 from diffoc.problems import kernels
 from diffoc.problems.kernels import motion_kernel
 from diffoc.problems.operators import as_matrix
@@ -29,7 +30,6 @@ from diffoc.problems.tasks import (
     super_resolution,
     task,
 )
-from diffoc.reconstruct import Problem
 
 LINEAR = [
     "super_resolution",

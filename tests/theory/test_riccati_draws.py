@@ -13,8 +13,9 @@ from diffoc.experiments.known_posteriors import small_problems
 from diffoc.experiments.posterior_distance import random_directions, sliced_wasserstein
 from diffoc.lowrank import MatrixFree
 from diffoc.priors.gaussian import GaussianPrior
+from diffoc.problem import Problem
 from diffoc.process import ReverseProcess
-from diffoc.reconstruct import Problem, reconstruct
+from diffoc.reconstruct import reconstruct
 from diffoc.riccati import Dense
 from diffoc.theory.linear_gaussian import linear_gaussian, relative_error
 from diffoc.theory.riccati_draws import RICCATI, ancestral_mean, low_rank_draw

@@ -1,0 +1,202 @@
+r"""How a problem is solved: with how many steps, by which rule, from which guess, until when.
+
+The controls of the reverse process minimise
+
+.. math:: \frac{\|A(x_0) - y\|^2}{2 s^2} + \frac12 \sum_i r_i \|u_i\|^2 ,
+
+or what else a recipe takes for the first term.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from azula.denoise import Denoiser
+from azula.noise import Schedule
+from torch import Tensor
+
+from diffoc.checks import check_at_least, check_kind, check_member, check_whole
+from diffoc.costs import GaussianLikelihood
+from diffoc.ilqr import Result
+from diffoc.lowrank import MatrixFree
+from diffoc.problem import Problem
+from diffoc.process import ReverseProcess
+from diffoc.rules import LBFGS, Damping, Rule
+from diffoc.system import ControlProblem, Derivatives
+
+TASKS = (
+    "super_resolution",
+    "random_inpainting",
+    "box_inpainting",
+    "gaussian_blur",
+    "motion_blur",
+    "nonlinear_blur",
+    "phase_retrieval",
+)
+"""The names of the tasks of :data:`diffoc.problems.tasks.TASKS`, which is slow to import."""
+
+
+def snr_squared(schedule: Schedule, times: Tensor) -> Tensor:
+    r"""Returns the precision :math:`\alpha_i^2 / \sigma_i^2` to which states know x_0, (T,).
+
+    The schedule is the prior's, the T + 1 times are the process's.
+    """
+    alpha, sigma = schedule(times[:-1])
+    return (alpha / sigma).square()
+
+
+def constant(schedule: Schedule, times: Tensor) -> Tensor:
+    """Returns ones, (T,); arguments as for :func:`snr_squared`."""
+    return torch.ones(len(times) - 1, dtype=torch.float64)
+
+
+def likelihood(problem: Problem) -> GaussianLikelihood:
+    """Returns the terminal cost -log p(y | x_0)."""
+    return GaussianLikelihood(problem.operator, problem.y, problem.noise_std)
+
+
+def deterministic(
+    prior: Denoiser, steps: int, x: Tensor, generator: torch.Generator
+) -> ReverseProcess:
+    """Returns the process of DDIM's steps, uniform in time; it draws nothing."""
+    return ReverseProcess(prior, steps)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    r"""How a problem is solved; a frozen value with a name.
+
+    Attributes:
+        name: of the recipe.
+        steps: T, at least 1.
+        budget: of evaluations of the prior by each image, the guess included; None for no limit.
+        iterations: at most so many; None for as many as the budget allows.
+        spare: the share of the budget that is left for the line search's trials, and not planned
+            for iterations.
+        rule: see :mod:`diffoc.rules`.
+        preconditioned: whether L-BFGS measures controls in units of the image, see
+            :func:`diffoc.solve.image_units`.
+        rank: of the terminal Hessian.
+        derivatives: how they are represented.
+        regularization: Tikhonov's constant or schedule, or a function of the prior's schedule and
+            the process's times, as :func:`snr_squared` is.
+        weight: w of the control cost's weights :math:`r_i = w\, \rho_i`, at least 0; without one,
+            Quu has to be kept positive by `regularization`.
+        weights: gives :math:`\rho_i`, such as :func:`snr_squared` or :func:`constant`.
+        guess: whether the first controls of a linear problem are the greedy ones, see
+            :mod:`diffoc.greedy`; otherwise they are zero.
+        smoothness: of the errors that the guess takes the prior's estimate to have, at least 0: see
+            :func:`diffoc.greedy.image_spectrum`.
+        from_noise: whether the process starts from random noise. The default, zero, is the most
+            probable noise; a random start would only add the texture of a sample.
+        stopped: whether an image is left where its residual is as small as the noise (the
+            discrepancy principle).
+        process: makes the reverse process.
+        cost: makes the terminal cost.
+        draw: makes, of the controlled system and the plans, a result in their place in at most 2 T
+            evaluations, as :func:`diffoc.theory.riccati_draws.draw_around` does; None keeps the
+            plans.
+        by_task: changes for (task, budget): what was tuned for them.
+    """
+
+    name: str
+    steps: int
+    budget: int | None = None
+    iterations: int | None = None
+    spare: float = 0.0
+    rule: Rule = field(default_factory=LBFGS)
+    preconditioned: bool = False
+    rank: int = 0
+    derivatives: Derivatives = field(default_factory=MatrixFree)
+    regularization: Damping | float | Callable[[Schedule, Tensor], Tensor] = 0.0
+    weight: float = 1.0
+    weights: Callable[[Schedule, Tensor], Tensor] = constant
+    guess: bool = False
+    smoothness: float = 0.0
+    from_noise: bool = False
+    stopped: bool = False
+    process: Callable[[Denoiser, int, Tensor, torch.Generator], ReverseProcess] = deterministic
+    cost: Callable[[Problem], Callable[[Tensor], Tensor]] = likelihood
+    draw: Callable[[ControlProblem, Result, Recipe, torch.Generator], Result] | None = None
+    by_task: Mapping[tuple[str, int], Mapping[str, Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_whole(1, steps=self.steps)
+        check_whole(0, budget=self.budget, iterations=self.iterations, rank=self.rank)
+        check_at_least(0, weight=self.weight, spare=self.spare, smoothness=self.smoothness)
+        check_kind(Derivatives, derivatives=self.derivatives)
+        if self.spare >= 1:
+            raise ValueError(f"spare is {self.spare}, expected a share below 1")
+        if self.budget is None and self.iterations is None:
+            raise ValueError("budget and iterations are both None: give at least one")
+        if self.budget is not None and self.budget < 4 * self.steps:
+            raise ValueError(
+                f"budget is {self.budget}, expected at least 4 times the {self.steps} steps"
+            )
+
+    def at(self, task: str | None, budget: int | None = None) -> Recipe:
+        """Returns the recipe as tuned for a task at the nearest budget below, or else above.
+
+        A task that is not in `by_task`, and None, change nothing; the budget of evaluations is the
+        recipe's own by default. A ValueError refuses a task that is neither there nor in
+        :data:`TASKS`.
+        """
+        if task is not None:
+            check_member([*TASKS, *(own for own, _ in self.by_task if own not in TASKS)], task=task)
+        most = budget or self.budget or sys.maxsize
+        budgets = sorted(each for name, each in self.by_task if name == task)
+        if not budgets:
+            return self
+        fitting = [each for each in budgets if each <= most]
+        changes = self.by_task[str(task), fitting[-1] if fitting else budgets[0]]
+        return replace(self, **changes, by_task={})
+
+    @property
+    def planned(self) -> int:
+        """How many iterations there are at most."""
+        most = sys.maxsize if self.iterations is None else self.iterations
+        if self.budget is None:
+            return most
+        if not self.spare:
+            return min(most, self.budget // self.steps)
+        left = self.budget - 2 * self.steps * self.guess
+        return min(most, max(1, math.floor((1 - self.spare) * left / self.steps + 1e-9)))
+
+
+OURS = Recipe(
+    "ours",
+    steps=15,
+    budget=300,
+    preconditioned=True,
+    weight=4.0,
+    weights=snr_squared,
+    guess=True,
+    by_task={
+        ("super_resolution", 300): {"weight": 16.0},
+        ("random_inpainting", 300): {"weight": 4.0},
+        ("box_inpainting", 300): {"weight": 16.0},
+        ("gaussian_blur", 300): {"weight": 4.0},
+        ("motion_blur", 300): {"weight": 4.0},
+        ("super_resolution", 1000): {"weight": 64.0},
+        ("random_inpainting", 1000): {"weight": 64.0},
+        ("box_inpainting", 1000): {"weight": 16.0},
+        ("gaussian_blur", 1000): {"weight": 16.0},
+        ("motion_blur", 1000): {"weight": 16.0},
+    },
+)
+r"""The default: L-BFGS in units of the image from the greedy guess, until the budget is spent.
+
+What keeps most of the noise from being fitted is the control cost :math:`w \alpha_i^2 /
+\sigma_i^2`. Its minimum fits much of the noise unless w is large, so that w belongs to the budget.
+"""
+
+STOPPED = Recipe("stopped", steps=10, budget=300, spare=0.15, weight=0.3, guess=True, stopped=True)
+"""L-BFGS from the greedy guess, ended by the discrepancy principle."""
+
+COLD = replace(STOPPED, name="cold", iterations=25, budget=None, weight=1.0, guess=False)
+"""As `STOPPED`, from controls of zero: without the guess, which the paper does not have."""
