@@ -3,7 +3,7 @@
 The executable companion of "Solving Inverse Problems via Diffusion Optimal Control"
 (Li & Pereira, NeurIPS 2024, arXiv:2412.16748). The modules beside this file are the controller::
 
-    process -> costs -> system -> riccati, lowrank, hessian -> rules -> ilqr -> solve
+    process -> costs -> system -> riccati, lowrank, hessian -> rules, result -> ilqr -> solve
     solve, greedy, problem -> recipe -> reconstruct
 
 Whatever compares, trains, records, draws or loads lies in a folder of its own: `data`, `problems`,
@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING
 
 from diffoc.baselines.paper import PAPER
 from diffoc.baselines.released import RELEASED
-from diffoc.ilqr import Result
 from diffoc.priors.pretrained import load_prior
 from diffoc.priors.weights import classifier
 from diffoc.problem import Problem
 from diffoc.recipe import COLD, OURS, STOPPED, Recipe
 from diffoc.reconstruct import reconstruct
+from diffoc.result import Result
 from diffoc.solve import solve
 from diffoc.theory.riccati_draws import RICCATI
 

@@ -32,6 +32,7 @@ from diffoc.checks import (
     check_tensor,
     check_whole,
 )
+from diffoc.result import DivergenceError, History, Result
 from diffoc.riccati import Dense, SingularControlHessianError
 from diffoc.rules import Damping, Direction, LineSearch, Rule, Tikhonov
 from diffoc.system import (
@@ -44,89 +45,6 @@ from diffoc.system import (
     forward_sweep,
     roll_out,
 )
-
-
-class DivergenceError(RuntimeError):
-    """A trajectory left the finite numbers; `result` has the best one before."""
-
-    def __init__(self, message: str, result: Result) -> None:
-        super().__init__(message)
-        self.result = result
-
-
-@dataclass(frozen=True)
-class History:
-    """One row per iteration, one column per problem: lists of (B,) tensors of equal length.
-
-    Attributes:
-        cost: J before the iteration.
-        terminal: the terminal cost's part of it.
-        gradient: the largest absolute derivative of J in a control, before the iteration; NaN
-            with projections, which do not know it.
-        expected: the decrease expected of a full step.
-        regularization: the largest constant of the gains.
-        step: the step taken, 0 where none was (converged, or refused).
-    """
-
-    cost: list[Tensor] = field(default_factory=list)
-    terminal: list[Tensor] = field(default_factory=list)
-    gradient: list[Tensor] = field(default_factory=list)
-    expected: list[Tensor] = field(default_factory=list)
-    regularization: list[Tensor] = field(default_factory=list)
-    step: list[Tensor] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Result:
-    """What the controller found, and how it got there.
-
-    Attributes:
-        states: the trajectory, (T + 1, B, ...).
-        controls: (T, B, ...).
-        cost: J, (B,).
-        gains: of the batch's last backward sweep, around the trajectories before the last step.
-        status: of each problem "gradient" or "cost" (converged by that test), "stalled" (no
-            descent at the largest regularization), "stopped" (by `stop` or `callback`), "budget"
-            (another iteration would exceed it) or "iterations" (by their number).
-        history: of the iterations.
-        evaluations: of the dynamics, by problem, (B,) int64.
-        products: vector-Jacobian products of the dynamics, likewise.
-        tangents: Jacobian-vector products of the dynamics, likewise.
-        residual_over_noise: the root mean square of the residual over the noise's, (B,), where
-            :func:`diffoc.reconstruct` was called; else None.
-        log_weights: of draws in the plan's place, (B,), see
-            :class:`diffoc.theory.riccati_draws.Draws`; else None.
-    """
-
-    states: Tensor
-    controls: Tensor
-    cost: Tensor
-    gains: list[StepGains]
-    status: list[str]
-    history: History
-    evaluations: Tensor
-    products: Tensor
-    tangents: Tensor
-    residual_over_noise: Tensor | None = None
-    log_weights: Tensor | None = None
-
-    @property
-    def x0(self) -> Tensor:
-        """The final states, which are a process's images, (B, ...)."""
-        return self.states[-1]
-
-    @property
-    def costs(self) -> Tensor:
-        """The total costs before every iteration, (iterations, B)."""
-        return self._rows(self.history.cost)
-
-    @property
-    def terminal_costs(self) -> Tensor:
-        """The terminal cost's part of `costs`, (iterations, B)."""
-        return self._rows(self.history.terminal)
-
-    def _rows(self, rows: list[Tensor]) -> Tensor:
-        return torch.stack(rows) if rows else self.cost.new_zeros(0, len(self.cost))
 
 
 @dataclass(frozen=True)

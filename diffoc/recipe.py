@@ -22,10 +22,10 @@ from torch import Tensor
 
 from diffoc.checks import check_at_least, check_kind, check_member, check_whole
 from diffoc.costs import GaussianLikelihood
-from diffoc.ilqr import Result
 from diffoc.lowrank import MatrixFree
 from diffoc.problem import Problem
 from diffoc.process import ReverseProcess
+from diffoc.result import Result
 from diffoc.rules import LBFGS, Damping, Rule
 from diffoc.system import ControlProblem, Derivatives
 

@@ -24,10 +24,10 @@ from diffoc.checks import (
 )
 from diffoc.costs import ControlCost
 from diffoc.greedy import greedy_controls
-from diffoc.ilqr import Result
 from diffoc.problem import Problem, check_operator
 from diffoc.process import ReverseProcess
 from diffoc.recipe import OURS, Recipe
+from diffoc.result import Result
 from diffoc.rules import LBFGS, Rule
 from diffoc.solve import image_units, solve
 from diffoc.system import ControlProblem

@@ -14,9 +14,10 @@ from tqdm.auto import tqdm
 
 from diffoc.checks import check_kind, check_size, check_tensor, evaluating
 from diffoc.costs import ControlCost
-from diffoc.ilqr import Result, ilqr
+from diffoc.ilqr import ilqr
 from diffoc.lowrank import MatrixFree
 from diffoc.process import ReverseProcess
+from diffoc.result import Result
 from diffoc.rules import Adam, Damping, Rule
 from diffoc.system import ControlProblem, Derivatives
 
@@ -64,7 +65,7 @@ def solve(
 
     Raises:
         ValueError: if an argument is wrong.
-        diffoc.ilqr.DivergenceError: if the cost is not finite any more; it has the best iterate.
+        diffoc.result.DivergenceError: if the cost is not finite any more; it has the best iterate.
     """
     check_kind(ReverseProcess, process=process)
     check_kind(Callable, cost=cost)

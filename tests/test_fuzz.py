@@ -578,8 +578,6 @@ OTHERS = {
     "Recipe": "test_recipes",
     "reconstruct": "test_recipes",
     "Reconstructor": "test_wrappers",
-    "DivergenceError": "an error",
-    "History": "a result",
     "Result": "a result",
     "Method": "behind ilqr",
     "State": "behind ilqr",

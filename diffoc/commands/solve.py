@@ -25,12 +25,12 @@ from diffoc.data.pictures import (
     read_transparency,
     write_picture,
 )
-from diffoc.ilqr import Result
 from diffoc.problem import Problem
 from diffoc.problems.metrics import SMALLEST, image_metrics
 from diffoc.problems.tasks import NOISE_STD, measure, measured, task
 from diffoc.recipe import COLD, OURS, STOPPED, Recipe
 from diffoc.reconstruct import reconstruct
+from diffoc.result import Result
 
 # Their measurement is a picture that says all that is needed to know A.
 FROM_PICTURES = ("super_resolution", "gaussian_blur", "random_inpainting", "box_inpainting")

@@ -36,8 +36,9 @@ from diffoc.priors.pretrained import load_prior
 from diffoc.priors.weights import classifier
 from diffoc.problems.metrics import frechet_distance
 from diffoc.process import ReverseProcess, draw_noise
+from diffoc.result import Result
 from diffoc.rules import LineSearch
-from diffoc.solve import Result, solve
+from diffoc.solve import solve
 
 SHARPNESS = 3000.0
 """Weight of -log p(c | x_0) against the controls' cost. With weight 1 the cheapest plan gives the

@@ -27,10 +27,10 @@ from azula.noise import Schedule
 from torch import Tensor
 
 from diffoc.checks import check_kind
-from diffoc.ilqr import Result
 from diffoc.lowrank import MatrixFree
 from diffoc.process import METHODS, ReverseProcess, draw_noise
 from diffoc.recipe import Recipe
+from diffoc.result import Result
 from diffoc.rules import LineSearch
 from diffoc.system import ControlProblem, Counts, Derivatives, roll_out
 

@@ -15,10 +15,11 @@ from azula.noise import VPSchedule
 from torch import Tensor
 
 from diffoc.costs import ControlCost, GaussianLikelihood
-from diffoc.ilqr import Result, ilqr
+from diffoc.ilqr import ilqr
 from diffoc.priors.gaussian import GaussianMixturePrior, GaussianPrior
 from diffoc.priors.mixture import mixture_from_loadings
 from diffoc.process import ReverseProcess
+from diffoc.result import Result
 from diffoc.rules import FullStep
 from diffoc.system import ControlProblem
 

@@ -7,8 +7,9 @@ import torch
 
 from diffoc import rules
 from diffoc.costs import ControlCost, GaussianLikelihood
-from diffoc.ilqr import DivergenceError, ilqr
+from diffoc.ilqr import ilqr
 from diffoc.lowrank import MatrixFree
+from diffoc.result import DivergenceError
 from diffoc.riccati import Dense, terminal_value
 from diffoc.rules import LBFGS, Adam, Direction, FullStep, LBFGSMemory
 from diffoc.system import ControlProblem

@@ -8,12 +8,13 @@ import diffoc
 from diffoc.baselines.paper import snr_weights
 from diffoc.costs import ControlCost, GaussianLikelihood
 from diffoc.data import digits
-from diffoc.ilqr import DivergenceError, ilqr
+from diffoc.ilqr import ilqr
 from diffoc.lowrank import MatrixFree
 from diffoc.priors.counting import CountedPrior
 from diffoc.priors.gaussian import GaussianPrior
 from diffoc.problems.operators import average_pool
 from diffoc.process import ReverseProcess
+from diffoc.result import DivergenceError
 from diffoc.rules import LBFGS, Adam, LineSearch
 from diffoc.solve import image_units, solve
 from diffoc.system import ControlProblem, Counts
