@@ -359,14 +359,15 @@ def test_reconstructions_stay_in_their_folder(tmp_path):
 
 def test_a_prior_s_name_makes_no_path(monkeypatch, capsys):
     """Tables are called after their prior, which may be a path or "owner/name"."""
-    from diffoc.commands import tables as commands
+    from diffoc.commands import tables, tune
     from diffoc.experiments import cells as experiments
 
     places = []
-    monkeypatch.setattr(
-        commands, "_execute", lambda cells, compute, path, *a: places.append(path) or 0
-    )
-    monkeypatch.setattr(commands, "_cells", lambda args, images: (args.prior, []))
+    for module in (tables, tune):
+        monkeypatch.setattr(
+            module, "execute", lambda cells, compute, path, *a: places.append(path) or 0
+        )
+    monkeypatch.setattr(tables, "_cells", lambda args, images: (args.prior, []))
     monkeypatch.setattr(experiments, "tuning_cells", lambda *a: [])
     monkeypatch.setattr(experiments, "best_trial", lambda rows: None)
     monkeypatch.setattr("diffoc.experiments.records.read", lambda path: {})

@@ -12,8 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from diffoc.commands import ffhq
-from diffoc.commands.tables import add_commands
+from diffoc.commands import ffhq, tables, tune
 from diffoc.data.files import try_file, try_folder
 from diffoc.data.provenance import ROOT, told
 
@@ -244,7 +243,8 @@ def parser_of() -> argparse.ArgumentParser:
     solver.add_argument("--starts", type=int, help="1 by default; the cheapest image is written")
     solver.add_argument("--seed", type=int, default=0, help="of mask, kernel and noise")
     solver.add_argument("--device", default="cpu", help="cpu or cuda")
-    add_commands(commands)
+    tables.add_commands(commands)
+    tune.add_command(commands)
     ffhq.add_commands(commands)
     bench = commands.add_parser("benchmark", help="time and memory of the controller, measured")
     bench.add_argument("priors", nargs="*", help="for load_prior; by default mnist and faces64")

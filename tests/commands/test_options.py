@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from diffoc.commands import ffhq, main, tables
+from diffoc.commands import ffhq, grid, main, tables, tune
 from diffoc.data import files
 from diffoc.data import images as data
 from diffoc.data.pictures import write_picture
@@ -282,7 +282,7 @@ def outcome(places, monkeypatch, capsys):
 
     monkeypatch.setattr("diffoc.commands.solve.run", solved)
     monkeypatch.setattr("diffoc.priors.pretrained.load_prior", LOAD)
-    for module in (main, tables, ffhq):
+    for module in (main, grid, tables, tune, ffhq):
         for name in ("try_file", "try_folder"):
             if hasattr(module, name):
                 tried = getattr(files, name)
