@@ -360,8 +360,9 @@ def test_a_dead_kernel_and_an_endless_cell_are_failures(
 
 
 def test_two_run_at_a_time_and_the_next_run_says_how_long_they_take(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)  # whoever sets it, gets it
     meeting = tmp_path / "meeting"
     meeting.mkdir()
     # Each waits for the other.
