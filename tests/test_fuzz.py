@@ -43,7 +43,6 @@ from diffoc.problems.operators import LinearMeasurement, as_matrix, average_pool
 from diffoc.problems.tasks import (
     box_inpainting,
     gaussian_blur,
-    likelihood,
     measure,
     motion_blur,
     nonlinear_blur,
@@ -252,11 +251,6 @@ DOORS = [
         lambda x, noise_std: measure(HALVED, x, generator(), noise_std),
         {"x": X.float(), "noise_std": 0.1},
         of=measure,
-    ),
-    Door(
-        lambda y, noise_std: likelihood(HALVED, y, noise_std)(X.float()),
-        {"y": LIKELIHOOD.y.float(), "noise_std": 0.1},
-        of=likelihood,
     ),
     Door(
         lambda side, intensity: motion_kernel(side, intensity, generator()),

@@ -15,7 +15,6 @@ from scipy.ndimage import gaussian_filter
 from torch import Tensor, nn
 
 from diffoc.checks import check_at_least, check_images, check_member, check_shape
-from diffoc.costs import GaussianLikelihood
 from diffoc.problems.kernels import motion_kernel
 
 NOISE_STD = 0.05
@@ -237,11 +236,6 @@ def measured(physics: Physics, y: Tensor) -> Tensor:
     if isinstance(physics, Inpainting):
         return (physics.mask != 0).to(y).expand_as(y)
     return torch.ones_like(y)
-
-
-def likelihood(physics: Physics, y: Tensor, noise_std: float = NOISE_STD) -> GaussianLikelihood:
-    """Returns the terminal cost -log p(y | x_0) of a task."""
-    return GaussianLikelihood(physics.A, y, noise_std)
 
 
 def _kernel_size(side: int) -> int:

@@ -19,9 +19,10 @@ from diffoc.priors import wrap
 from diffoc.priors.gaussian import GaussianPrior
 from diffoc.priors.pretrained import load_prior
 from diffoc.problem import Problem
+from diffoc.problems import tasks
 from diffoc.problems.tasks import measure, super_resolution, task
 from diffoc.process import ReverseProcess
-from diffoc.recipe import COLD, OURS, STOPPED, Recipe
+from diffoc.recipe import COLD, OURS, STOPPED, TASKS, Recipe
 from diffoc.reconstruct import reconstruct
 from diffoc.rules import LBFGS
 
@@ -70,6 +71,10 @@ def test_every_door_has_the_same_default():
         diffoc.PAPER,
         diffoc.RELEASED,
     ]
+
+
+def test_recipes_know_the_tasks_by_name():
+    assert tuple(tasks.TASKS) == TASKS
 
 
 def test_what_ours_has_for_a_task_is_what_was_tuned():

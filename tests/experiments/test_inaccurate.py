@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from diffoc.costs import GaussianLikelihood
 from diffoc.data import digits
 from diffoc.data.manifest import data_folder
 from diffoc.experiments import records
@@ -22,7 +23,7 @@ from diffoc.experiments.inaccurate import (
 )
 from diffoc.priors.pretrained import load_prior, untrained_adm
 from diffoc.problem import Problem
-from diffoc.problems.tasks import likelihood, measure, task
+from diffoc.problems.tasks import measure, task
 from diffoc.process import ReverseProcess
 from diffoc.recipe import COLD
 from diffoc.reconstruct import reconstruct
@@ -147,7 +148,7 @@ def test_control_without_a_network_is_regularised_least_squares(name):
     process = ReverseProcess(prior, steps)
     found = solve(
         process,
-        likelihood(physics, y, noise_std),
+        GaussianLikelihood(physics.A, y, noise_std),
         torch.zeros_like(truth),
         control_cost=r,
         rank=0,
