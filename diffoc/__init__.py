@@ -50,7 +50,7 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> object:
-    """`Reconstructor`, when it is asked for: deepinv takes as long to import as all else."""
+    """Imports `Reconstructor` when it is asked for: deepinv takes as long as all else."""
     if name == "Reconstructor":
         from diffoc.problems.reconstructor import Reconstructor
 

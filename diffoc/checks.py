@@ -33,7 +33,7 @@ def check_tensor(name: str, x: Tensor) -> None:
 
 
 def check_images(name: str, x: Tensor) -> None:
-    """As :func:`check_tensor`, for images (B, C, H, W)."""
+    """Does as :func:`check_tensor`, for images (B, C, H, W)."""
     check_tensor(name, x)
     if x.ndim != 4:
         raise ValueError(f"{name} has shape {tuple(x.shape)}, expected (B, C, H, W)")
@@ -90,7 +90,7 @@ def check_within(low: float, high: float, **numbers: float) -> None:
 
 
 def check_whole(low: int, **numbers: int | None) -> None:
-    """As :func:`check_at_least`, for whole numbers, or None where there is none."""
+    """Does as :func:`check_at_least`, for whole numbers, or None where there is none."""
     for name, value in numbers.items():
         if value is None:
             continue
@@ -106,7 +106,7 @@ def _check_number(name: str, value: object) -> None:
 
 
 def shown(value: object) -> str:
-    """What a value is, in one short line."""
+    """Returns what a value is, in one short line."""
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)}"
     text = one_line(repr(value))
@@ -141,7 +141,7 @@ def check_member(members: Iterable[str], **names: str) -> None:
 
 @contextmanager
 def evaluating(*networks: object) -> Iterator[None]:
-    """Has networks in evaluation mode: no dropout, and no batch's own statistics.
+    """Keeps networks in evaluation mode: no dropout, and no batch's own statistics.
 
     In training mode two runs differ, and images depend on their neighbours. Every door does this to
     what it is given, and afterwards each module is in the mode that it was in: whoever samples in

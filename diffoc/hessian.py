@@ -85,7 +85,7 @@ def nystrom(product: Product, directions: Tensor, rank: int) -> tuple[Tensor, Te
 def _largest(
     vectors: Tensor, values: Tensor, directions: Tensor, rank: int
 ) -> tuple[Tensor, Tensor]:
-    r"""The eigenpairs that are largest in magnitude, chosen by `directions` where equals are cut.
+    r"""Returns the eigenpairs largest in magnitude, chosen by `directions` where equals are cut.
 
     All of a group of equal eigenvalues span the same space however they are chosen. Of a group
     that `rank` cuts through, where V are its eigenvectors, the p-th of all, which is its o-th, is

@@ -233,7 +233,7 @@ def terminate(state: State, method: Method) -> bool:
 
 
 def _affordable(state: State, method: Method) -> Tensor:
-    """Which problems may evaluate the dynamics of T steps once more, (B,) bool."""
+    """Returns which problems may evaluate the dynamics of T steps once more, (B,) bool."""
     if method.budget is None:
         return torch.ones_like(state.active)
     return state.work["evaluations"] + len(state.nominal.u) <= method.budget
@@ -263,7 +263,7 @@ def converged(state: State, method: Method) -> bool:
 
 
 def step(problem: ControlProblem, state: State, method: Method, iteration: int) -> None:
-    """One iteration: gains, a direction, its trials, and what they teach."""
+    """Takes one iteration: gains, a direction, its trials, and what they teach."""
     rule, damping = method.rule, method.regularization
     direction = rule.direction(
         state.memory, _sweep(state, method), state.gradients, state.nominal.u
@@ -333,7 +333,7 @@ def choose(mask: Tensor, yes: list[Tensor], no: list[Tensor]) -> list[Tensor]:
 
 
 def _sweep(state: State, method: Method) -> Direction:
-    """The gains, with constants that make Quu + a I positive definite, and their full step."""
+    """Returns the gains' full step, with constants that make Quu + a I positive definite."""
     damping = method.regularization
     while True:
         state.gains, _ = backward_sweep(state.expansions, state.value, state.a)
@@ -357,11 +357,7 @@ def _sweep(state: State, method: Method) -> Direction:
 
 
 def _search(
-    problem: ControlProblem,
-    state: State,
-    method: Method,
-    direction: Direction,
-    negligible: Tensor,
+    problem: ControlProblem, state: State, method: Method, direction: Direction, negligible: Tensor
 ) -> Tensor:
     """Tries smaller and smaller steps until every active problem has accepted one.
 

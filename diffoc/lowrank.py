@@ -64,7 +64,7 @@ class LowRankExpansion:
 
     @property
     def gradient(self) -> Tensor:
-        """The derivative of the open loop's total cost in the control, (B, m)."""
+        """Returns the derivative of the open loop's total cost in the control, (B, m)."""
         return self.r * self.u + self.pu
 
 
@@ -99,7 +99,7 @@ class LowRankValue:
 
     @property
     def Vx(self) -> Tensor:
-        """The gradient, (B, n)."""
+        """Returns the gradient, (B, n)."""
         return self.p if self.c is None else self.p + matvec(self.Z, self.c)
 
     def step_back(
@@ -119,7 +119,7 @@ class LowRankValue:
 def low_rank_step(
     Qu: Tensor, W: Tensor, U: Tensor, S: Tensor, r: float, a: Tensor, update: str
 ) -> tuple[LowRankGains, Tensor, Tensor]:
-    """The algebra of a step, see the module, for whatever factors W and U.
+    """Does the algebra of a step, see the module, for whatever factors W and U.
 
     Args:
         Qu: the gradient of Q, Eq. 41, (B, m).

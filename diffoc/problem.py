@@ -10,14 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffoc.checks import (
-    check_above,
-    check_alike,
-    check_kind,
-    check_tensor,
-    one_line,
-    shown,
-)
+from diffoc.checks import check_above, check_alike, check_kind, check_tensor, one_line, shown
 
 
 @dataclass(frozen=True)
@@ -58,17 +51,17 @@ class Problem:
 
     @property
     def operator(self) -> Callable[[Tensor], Tensor]:
-        """A, without noise."""
+        """Returns A, without noise."""
         return self.physics.A if self._is("Physics") else self.physics
 
     @property
     def linear(self) -> bool:
-        """Whether A is known to be linear, with an adjoint."""
+        """Returns whether A is known to be linear, with an adjoint."""
         return self._is("LinearPhysics")
 
     @property
     def noise_level(self) -> Tensor:
-        """The root mean square of each true image's residual, (B,).
+        """Returns the root mean square of each true image's residual, (B,).
 
         Where inpainting has dropped pixels, and `y` is zero, there is no noise.
         """

@@ -138,7 +138,7 @@ class ReverseProcess:
 
     @property
     def horizon(self) -> int:
-        """The number T of steps."""
+        """Returns the number T of steps."""
         return len(self.times) - 1
 
     def initial_state(self, shape: Sequence[int], generator: torch.Generator) -> Tensor:

@@ -158,7 +158,7 @@ class Recipe:
 
     @property
     def planned(self) -> int:
-        """How many iterations there are at most."""
+        """Returns how many iterations there are at most."""
         most = sys.maxsize if self.iterations is None else self.iterations
         if self.budget is None:
             return most

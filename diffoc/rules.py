@@ -210,7 +210,7 @@ class LBFGS(LineSearch):
 
     @property
     def length(self) -> float:
-        """The root mean square of the first change: what `first` says or means."""
+        """Returns the root mean square of the first change: what `first` says or means."""
         if self.first is not None:
             return self.first
         return 1e-3 if self.units is None else 1e-2

@@ -145,12 +145,12 @@ class Trajectory:
 
     @property
     def states(self) -> Tensor:
-        """A copy of the states, (T + 1, B, ...)."""
+        """Returns a copy of the states, (T + 1, B, ...)."""
         return torch.stack(self.x)
 
     @property
     def controls(self) -> Tensor:
-        """A copy of the controls, (T, B, ...)."""
+        """Returns a copy of the controls, (T, B, ...)."""
         return torch.stack(self.u)
 
     def advance(self, problem: ControlProblem, u: Tensor, derivatives: Derivatives) -> None:

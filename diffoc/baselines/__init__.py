@@ -120,12 +120,12 @@ def one_a_step(task: str, nfe: int) -> dict:
 
 
 def product_a_step(settings: dict) -> tuple[int, int]:
-    """Work of a method whose step costs an evaluation and a product."""
+    """Returns the work of a method whose step costs an evaluation and a product."""
     return settings["steps"], settings["steps"]
 
 
 def no_products(settings: dict) -> tuple[int, int]:
-    """Work of a method whose step costs an evaluation alone."""
+    """Returns the work of a method whose step costs an evaluation alone."""
     return settings["steps"], 0
 
 
@@ -144,7 +144,7 @@ def methods() -> dict[str, Method]:
 
 @contextmanager
 def global_generator(generator: torch.Generator) -> Iterator[None]:
-    """For libraries that draw from torch's global generator, which is put back afterwards.
+    """Seeds torch's global generator, for libraries that draw from it, and puts it back afterwards.
 
     Args:
         generator: gives the seed; what it gives next depends on that.

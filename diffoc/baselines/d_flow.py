@@ -97,7 +97,7 @@ def d_flow(
 
 @torch.no_grad()
 def _inversion(process: ReverseProcess, x: Tensor) -> Tensor:
-    """The noise at time 1 of images x, by DDIM from time 0 up."""
+    """Returns the noise at time 1 of images x, by DDIM from time 0 up."""
     prior, times = process.denoiser, process.times.to(x).flip(0)
     for t, s in pairwise(times):
         (alpha_t, sigma_t), (alpha_s, sigma_s) = prior.schedule(t), prior.schedule(s)

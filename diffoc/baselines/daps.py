@@ -124,7 +124,7 @@ Langevin = Callable[[Tensor, float, float, float, int, Callable[[], Tensor]], Te
 
 
 def _chain(physics: Physics, y: Tensor) -> Langevin:
-    """Step by step, for any operator that can be differentiated."""
+    """Goes step by step, for any operator that can be differentiated."""
 
     def gradient(x0: Tensor) -> Tensor:
         with torch.enable_grad():
@@ -144,7 +144,7 @@ def _chain(physics: Physics, y: Tensor) -> Langevin:
 
 
 def _end_of_chain(svd: DecomposablePhysics, y: Tensor) -> Langevin:
-    """At once, see the module."""
+    """Goes there at once, see the module."""
     measured = svd.U_adjoint(y)
     # In single precision 1 - k^2 is lost where neither measurements nor level say anything.
     singular = svd.mask.double()

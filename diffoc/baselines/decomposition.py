@@ -143,12 +143,12 @@ def _decompose(physics: LinearPhysics, x: Tensor) -> DecomposablePhysics:
 
 
 def _tolerance(x: Tensor) -> float:
-    """Relative, of A(x): rounding, where x is not in double precision, grows like a side's root."""
+    """Returns a relative one of A(x), whose rounding grows like a side's root in float32."""
     return max(_TOLERANCE, 8 * torch.finfo(x.dtype).eps * max(x.shape[1:]) ** 0.5)
 
 
 def _factors_of_blur(blur: Blur, x: Tensor) -> tuple[Tensor, Tensor]:
-    """L and R of a blur with the kernel column row^T: what these do to the columns of I.
+    """Returns L and R of a blur with the kernel column row^T: what these do to the columns of I.
 
     Of another kernel they are those of the nearest such one, and seen not to be right.
     """
@@ -163,7 +163,7 @@ def _factors_of_blur(blur: Blur, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _factors(A: Callable[[Tensor], Tensor], column: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
-    """L (h, H) and R (w, W), if A(X) = L X R^T; from vectors (H,) and (W,) that L and R keep."""
+    """Returns L (h, H) and R (w, W), if A(X) = L X R^T, of vectors (H,) and (W,) that they keep."""
     # A(column row^T) = (L column) (R row)^T has one singular value.
     U, S, Vh = torch.linalg.svd(A(torch.outer(column, row)[None, None])[0, 0])
     rows_one_by_one = torch.eye(len(column)).to(row)[:, None, :, None] * row
@@ -174,7 +174,7 @@ def _factors(A: Callable[[Tensor], Tensor], column: Tensor, row: Tensor) -> tupl
 
 
 def _full_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """U (m, n), s (n,) and V (n, n) of a matrix (m, n), with zeros where m < n."""
+    """Returns U (m, n), s (n,) and V (n, n) of a matrix (m, n), with zeros where m < n."""
     m, n = matrix.shape
     if m == n:
         return _square_svd(matrix)
@@ -184,7 +184,7 @@ def _full_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _square_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The same of a square matrix, in a fifth of the library's time at 4096 numbers.
+    """Returns the same of a square matrix, in a fifth of the library's time at 4096 numbers.
 
     A V = U S with the eigenvectors V of A^T A, which are right but for singular values so small
     that their squares are rounding: among those, the library decomposes what A does.
@@ -201,7 +201,7 @@ def _square_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _without_rounding(s: Tensor, x: Tensor) -> Tensor:
-    """Singular values in the precision of `x`, zero where only rounding keeps them from it."""
+    """Returns singular values in the precision of `x`; those that are mere rounding are zero."""
     return torch.where(s > torch.finfo(x.dtype).eps * s.max(), s, 0).to(x)
 
 

@@ -86,7 +86,7 @@ def _of(given: Given, active: Tensor) -> Physics:
 
 
 def time_of_ratio(prior: Denoiser, ratio: Tensor) -> Tensor:
-    """The times in [0, 1] at which sigma / alpha, which must increase, has values (B,).
+    """Returns the times in [0, 1] at which sigma / alpha, which must increase, has values (B,).
 
     What lies outside its range gets the nearer end.
     """

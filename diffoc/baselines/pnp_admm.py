@@ -31,7 +31,7 @@ class ImageByImage(L2):
     def prox(
         self, x: Tensor, y: Tensor, physics: LinearPhysics, *args: object, gamma: float = 1.0
     ) -> Tensor:
-        r"""The minimiser of :math:`\gamma \|A u - y\|^2 + \|u - x\|^2`."""
+        r"""Returns the minimiser of :math:`\gamma \|A u - y\|^2 + \|u - x\|^2`."""
         return x + self.correction(y, x, float(gamma))
 
 

@@ -268,7 +268,7 @@ class ShrinkingValue(LowRankValue):
     def step_back(
         self, e: LowRankExpansion, a: Tensor, update: str
     ) -> tuple[LowRankGains, LowRankValue]:
-        """As :meth:`diffoc.lowrank.LowRankValue.step_back`, with the gains that are left."""
+        """Does as :meth:`diffoc.lowrank.LowRankValue.step_back`, with the gains that are left."""
         gains, value = super().step_back(e, a, update)
         k, rho = gains.k, (e.r + a)[:, None]
         drawn = torch.randn(k.shape[1], self.dimension, generator=self.generator)
@@ -290,7 +290,7 @@ class Shrinking(MatrixFree):
     generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
 
     def terminal(self, problem: ControlProblem, x: Tensor, rank: int | None) -> LowRankValue:
-        """As :meth:`diffoc.lowrank.MatrixFree.terminal`; a ValueError refuses another rank."""
+        """Does as :meth:`diffoc.lowrank.MatrixFree.terminal`; a ValueError refuses another rank."""
         if rank != 0:
             raise ValueError(f"rank is {rank}, expected 0: the side effect is that of no factor")
         v = super().terminal(problem, x, rank)

@@ -17,6 +17,7 @@ from torch import Tensor
 from diffoc.baselines.flash_diffusion import time_of_ratio
 from diffoc.baselines.paper import PAPER
 from diffoc.baselines.released import RELEASED
+from diffoc.checks import check_member
 from diffoc.data.files import replacing
 from diffoc.data.pictures import (
     OVER_WHITE,
@@ -36,10 +37,7 @@ from diffoc.result import Result
 FROM_PICTURES = ("super_resolution", "gaussian_blur", "random_inpainting", "box_inpainting")
 
 
-FAMILIAR = {
-    "faces64_rgb": {0.3: 27.5, 1.0: 21.7},
-    "faces64": {0.3: 25.6, 1.0: 19.9},
-}
+FAMILIAR = {"faces64_rgb": {0.3: 27.5, 1.0: 21.7}, "faces64": {0.3: 25.6, 1.0: 19.9}}
 """The PSNR in dB, by noise level, that 99 % of 512 held-out faces reach (cards of the priors)."""
 
 RECIPES = {recipe.name: recipe for recipe in (OURS, STOPPED, COLD, PAPER, RELEASED)}
@@ -76,13 +74,12 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.recipe not in RECIPES:
-            raise ValueError(f"recipe is {self.recipe!r}, expected one of {', '.join(RECIPES)}")
+        check_member(RECIPES, recipe=self.recipe)
         self.changed  # noqa: B018  refuses what the recipe cannot have
 
     @property
     def changed(self) -> Recipe:
-        """The recipe with what was given in place of its own, as it was tuned for the task."""
+        """Returns the recipe as tuned for the task, with what was given in place of its own."""
         names = ("budget", "steps", "iterations", "rank")
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         if "budget" in given:

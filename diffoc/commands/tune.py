@@ -32,13 +32,7 @@ def add_command(commands: argparse._SubParsersAction) -> None:
 def tune(args: argparse.Namespace) -> int:
     """Tries settings of each method on the tuning faces, and writes down the best by mean PSNR."""
     from diffoc.experiments import cells as experiments
-    from diffoc.experiments.methods import (
-        METHODS,
-        compared,
-        of_method,
-        read_tuned,
-        write_tuned,
-    )
+    from diffoc.experiments.methods import METHODS, compared, of_method, read_tuned, write_tuned
     from diffoc.experiments.records import read
     from diffoc.experiments.runs import alone, by_image
 

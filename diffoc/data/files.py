@@ -41,7 +41,7 @@ def try_folder(folder: Path) -> None:
 
 
 def try_file(path: Path) -> None:
-    """As :func:`try_folder`, for a file, whose folder is made; one that is there stays as it is."""
+    """Does as :func:`try_folder` for a file, whose folder is made; one that is there stays."""
     if path.is_dir():
         raise OSError(f"{path} cannot be written, it is a folder: name a file")
     try_folder(path.parent)

@@ -108,7 +108,7 @@ def read_transparency(path: Path) -> Tensor:
 
 
 def picture_size(path: Path) -> tuple[int, int]:
-    """Height and width of a picture in pixels; errors as for :func:`read_picture`."""
+    """Returns height and width of a picture in pixels; errors as for :func:`read_picture`."""
     width, height = _open(path)[0].size
     return height, width
 

@@ -7,6 +7,7 @@ of the grey faces, for a cell's budget; where nothing was tuned for that, for 30
 from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 
+from diffoc import recipe
 from diffoc.baselines import Share
 from diffoc.baselines.cold import iterations_within
 from diffoc.baselines.paper import TABLE_2
@@ -16,7 +17,7 @@ from diffoc.experiments.methods import METHODS, read_tuned
 from diffoc.experiments.records import Cell, as_json, in_batches
 from diffoc.recipe import OURS
 
-TASKS = ("super_resolution", "random_inpainting")
+TASKS = recipe.TASKS[:2]
 """Of the paper's Tables 4 to 6 too."""
 
 TUNED = ("faces64", 300)
@@ -49,7 +50,7 @@ Choice = tuple[str, str, str, int, dict]
 
 
 def few_steps(prior: str, tasks: Sequence[str]) -> Iterator[Choice]:
-    """Figure 3 and Table 6: DPS and ours at equal budgets, then at equal T.
+    """Yields Figure 3 and Table 6: DPS and ours at equal budgets, then at equal T.
 
     At equal T, DPS has T evaluations and the controllers 300, or 4 T where those are too few.
     """
@@ -116,7 +117,7 @@ def published(prior: str, tasks: Sequence[str]) -> Iterator[Choice]:
 def robustness(
     prior: str, tasks: Sequence[str], trained: bool = True, nfe: int = TUNED[1]
 ) -> Iterator[Choice]:
-    """Figure 6: DPS and ours with copies of a prior that are wrong, and what needs no prior.
+    """Yields Figure 6: DPS and ours with copies of a prior that are wrong, and what needs no prior.
 
     Without trained weights there are only priors of random ones. Nothing is tuned for other budgets
     than 300 evaluations.
@@ -138,7 +139,7 @@ def robustness(
 
 
 def parts(prior: str, tasks: Sequence[str]) -> Iterator[Choice]:
-    """Ours, not stopped, and the same with one of its parts taken away, at 300 evaluations.
+    """Yields ours, not stopped, and the same with one of its parts taken away, at 300 evaluations.
 
     In place of the weighted control cost there are constant ones, and none, so that the comparison
     is with the best of them; in place of its steps those that the stopped controller is tuned to.
@@ -212,7 +213,7 @@ def ablation_cells(
 
 
 def _tuned(prior: str, method: str, task: str, nfe: int) -> dict:
-    """The settings of a method for a budget, tuned for it or, as far as they go, for 300."""
+    """Returns a method's settings for a budget, tuned for it or, as far as they go, for 300."""
     found = METHODS[method].settings(task, nfe)
     tuned = read_tuned()
     own = tuned.get(accurate_name(prior), {}).get(method, {}).get(task)
@@ -230,12 +231,12 @@ def _has_share(values: Sequence[float]) -> bool:
 
 
 def _controllers(prior: str, task: str, nfe: int, steps: int) -> Iterator[Choice]:
-    """The controller from the greedy guess and from zero, with a budget and T."""
+    """Yields the controller from the greedy guess and from zero, with a budget and T."""
     yield prior, task, "stopped", nfe, _tuned(prior, "stopped", task, nfe) | {"steps": steps}
     changed = {"steps": steps, "iterations": iterations_within(nfe, steps)}
     yield prior, task, "cold", nfe, _tuned(prior, "cold", task, nfe) | changed
 
 
 def _unstopped(prior: str, task: str, nfe: int, steps: int) -> Choice:
-    """The controller that goes on until the budget is spent."""
+    """Returns the controller that goes on until the budget is spent."""
     return prior, task, "ours", nfe, _tuned(prior, "ours", task, nfe) | {"steps": steps}

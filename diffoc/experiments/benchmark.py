@@ -59,17 +59,17 @@ class Row:
 
     @property
     def ratio(self) -> float:
-        """The controller's time in units of the bare network's."""
+        """Returns the controller's time in units of the bare network's."""
         return self.seconds / self.bare_seconds
 
     @property
     def beyond(self) -> float:
-        """The controller's memory beyond the network's, in float32 numbers, over T n."""
+        """Returns the controller's memory beyond the network's, in float32 numbers, over T n."""
         return (self.bytes - self.bare_bytes) / (4 * self.steps * torch.Size(self.shape).numel())
 
 
 def bare_iteration(process: ReverseProcess, x: Tensor, rank: int, keep_activations: bool) -> None:
-    """The evaluations and products of an iteration, of the denoiser alone, at the states x."""
+    """Makes the evaluations and products of an iteration, of the denoiser alone, at states x."""
     for t in process.times[:-1].to(x):
         if not keep_activations:
             with torch.no_grad():

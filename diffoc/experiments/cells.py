@@ -45,7 +45,7 @@ TABLES = {"table1": tuple(TASKS)[:5]}
 
 
 def few_faces() -> list[str]:
-    """Eight of the held-out faces, every fourth, for what takes many runs."""
+    """Returns eight of the held-out faces, every fourth, for what takes many runs."""
     return list(ONE_OPERATOR.held_out[::4])
 
 
@@ -168,12 +168,7 @@ def read_images(names: Sequence[str], shape: Sequence[int], folder: Path | None)
 
 @lru_cache(maxsize=16)
 def _operator(
-    protocol: Protocol,
-    name: str,
-    shape: tuple[int, ...],
-    seed: int,
-    image: str | None,
-    device: str,
+    protocol: Protocol, name: str, shape: tuple[int, ...], seed: int, image: str | None, device: str
 ) -> Physics:
     """Returns the operator of an image, or of all images for None, on a device.
 

@@ -69,17 +69,17 @@ class Case:
 
     @property
     def cost(self) -> GaussianLikelihood:
-        """The terminal cost, -log p(y | x_0) but for a constant."""
+        """Returns the terminal cost, -log p(y | x_0) but for a constant."""
         return GaussianLikelihood(self.physics.A, self.y, NOISE_STD)
 
     @property
     def chain(self) -> ReverseProcess:
-        """DDPM's, with its noise."""
+        """Returns DDPM's chain, with its noise."""
         return ReverseProcess(self.prior, len(self.noise), "ddpm", "output", self.noise)
 
     @cached_property
     def planned(self) -> Tensor:
-        """The controls of a plan without noise at the price of noise, (T, 1, C, H, W)."""
+        """Returns the controls of a plan without noise at the price of noise, (T, 1, C, H, W)."""
         price = noise_price(self.prior.schedule, self.means.times)
         return solve(
             self.means,
@@ -108,12 +108,12 @@ def case(factor: int, steps: int, run: int) -> Case:
 
 
 def none(case: Case) -> Guidance:
-    """The chain itself."""
+    """Returns no guidance: the chain itself."""
     return lambda i, x, mean: torch.zeros_like(x)
 
 
 def dps(case: Case, scale: float = 1.0) -> Guidance:
-    r"""DPS as published: :math:`u = -\zeta \nabla_x \|y - A m(x, t)\|`."""
+    r"""Returns DPS's guidance as published: :math:`u = -\zeta \nabla_x \|y - A m(x, t)\|`."""
 
     def guidance(i: int, x: Tensor, mean: Tensor) -> Tensor:
         m, pull = _tweedie(case, i, x)
@@ -124,7 +124,7 @@ def dps(case: Case, scale: float = 1.0) -> Guidance:
 
 
 def pgdm(case: Case) -> Guidance:
-    r"""PiGDM: :math:`u = \alpha_s \alpha_t J^T A^T (A A^T + s^2 / r_t^2 I)^{-1} (y - A m)`."""
+    r"""PiGDM has :math:`u = \alpha_s \alpha_t J^T A^T (A A^T + s^2 / r_t^2 I)^{-1} (y - A m)`."""
     alphas, sigmas = case.prior.schedule(case.chain.times)
 
     def guidance(i: int, x: Tensor, mean: Tensor) -> Tensor:
@@ -137,7 +137,7 @@ def pgdm(case: Case) -> Guidance:
 
 
 def mmps(case: Case, iterations: int = 3) -> Guidance:
-    """MMPS: E[x_0 | x_t, y] by Tweedie's covariance, in the place of E[x_0 | x_t]."""
+    """Returns MMPS's, E[x_0 | x_t, y] by Tweedie's covariance in the place of E[x_0 | x_t]."""
     conditioned = MMPSDenoiser(
         case.prior,
         case.y.flatten(1),
@@ -155,7 +155,7 @@ def mmps(case: Case, iterations: int = 3) -> Guidance:
 
 
 def paper(case: Case, iterations: int = 20) -> Guidance:
-    """The paper's update and weights, planned without noise from the start, in open loop."""
+    """Returns the paper's plan, made without noise from the start, in open loop."""
     times = case.means.times
     plan = solve(
         case.means,
@@ -171,12 +171,12 @@ def paper(case: Case, iterations: int = 20) -> Guidance:
 
 
 def open_loop(case: Case) -> Guidance:
-    """A plan at the price of noise as shifts, whatever the noise does: the sampler of rank 0."""
+    """Returns a plan at the price of noise, whatever the noise does: the sampler of rank 0."""
     return lambda i, x, mean: case.planned[i]
 
 
 def riccati(case: Case, rank: int) -> tuple[Tensor, float]:
-    """The Riccati sampler around that plan: x_0 and -log w."""
+    """Runs the Riccati sampler around that plan: x_0 and -log w."""
     means = case.means
     price = ControlCost(noise_price(case.prior.schedule, means.times))
     problem = ControlProblem(means.step, price, case.cost, means.horizon)
@@ -219,7 +219,7 @@ def outcome(method: str, case: Case) -> dict[str, str]:
 
 
 def _tweedie(case: Case, i: int, x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """m(x, t_i), and its Jacobian's transpose as a map."""
+    """Returns m(x, t_i), and its Jacobian's transpose as a map."""
     x = x.detach().requires_grad_()
     with torch.enable_grad():
         m = case.prior(x, case.chain.times[i].to(x)).mean

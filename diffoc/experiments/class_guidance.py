@@ -227,7 +227,7 @@ def read(path: Path) -> list[dict[str, str]]:
 def guidance_controls(
     process: ReverseProcess, cost: Callable[[Tensor], Tensor], x: Tensor, strength: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    r"""The controls of guidance with any terminal cost; T evaluations and T products.
+    r"""Returns the controls of guidance with any terminal cost; T evaluations and T products.
 
     The posterior mean that a step uses is moved to that of the conditional score, where the cost
     is a negative log-likelihood and its value at Tweedie's estimate stands for that of x_t:

@@ -78,7 +78,7 @@ def differences(
 
 
 def _t_test(gap: Sequence[float], confidence: float) -> tuple[float, float, float]:
-    """The mean, half the width of its interval, and the p-value of a mean of zero."""
+    """Returns the mean, half the width of its interval, and the p-value of a mean of zero."""
     if len(gap) == 1:
         return gap[0], np.nan, np.nan
     test = stats.ttest_1samp(gap, 0.0)

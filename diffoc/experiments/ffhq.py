@@ -137,7 +137,7 @@ def lines(table: str) -> list[Line]:
 
 
 def _missing(prior: str) -> str:
-    """Why a prior that has to be put by hand cannot run, or nothing."""
+    """Returns why a prior that has to be put by hand cannot run, or nothing."""
     try:
         find(REMOTE[prior])
     except FileNotFoundError as error:
@@ -278,7 +278,7 @@ def _tables(
 
 
 def _notes(line: Line, tasks: Sequence[str]) -> Iterator[str]:
-    """Where a row's settings are from, task by task as far as they differ, or why it is a dash."""
+    """Yields where a row's settings are from, by task where they differ, or why it is a dash."""
     if line.note:
         yield line.note
     if line.method and METHODS[line.method].recipe is None:

@@ -45,7 +45,7 @@ class IdentityDenoiser(Denoiser):
         self.image_shape = shape
 
     def forward(self, x_t: Tensor, t: Tensor, **kwargs: object) -> DiracPosterior:
-        """The state (B, C, H, W) itself, at any time t."""
+        """Returns the state (B, C, H, W) itself, at any time t."""
         return DiracPosterior(x_t.clone())  # another tensor, to which gradients can be hooked
 
 

@@ -329,7 +329,7 @@ def _mean(source: Recorded, path: Path) -> float:
 
 
 def _printed(cell: dict) -> str:
-    """What a cell prints, or shows as a table in Markdown."""
+    """Returns what a cell prints, or shows as a table in Markdown."""
     outputs = cell.get("outputs", [])
     texts = (one.get("text") or one.get("data", {}).get("text/markdown", "") for one in outputs)
     return "".join("".join(text) for text in texts)

@@ -26,11 +26,11 @@ from torch.nn.functional import avg_pool2d
 
 from diffoc.checks import check_member
 from diffoc.data.files import csv_text, replacing
+from diffoc.data.pictures import ENDINGS
 from diffoc.experiments.records import in_batches
 from diffoc.problems.metrics import frechet_between, image_metrics, mse_255
 from diffoc.problems.perceptual import LPIPS, perceptual_metrics
 
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 FILTERS = {
     "bicubic": Image.Resampling.BICUBIC,
     "lanczos": Image.Resampling.LANCZOS,
@@ -55,7 +55,7 @@ def pictures_in(folder: Path) -> dict[str, Path]:
     """
     found: dict[str, Path] = {}
     for path in sorted(folder.rglob("*"), key=lambda path: (path.stem, str(path))):
-        if path.suffix.lower() not in PICTURES or path.name.startswith(".") or path.is_dir():
+        if path.suffix.lower() not in ENDINGS or path.name.startswith(".") or path.is_dir():
             continue
         if path.stem in found:
             raise ValueError(f"{folder} has two pictures {path.stem}: {found[path.stem]}, {path}")
@@ -230,7 +230,7 @@ def measure(
 
 def sets_in(folder: Path) -> dict[str, Path]:
     """Returns the folders that have pictures, in a folder or itself, by their path from it."""
-    found = {path.parent for path in folder.rglob("*") if path.suffix.lower() in PICTURES}
+    found = {path.parent for path in folder.rglob("*") if path.suffix.lower() in ENDINGS}
     if not found:
         raise FileNotFoundError(f"{folder} has no pictures: expected what --keep wrote there")
     return {path.relative_to(folder).as_posix(): path for path in sorted(found)}

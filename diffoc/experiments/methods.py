@@ -51,7 +51,7 @@ def read_tuned(path: Path | None = None) -> dict:
 
 
 def _damaged(found: object, levels: Sequence[str]) -> str | None:
-    """What is wrong with nested values, which are numbers below all the levels; None if nothing."""
+    """Returns what is wrong with values nested by the levels, numbers below; None if nothing."""
     if not levels:
         good = isinstance(found, int | float) and math.isfinite(found)
         return (
@@ -98,7 +98,7 @@ def settings_of(
 
 
 def of_method(settings: Mapping[str, Any], method: str) -> dict[str, Any]:
-    """Those of settings that are for a method: KEY is for all, METHOD.KEY for one, and wins."""
+    """Returns the settings for a method: KEY is for all, METHOD.KEY for one, and wins."""
     own = f"{method}."
     every = {key: value for key, value in settings.items() if "." not in key}
     return every | {k.removeprefix(own): v for k, v in settings.items() if k.startswith(own)}

@@ -7,26 +7,27 @@ The numbers are the paper's, from `data/paper_tables.json`, the functions' resul
 import json
 import math
 
+from diffoc import recipe
 from diffoc.data.provenance import ROOT
 
-TASKS = ("super_resolution", "random_inpainting", "box_inpainting", "gaussian_blur", "motion_blur")
+TASKS = recipe.TASKS[:5]
 
 _FROM_DPS = ("dps", "ddrm", "mcg", "pnp_admm", "score_sde", "admm_tv")
 """The methods whose numbers are those of the paper of DPS, arXiv:2209.14687."""
 
 
 def table_1_firsts_at_2500() -> float:
-    """In how many of ten columns the paper's method with NFE 2500 is ahead of every other."""
+    """Counts the columns, of ten, where the paper's method with NFE 2500 is ahead of all others."""
     return _table_1_firsts("Ours (NFE = 2500)")
 
 
 def table_1_firsts_at_1000() -> float:
-    """The same with NFE 1000, the budget of the other diffusion methods."""
+    """Counts the same with NFE 1000, the budget of the other diffusion methods."""
     return _table_1_firsts("Ours (NFE = 1000)")
 
 
 def table_1_firsts_at_1000_exchanged() -> float:
-    """The same with the inpainting columns of the methods of DPS's paper exchanged.
+    """Counts the same with the inpainting columns of the methods of DPS's paper exchanged.
 
     DPS's FID of random inpainting, 21.19, stands under box inpainting: see issue 8 of
     github.com/DPS2022/diffusion-posterior-sampling, which quotes it.
@@ -35,55 +36,55 @@ def table_1_firsts_at_1000_exchanged() -> float:
 
 
 def table_3_firsts_by_psnr() -> float:
-    """In how many of five tasks the paper's method has the highest PSNR."""
+    """Counts the tasks, of five, where the paper's method has the highest PSNR."""
     return _table_3_firsts("psnr")
 
 
 def table_3_firsts_by_ssim() -> float:
-    """In how many of five tasks it has the highest SSIM."""
+    """Counts the tasks, of five, where it has the highest SSIM."""
     return _table_3_firsts("ssim")
 
 
 def table_3_gap() -> float:
-    """Largest difference between a printed PSNR and that of the printed MSE, in dB."""
+    """Returns the largest difference between a printed PSNR and that of the printed MSE, in dB."""
     return max(abs(gap) for gap in _gaps("table3"))
 
 
 def table_4_gap() -> float:
-    """The same of Table 4, row k = 0."""
+    """Returns the same of Table 4, row k = 0."""
     return max(abs(gap) for gap in _gaps("table4")[:2])
 
 
 def table_4_gap_of_the_rest() -> float:
-    """The same of Table 4's other rows."""
+    """Returns the same of Table 4's other rows."""
     return max(abs(gap) for gap in _gaps("table4")[2:])
 
 
 def table_4_gain_by_psnr() -> float:
-    """PSNR from rank 0 to rank 1, super-resolution, in dB."""
+    """Returns what rank 1 gains over rank 0 in PSNR, super-resolution, in dB."""
     first, second = (row["super_resolution"]["psnr"] for row in _paper("table4")[:2])
     return second - first
 
 
 def table_4_gain_by_mse() -> float:
-    """The same from the printed MSE."""
+    """Returns the same from the printed MSE."""
     first, second = (row["super_resolution"]["mse"] for row in _paper("table4")[:2])
     return _psnr(second) - _psnr(first)
 
 
 def table_5_spread() -> float:
-    """Largest range of the printed PSNR over Table 5's positive constants, in dB."""
+    """Returns the largest range of the printed PSNR over Table 5's positive constants, in dB."""
     columns = ([row[task]["psnr"] for row in _paper("table5")[1:]] for task in TASKS[:2])
     return max(max(column) - min(column) for column in columns)
 
 
 def table_6_gap() -> float:
-    """As :func:`table_3_gap`, of Table 6."""
+    """Returns what :func:`table_3_gap` does, of Table 6."""
     return max(abs(gap) for gap in _gaps("table6"))
 
 
 def table_6_gap_rotated() -> float:
-    """The same with the second PSNR of a column put last."""
+    """Returns the same with the second PSNR of a column put last."""
     worst = 0.0
     for task in TASKS[:2]:
         psnr, mse = ([row[task][name] for row in _paper("table6")] for name in ("psnr", "mse"))
@@ -97,12 +98,12 @@ def _paper(table: str) -> list[dict]:
 
 
 def _psnr(mse: float) -> float:
-    """Of a mean squared error on the scale 0 to 255."""
+    """Returns the PSNR of a mean squared error on the scale 0 to 255."""
     return 10 * math.log10(255**2 / mse)
 
 
 def _gaps(table: str) -> list[float]:
-    """Printed PSNR minus that of the printed MSE, row by row."""
+    """Returns the printed PSNR minus that of the printed MSE, row by row."""
     cells = [row[task] for row in _paper(table) for task in TASKS if task in row]
     return [cell["psnr"] - _psnr(cell["mse"]) for cell in cells if cell["psnr"] is not None]
 

@@ -43,7 +43,7 @@ class Report:
 
 
 def check_weights(prior: str, report: Report) -> None:
-    """A prior's file, and its SHA-256 against that of its first use."""
+    """Reports a prior's file, and its SHA-256 against that of its first use."""
     if is_inaccurate(prior):
         report.say(f"weights: random, {prior!r}: numbers mean nothing, times do")
     elif prior in REMOTE:
@@ -66,7 +66,7 @@ def check_weights(prior: str, report: Report) -> None:
 
 
 def check_metrics(report: Report) -> None:
-    """The metrics' files; a column whose weights are missing is left out."""
+    """Reports the metrics' files; a column whose weights are missing is left out."""
     hub = Path(torch.hub.get_dir()) / "checkpoints"
     for name, file in WEIGHTS.items():
         try:

@@ -66,7 +66,7 @@ class Cell:
 
     @property
     def keywords(self) -> dict:
-        """The settings as keyword arguments."""
+        """Returns the settings as keyword arguments."""
         return json.loads(self.settings)
 
     def rows(self) -> list[Row]:

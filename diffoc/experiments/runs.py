@@ -212,7 +212,7 @@ def whole_products() -> None:
 
 @cache
 def worker_number(parent: int) -> int:
-    """The number of this worker of a process, from 0; no two that live have the same.
+    """Returns the number of this worker of a process, from 0; no two that live have the same.
 
     It is that of the first file that no other worker has locked; the lock ends with the process.
     """

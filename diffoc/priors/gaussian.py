@@ -139,7 +139,7 @@ class GaussianPrior(Denoiser):
 
     @property
     def matrix(self) -> Tensor:
-        """The covariance as a dense matrix, (n, n)."""
+        """Returns the covariance as a dense matrix, (n, n)."""
         return self.covariance(torch.eye(len(self.mean)).to(self.mean))
 
     def _eigen(self, t: float, s: float) -> tuple[Tensor, Tensor, tuple, tuple]:
@@ -228,7 +228,7 @@ class GaussianMixturePrior(Denoiser):
 
     @property
     def mixture(self) -> GaussianMixture:
-        """The prior of x_0, flat."""
+        """Returns the prior of x_0, flat."""
         return GaussianMixture(self.log_weights, self.means, self.basis, self.variances, self.floor)
 
     def _flat(self, x_t: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ class GaussianMixture:
 
     @property
     def mean(self) -> Tensor:
-        """The mean, (B, n)."""
+        """Returns the mean, (B, n)."""
         return torch.einsum("bk,bkn->bn", self.log_weights.exp(), self.means)
 
     def _split(self, x: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
@@ -187,12 +187,12 @@ class MixturePosterior:
 
     @property
     def mean(self) -> Tensor:
-        """The posterior mean, (B, n)."""
+        """Returns the posterior mean, (B, n)."""
         return torch.einsum("bk,bkn->bn", self.log_weights.exp(), self.means)
 
     @property
     def covariances(self) -> Tensor:
-        """The components' covariances, dense, (K, n, n)."""
+        """Returns the components' covariances, dense, (K, n, n)."""
         U, v, w = self.prior.basis, self.prior.variances, self.prior.floor
         identity = torch.eye(U.shape[1], dtype=U.dtype, device=U.device)
         prior = (U * (v - w[:, None])[:, None, :]) @ U.mT + w[:, None, None] * identity
@@ -200,7 +200,7 @@ class MixturePosterior:
 
     @property
     def covariance(self) -> Tensor:
-        """The posterior's covariance, within and between components, (B, n, n)."""
+        """Returns the posterior's covariance, within and between components, (B, n, n)."""
         weights = self.log_weights.exp()
         d = self.means - self.mean.unsqueeze(1)
         within = torch.einsum("bk,kij->bij", weights, self.covariances)

@@ -125,7 +125,7 @@ class ResidualBlock(nn.Module):
         self.branch = nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, channels, H, W) to the same shape."""
+        """Maps (B, channels, H, W) to the same shape."""
         return x + self.branch(x)
 
 

@@ -223,7 +223,7 @@ def try_network(network: Any, channels: int, folder: Path) -> None:
 
 
 def load_network(folder: Path, *kinds: type[ModelMixin]) -> ModelMixin:
-    """A network of `diffusers`, of one of these kinds, from its folder; no code in it is run.
+    """Returns a network of `diffusers`, of one of these kinds, of a folder, whose code never runs.
 
     Raises:
         FileNotFoundError: if the weights are missing.

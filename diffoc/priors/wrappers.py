@@ -24,7 +24,7 @@ class _Network(nn.Module):
         self.network = network
 
     def forward(self, x: Tensor, level: Tensor) -> Tensor:
-        """The output, like `x`; a ValueError refuses one that is no prediction."""
+        """Returns the output, like `x`; a ValueError refuses one that is no prediction."""
         copy = x.clone()
         try:
             output = self.network(copy, level)
@@ -58,7 +58,7 @@ class _Output(nn.Module):
         self.network = _Network(network)
 
     def forward(self, x: Tensor, timestep: Tensor) -> SimpleNamespace:
-        """The output as attribute `sample`."""
+        """Returns the output as attribute `sample`."""
         return SimpleNamespace(sample=self.network(x, timestep))
 
 

@@ -29,7 +29,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    """The tasks, when they are asked for: deepinv takes as long to import as all else."""
+    """Returns the tasks, when they are asked for: deepinv takes as long to import as all else."""
     if name in __all__:
         from diffoc.problems import tasks
 

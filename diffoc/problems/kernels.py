@@ -39,7 +39,7 @@ def motion_kernel(side: int, intensity: float, generator: torch.Generator) -> Te
 
 
 def _random_steps(diagonal: float, intensity: float, generator: torch.Generator) -> Tensor:
-    """The steps of a random path in the plane, complex; lengths in the units of `diagonal`."""
+    """Returns the steps of a random path in the plane, complex, in the units of `diagonal`."""
 
     def uniform() -> float:
         return torch.rand((), generator=generator, dtype=torch.float64).item()

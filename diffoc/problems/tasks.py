@@ -261,13 +261,13 @@ class _CameraBlur(nn.Module):
 
 
 def _to_light(value: Tensor) -> Tensor:
-    """sRGB values to linear light; linear below the threshold, also where negative."""
+    """Turns sRGB values to linear light; linear below the threshold, also where negative."""
     curved = ((value.clamp(min=0.04045) + 0.055) / 1.055) ** 2.4
     return torch.where(value <= 0.04045, value / 12.92, curved)
 
 
 def _from_light(light: Tensor) -> Tensor:
-    """Linear light to sRGB values, the inverse of :func:`_to_light`."""
+    """Turns linear light to sRGB values, the inverse of :func:`_to_light`."""
     curved = 1.055 * light.clamp(min=0.0031308) ** (1 / 2.4) - 0.055
     return torch.where(light <= 0.0031308, 12.92 * light, curved)
 

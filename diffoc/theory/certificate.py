@@ -54,7 +54,7 @@ class Certificate:
 
     @property
     def mean_work(self) -> tuple[float, float]:
-        """The expected work, by -log w, and its standard error, in nats.
+        """Returns the expected work, by -log w, and its standard error, in nats.
 
         This is what ranks methods on one chain.
         """
@@ -63,7 +63,7 @@ class Certificate:
 
     @property
     def log_evidence(self) -> tuple[float, float]:
-        """The logarithm of the mean weight, an estimate of log Z, and its standard error."""
+        """Returns the mean weight's logarithm, which estimates log Z, and its standard error."""
         count = len(self.log_weights)
         w = self.log_weights.softmax(0) * count
         log_mean = self.log_weights.logsumexp(0).item() - math.log(count)
@@ -71,7 +71,7 @@ class Certificate:
 
     @property
     def effective(self) -> float:
-        """The effective sample size as a share of the runs, in ]0, 1]."""
+        """Returns the effective sample size as a share of the runs, in ]0, 1]."""
         w = self.log_weights.softmax(0)
         return 1 / (len(w) * w.square().sum().item())
 

@@ -35,12 +35,7 @@ from diffoc.theory.linear_gaussian import (
     relative_error,
 )
 from diffoc.theory.most_likely_path import bimodal_prior
-from diffoc.theory.riccati_draws import (
-    ancestral_mean,
-    low_rank_draw,
-    noise_price,
-    riccati_draws,
-)
+from diffoc.theory.riccati_draws import ancestral_mean, low_rank_draw, noise_price, riccati_draws
 from diffoc.theory.riccati_sampler import (
     ancestral_kernels,
     path_divergence,

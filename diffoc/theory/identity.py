@@ -30,5 +30,5 @@ class Identity:
 
     @property
     def holds(self) -> bool:
-        """Whether the error is within the bound (a NaN is not)."""
+        """Returns whether the error is within the bound (a NaN is not)."""
         return self.error <= self.bound

@@ -209,12 +209,12 @@ class ReverseStep:
 
     @property
     def density(self) -> Tensor:
-        """p(x_s | x_t) at the points, (B, N)."""
+        """Returns p(x_s | x_t) at the points, (B, N)."""
         return (self.log_prob - self.log_weights).exp()
 
     @property
     def conditional_density(self) -> Tensor:
-        """p(x_s | x_t, y) at the points, (B, N): the kernel tilted by h_s."""
+        """Returns p(x_s | x_t, y) at the points, (B, N): the kernel tilted by h_s."""
         return ((self.log_prob + self.log_h).log_softmax(1) - self.log_weights).exp()
 
     @property
@@ -224,7 +224,7 @@ class ReverseStep:
 
     @property
     def log_h_before(self) -> Tensor:
-        """log p(y | x_t), (B,), by the backward recursion h_t(x) = E[h_s(x_s) | x_t = x]."""
+        """Returns log p(y | x_t), (B,), by the recursion h_t(x) = E[h_s(x_s) | x_t = x]."""
         return (self.log_prob + self.log_h).logsumexp(1)
 
     def cost(self, log_kernel: Tensor) -> Tensor:

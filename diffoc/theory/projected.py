@@ -54,6 +54,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from diffoc.checks import check_member
 from diffoc.hessian import HESSIANS, check_rank, range_finder, terminal_products
 from diffoc.lowrank import (
     LowRankGains,
@@ -152,8 +153,7 @@ class Projected(Derivatives):
         for name in ("passes", "sides"):
             if getattr(self, name) not in (1, 2):
                 raise ValueError(f"{name} is {getattr(self, name)}, expected 1 or 2")
-        if self.hessian not in HESSIANS:
-            raise ValueError(f"hessian is {self.hessian!r}, expected one of {', '.join(HESSIANS)}")
+        check_member(HESSIANS, hessian=self.hessian)
 
     def step(
         self, problem: ControlProblem, i: int, x: Tensor, u: Tensor

@@ -81,7 +81,7 @@ def fit_mixture(
     generator: torch.Generator,
     progress: Callable[[int, float], None] | None = None,
 ) -> PPCAMixture:
-    """Maximise the likelihood of a mixture of probabilistic PCA by EM.
+    """Maximises the likelihood of a mixture of probabilistic PCA by EM.
 
     The start is k-means++ with Lloyd steps, and in each cluster the closed-form solution for one
     component. The likelihood then never decreases, and the mixture has its history.
@@ -123,7 +123,7 @@ def fit_mixture(
 def em_step(
     mixture: PPCAMixture, data: Tensor, *, floor: float = NOISE_FLOOR
 ) -> tuple[PPCAMixture, float]:
-    """One step of EM in the two stages of Tipping and Bishop.
+    """Takes one step of EM in the two stages of Tipping and Bishop.
 
     With responsibilities R_ik = p(k | x_i), N_k = sum_i R_ik and the local covariance
     S_k = sum_i R_ik (x_i - mu_k)(x_i - mu_k)^T / N_k about the new mean,
@@ -187,7 +187,7 @@ def em_step(
 def initial_mixture(
     data: Tensor, components: int, rank: int, *, floor: float, generator: torch.Generator
 ) -> PPCAMixture:
-    """k-means clusters, each with the closed-form maximum-likelihood probabilistic PCA.
+    """Returns k-means clusters, each with the closed-form maximum-likelihood probabilistic PCA.
 
     With the eigenvalues l_1 >= ... >= l_n and eigenvectors u_j of a cluster's covariance,
     psi = (l_{r+1} + ... + l_n) / (n - r) and W = [u_j sqrt(l_j - psi)] for j <= r.
@@ -242,7 +242,7 @@ def _evaluator(mixture: PPCAMixture) -> _Evaluator:
 
 
 def _log_joint(evaluator: _Evaluator, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """For x about the centre: log pi_k N(x; k), |x - mu_k|^2, V_k^T (x - mu_k)."""
+    """Returns for x about the centre log pi_k N(x; k), |x - mu_k|^2, V_k^T (x - mu_k)."""
     K = len(evaluator.means)
     p = (x @ evaluator.matrix - evaluator.offset).view(len(x), K, -1)
     distance = _squared_distance(x, evaluator.means)

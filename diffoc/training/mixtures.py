@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffoc.checks import check_member
 from diffoc.data import faces, mnist
 from diffoc.data.manifest import LICENSES, store_weights
 from diffoc.priors.weights import read_weights
@@ -43,8 +44,7 @@ def fit_mixture_prior(
     in nats and bits per pixel. A FileNotFoundError says that the folder or the data set is missing,
     a ValueError that the mixture that is there is better, or none of such images.
     """
-    if name not in MIXTURES:
-        raise ValueError(f"name must be one of {sorted(MIXTURES)}, got {name!r}")
+    check_member(MIXTURES, name=name)
     sizes = MIXTURES[name]
     out_dir = Path(out_dir)
     if not out_dir.is_dir():

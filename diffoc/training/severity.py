@@ -17,15 +17,9 @@ from torch import Tensor
 from diffoc.priors.autoencoder import Autoencoder, load_autoencoder
 from diffoc.priors.severity import SeverityEncoder
 from diffoc.problems import tasks
+from diffoc.recipe import TASKS
 
-TRAINED_TASKS = (
-    "super_resolution",
-    "random_inpainting",
-    "box_inpainting",
-    "gaussian_blur",
-    "motion_blur",
-    "nonlinear_blur",
-)
+TRAINED_TASKS = TASKS[:6]  # the last one has no picture as measurement
 FACES = {1: "faces64", 3: "faces64_rgb"}  # whose latents, by the channels of the images
 ERROR_WEIGHT = 0.1  # lambda
 _GROUP = 4  # images of a batch that share a task and its operator

@@ -126,7 +126,7 @@ class Run:
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Returns where the weights are."""
         return next(self.network.parameters()).device
 
 
