@@ -118,6 +118,13 @@ def one_line(text: object) -> str:
     return " ".join(str(text).split())
 
 
+def memory_is_full(error: Exception) -> bool:
+    """Whether that is what an error says, torch's of any device or Python's."""
+    text = str(error).lower()
+    full = ("out of memory", "can't allocate memory")
+    return isinstance(error, MemoryError) or any(words in text for words in full)
+
+
 def check_callable(**functions: object) -> None:
     """Raises a TypeError unless arguments can be called, or are None."""
     for name, value in functions.items():

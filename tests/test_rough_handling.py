@@ -438,7 +438,10 @@ def test_no_archive_is_unpacked_by_us():
 
 @pytest.mark.parametrize(
     ("device", "said"),
-    [("foo", "expected cpu, cuda"), ("cuda:9", "torch sees"), ("", "expected cpu")],
+    [
+        *((name, "expected cpu, cuda") for name in ("foo", "", "mps", "meta", "xla")),
+        ("cuda:9", "torch sees"),
+    ],
 )
 @pytest.mark.parametrize("command", ["solve", "run", "tune", "check", "benchmark", "train"])
 def test_devices_that_are_not_there_are_a_line(command, device, said, capsys):

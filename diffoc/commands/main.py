@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from diffoc.checks import memory_is_full
 from diffoc.commands import ffhq, tables, tune
 from diffoc.data.files import try_file, try_folder
 from diffoc.data.provenance import ROOT, told
@@ -300,6 +301,11 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError, ImportError) as error:
         print(f"diffoc: {told(error)}", file=sys.stderr)
         return 2
+    except (RuntimeError, MemoryError) as error:
+        if not memory_is_full(error):
+            raise
+        print("diffoc: memory is full: give less at once, or smaller numbers", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("diffoc: interrupted; what was written before is complete", file=sys.stderr)
         return 130
@@ -319,6 +325,9 @@ def _crop(text: str) -> tuple[int, int, int]:
 FROM_ZERO = {"seed", "seeds", "rank", "ranks", "iterations", "noise_std"}
 """Options that may be zero; all other numbers are positive."""
 
+MOST = {"rate": 1.0, "seed": 2**63 - 1, "seeds": 2**63 - 1}
+"""Of options; other whole numbers are at most 10^9, of which no memory holds more."""
+
 
 def _check_numbers(args: argparse.Namespace) -> None:
     """Raises a ValueError for a number that none of the commands can use."""
@@ -326,19 +335,22 @@ def _check_numbers(args: argparse.Namespace) -> None:
         for value in given if isinstance(given, list) else [given]:
             if isinstance(value, bool) or not isinstance(value, int | float):
                 continue
-            most = 1.0 if name == "rate" else math.inf
+            most = MOST.get(name, math.inf if isinstance(value, float) else 10**9)
             good = 0 <= value <= most if name in FROM_ZERO else 0 < value <= most
             if not good or not math.isfinite(value):
                 above = "0 or more" if name in FROM_ZERO else "a number above 0"
-                limit = " and at most 1" if name == "rate" else ""
+                limit = f" and at most {most:.10g}" if most < math.inf else ""
                 raise ValueError(f"{name} is {value}, expected {above}{limit}")
 
 
 def _check_device(name: str) -> None:
     """Raises a ValueError unless torch can compute there."""
+    wrong = f"device is {name!r}, expected cpu, cuda or such as cuda:1"
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ValueError(f"device is {name!r}, expected cpu, cuda or such as cuda:1") from error
+        raise ValueError(wrong) from error
+    if device.type not in ("cpu", "cuda"):  # float64 and fixed sums are not everywhere
+        raise ValueError(wrong)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device is {name!r}, but torch sees {torch.cuda.device_count()} GPUs")

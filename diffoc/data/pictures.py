@@ -188,7 +188,8 @@ def _open(path: Path) -> tuple[Image.Image, list[str]]:
     Pillow's colour pictures have 8 bits; where a file has more, its tiles say so.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: expected a picture there")
+        what = "is no file" if path.exists() else "is missing"
+        raise FileNotFoundError(f"{path} {what}: expected a picture there")
     try:
         with Image.open(path) as picture:
             notes = []

@@ -212,6 +212,11 @@ def measure(
     found = Measured()
     for names in in_batches(list(kept), batch):
         images = [_read(kept[name]) for name in names]
+        for name, image in zip(names, images, strict=True):
+            if image.shape != images[0].shape:
+                raise ValueError(
+                    f"{kept[name]} and {kept[names[0]]} are of different sizes: measure them apart"
+                )
         originals = [
             read_resized(truth[name], x.shape[-1], resize)
             for name, x in zip(names, images, strict=True)

@@ -18,7 +18,7 @@ from joblib import Parallel, delayed, parallel_config
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from diffoc.checks import check_at_least, check_member
+from diffoc.checks import check_at_least, check_member, memory_is_full
 from diffoc.data.files import lock
 from diffoc.data.provenance import environment, told
 from diffoc.experiments import records
@@ -168,12 +168,10 @@ def method_errors() -> Iterator[None]:
         yield
     except (UnsupportedTask, NotImplementedError):
         raise
-    except MemoryError as error:
-        raise OSError(_FULL) from error
-    except (ValueError, ArithmeticError, RuntimeError) as error:
-        text = str(error).lower()
-        if any(words in text for words in ("out of memory", "can't allocate memory")):
+    except (MemoryError, ValueError, ArithmeticError, RuntimeError) as error:
+        if memory_is_full(error):
             raise OSError(_FULL) from error
+        text = str(error).lower()
         if "cuda error" in text or "cudnn_status" in text:
             raise OSError(f"the device failed: {error}") from error
         raise MethodError(told(repr(error))) from error

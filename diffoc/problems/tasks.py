@@ -14,7 +14,14 @@ from deepinv.physics.functional import conv2d
 from scipy.ndimage import gaussian_filter
 from torch import Tensor, nn
 
-from diffoc.checks import check_at_least, check_images, check_member, check_shape
+from diffoc.checks import (
+    check_at_least,
+    check_images,
+    check_member,
+    check_shape,
+    memory_is_full,
+    one_line,
+)
 from diffoc.problems.kernels import motion_kernel
 
 NOISE_STD = 0.05
@@ -223,10 +230,24 @@ def measure(
 
     The physics was made by a function of this module. The noise is Gaussian; where nothing is
     measured there is none unless it is asked for, `on_dropped` pixels; its generator is on the CPU.
+    A ValueError refuses images of a size that the physics is not for.
     """
     check_images("x", x)
     check_at_least(0, noise_std=noise_std)
-    y = physics.A(x)
+    try:
+        y = physics.A(x)
+        back = physics.A_adjoint(y).shape if isinstance(physics, LinearPhysics) else x.shape
+    except (IndexError, RuntimeError) as error:  # deepinv looks at no size
+        if memory_is_full(error):
+            raise
+        raise ValueError(
+            f"physics cannot measure images of shape {tuple(x.shape)}: {one_line(error)}"
+        ) from error
+    if back != x.shape:
+        raise ValueError(
+            f"physics does not fit images of shape {tuple(x.shape)}: its adjoint makes "
+            f"{tuple(back)} of their measurements"
+        )
     noise = torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y)
     return y + noise_std * noise * (1 if on_dropped else measured(physics, y))
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from diffoc.commands.main import FROM_ZERO, main, parser_of
 from diffoc.data.provenance import ROOT, told
@@ -38,7 +39,7 @@ def required(action: argparse.Action) -> list[str]:
 CASES = [
     pytest.param(words, action, value, id=f"{words[0]} {action.dest} {value}")
     for words, action in options(parser_of())
-    for value in ["-1", *(["nan", "inf"] if action.type is float else [])]
+    for value in ["-1", *(["nan", "inf"] if action.type is float else [str(10**25)])]
     + ([] if action.dest in FROM_ZERO else ["0"])
 ]
 
@@ -59,6 +60,23 @@ def test_a_rate_that_diverges_at_once_is_refused(capsys) -> None:
         capsys.readouterr().err
         == "diffoc: rate is 1e+30, expected a number above 0 and at most 1\n"
     )
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
+    ],
+)
+def test_a_full_memory_is_one_line(error, monkeypatch, capsys) -> None:
+    def fail(*args: object) -> None:
+        raise error
+
+    monkeypatch.setattr("diffoc.experiments.records.read", fail)
+    assert main(["table", "x.csv"]) == 2
+    assert capsys.readouterr().err.startswith("diffoc: memory is full")
 
 
 def test_what_an_error_says_holds_no_password_and_no_place_of_this_machine() -> None:

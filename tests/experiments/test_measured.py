@@ -171,5 +171,11 @@ def test_jpeg_and_names_that_do_not_fit(tmp_path):
         measure(two, one, None)
     with pytest.raises(ValueError, match="two pictures 00000"):
         pictures_in(tmp_path)
+    with Image.open(two["00002"]) as picture:
+        picture.resize((9, 9)).save(two["00002"])
+    with pytest.raises(
+        ValueError, match=r"00001.png and .*00000.png are of different|00002.png and"
+    ):
+        measure(two, two, None)
     with pytest.raises(FileNotFoundError, match="no pictures"):
         pictures_in(tmp_path / "none")

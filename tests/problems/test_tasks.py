@@ -277,6 +277,10 @@ def test_the_heading_seldom_changes_its_sign():
     assert flips / turns == pytest.approx(1 / 11, rel=0.1)
 
 
+def measured_at(physics, height, width):
+    return measure(physics, torch.zeros(2, 1, height, width), seeded())
+
+
 @pytest.mark.parametrize(
     ("call", "name"),
     [
@@ -287,6 +291,13 @@ def test_the_heading_seldom_changes_its_sign():
         (lambda: phase_retrieval((1, 8, 8), -1), "oversampling"),
         (lambda: motion_kernel(4, 0.5, seeded()), "side"),
         (lambda: motion_kernel(5, 1.5, seeded()), "intensity"),
+        (lambda: measured_at(super_resolution(4), 2, 2), "physics cannot"),
+        (lambda: measured_at(super_resolution(4), 30, 30), "physics does not fit"),
+        (lambda: measured_at(super_resolution(4), 32, 30), "physics does not fit"),
+        (lambda: measured_at(gaussian_blur(64), 7, 7), "physics cannot"),
+        (lambda: measured_at(motion_blur(64, seeded()), 1, 1), "physics cannot"),
+        (lambda: measured_at(nonlinear_blur(64, seeded()), 7, 7), "physics cannot"),
+        (lambda: measured_at(random_inpainting((1, 8, 8), seeded()), 9, 8), "physics cannot"),
         (lambda: task("deblurring", (1, 8, 8), seeded()), "task"),
     ],
 )
