@@ -197,7 +197,7 @@ def test_cells_of_the_ffhq_tables_stay_on_the_device(monkeypatch):
     monkeypatch.setattr(experiments, "_generator", lambda *what, device="": generator(*what))
     monkeypatch.setattr(experiments, "digest", lambda what: "digest")
     monkeypatch.setattr(experiments, "read_images", lambda names, *_: images[names[0]])
-    monkeypatch.setattr(experiments, "_clock", lambda device: 0.0)
+    monkeypatch.setattr(experiments, "clock", lambda device: 0.0)
     monkeypatch.setattr(  # deepinv's draws on the device itself
         LinearPhysics, "compute_sqnorm", lambda self, x, **_: x.flatten()[0] * 0 + 1
     )

@@ -16,14 +16,7 @@ from diffoc.checks import memory_is_full
 from diffoc.commands import ffhq, tables, tune
 from diffoc.data.files import try_file, try_folder
 from diffoc.data.provenance import ROOT, told
-
-_FACES = ("faces64", "faces64_rgb")
-TRAINED = [
-    "mnist",
-    *(face + part for face in _FACES for part in ("", "_autoencoder", "_latent", "_severity")),
-    "classifier",
-    "judge",
-]
+from diffoc.priors.weights import TRAINED_ON
 
 
 def verify() -> int:
@@ -209,7 +202,7 @@ def parser_of() -> argparse.ArgumentParser:
     fit.add_argument("--out", type=Path, default=ROOT / "data", metavar="DIR")
     fit.add_argument("--seed", type=int, default=0)
     trainer = commands.add_parser("train", help="train a small network, or go on training it")
-    trainer.add_argument("name", choices=TRAINED)
+    trainer.add_argument("name", choices=TRAINED_ON)
     trainer.add_argument("--checkpoint", type=Path, help="default: build/training/NAME.pt")
     trainer.add_argument("--out", type=Path, default=ROOT / "data", metavar="DIR")
     trainer.add_argument("--init", type=Path, metavar="FILE", help="weights to begin with")

@@ -221,13 +221,13 @@ def _tuned(prior: str, method: str, task: str, nfe: int) -> dict:
     if str(nfe) in own:
         return found | own[str(nfe)]
     # Steps that are a share of 300 evaluations are none of another budget.
-    shares = {key for key, some in (METHODS[method].tuned or {}).items() if _has_share(some)}
+    shares = {
+        key
+        for key, values in (METHODS[method].tuned or {}).items()
+        if any(isinstance(value, Share) for value in values)
+    }
     usual = own[str(TUNED[1])]
     return found | {key: value for key, value in usual.items() if key not in shares}
-
-
-def _has_share(values: Sequence[float]) -> bool:
-    return any(isinstance(value, Share) for value in values)
 
 
 def _controllers(prior: str, task: str, nfe: int, steps: int) -> Iterator[Choice]:

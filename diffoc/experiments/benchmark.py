@@ -8,7 +8,6 @@ turns, and the fastest of each count, so that other work on the machine does not
 
 import itertools
 import platform
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -20,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from diffoc.checks import check_above, check_at_least
 from diffoc.costs import GaussianLikelihood
-from diffoc.experiments.memory import peak_memory
+from diffoc.experiments.memory import clock, peak_memory
 from diffoc.lowrank import MatrixFree
 from diffoc.priors.pretrained import load_prior, untrained_adm
 from diffoc.problems.operators import average_pool
@@ -104,12 +103,12 @@ def measure(
     resumed: list[float] = []
 
     def between(iteration: int, costs: Tensor, x0: Tensor) -> None:
-        now = _clock(x.device)
+        now = clock(x.device)
         if resumed:  # the first iteration warms up
             controlled.append(now - resumed.pop())
-        start = _clock(x.device)
+        start = clock(x.device)
         bare_iteration(process, x, rank, keep_activations)
-        resumed.append(_clock(x.device))
+        resumed.append(clock(x.device))
         bare.append(resumed[0] - start)
 
     found = solve(process, likelihood, x, iterations=repeats + 1, callback=between, **options)
@@ -139,12 +138,6 @@ def _network_bytes(process: ReverseProcess, x: Tensor, keep_activations: bool) -
     t = process.times[0].to(x)
     _, kept = peak_memory(lambda: process.denoiser(x.detach().requires_grad_(), t).mean, x.device)
     return one + (process.horizon - 1) * kept
-
-
-def _clock(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def flop(prior: Denoiser, shape: Sequence[int]) -> tuple[int, int]:

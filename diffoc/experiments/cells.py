@@ -8,7 +8,6 @@ batches: noise and initial state are each image's own, and so is the task's mask
 import hashlib
 import inspect
 import json
-import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
@@ -28,6 +27,7 @@ from diffoc.data.downloads import cache_folder, sha256_of
 from diffoc.data.pictures import read_picture, write_picture
 from diffoc.data.provenance import digest, short
 from diffoc.experiments.inaccurate import accurate_name, is_inaccurate, load_inaccurate
+from diffoc.experiments.memory import clock
 from diffoc.experiments.methods import METHODS, equal_work, prior_of, settings_of
 from diffoc.experiments.protocol import ONE_OPERATOR, Protocol, protocol_of
 from diffoc.experiments.records import METRICS, Cell, Row, as_json, in_batches
@@ -92,12 +92,12 @@ class Computer:
         physics = for_each([_operator(*which, self.device) for which in drawn])
         y, x = y.to(self.device), (sigma.cpu() * start).to(self.device)
 
-        began = _clock(self.device)
+        began = clock(self.device)
         with method_errors():
             x0 = method.run(
                 counted, physics, y, x, generator, noise_std=protocol.noise_std, **cell.keywords
             )
-            x0, seconds = x0.detach(), (_clock(self.device) - began) / len(truth)
+            x0, seconds = x0.detach(), (clock(self.device) - began) / len(truth)
             metrics = metrics_of(x0.float(), truth.to(self.device))
         problem = Problem(physics, y, noise_std)
         metrics["residual_over_noise"] = problem.residual_over_noise(x0)
@@ -316,20 +316,14 @@ def time_prior(
     x = torch.zeros(batch, *network.image_shape, device=device, requires_grad=True)
     times = []
     for _ in range(1 + repeats):
-        began = _clock(device)
+        began = clock(device)
         mean = counted(x, torch.tensor(0.5, device=device)).mean
-        between = _clock(device)
+        between = clock(device)
         torch.autograd.grad(mean.sum(), x)
-        times.append((between - began, _clock(device) - between))
+        times.append((between - began, clock(device) - between))
         del mean
     evaluation, product = (median(some) / batch for some in zip(*times[1:], strict=True))
     return evaluation, product
-
-
-def _clock(device: str) -> float:
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def _generator(*what: object, device: str = "cpu") -> torch.Generator:

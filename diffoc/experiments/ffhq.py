@@ -21,6 +21,7 @@ from diffoc.experiments.methods import METHODS, read_tuned
 from diffoc.experiments.paper_tables import TASKS
 from diffoc.experiments.protocol import FFHQ, Protocol
 from diffoc.experiments.records import Cell, read
+from diffoc.experiments.summary import markdown
 from diffoc.priors.pretrained import REMOTE
 from diffoc.recipe import Recipe
 
@@ -260,8 +261,7 @@ def _tables(
 ) -> Iterator[str]:
     paper, tasks = paper_numbers(table), tasks_of(table)
     for metric, ours in METRICS[table].items():
-        text = [f"{table}, {metric}: ours (paper's) difference; {images} images", ""]
-        text += ["| method | " + " | ".join(tasks) + " |", "| --- " * (len(tasks) + 1) + "|"]
+        rows = []
         for line in lines(table):
             places = [
                 _place(
@@ -270,8 +270,9 @@ def _tables(
                 )
                 for task in tasks
             ]
-            text.append(f"| {line.label} | " + " | ".join(places) + " |")
-        yield "\n".join(text)
+            rows.append([line.label, *places])
+        title = f"{table}, {metric}: ours (paper's) difference; {images} images"
+        yield f"{title}\n\n{markdown(['method', *tasks], rows)}"
     notes = [f"- {line.label}: {note}" for line in lines(table) for note in _notes(line, tasks)]
     if notes:
         yield "\n".join(notes)

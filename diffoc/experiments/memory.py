@@ -1,5 +1,6 @@
-"""How much memory a computation takes, activations included, on every device."""
+"""How much memory, activations included, and time a computation takes on every device."""
 
+import time
 import weakref
 from collections.abc import Callable, Sequence
 
@@ -66,3 +67,10 @@ def peak_memory(run: Callable[[], object], device: torch.device) -> tuple[int, i
         most, after = tensors.peak, tensors.live
     del result  # was alive until here
     return most, after
+
+
+def clock(device: torch.device | str) -> float:
+    """Returns seconds, once a device has done what it was asked for; differences count."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

@@ -14,18 +14,10 @@ from diffoc.data.manifest import LICENSES, load_weights, store_weights
 from diffoc.priors.networks import DigitClassifier, ResidualClassifier
 
 # What each network was trained on.
-TRAINED_ON = {
-    "mnist": "mnist",
-    "classifier": "mnist",
-    "judge": "mnist",
-    "faces64": "faces",
-    "faces64_rgb": "faces",
-    "faces64_autoencoder": "faces",
-    "faces64_latent": "faces",
-    "faces64_severity": "faces",
-    "faces64_rgb_autoencoder": "faces",
-    "faces64_rgb_latent": "faces",
-    "faces64_rgb_severity": "faces",
+TRAINED_ON = dict.fromkeys(("mnist", "classifier", "judge"), "mnist") | {
+    face + part: "faces"
+    for face in ("faces64", "faces64_rgb")
+    for part in ("", "_autoencoder", "_latent", "_severity")
 }
 
 

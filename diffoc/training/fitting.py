@@ -29,7 +29,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from diffoc.checks import check_above, check_at_least
+from diffoc.checks import check_above, check_alike, check_at_least, check_tensor
 
 # Variance of the rounding of 8-bit images on the [-1, 1] scale: no fit can know more.
 NOISE_FLOOR = (2 / 255) ** 2 / 12
@@ -63,8 +63,7 @@ def log_likelihood(mixture: PPCAMixture, data: Tensor) -> Tensor:
     A ValueError refuses data that are not (N, n), of the mixture's dtype, and finite.
     """
     _check_data(data, mixture.means.shape[1])
-    if data.dtype != mixture.means.dtype:
-        raise ValueError(f"data must be {mixture.means.dtype} as the mixture, got {data.dtype}")
+    check_alike(data=data, means=mixture.means)
     evaluator = _evaluator(mixture)
     joint = [_log_joint(evaluator, chunk - evaluator.centre)[0] for chunk in data.split(_CHUNK)]
     return torch.cat([log_p.logsumexp(dim=1) for log_p in joint])
@@ -285,7 +284,5 @@ def _check_data(data: Tensor, n: int | None = None) -> None:
     if data.ndim != 2 or len(data) == 0 or (n is not None and data.shape[1] != n):
         expected = "(N, n)" if n is None else f"(N, {n})"
         raise ValueError(f"data must have shape {expected} with N > 0, got {tuple(data.shape)}")
-    if data.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"data must be float32 or float64, got {data.dtype}")
-    if not data.isfinite().all():
-        raise ValueError("data holds non-finite values")
+    check_alike(data=data)
+    check_tensor("data", data)
