@@ -14,6 +14,8 @@ control. The prior is evaluated once a step, and never differentiated.
 Neighbouring pixels are wrong together, because images are smooth. So v may be a covariance, whose
 variances S(k) of cosines fall with the frequency as those of images do (:func:`image_spectrum`);
 then :math:`\rho_t^2` is one number for each frequency, and a measured pixel moves those around it.
+Free Hunch (Rissanen et al. 2024, arXiv:2410.11149) has a covariance of cosines as well, and learns
+more of it along the way.
 
 The closed form is solved by conjugate gradients of its own: deepinv's proximal maps stop theirs by
 the worst image of a batch, which couples its images.

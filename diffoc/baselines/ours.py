@@ -15,7 +15,7 @@ def ours(
     *,
     budget: int,
     steps: int = OURS.steps,
-    weight: float = 16.0,
+    weight: float = OURS.weight,
     smoothness: float = OURS.smoothness,
     iterations: int | None = OURS.iterations,
     weighted: bool = True,
@@ -30,7 +30,7 @@ def ours(
     Args:
         budget: how many evaluations each image has, at least 4 T.
         steps: T, at least 1.
-        weight: w, positive; by default that of the plans tried on colour faces, not that of `OURS`.
+        weight: w, positive.
         smoothness: of the guess's errors, not negative.
         iterations: of the plan, at most; 0 leaves the guess as it is, None is no limit.
         weighted: whether the cost is :math:`w \alpha_i^2 / \sigma_i^2`; without, it is w.

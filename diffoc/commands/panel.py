@@ -134,7 +134,9 @@ class Panel:
                 raise _Cancelled
 
         chosen = Settings(name, _IMAGES[image], noise, self.recipe.value, budget, self.steps)
-        reconstruct(Problem(physics, y, noise), prior, chosen.changed, callback=show)
+        result = reconstruct(Problem(physics, y, noise), prior, chosen.changed, callback=show)
+        if not costs:
+            show(-1, result.cost, result.x0)  # the guess alone, which is no iteration
         self.status.value += ", done"
 
 

@@ -79,12 +79,16 @@ class Settings:
 
     @property
     def changed(self) -> Recipe:
-        """Returns the recipe as tuned for the task, with what was given in place of its own."""
+        """Returns the recipe as tuned for the task, with what was given in place of its own.
+
+        What was tuned goes together: where steps or iterations were given it is left out. A budget
+        takes away a limit of iterations.
+        """
         names = ("budget", "steps", "iterations", "rank")
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        if "budget" in given:
-            given.setdefault("iterations", None)
-        return replace(RECIPES[self.recipe].at(self.task, self.budget), **given)
+        recipe = replace(RECIPES[self.recipe], **given).at(self.task)
+        limited = recipe.iterations and self.iterations is None
+        return replace(recipe, iterations=None) if self.budget and limited else recipe
 
 
 @dataclass(frozen=True)

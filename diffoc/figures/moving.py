@@ -81,7 +81,7 @@ def write_reconstruction(path: Path, name: str = "super_resolution", frames: int
     physics = task(name, prior.image_shape, generator)
     y = measure(physics, truth, generator)
     ours, sampled = Recorded(prior), Recorded(prior)
-    planned = reconstruct(Problem(physics, y, NOISE_STD), prior, OURS.at(name))
+    planned = reconstruct(Problem(physics, y, NOISE_STD), prior, OURS)
     with torch.no_grad():
         process = ReverseProcess(ours, len(planned.controls))
         x0 = process.rollout(planned.states[0], planned.controls)[-1]

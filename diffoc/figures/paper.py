@@ -181,7 +181,7 @@ def _reconstructions() -> Iterator[tuple[str, Figure]]:
         generator = torch.Generator().manual_seed(0)
         physics = task(name, prior.image_shape, generator)
         y = measure(physics, truth, generator)
-        recipe = replace(OURS.at(name), steps=steps, iterations=ITERATIONS)
+        recipe = replace(OURS, steps=steps, iterations=ITERATIONS)
         x0 = reconstruct(Problem(physics, y, NOISE_STD), prior, recipe).x0
         return y, x0, f"{image_metrics(x0, truth)['psnr'].item():.1f} dB"
 

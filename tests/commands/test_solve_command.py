@@ -183,7 +183,7 @@ def test_the_controller_starts_from_the_most_probable_noise(name, picture, tmp_p
     if name == "gaussian_blur":
         y = torch.from_numpy(np.load(tmp_path / "measurement.npz")["y"])
         physics = task(name, SHAPE, torch.Generator().manual_seed(0))
-        guess = greedy_controls(process, physics, y, start, NOISE_STD)
+        guess = greedy_controls(process, physics, y, start, NOISE_STD, OURS.smoothness)
         assert guess.abs().amax() > 0.1
     expected = process.rollout(start, guess)[-1].detach().clamp(-1, 1)
     image, _ = read_picture(tmp_path / "reconstruction.png", SHAPE)

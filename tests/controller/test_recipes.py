@@ -26,8 +26,6 @@ from diffoc.recipe import COLD, OURS, STOPPED, TASKS, Recipe
 from diffoc.reconstruct import reconstruct
 from diffoc.rules import LBFGS
 
-TABLE_1 = ["super_resolution", "random_inpainting", "box_inpainting", "gaussian_blur"]
-
 
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
@@ -39,8 +37,7 @@ def digit_problem(name="super_resolution", index=6, noise=0.05):
     return Problem(physics, measure(physics, truth, seeded(1), noise), noise, name), truth
 
 
-@pytest.mark.parametrize("name", TABLE_1)
-@pytest.mark.parametrize("nfe", [300, 1000])
+@pytest.mark.parametrize(("name", "nfe"), OURS.by_task)
 def test_rows_of_the_table_run_the_named_recipe(name, nfe, monkeypatch):
     """What a row hands on is, field by field, the recipe that a reader gets for that task."""
     ran = []
@@ -50,7 +47,7 @@ def test_rows_of_the_table_run_the_named_recipe(name, nfe, monkeypatch):
     )
     method = METHODS["ours"]
     assert method.recipe is OURS
-    settings = settings_of("faces64", "ours", name, nfe, {})
+    settings = settings_of("faces64_rgb", "ours", name, nfe, {})
     x = torch.zeros(1, 1, 28, 28)
     problem, _ = digit_problem(name)
     with pytest.raises(ZeroDivisionError):
@@ -78,10 +75,9 @@ def test_recipes_know_the_tasks_by_name():
 
 
 def test_what_ours_has_for_a_task_is_what_was_tuned():
-    tuned = json.loads((data_folder() / "tuned.json").read_text())["faces64"]["ours"]
-    found = {key: values["weight"] for key, values in OURS.by_task.items()}
-    assert found == {
-        (name, int(nfe)): values["weight"]
+    tuned = json.loads((data_folder() / "tuned.json").read_text())["faces64_rgb"]["ours"]
+    assert OURS.by_task == {
+        (name, int(nfe)): values
         for name, budgets in tuned.items()
         for nfe, values in budgets.items()
     }
@@ -128,7 +124,7 @@ def test_a_gaussian_s_minimum_is_found_with_any_callable():
     unit = torch.eye(4 * n, dtype=torch.float64).reshape(4 * n, 4, 1, n)
     J = torch.stack([process.rollout(x, u)[-1][0] - still for u in unit], dim=1)
     alpha, sigma = prior.schedule(process.times[:-1])
-    R = torch.diag((4.0 * (alpha / sigma).square()).repeat_interleave(n))
+    R = torch.diag((OURS.weight * (alpha / sigma).square()).repeat_interleave(n))
     A = matrix @ J / 0.3
     u = torch.linalg.solve(A.mT @ A + R, A.mT @ (y[0] - matrix @ still) / 0.3)
     torch.testing.assert_close(found.x0[0], still + J @ u, rtol=1e-4, atol=1e-4)
@@ -193,3 +189,14 @@ def test_what_does_not_fit_is_refused():
         replace(OURS, budget=59)
     with pytest.raises(ValueError, match="both None"):
         Recipe("nothing", steps=3)
+
+
+def test_what_was_tuned_is_left_out_where_a_reader_changes_it():
+    """Else a number of steps of one's own would be undone without a word."""
+    own = replace(OURS, steps=20)
+    assert own.at("gaussian_blur") == replace(own, by_task={})
+    assert OURS.at("gaussian_blur").steps == 60
+    assert OURS.at("gaussian_blur", 60).steps == 15  # the budget is at least four times as many
+    assert replace(OURS, rank=1).at("gaussian_blur").steps == 60
+    assert Settings("gaussian_blur", "mnist", steps=20).changed == own.at("gaussian_blur")
+    assert Settings("gaussian_blur", "mnist", budget=60).changed.iterations == 0
