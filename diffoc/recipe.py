@@ -91,7 +91,7 @@ class Recipe:
         guess: whether the first controls of a linear problem are the greedy ones, see
             :mod:`diffoc.greedy`; otherwise they are zero.
         smoothness: of the errors that the guess takes the prior's estimate to have, at least 0: see
-            :func:`diffoc.greedy.image_spectrum`.
+            :func:`diffoc.greedy.image_spectrum`. States that are not (B, C, H, W) have 0.
         from_noise: whether the process starts from random noise. The default, zero, is the most
             probable noise; a random start would only add the texture of a sample.
         stopped: whether an image is left where its residual is as small as the noise (the

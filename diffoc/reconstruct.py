@@ -86,8 +86,9 @@ def reconstruct(
         x[first:] = process.initial_state(x[first:].shape, generator).to(x)
         guess = None
         if recipe.guess and problem.linear:
+            smoothness = recipe.smoothness if x.ndim == 4 else 0.0  # other states are no pictures
             guess = greedy_controls(
-                process, problem.physics, problem.y, x, problem.noise_std, recipe.smoothness
+                process, problem.physics, problem.y, x, problem.noise_std, smoothness
             )
         spent = 0 if guess is None else recipe.steps
         reserved = spent + 2 * recipe.steps * (recipe.draw is not None)

@@ -501,7 +501,7 @@ def twenty_digits(monkeypatch):
         monkeypatch.setattr(f"diffoc.{module}.mnist", lambda split: (images, labels.numpy()))
 
 
-WRITERS = {
+TRAINERS = {
     "beside": ("judge", ["train", "judge", "--images", "64", "--checkpoint", "OUT/../run.pt"]),
     # What the checkpoint's folder has is no less worth keeping.
     "inside": ("judge", ["train", "judge", "--images", "64", "--checkpoint", "OUT/run.pt"]),
@@ -509,11 +509,11 @@ WRITERS = {
 }
 
 
-@pytest.mark.parametrize("writer", WRITERS)
+@pytest.mark.parametrize("writer", TRAINERS)
 def test_worse_weights_are_written_beside_those_that_they_would_replace(
     writer, tmp_path, monkeypatch, twenty_digits, capsys
 ):
-    name, command = WRITERS[writer]
+    name, command = TRAINERS[writer]
 
     def run(out, rank):
         monkeypatch.setitem(MIXTURES, "mnist", MIXTURES["mnist"]._replace(components=1, rank=rank))
@@ -537,7 +537,7 @@ def test_worse_weights_are_written_beside_those_that_they_would_replace(
     assert (out / "worse" / f"{name}.safetensors").read_bytes() == poor
 
 
-@pytest.mark.parametrize("writer", WRITERS)
+@pytest.mark.parametrize("writer", TRAINERS)
 def test_what_lies_in_the_place_of_weights_is_looked_at_before_the_work(
     writer, tmp_path, monkeypatch, twenty_digits, capsys
 ):
@@ -546,7 +546,7 @@ def test_what_lies_in_the_place_of_weights_is_looked_at_before_the_work(
 
     monkeypatch.setattr("diffoc.training.trainer.train", work)
     monkeypatch.setattr("diffoc.training.mixtures.fit_mixture", work)
-    name, command = WRITERS[writer]
+    name, command = TRAINERS[writer]
     file = tmp_path / f"{name}.safetensors"
     command = [*(word.replace("OUT", str(tmp_path)) for word in command), "--out", str(tmp_path)]
     for wrong in (b"half a file", save({"means": torch.zeros(2, 3)})):
