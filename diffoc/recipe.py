@@ -199,8 +199,9 @@ OURS = Recipe(
 r"""The default: a greedy guess, improved by L-BFGS in units of the image until the budget is spent.
 
 What keeps most of the noise from being fitted is the control cost :math:`w \alpha_i^2 /
-\sigma_i^2`. For the tasks of Table 1 there is what eight trials on eight colour faces chose, as for
-every other method: but on random inpainting it is the guess in 60 steps, without a plan.
+\sigma_i^2`. For four tasks of Table 1 there is what eight trials on eight colour faces chose:
+the guess in 60 steps without a plan, except on random inpainting. Motion blur, and a problem
+without a task, have the plan of 15 steps.
 """
 
 STOPPED = Recipe("stopped", steps=10, budget=300, spare=0.15, weight=0.3, guess=True, stopped=True)
