@@ -100,7 +100,7 @@ class GaussianMixture:
         centre = self.mean[0]
         z, m = x - alpha * centre, alpha * (means - centre)
         squared = z.square().sum(-1, keepdim=True) - 2 * z @ m.mT + m.square().sum(-1)
-        own = torch.einsum("knr,kn->kr", self.basis, m)
+        own = (m.unsqueeze(1) @ self.basis).squeeze(1)
         p = (z @ basis).reshape(-1, K, r) - own
         quadratic = squared / across + (p.square() * (1 / along - 1 / across[:, None])).sum(-1)
         logdet = along.log().sum(-1) + (n - r) * across.log()
@@ -257,6 +257,8 @@ def mixture_from_loadings(
     if not (noise_variance > 0).all():
         raise ValueError("noise_variance must be above 0")
     U, singular, _ = torch.linalg.svd(loadings, full_matrices=False)
+    # In memory (n, K, r), of which the posterior mean's matrix of all components is a view.
+    U = U.movedim(0, 1).contiguous().movedim(1, 0)
     return GaussianMixture(
         log_weights.log_softmax(dim=0).unsqueeze(0),
         means.unsqueeze(0),
