@@ -46,9 +46,14 @@ def require_linear(physics: Physics) -> LinearPhysics:
 def pseudo_inverse(physics: LinearPhysics, y: Tensor) -> Tensor:
     """Returns the images (B, ...) of least squares and least norm of measurements (B, ...).
 
-    They are inverted one by one: deepinv's iterations stop by the whole batch.
+    They are inverted one by one: deepinv's iterations stop by the whole batch. One measurement that
+    was expanded to a batch is inverted once.
     """
-    pairs = zip(cycle(parts_of(physics)), y.split(1), strict=False)
+    parts = parts_of(physics)
+    if len(parts) == 1 and y.stride(0) == 0:
+        x = parts[0].A_dagger(y[:1])
+        return x.expand(len(y), *x.shape[1:])
+    pairs = zip(cycle(parts), y.split(1), strict=False)
     return torch.cat([part.A_dagger(each) for part, each in pairs])
 
 

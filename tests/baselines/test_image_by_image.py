@@ -104,3 +104,11 @@ def test_an_inverse_does_not_wait_for_the_image_beside(place):
     noise = torch.randn(1, 1, 28, 28, generator=generator(), dtype=torch.float64)
     y = physics.A(torch.cat([torch.ones_like(noise), noise]))
     assert torch.equal(pseudo_inverse(physics, y)[:1], pseudo_inverse(physics, y[:1]))
+
+
+def test_copies_of_a_measurement_are_inverted_as_each_would_be():
+    """An expanded measurement takes another way than a repeated one."""
+    physics = task("gaussian_blur", (1, 28, 28), generator()).to(torch.float64)
+    y = physics.A(torch.randn(1, 1, 28, 28, generator=generator(), dtype=torch.float64))
+    repeated = pseudo_inverse(physics, y.repeat(3, 1, 1, 1))
+    assert torch.equal(pseudo_inverse(physics, y.expand(3, -1, -1, -1)), repeated)
