@@ -45,6 +45,13 @@ def posterior_distances(
     as reference, M a multiple of N, and directions (n, P) as :func:`random_directions` draws them.
     A ValueError refuses other shapes, and samples that are not finite.
     """
+    return _distances(samples, posterior, shadows(reference, directions), directions)
+
+
+def _distances(
+    samples: Tensor, posterior: Posterior, theirs: Tensor, directions: Tensor
+) -> dict[str, float]:
+    """Does as :func:`posterior_distances`, of the reference by its shadows, slow to sort."""
     mean, covariance = moments(samples, "samples")
     if len(posterior.mean) != 1 or samples.shape[1] != posterior.mean.shape[1]:
         raise ValueError(
@@ -56,7 +63,7 @@ def posterior_distances(
     exact = posterior.covariance.double().cpu().reshape(n, n)
     total = exact.trace()
     squared = frechet_between((mean, covariance), (exact_mean, exact))
-    sliced = sliced_wasserstein(samples, reference, directions)
+    sliced = shadow_distance(shadows(samples, directions), theirs)
     return {
         "mean": ((mean - exact_mean).norm() / total.sqrt()).item(),
         "covariance": ((covariance - exact).norm() / exact.norm()).item(),
@@ -74,11 +81,19 @@ def sliced_wasserstein(samples: Tensor, reference: Tensor, directions: Tensor) -
 
     Source: Bonneel et al. 2015, doi:10.1007/s10851-014-0506-3.
     """
-    copies, rest = divmod(len(reference), len(samples))
+    return shadow_distance(shadows(samples, directions), shadows(reference, directions))
+
+
+def shadows(points: Tensor, directions: Tensor) -> Tensor:
+    """Returns the projections of points (N, n) on unit vectors (n, P), sorted in each, (N, P)."""
+    return (points.double() @ directions.double()).sort(dim=0).values
+
+
+def shadow_distance(ours: Tensor, theirs: Tensor) -> float:
+    """Returns :func:`sliced_wasserstein` of two sets by their shadows, (N, P) and (M, P)."""
+    copies, rest = divmod(len(theirs), len(ours))
     if rest or not copies:
-        raise ValueError(f"reference has {len(reference)} rows, no multiple of {len(samples)}")
-    ours = (samples.double() @ directions.double()).sort(dim=0).values
-    theirs = (reference.double() @ directions.double()).sort(dim=0).values
+        raise ValueError(f"reference has {len(theirs)} rows, no multiple of {len(ours)}")
     return (ours.repeat_interleave(copies, dim=0) - theirs).square().mean().sqrt().item()
 
 
@@ -111,7 +126,8 @@ def distance_table(
         axes = random_directions(n, directions, generator)
         reference = problem.posterior.sample(_REFERENCE * samples, generator)[:, 0]
         sets = [problem.posterior.sample(samples, generator)[:, 0] for _ in range(_FLOORS)]
-        floors = [posterior_distances(some, problem.posterior, reference, axes) for some in sets]
+        theirs = shadows(reference, axes)
+        floors = [_distances(some, problem.posterior, theirs, axes) for some in sets]
         _, sigma = problem.prior.schedule(torch.ones((), dtype=like.dtype))
         noise = torch.randn(samples, n, generator=generator, dtype=torch.float64)
         x = sigma * noise.to(like)
@@ -144,7 +160,7 @@ def distance_table(
                 continue
             rows.append(
                 _row(problem, name, settings, *counts)
-                | posterior_distances(found.detach(), problem.posterior, reference, axes)
+                | _distances(found.detach(), problem.posterior, theirs, axes)
             )
     return rows
 
