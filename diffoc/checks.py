@@ -83,8 +83,9 @@ def check_at_least(low: float, **numbers: float) -> None:
 
 
 def check_within(low: float, high: float, **numbers: float) -> None:
-    """Raises a ValueError unless numbers are from `low` to `high`."""
+    """Raises unless numbers are from `low` to `high`: a TypeError if they are no numbers."""
     for name, value in numbers.items():
+        _check_number(name, value)
         if not low <= value <= high:
             raise ValueError(f"{name} is {value}, expected {low} to {high}")
 

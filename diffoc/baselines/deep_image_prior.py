@@ -15,7 +15,7 @@ from deepinv.physics import Physics
 from torch import Tensor
 
 from diffoc.baselines import Given, Method, global_generator, method
-from diffoc.checks import check_above, check_at_least
+from diffoc.checks import check_above, check_whole
 from diffoc.problems.tasks import UnsupportedTask, measured, parts_of
 
 
@@ -34,7 +34,7 @@ def deep_image_prior(
     physics, y, x = given.physics, given.y, given.x
     if x.ndim != 4:
         raise UnsupportedTask(f"x has shape {tuple(x.shape)}, the decoder makes (B, C, H, W)")
-    check_at_least(1, iterations=iterations, channels=channels)
+    check_whole(1, iterations=iterations, channels=channels)
     check_above(0, rate=rate)
     targets = (given.noise_std**2 * measured(physics, y).flatten(1).mean(dim=1)).tolist()
     images = []

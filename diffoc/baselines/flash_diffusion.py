@@ -20,7 +20,8 @@ from torch import Tensor
 
 from diffoc.baselines import Given, Method, method
 from diffoc.baselines.decomposition import require_linear
-from diffoc.baselines.psld import guided_step
+from diffoc.baselines.psld import check_guided, guided_step
+from diffoc.checks import check_above
 from diffoc.priors.latent import latent_prior
 from diffoc.priors.severity import SeverityEncoder, load_severity_encoder
 from diffoc.problems.tasks import as_picture, for_each, parts_of
@@ -51,6 +52,8 @@ def flash_diffusion(
     Raises:
         ValueError: for a prior of images, or one that the encoder is not for.
     """
+    check_guided(steps, guidance, gluing, eta)
+    check_above(0, correction=correction)
     autoencoder, y, x = latent_prior(given.prior), given.y, given.x
     if gluing:
         require_linear(given.physics)

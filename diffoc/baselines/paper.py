@@ -15,6 +15,7 @@ from azula.noise import Schedule
 from torch import Tensor
 
 from diffoc.baselines import Given, Method, method
+from diffoc.checks import check_at_least
 from diffoc.lowrank import MatrixFree
 from diffoc.process import drift_and_diffusion
 from diffoc.recipe import Recipe
@@ -112,6 +113,7 @@ def paper(
             raise ValueError(
                 f"regularization is {regularization!r}, expected a number or 'lemma_4_2'"
             )
+        check_at_least(0, regularization=regularization)
         damping = regularization
     kept = MatrixFree(keep_activations=keep_activations, hessian="gauss_newton")
     recipe = replace(

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from diffoc.baselines import Given, Method, method, one_a_step, product_a_step
 from diffoc.baselines.decomposition import require_linear
+from diffoc.checks import check_at_least, check_whole, check_within
 from diffoc.priors.latent import latent_prior
 
 
@@ -33,12 +34,20 @@ def psld(
         gluing: :math:`\gamma`, not negative.
         eta: the noise of DDIM, in [0, 1]; 1 is DDPM.
     """
+    check_guided(steps, guidance, gluing, eta)
     autoencoder, z = latent_prior(given.prior), given.x
     require_linear(given.physics)
     times = torch.linspace(1, 0, steps + 1, dtype=z.dtype, device=z.device)
     for t, s in pairwise(times):
         z = guided_step(given, z, t, s, guidance, gluing, eta)
     return autoencoder.decode(z)
+
+
+def check_guided(steps: int, guidance: float, gluing: float, eta: float) -> None:
+    """Raises unless numbers are such as :func:`psld` takes."""
+    check_whole(1, steps=steps)
+    check_at_least(0, guidance=guidance, gluing=gluing)
+    check_within(0, 1, eta=eta)
 
 
 def guided_step(

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from diffoc.baselines import Given, Method, method
 from diffoc.baselines.noise_level import times_of_levels
-from diffoc.checks import check_at_least, check_tensor
+from diffoc.checks import check_tensor, check_whole
 from diffoc.costs import residual_of
 from diffoc.lowrank import LowRankExpansion, LowRankGains, LowRankValue, MatrixFree
 from diffoc.problem import Problem
@@ -148,7 +148,7 @@ def released_weights(steps: int, scale: float = 1e-6) -> Tensor:
     What its root is called there is a signal-to-noise ratio, which would have the product of all
     steps in place of the one: see :func:`diffoc.baselines.paper.snr_weights`.
     """
-    check_at_least(2, steps=steps)
+    check_whole(2, steps=steps)
     # In single precision, as there: the index is a product that is cut off.
     index = (torch.linspace(1, 1e-3, steps)[:-1] * (LEVELS - 1)).long()
     beta = torch.linspace(1e-4, 0.02, LEVELS, dtype=torch.float64)[index]
@@ -322,7 +322,6 @@ def released(
         keep_activations: whether activations are kept, for speed, or recomputed, for memory.
         side_effect: whether gains shrink in a random subspace, see :class:`Shrinking`.
     """
-    _, sigma = given.prior.schedule(torch.ones((), dtype=torch.float64))
     recipe = replace(
         RELEASED,
         steps=steps,
@@ -333,6 +332,7 @@ def released(
         derivatives=(Shrinking if side_effect else MatrixFree)(keep_activations=keep_activations),
     )
     # Its states have unit variance at every level.
+    _, sigma = given.prior.schedule(torch.ones((), dtype=torch.float64))
     return given.reconstruct(recipe, given.x / sigma.item())
 
 

@@ -155,10 +155,10 @@ def preflight(args: argparse.Namespace) -> int:
 def ffhq(args: argparse.Namespace) -> int:
     """Computes what a table does not have, measures it, and prints it beside the paper's."""
     from diffoc.experiments import ffhq as tables
-    from diffoc.experiments.cells import Computer, keep_in, work_of
+    from diffoc.experiments.cells import Computer, check_inputs, keep_in, work_of
     from diffoc.experiments.protocol import FFHQ_PROTOCOLS
     from diffoc.experiments.records import alone, by_image, read
-    from diffoc.experiments.runs import run_cells
+    from diffoc.experiments.runs import run_cells, unfinished
 
     args.random_weights |= args.rehearse
     prior, out = _prior(args), _out(args)
@@ -176,9 +176,13 @@ def ffhq(args: argparse.Namespace) -> int:
         tasks=args.tasks,
         smallest=args.rehearse,
     )
+    compute = Computer(folder, args.device, protocol)
+    check_inputs(
+        unfinished(list(cells), out / "records.csv", args.shard, args.retry_failed), compute
+    )
     found = run_cells(
         list(cells),
-        Computer(folder, args.device, protocol),
+        compute,
         out / "records.csv",
         jobs=args.jobs,
         backend=args.backend,
@@ -318,9 +322,15 @@ def _prepare(args: argparse.Namespace, prior: str, paths: Sequence[Path]) -> tup
 
 
 def _side(prior: str) -> int:
-    """Returns the side of a prior's images in pixels; its weights need not be there."""
-    from diffoc.experiments.inaccurate import accurate_name
+    """Returns the side of a prior's images in pixels; its weights need not be there.
+
+    A ValueError refuses a prior that is none of images in colour.
+    """
+    from diffoc.experiments.inaccurate import accurate_name, sizes_of
     from diffoc.priors.pretrained import shape_of
 
-    name, *sizes = accurate_name(prior).split("/")
-    return int(sizes[1]) if len(sizes) > 1 else shape_of(name)[-1]
+    name, _, side = sizes_of(accurate_name(prior))
+    channels, _, own = shape_of(name)
+    if channels != 3 or name.endswith("_latent"):
+        raise ValueError(f"prior is {name!r}, expected one of images in colour, such as ffhq256")
+    return side or own

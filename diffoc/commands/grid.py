@@ -61,9 +61,21 @@ def _setting(text: str) -> tuple[str, object]:
     if not equals:
         raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
     try:
-        return key, json.loads(value)
+        found = json.loads(value)
     except json.JSONDecodeError:
-        return key, value
+        found = value
+    if not isinstance(found, bool | int | float) and not (isinstance(found, str) and found):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} has no value that a setting can have: give a number, true, false or a word"
+        )
+    return key, found
+
+
+def check_prior(prior: str, device: str) -> None:
+    """Loads a prior: that there is none is said before what else is missing for it."""
+    from diffoc.experiments.cells import load_once
+
+    load_once(prior, device)
 
 
 def precision(args: argparse.Namespace) -> str:
@@ -110,6 +122,8 @@ def execute(
     from diffoc.experiments.cells import check_inputs, work_of
     from diffoc.experiments.runs import run_cells, unfinished
 
+    if not cells:
+        raise ValueError(f"images is missing: name a folder of pictures for {args.prior}")
     try_file(path)
     if folder := getattr(args, "keep", None):
         try_folder(folder)

@@ -3,10 +3,12 @@
 import argparse
 import json
 import math
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,7 @@ import torch
 
 from diffoc.checks import memory_is_full
 from diffoc.commands import ffhq, tables, tune
-from diffoc.data.files import try_file, try_folder
+from diffoc.data.files import replacing, try_file, try_folder
 from diffoc.data.provenance import ROOT, told
 from diffoc.priors.weights import TRAINED_ON
 
@@ -46,7 +48,7 @@ def train(args: argparse.Namespace) -> int:
     from diffoc.data.images import as_states
     from diffoc.figures import write_sheet
     from diffoc.priors.autoencoder import Autoencoder
-    from diffoc.priors.weights import read_weights, write_weights
+    from diffoc.priors.weights import load_into, read_weights, write_weights
     from diffoc.training import evaluation
     from diffoc.training import trainer as training
 
@@ -56,7 +58,6 @@ def train(args: argparse.Namespace) -> int:
     try_folder(args.out)
     changes = {"images": args.images, "rate": args.rate}
     plan = replace(training.PLANS[name], **{k: v for k, v in changes.items() if v is not None})
-    (images, labels), (held_out, truth), decode = _training_data(name, args.out)
     precision = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.precision]
     if checkpoint.exists() and (args.seed is not None or args.init):
         raise ValueError(
@@ -67,7 +68,10 @@ def train(args: argparse.Namespace) -> int:
         run = training.resume(plan, checkpoint, args.device, precision)
     else:
         weights = args.init and read_weights(args.init)
+        if weights:
+            load_into(plan.build(), weights, f"init {args.init}")
         run = training.start(plan, args.seed or 0, args.device, precision, weights)
+    (images, labels), (held_out, truth), decode = _training_data(name, args.out)
 
     def report(run: training.Run, rate: float) -> None:
         score, samples = evaluation.score(run.average, held_out, truth, decode)
@@ -106,11 +110,12 @@ def _training_data(
             return (images, labels), (held_out, truth), torch.nn.Identity()
         # Not the first ones: the set may be sorted by class.
         return (images, None), (held_out[::40], None), torch.nn.Identity()
+    latent = name.endswith("_latent")
+    network = load_autoencoder(name.replace("latent", "autoencoder"), folder) if latent else None
     read = data.colour_faces if name.startswith("faces64_rgb") else data.faces
     images, held_out = read("train"), read("test")[::2]
-    if not name.endswith("_latent"):
+    if network is None:
         return (images, None), (held_out, None), torch.nn.Identity()
-    network = load_autoencoder(name.replace("latent", "autoencoder"), folder)
     images = encoded(network, np.concatenate([images, images[:, :, ::-1]]))
     return (images, None), (encoded(network, held_out), None), network.decode
 
@@ -120,6 +125,8 @@ def evaluate(name: str, samples: int, out: Path) -> int:
     from diffoc.figures import write_sheet
     from diffoc.training.evaluation import report
 
+    if samples < 2:
+        raise ValueError(f"samples is {samples}, expected at least 2")
     try_folder(out)
     numbers, drawn = report(name, samples)
     print(json.dumps(numbers, indent=2))
@@ -139,6 +146,9 @@ def solve(args: argparse.Namespace) -> int:
     settings = solving.Settings(
         args.task, args.prior, noise_std=args.noise_std, seed=args.seed, **given
     )
+    given = args.image or args.measurement
+    if given.name in solving.WRITTEN and given.parent.resolve() == args.out.resolve():
+        raise ValueError(f"out is {args.out}, where {given} would be written over: name another")
     try_folder(args.out)
     prior = load_prior(args.prior)
     if isinstance(prior, LatentPrior):
@@ -171,6 +181,8 @@ def benchmark(args: argparse.Namespace) -> int:
 
     if args.out:
         try_file(args.out)
+        if args.out.suffix != ".json":
+            raise ValueError(f"out is {args.out}, expected a name that ends in .json")
     found = run(
         args.priors or ["mnist", "faces64"],
         steps=args.steps,
@@ -182,7 +194,8 @@ def benchmark(args: argparse.Namespace) -> int:
         random_weights=args.random_weights,
     )
     if args.out:
-        args.out.write_text(json.dumps(found, indent=2) + "\n")
+        with replacing(args.out) as part:
+            part.write_text(json.dumps(found, indent=2) + "\n")
         print(args.out)
     return 0
 
@@ -260,13 +273,15 @@ def parser_of() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Runs one command and returns the exit status."""
     parser = parser_of()
-    args = parser.parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    args = parser.parse_args(words)
     if args.command == "solve" and (args.image is None) == (args.measurement is None):
         parser.error("solve needs either a picture or --measurement FILE")
 
     # Activations and optimiser states decay into denormals, which halve the speed of a CPU.
     torch.set_flush_denormal(True)
     try:
+        _check_words(words)
         _check_numbers(args)
         if "device" in args:
             _check_device(args.device)
@@ -291,8 +306,14 @@ def main(argv: list[str] | None = None) -> int:
         try_folder(args.out)
         print(json.dumps(fit_mixture_prior(args.name, args.out, args.seed), indent=2))
         return 0
+    except BrokenPipeError:  # who reads, such as head, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except (ValueError, OSError, ImportError) as error:
-        print(f"diffoc: {told(error)}", file=sys.stderr)
+        said = told(error).replace("name_or_path", "prior")  # as the command line calls it
+        if isinstance(error, OSError) and error.filename:
+            said = told(f"{error.filename} cannot be used ({error.strerror}): name another")
+        print(f"diffoc: {said}", file=sys.stderr)
         return 2
     except (RuntimeError, MemoryError) as error:
         if not memory_is_full(error):
@@ -315,11 +336,27 @@ def _crop(text: str) -> tuple[int, int, int]:
     return left, top, side
 
 
-FROM_ZERO = {"seed", "seeds", "rank", "ranks", "iterations", "noise_std"}
+FROM_ZERO = {"seed", "seeds", "rank", "ranks", "iterations"}
 """Options that may be zero; all other numbers are positive."""
 
-MOST = {"rate": 1.0, "seed": 2**63 - 1, "seeds": 2**63 - 1}
+LEAST = {"noise_std": 1e-6}
+"""Of options whose squares' inverses float32 has to hold."""
+
+MOST = {"rate": 1.0, "noise_std": 1e3, "samples": 10**6, "seed": 2**63 - 1, "seeds": 2**63 - 1}
 """Of options; other whole numbers are at most 10^9, of which no memory holds more."""
+
+
+WORKERS = 4 * (os.cpu_count() or 1)
+"""The most of one machine: more would only take its memory."""
+
+
+def _check_words(words: Sequence[str]) -> None:
+    """Raises a ValueError for an empty argument, as a variable that is not set leaves behind."""
+    for before, word in pairwise(["", *words]):
+        if not word.strip() or (word.startswith("--") and word.endswith("=")):
+            place = word[:-1] if word.strip() else before
+            option = place if place.startswith("--") else f"the argument after {place!r}"
+            raise ValueError(f"{option} is empty: give it a value, or leave it out")
 
 
 def _check_numbers(args: argparse.Namespace) -> None:
@@ -329,9 +366,12 @@ def _check_numbers(args: argparse.Namespace) -> None:
             if isinstance(value, bool) or not isinstance(value, int | float):
                 continue
             most = MOST.get(name, math.inf if isinstance(value, float) else 10**9)
-            good = 0 <= value <= most if name in FROM_ZERO else 0 < value <= most
+            if name == "jobs" and args.backend == "loky":  # the workers of a cluster are elsewhere
+                most = WORKERS
+            least = 0 if name in FROM_ZERO else LEAST.get(name, 0)
+            good = least <= value <= most and (value > 0 or name in FROM_ZERO)
             if not good or not math.isfinite(value):
-                above = "0 or more" if name in FROM_ZERO else "a number above 0"
+                above = f"{least} or more" if least or name in FROM_ZERO else "a number above 0"
                 limit = f" and at most {most:.10g}" if most < math.inf else ""
                 raise ValueError(f"{name} is {value}, expected {above}{limit}")
 

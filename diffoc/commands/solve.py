@@ -40,6 +40,9 @@ FROM_PICTURES = ("super_resolution", "gaussian_blur", "random_inpainting", "box_
 FAMILIAR = {"faces64_rgb": {0.3: 27.5, 1.0: 21.7}, "faces64": {0.3: 25.6, 1.0: 19.9}}
 """The PSNR in dB, by noise level, that 99 % of 512 held-out faces reach (cards of the priors)."""
 
+WRITTEN = ("measurement.png", "reconstruction.png", "comparison.png", "report.json")
+"""What `solve` writes beside measurement.npz, which stays as it is where it was read."""
+
 RECIPES = {recipe.name: recipe for recipe in (OURS, STOPPED, COLD, PAPER, RELEASED)}
 """What `--recipe` names; the tables run the same ones."""
 
@@ -289,8 +292,7 @@ def write(folder: Path, case: Case, image: Tensor, report: dict) -> list[Path]:
         _comparison(case, image, report).savefig(part, dpi=100)
     with replacing(folder / "report.json") as part:
         part.write_text(json.dumps(report, indent=2) + "\n")
-    names = ("measurement.npz", "measurement.png", "reconstruction.png", "comparison.png")
-    return [folder / name for name in (*names, "report.json")]
+    return [folder / name for name in ("measurement.npz", *WRITTEN)]
 
 
 def picture_of(y: Tensor, task_name: str) -> Tensor:

@@ -11,6 +11,7 @@ from diffoc.commands.grid import (
     NFE,
     add_grid,
     as_file_name,
+    check_prior,
     execute,
     precision,
     product_cost,
@@ -93,6 +94,7 @@ def _cells(args: argparse.Namespace, images: Sequence[str]) -> tuple[str, list[C
     from diffoc.experiments.methods import compared
 
     prior = UNTRAINED * args.random_weights + args.prior
+    check_prior(prior, args.device)
     batch = args.batch or (1 if "256" in args.prior else 8)
     if args.table == "table1":
         tasks, budgets = args.tasks or experiments.TABLES["table1"], args.nfe or [NFE]
@@ -185,8 +187,10 @@ def digits(args: argparse.Namespace) -> int:
 
 def shard(text: str) -> tuple[int, int]:
     """Reads I/N, with 1 <= I <= N."""
-    first, _, second = text.partition("/")
-    i, n = int(first), int(second)
+    try:
+        i, n = map(int, text.split("/"))
+    except ValueError:
+        i = n = 0
     if not 1 <= i <= n:
-        raise argparse.ArgumentTypeError(f"{text!r} is not I/N with 1 <= I <= N")
+        raise argparse.ArgumentTypeError(f"{text!r} is not I/N with 1 <= I <= N, such as 1/4")
     return i, n

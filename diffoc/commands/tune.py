@@ -10,6 +10,7 @@ from diffoc.commands.grid import (
     NFE,
     add_grid,
     as_file_name,
+    check_prior,
     execute,
     precision,
     product_cost,
@@ -37,6 +38,7 @@ def tune(args: argparse.Namespace) -> int:
     from diffoc.experiments.runs import alone, by_image
 
     try_file(data_folder() / "tuned.json")
+    check_prior(args.prior, args.device)
     methods = args.methods or compared(args.prior, min(args.nfe or [NFE]))
     plan, given = _trials(args, methods), settings_of(args, methods)
     for method in methods:

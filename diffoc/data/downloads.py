@@ -108,10 +108,11 @@ def read_torch_file(path: Path, stand_ins: bool = False) -> dict[str, Tensor | d
         raise
     except Exception as error:  # a damaged file makes the reader fail anywhere
         raise ValueError(
-            f"{path} is damaged or no file of tensors ({error!r}): remove it and try again"
+            f"{path} is damaged or no file of tensors alone ({type(error).__name__}): name "
+            "another, or fetch it again"
         ) from error
     if not isinstance(state, Mapping):
-        raise ValueError(f"{path} is no file of named tensors: remove it and try again")
+        raise ValueError(f"{path} is no file of named tensors: name another")
     return dict(state)
 
 

@@ -41,9 +41,13 @@ def try_folder(folder: Path) -> None:
 
 
 def try_file(path: Path) -> None:
-    """Does as :func:`try_folder` for a file, whose folder is made; one that is there stays."""
-    if path.is_dir():
-        raise OSError(f"{path} cannot be written, it is a folder: name a file")
+    """Does as :func:`try_folder` for a file, whose folder is made; one that is there stays.
+
+    A device, a pipe, and a link to nothing are refused like a folder.
+    """
+    if (path.exists() or path.is_symlink()) and not path.is_file():
+        what = "a folder" if path.is_dir() else "no file"
+        raise OSError(f"{path} cannot be written, it is {what}: name a file")
     try_folder(path.parent)
     if path.exists() and not os.access(path, os.W_OK):
         raise OSError(f"{path} cannot be written (Permission denied): name another file")

@@ -43,10 +43,12 @@ def checked_bytes(file: str, folder: Path | None = None) -> bytes:
     folder = data_folder() if folder is None else Path(folder)
     for path in (folder / file, folder / MANIFEST):
         if not path.is_file():
-            raise FileNotFoundError(
-                f"file {path} is missing: it is part of the repository, get it back with "
-                f"`git checkout -- data/{path.name}`"
+            back = (
+                f"it is part of the repository, get it back with `git checkout -- data/{path.name}`"
             )
+            if folder != data_folder():
+                back = f"make it there first, or copy it from {data_folder()} with its {MANIFEST}"
+            raise FileNotFoundError(f"file {path} is missing: {back}")
     entry = manifest_entry(file, folder)
     content = (folder / file).read_bytes()
     digest = hashlib.sha256(content).hexdigest()

@@ -92,7 +92,7 @@ def read_transparency(path: Path) -> Tensor:
     A ValueError refuses a picture that has none of either, or half transparent pixels; others as
     :func:`read_picture`.
     """
-    picture, _ = _open(path)
+    picture, _ = open_picture(path)
     opacity = np.array(picture.convert("RGBA"))[..., 3]
     if opacity.min() == 255 or opacity.max() == 0:
         which = "transparent" if opacity.min() else "opaque"
@@ -109,7 +109,7 @@ def read_transparency(path: Path) -> Tensor:
 
 def picture_size(path: Path) -> tuple[int, int]:
     """Returns height and width of a picture in pixels; errors as for :func:`read_picture`."""
-    width, height = _open(path)[0].size
+    width, height = open_picture(path)[0].size
     return height, width
 
 
@@ -128,7 +128,7 @@ def write_picture(image: Tensor, path: Path, mask: Tensor | None = None) -> None
 
 def _values(path: Path) -> tuple[np.ndarray, list[str]]:
     """Returns a picture's values (H, W, 1 or 3) in [0, 1], float32, and what was done to them."""
-    picture, notes = _open(path)
+    picture, notes = open_picture(path)
     if picture.mode.startswith(("I", "F")):
         if picture.has_transparency_data:
             raise ValueError(f"{path} has a transparent colour and more than 8 bits: flatten it")
@@ -182,10 +182,11 @@ def _window(
     return left, top, left + used[0], top + used[1]
 
 
-def _open(path: Path) -> tuple[Image.Image, list[str]]:
+def open_picture(path: Path) -> tuple[Image.Image, list[str]]:
     """Returns a picture, upright, and what of its file is left out.
 
-    Pillow's colour pictures have 8 bits; where a file has more, its tiles say so.
+    Pillow's colour pictures have 8 bits; where a file has more, its tiles say so. Errors are those
+    of :func:`read_picture`.
     """
     if not path.is_file():
         what = "is no file" if path.exists() else "is missing"
@@ -202,6 +203,8 @@ def _open(path: Path) -> tuple[Image.Image, list[str]]:
         raise ValueError(f"{path} is no picture that Pillow knows: save it as PNG") from error
     except Image.DecompressionBombError as error:
         raise ValueError(f"{path} is too large a picture, make it smaller: {error}") from error
+    except PermissionError:
+        raise
     except (OSError, SyntaxError) as error:
         raise ValueError(f"{path} is a damaged picture: {error}") from error
 

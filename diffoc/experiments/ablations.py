@@ -15,6 +15,7 @@ from diffoc.checks import check_member
 from diffoc.experiments.inaccurate import IDENTITY, RANDOM, UNTRAINED, accurate_name
 from diffoc.experiments.methods import METHODS, read_tuned
 from diffoc.experiments.records import Cell, as_json, in_batches
+from diffoc.problems.tasks import TASKS as ALL_TASKS
 from diffoc.recipe import OURS
 
 TASKS = recipe.TASKS[:2]
@@ -194,6 +195,8 @@ def ablation_cells(
     check_member(ABLATIONS, table=table)
     if not trained and table != "robustness":
         raise ValueError(f"table is {table!r}, which needs trained weights")
+    for name in tasks:
+        check_member(ALL_TASKS, tasks=name)
     if nfe is not None and (table != "robustness" or nfe < 4):
         raise ValueError(f"nfe is {nfe}: only robustness takes a budget, of at least 4")
     options: dict = {} if trained else {"trained": False}
@@ -217,7 +220,11 @@ def _tuned(prior: str, method: str, task: str, nfe: int) -> dict:
     found = METHODS[method].settings(task, nfe)
     tuned = read_tuned()
     own = tuned.get(accurate_name(prior), {}).get(method, {}).get(task)
-    own = own or tuned[TUNED[0]][method][task]
+    own = own or tuned.get(TUNED[0], {}).get(method, {}).get(task)
+    if not own:
+        raise ValueError(
+            f"tasks has {task!r}, for which {method} is not tuned with {TUNED[0]}: leave it out"
+        )
     if str(nfe) in own:
         return found | own[str(nfe)]
     # Steps that are a share of 300 evaluations are none of another budget.

@@ -7,6 +7,7 @@ turns, and the fastest of each count, so that other work on the machine does not
 """
 
 import itertools
+import math
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -210,6 +211,11 @@ def run(
         random_weights: whether to measure "ffhq256" or "imagenet256" without their files.
     """
     check_at_least(1, batch=batch)
+    load = untrained_adm if random_weights else load_prior
+    priors = {name: load(name).to(device) for name in names}
+    for name, prior in priors.items():
+        if max(ranks) > (size := math.prod(prior.image_shape)):
+            raise ValueError(f"ranks has {max(ranks)}, expected at most {size} for {name}")
     with torch.device("meta"):
         network = untrained_adm("ffhq256")
     table = project(*flop(network, (1, *network.image_shape)), ranks, teraflops)
@@ -228,8 +234,7 @@ def run(
         f"{'prior':<12} B rank activations  F/step B/step  bare s  diffoc s  ratio  "
         "bare MB  diffoc MB  more / (T n)"
     )
-    for name in names:
-        prior = (untrained_adm(name) if random_weights else load_prior(name)).to(device)
+    for name, prior in priors.items():
         rows = []
         for images, keep in ((1, True), (1, False), *([(batch, True)] if batch > 1 else [])):
             generator = torch.Generator().manual_seed(0)

@@ -14,13 +14,15 @@ from functools import cache, lru_cache
 from itertools import product
 from pathlib import Path
 from statistics import median
+from typing import NoReturn
 
 import numpy as np
 import torch
 from azula.denoise import Denoiser
-from deepinv.physics import Physics
+from deepinv.physics import LinearPhysics, Physics
 from torch import Tensor
 
+from diffoc.baselines import Given
 from diffoc.data import images as data
 from diffoc.data import manifest
 from diffoc.data.downloads import cache_folder, sha256_of
@@ -93,7 +95,7 @@ class Computer:
         y, x = y.to(self.device), (sigma.cpu() * start).to(self.device)
 
         began = clock(self.device)
-        with method_errors():
+        with method_errors(cell.keywords):
             x0 = method.run(
                 counted, physics, y, x, generator, noise_std=protocol.noise_std, **cell.keywords
             )
@@ -121,18 +123,69 @@ class Computer:
 def check_inputs(cells: Sequence[Cell], computer: Computer) -> None:
     """Loads what cells need, each prior and picture once, before the first of them is computed.
 
-    A ValueError says that a method does not have a setting, or that a picture does not fit the
-    prior; an OSError that weights or pictures are missing.
+    A ValueError says that a method does not have a setting or cannot have its value, that it does
+    not take the prior, or that a picture does not fit that; an OSError that weights or pictures are
+    missing.
     """
+    for method, settings in dict.fromkeys((cell.method, cell.settings) for cell in cells):
+        check_settings(method, json.loads(settings))
     for prior in dict.fromkeys(cell.prior for cell in cells):
         network, _ = load_once(prior, computer.device)
+        of_images = {cell.method for cell in cells if not METHODS[cell.method].latent}
+        if isinstance(network, LatentPrior) and of_images:
+            raise ValueError(
+                f"prior is {prior!r}, one of latents, which {min(of_images)} does not take: name "
+                "one of images"
+            )
         shape = getattr(network, "decoded_shape", network.image_shape)
         for name in dict.fromkeys(x for cell in cells if cell.prior == prior for x in cell.images):
             read_images([name], shape, computer.folder)
-    for method, settings in dict.fromkeys((cell.method, cell.settings) for cell in cells):
-        known = inspect.signature(METHODS[method].run).parameters
-        if unknown := [key for key in json.loads(settings) if key not in known]:
-            raise ValueError(f"settings has {unknown[0]!r}, which {method} does not have")
+
+
+def check_settings(method: str, settings: dict) -> None:
+    """Raises a ValueError if a method does not have a setting, or refuses it before it begins."""
+    run = inspect.unwrap(METHODS[method].run)
+    known = inspect.signature(run).parameters
+    for key, value in settings.items():
+        if key not in known:
+            raise ValueError(f"settings has {key!r}, which {method} does not have")
+        if isinstance(value, bool) != (known[key].annotation in (bool, "bool")):
+            kind = "a number or a word" if isinstance(value, bool) else "true or false"
+            raise ValueError(f"settings of {method}: {key} is {value!r}, expected {kind}")
+    if run is METHODS[method].run:  # one that checks nothing before it begins
+        return
+    nothing = torch.zeros(1, 1, 8, 8)
+    given = Given(_NoPrior(), _NoOperator(), nothing, nothing, torch.Generator(), 1.0)
+    try:
+        run(given, **settings)
+    except (_Begun, UnsupportedTask):
+        pass
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"settings of {method}: {error}") from error
+
+
+class _Begun(BaseException):
+    """A method has found nothing wrong with its settings; no check of an operator catches it."""
+
+
+class _NoPrior(LatentPrior):
+    """What a method gets in place of a prior, to tell when it begins."""
+
+    def __init__(self) -> None:
+        Denoiser.__init__(self)
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise _Begun
+
+
+class _NoOperator(LinearPhysics):
+    """What a method gets in place of an operator, likewise."""
+
+    def A(self, *args: object, **options: object) -> NoReturn:
+        """Tells it."""
+        raise _Begun
+
+    A_adjoint = A
 
 
 def metrics_of(x0: Tensor, truth: Tensor) -> dict[str, Tensor]:

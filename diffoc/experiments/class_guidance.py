@@ -218,7 +218,8 @@ def read(path: Path) -> list[dict[str, str]]:
     A ValueError refuses a table of another version, and a row that has not all of its columns.
     """
     content = path.read_bytes()
-    rows = list(csv.reader(content[: content.rfind(b"\n") + 1].decode().splitlines()))
+    text = content[: content.rfind(b"\n") + 1].decode(errors="replace")
+    rows = list(csv.reader(text.splitlines()))
     if rows[:1] != [list(COLUMNS)] or any(len(row) != len(COLUMNS) or "" in row for row in rows):
         raise ValueError(f"{path} is damaged, or no table of this version: name another")
     return [dict(zip(COLUMNS, row, strict=True)) for row in rows[1:]]

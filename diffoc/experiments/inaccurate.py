@@ -26,14 +26,22 @@ from azula.noise import VESchedule
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from diffoc.checks import check_at_least
+from diffoc.checks import check_at_least, check_member
 from diffoc.priors.networks import NETWORKS
 from diffoc.priors.pretrained import SHIPPED, default_schedule, load_prior, shape_of, untrained_adm
 
 UNTRAINED, RANDOM, IDENTITY = "untrained ", "random ", "identity "
 """Before a prior's name."""
 
-_NOISE = re.compile(r"(.+)\+noise([0-9.]+(?:e-?[0-9]+)?)")
+_NOISE = re.compile(r"(.+)\+noise(\d+(?:\.\d+)?(?:e-?\d+)?)", re.ASCII)
+
+_OURS = ("mnist", "faces64", "faces64_rgb")
+
+_HALVINGS = 2**5
+"""An ADM network for 256 pixels halves the sides five times, and doubles them again."""
+
+MOST = 4096
+"""The channels and the side of a network that is made smaller or larger."""
 
 
 class IdentityDenoiser(Denoiser):
@@ -72,7 +80,9 @@ def load_inaccurate(name: str) -> Denoiser:
         return add_noise(load_prior(found[1]), float(found[2]))
     base = accurate_name(name)
     if name.startswith(IDENTITY):
-        return IdentityDenoiser(shape_of(base.partition("/")[0]))
+        network, _, side = sizes_of(base)
+        channels, *own = shape_of(network)
+        return IdentityDenoiser((channels, *([side] * 2 if side else own)))
     if not name.startswith((UNTRAINED, RANDOM)):
         raise ValueError(f"name is {name!r}, expected such as 'faces64+noise0.1'")
     with torch.random.fork_rng(), _SameDraws():
@@ -127,14 +137,33 @@ class _SameDraws(TorchDispatchMode):
 
 
 def _untrained(name: str) -> Denoiser:
-    if name in ("mnist", "faces64", "faces64_rgb"):
+    if name in _OURS:
         prior = KarrasDenoiser(NETWORKS[name](), default_schedule())
         prior.image_shape = SHIPPED[name]
         return prior.eval().requires_grad_(False)
-    network, *sizes = name.split("/")
-    if wrong := [size for size in sizes if not size.isdigit()]:
-        raise ValueError(f"name ends in {wrong[0]!r}, expected a number of channels")
-    prior = untrained_adm(network, int(sizes[0]) if sizes else None)
-    if len(sizes) > 1:
-        prior.image_shape = (prior.image_shape[0], int(sizes[1]), int(sizes[1]))
+    network, channels, side = sizes_of(name)
+    check_member((*_OURS, "ffhq256", "imagenet256"), prior=network)
+    prior = untrained_adm(network, channels)
+    if side:
+        prior.image_shape = (prior.image_shape[0], side, side)
     return prior
+
+
+def sizes_of(name: str) -> tuple[str, int | None, int | None]:
+    """Returns network, channels and side of "ffhq256/32/64"; None for what is the network's own.
+
+    A ValueError says that no network has such sizes.
+    """
+    network, *given = name.split("/")
+    steps = (32, _HALVINGS)  # of the channels, as ADM's norms have 32 groups, and of the side
+    good = [
+        size.isascii() and size.isdigit() and int(size) % step == 0 and 0 < int(size) <= MOST
+        for size, step in zip(given, steps, strict=False)
+    ]
+    if len(given) > 2 or not all(good):
+        raise ValueError(
+            f"prior is {name!r}, expected {network}, {network}/CHANNELS or {network}/CHANNELS/SIDE "
+            f"with multiples of 32 up to {MOST}"
+        )
+    channels, side = (*map(int, given), None, None)[:2]
+    return network, channels, side

@@ -26,7 +26,7 @@ from torch.nn.functional import avg_pool2d
 
 from diffoc.checks import check_member
 from diffoc.data.files import csv_text, replacing
-from diffoc.data.pictures import ENDINGS
+from diffoc.data.pictures import ENDINGS, open_picture
 from diffoc.experiments.records import in_batches
 from diffoc.problems.metrics import frechet_between, image_metrics, mse_255
 from diffoc.problems.perceptual import LPIPS, perceptual_metrics
@@ -71,12 +71,12 @@ def read_resized(path: Path, side: int, resize: str) -> Tensor:
     A ValueError refuses another filter, and a picture that is not square or is smaller.
     """
     check_member(FILTERS, filter=resize)
-    with Image.open(path) as picture:
-        if picture.width != picture.height or picture.width < side:
-            raise ValueError(
-                f"{path} is {picture.width}x{picture.height}, expected a square of at least {side}"
-            )
-        colour = picture.convert("RGB")
+    picture, _ = open_picture(path)
+    if picture.width != picture.height or picture.width < side:
+        raise ValueError(
+            f"{path} is {picture.width}x{picture.height}, expected a square of at least {side}"
+        )
+    colour = picture.convert("RGB")
     if colour.width != side:
         colour = colour.resize((side, side), FILTERS[resize])
     return torch.from_numpy(np.array(colour)).movedim(-1, 0)
@@ -285,8 +285,7 @@ def write_rows(path: Path, sets: Mapping[str, Measured]) -> None:
 
 
 def _read(path: Path) -> Tensor:
-    with Image.open(path) as picture:
-        return torch.from_numpy(np.array(picture.convert("RGB"))).movedim(-1, 0)
+    return torch.from_numpy(np.array(open_picture(path)[0].convert("RGB"))).movedim(-1, 0)
 
 
 def _jpeg(images: Tensor) -> Tensor:

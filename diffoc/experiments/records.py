@@ -128,6 +128,8 @@ def read(path: Path) -> dict[Cell, list[Row]]:
     files = [file for file in (path, *shards) if file.exists()]
     if not files:
         raise FileNotFoundError(f"{path} is missing, and has no shards: expected a table there")
+    if wrong := [file for file in files if not file.is_file()]:
+        raise ValueError(f"{wrong[0]} is no file: expected a table there")
     cells: dict[Cell, list[Row]] = {}
     for file in files:
         for cell, rows in _parse(file, file.read_bytes())[0]:
@@ -233,7 +235,7 @@ def _parse(path: Path, content: bytes) -> tuple[list[tuple[Cell, list[Row]]], in
     if not lines and _HEADER.encode().startswith(torn):
         return [], 0  # was stopped before its first cell
     if not lines or lines[0] + b"\n" != _HEADER.encode():
-        raise ValueError(f"{path} is no table of this version: remove it, or name another")
+        raise ValueError(f"{path} is no table of this version: name another")
     found: list[tuple[Cell, list[Row]]] = []
     rows: list[Row] = []
     size = done = len(_HEADER)

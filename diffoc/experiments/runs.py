@@ -5,7 +5,7 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
@@ -74,6 +74,8 @@ def run_cells(
     """
     check_at_least(1, jobs=jobs)
     check_member(("loky", "ray"), backend=backend)
+    if backend == "ray" and importlib.util.find_spec("ray") is None:
+        raise ImportError("backend is 'ray', which needs `pip install -e '.[cluster]'`")
     target = records.shard_path(path, shard)
     with records.writing(target) as append:
         known = by_image(records.read(path))
@@ -144,8 +146,6 @@ def _results(calls: list[tuple], jobs: int, backend: str, device: str) -> Iterat
 
 
 def _register_ray() -> None:
-    if importlib.util.find_spec("ray") is None:
-        raise ImportError("backend is 'ray', which needs `pip install -e '.[cluster]'`")
     from ray.util.joblib import register_ray
 
     register_ray()
@@ -156,13 +156,13 @@ class MethodError(Exception):
 
 
 @contextmanager
-def method_errors() -> Iterator[None]:
+def method_errors(settings: Collection[str] = ()) -> Iterator[None]:
     """Tells what a method raises by itself from what its machine or its code raises.
 
     A method fails by a value that it cannot go on with, by a singular matrix, or by numbers that
     are not finite: a MethodError takes the place of ValueError, ArithmeticError and RuntimeError.
     A full memory, which an OSError tells, a missing file or package and a wrong name are no result
-    of it.
+    of it, nor is an error that begins with the name of one of its settings, which was asked for.
     """
     try:
         yield
@@ -171,6 +171,8 @@ def method_errors() -> Iterator[None]:
     except (MemoryError, ValueError, ArithmeticError, RuntimeError) as error:
         if memory_is_full(error):
             raise OSError(_FULL) from error
+        if isinstance(error, ValueError) and str(error).partition(" ")[0] in settings:
+            raise
         text = str(error).lower()
         if "cuda error" in text or "cudnn_status" in text:
             raise OSError(f"the device failed: {error}") from error

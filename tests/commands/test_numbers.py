@@ -63,6 +63,73 @@ def test_a_rate_that_diverges_at_once_is_refused(capsys) -> None:
 
 
 @pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("evaluate mnist --samples 1", "samples is 1, expected at least 2"),
+        ("evaluate faces64 --samples 1", "samples is 1, expected at least 2"),
+        ("digits --samples 1", "samples is 1, expected at least 2"),
+        ("digits --samples 10000000", "samples is 10000000, expected"),
+        ("run table1 --jobs 100000", "jobs is 100000, expected"),
+        ("solve x.png --task super_resolution --noise-std 1e-20", "noise_std is 1e-20, expected"),
+        ("benchmark mnist --ranks 0 800", "ranks has 800, expected at most 784 for mnist"),
+    ],
+)
+def test_a_number_that_this_command_cannot_use_is_one_line(words, said, capsys) -> None:
+    assert main(words.split()) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(f"diffoc: {said}")
+    assert len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("text", ["", "1", "1/", "/2", "a/b", "1/2/3", "0/2", "3/2", "1.5/2"])
+def test_what_is_no_part_is_said_with_an_example(text, capsys) -> None:
+    with pytest.raises(SystemExit):
+        main(["run", "table1", "--shard", text])
+    assert "--shard" in (err := capsys.readouterr().err)
+    assert "is not I/N with 1 <= I <= N, such as 1/4" in err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("run table1 --prior nobody", "prior is 'nobody'"),
+        ("tune dps --prior nobody", "prior is 'nobody'"),
+        ("benchmark mnist nobody", "prior is 'nobody'"),
+        ("run few_steps --tasks nothing", "tasks is 'nothing'"),
+        ("run robustness --tasks phase_retrieval", "tasks has 'phase_retrieval', for which"),
+        ("run table1 --prior ffhq256/32/64 --random-weights", "images is missing: name a folder"),
+        ("run robustness --prior faces64+noise...", "prior is 'faces64+noise...'"),
+        ("tune dps --prior faces64_rgb_latent", "prior is 'faces64_rgb_latent', one of latents"),
+        ("ffhq table3 --rehearse --prior faces64", "prior is 'faces64', expected one of images in"),
+        ("claims --notebooks nowhere", "notebooks nowhere has none"),
+        ("train classifier --init data/mnist.safetensors", "init data/mnist.safetensors holds an"),
+    ],
+)
+def test_a_name_that_is_none_is_said_before_the_work(
+    words, said, capsys, monkeypatch, tmp_path
+) -> None:
+    def work(*args: object, **options: object) -> None:
+        raise AssertionError("the work began")
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("torch.nn.functional.conv2d", work)
+    out = [] if words.split()[0] == "claims" else ["--out", str(tmp_path / "out.json")]
+    out += ["--checkpoint", str(tmp_path / "a.pt")] * words.startswith("train")
+    assert main([*words.split(), *out]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"diffoc: {said}")
+    assert len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("value", ["null", "[1]", "{}", ""])
+def test_what_no_setting_can_be_is_refused(value, capsys) -> None:
+    with pytest.raises(SystemExit):
+        main(["run", "table1", "--set", f"steps={value}"])
+    assert "argument --set" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     "error",
     [
         MemoryError(),

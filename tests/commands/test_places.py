@@ -1,6 +1,9 @@
 """Where commands write is tried before the work, and names of files are not taken for others."""
 
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -56,6 +59,8 @@ READ_ONLY = Path("/proc/diffoc/written")
     [
         "below a file",
         "in its place",
+        "a pipe",
+        "a link to nothing",
         pytest.param(
             "read only", marks=pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs /proc")
         ),
@@ -76,6 +81,9 @@ def test_a_place_that_cannot_be_written_is_said_before_the_work(
     is_file = option == "--checkpoint" or (option == "--out" and command in CSV)
     taken = folder if is_file else tmp_path / "file"
     below = {"below a file": tmp_path / "file" / "below", "read only": READ_ONLY}
+    below |= {"a pipe": tmp_path / "pipe", "a link to nothing": tmp_path / "link"}
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
     place = below.get(where, taken)
 
     def work(*args, **options):
@@ -92,6 +100,72 @@ def test_a_place_that_cannot_be_written_is_said_before_the_work(
     assert len(err.splitlines()) == 1
     assert place.name in err or "file" in err or "/proc/diffoc" in err
     assert (tmp_path / "file").read_text() == "a file"
+
+
+@pytest.mark.parametrize("command", ["table", "check"])
+@pytest.mark.parametrize("kind", ["a folder", "a pipe", "a link to nothing", "another file"])
+def test_what_is_no_table_is_said_not_read(command, kind, tmp_path, capsys):
+    place = tmp_path / "place.csv"
+    if kind == "a folder":
+        place.mkdir()
+    elif kind == "a pipe":
+        os.mkfifo(place)
+    elif kind == "a link to nothing":
+        place.symlink_to(tmp_path / "nothing")
+    else:
+        place.write_bytes(bytes(range(256)))
+    assert main([command, str(place)]) == 2
+    err = capsys.readouterr().err
+    assert len(err.splitlines()) == 1
+    assert "place.csv" in err
+    assert "remove" not in err  # which may be all that somebody has
+
+
+@pytest.mark.parametrize(
+    ("command", "action"),
+    [pytest.param(c, a, id=f"{c} {a.dest}") for c, a in path_options() if c in NEEDED],
+)
+def test_an_empty_path_is_not_the_folder_one_is_in(command, action, capsys):
+    """As `--out "$OUT"` gives it where OUT is not set."""
+    words = ["FILE" if word == "FOLDER" else word for word in NEEDED[command]]
+    if action.dest == "measurement":  # in place of the picture
+        words = words[1:]
+    if action.option_strings:
+        words += [action.option_strings[0], ""]
+    else:
+        words[0] = ""
+    assert main([command, *words]) == 2
+    said = action.option_strings[0] if action.option_strings else f"after {command!r}"
+    err = capsys.readouterr().err
+    assert said in err
+    assert "is empty" in err
+
+
+def test_a_reconstruction_does_not_write_over_what_it_was_made_from(tmp_path, capsys):
+    for name in ("measurement.png", "reconstruction.png"):
+        write_picture(data.digits()[0][0], tmp_path / name)
+        before = (tmp_path / name).read_bytes()
+        for words in ([str(tmp_path / name)], ["--measurement", str(tmp_path / name)]):
+            task = ["--task", "super_resolution", "--prior", "mnist", "--out", f"{tmp_path}/."]
+            assert main(["solve", *words, *task]) == 2
+            assert "would be written over" in capsys.readouterr().err
+        assert (tmp_path / name).read_bytes() == before
+
+
+def test_numbers_of_a_benchmark_take_no_other_file_s_place(tmp_path, capsys):
+    (tmp_path / "table.csv").write_text("records")
+    assert main(["benchmark", "mnist", "--out", str(tmp_path / "table.csv")]) == 2
+    assert "expected a name that ends in .json" in capsys.readouterr().err
+    assert (tmp_path / "table.csv").read_text() == "records"
+
+
+def test_a_reader_that_has_enough_is_no_error():
+    command = [sys.executable, "-m", "diffoc", "claims", "--quick"]
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    run.stdout.readline()
+    run.stdout.close()
+    assert run.stderr.read() == b""
+    assert run.wait() == 141
 
 
 CSV = ("run", "tune", "digits", "benchmark")

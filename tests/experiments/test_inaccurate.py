@@ -20,6 +20,7 @@ from diffoc.experiments.inaccurate import (
     draw_zeros,
     is_inaccurate,
     load_inaccurate,
+    sizes_of,
 )
 from diffoc.priors.pretrained import load_prior, untrained_adm
 from diffoc.problem import Problem
@@ -126,6 +127,28 @@ def test_an_untrained_adm_predicts_no_noise_and_a_random_one_does():
     draw_zeros(prior.requires_grad_(True))
     noise = (x - alpha * prior(x, t).mean) / sigma
     assert 0.1 < noise.std() < 10
+
+
+@pytest.mark.parametrize("side", [8, 16, 32, 48, 63, 64, 96])
+def test_sides_that_an_adm_network_cannot_halve_are_refused(side):
+    """Those that are refused are those where the network itself breaks."""
+    network = untrained_adm("ffhq256", 32)
+    x, fits = torch.zeros(1, 3, side, side), side % 32 == 0
+    if fits:
+        assert network(x, torch.tensor(0.5)).mean.shape == x.shape
+        assert sizes_of(f"ffhq256/32/{side}") == ("ffhq256", 32, side)
+        assert load_inaccurate(f"identity ffhq256/32/{side}").image_shape == x.shape[1:]
+        return
+    with pytest.raises((RuntimeError, ValueError)):
+        network(x, torch.tensor(0.5))
+    with pytest.raises(ValueError, match="expected ffhq256, ffhq256/CHANNELS or ffhq256/CH"):
+        load_inaccurate(f"random ffhq256/32/{side}")
+
+
+@pytest.mark.parametrize("sizes", ["0", "33", "x", "", "-32", "²", "32/", "32/64/96", "32/8192"])
+def test_sizes_that_no_network_has_are_refused(sizes):
+    with pytest.raises(ValueError, match=f"prior is 'ffhq256/{sizes}', expected"):
+        load_inaccurate(f"untrained ffhq256/{sizes}")
 
 
 def test_the_identity_s_process_moves_nothing_but_by_controls():

@@ -1,6 +1,7 @@
 """Grids that are killed, sharded, spread over workers, and checked; with a method of no cost."""
 
 import importlib.util
+import math
 import multiprocessing
 import os
 import subprocess
@@ -14,7 +15,7 @@ import torch
 
 from diffoc.data.provenance import device_name
 from diffoc.experiments import runs, spread
-from diffoc.experiments.cells import time_prior
+from diffoc.experiments.cells import check_settings, time_prior
 from diffoc.experiments.methods import METHODS
 from diffoc.experiments.records import (
     ENVIRONMENT,
@@ -122,6 +123,30 @@ def test_another_batch_computes_only_what_no_batch_had(tmp_path):
     assert "".join(seen) == "abcdefab"
     assert all(row["status"] == "ok" for row in by_image(read(path)).values())
     assert "".join(sorted(one.images[0] for one in by_image(read(path)))) == "abcdef"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_setting_that_no_method_takes_is_no_record(method):
+    """It ends the run, before the first cell where the method looks at it before it begins."""
+    nfe = {"paper": 1000, "released": 1000}.get(method, 300)
+    good = METHODS[method].settings("super_resolution", nfe)
+    good |= METHODS[method].trials(nfe)[0] if METHODS[method].tuned else {}
+    check_settings(method, good)
+    for key, value in good.items():
+        wrongs = ["maybe", 1.5] if isinstance(value, bool | int) else ["maybe", math.nan, True]
+        for wrong in wrongs:
+            with pytest.raises(ValueError, match=rf"^settings of {method}.*{SAID.get(key, key)}"):
+                check_settings(method, good | {key: wrong})
+        with pytest.raises(ValueError, match="is nothing"), method_errors(good):
+            raise ValueError(f"{key} is nothing")
+    with pytest.raises(ValueError, match="settings has 'nothing'"):
+        check_settings(method, good | {"nothing": 1})
+    with pytest.raises(MethodError), method_errors(good):
+        raise ValueError("it did not converge")
+
+
+SAID = {"control_cost": "weight|control_cost", "weight_scale": "weight"}
+"""What recipes call settings of the methods that put them in."""
 
 
 def test_rows_of_a_batch_that_failed_are_replaced_image_by_image(tmp_path):
