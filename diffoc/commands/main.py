@@ -290,6 +290,10 @@ def main(argv: list[str] | None = None) -> int:
         if args.command == "claims":
             from diffoc.experiments import ledger
 
+            if args.notebooks and not any(args.notebooks.glob("*.ipynb")):
+                raise FileNotFoundError(
+                    f"notebooks {args.notebooks} has none: expected a folder of .ipynb files"
+                )
             return ledger.run(ledger.LEDGER, args.notebooks or ledger.NOTEBOOKS, quick=args.quick)
         if args.command == "train":
             return train(args)
