@@ -281,10 +281,10 @@ def main(argv: list[str] | None = None) -> int:
     # Activations and optimiser states decay into denormals, which halve the speed of a CPU.
     torch.set_flush_denormal(True)
     try:
-        _check_words(words)
         _check_numbers(args)
         if "device" in args:
             _check_device(args.device)
+        _check_words(words)
         if args.command == "verify":
             return verify()
         if args.command == "claims":
