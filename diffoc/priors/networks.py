@@ -7,6 +7,7 @@ A backbone maps a scaled noisy image and :math:`\log(\sigma_t / \alpha_t)` to an
 import math
 from collections.abc import Callable, Sequence
 
+import torch
 from azula.nn.layers import SineEncoding
 from azula.nn.unet import UNet
 from torch import Tensor, nn
@@ -23,7 +24,14 @@ class UNetBackbone(nn.Module):
     nearest of those. `channels` and `blocks` say how wide each level is, and how many residual
     blocks it has each way; a level halves the resolution of the one before. `features` is the size
     of the noise level's embedding.
+
+    With `exact_means` the denoiser's estimate has the channels' means that are most probable given
+    those of the noisy image, if the means of images are Gaussian, see :meth:`with_exact_means`.
     """
+
+    mean: Tensor
+    basis: Tensor
+    variances: Tensor
 
     def __init__(
         self,
@@ -32,9 +40,15 @@ class UNetBackbone(nn.Module):
         fold: int = 1,
         in_channels: int = 1,
         features: int = 64,
+        exact_means: bool = False,
     ) -> None:
         super().__init__()
         self.fold = fold
+        self.exact_means = exact_means
+        if exact_means:
+            self.register_buffer("mean", torch.zeros(in_channels))
+            self.register_buffer("basis", torch.eye(in_channels))
+            self.register_buffer("variances", torch.ones(in_channels))
         folded = in_channels * fold**2
         self.embedding = nn.Sequential(
             SineEncoding(features, omega=1e2),
@@ -57,10 +71,40 @@ class UNetBackbone(nn.Module):
             raise ValueError(
                 f"x has shape {tuple(x.shape)}, expected sides that {self.fold} divides"
             )
-        x = nn.functional.pixel_unshuffle(x, self.fold)
         level = log_sigma.clamp(math.log(SIGMA_MIN), math.log(SIGMA_MAX))
-        y = self.unet(x, self.embedding(level.expand(len(x))))
-        return nn.functional.pixel_shuffle(y, self.fold)
+        folded = nn.functional.pixel_unshuffle(x, self.fold)
+        y = self.unet(folded, self.embedding(level.expand(len(x))))
+        y = nn.functional.pixel_shuffle(y, self.fold)
+        return self.with_exact_means(x, y, log_sigma) if self.exact_means else y
+
+    def measure_means(self, x: Tensor) -> None:
+        """Takes mean and covariance of the channels' means from images (N, C, H, W)."""
+        means = x.mean((-2, -1))
+        self.mean.copy_(means.mean(0))
+        variances, basis = torch.linalg.eigh(torch.atleast_2d(torch.cov(means.mT)))
+        self.variances.copy_(variances)
+        self.basis.copy_(basis)
+
+    def with_exact_means(self, x: Tensor, y: Tensor, log_sigma: Tensor) -> Tensor:
+        r"""Returns the backbone's output y, (B, C, H, W), with other means of the channels.
+
+        The error of an image's mean is the one that a network sees least and a sampler keeps
+        longest. But for images whose n pixels have Gaussian means, of mean :math:`\mu` and
+        covariance :math:`V \Lambda V^T`, it has a closed form:
+
+        .. math:: \bar m = \mu + V \Lambda (\Lambda + \sigma^2 / n)^{-1} V^T (\bar x - \mu) .
+
+        EDM's denoiser is :math:`m = x / (1 + \sigma^2) + y \, \sigma / \sqrt{1 + \sigma^2}`, and
+        its backbone is given :math:`x / \sqrt{1 + \sigma^2}`.
+        """
+        sigma = log_sigma.clamp(min=math.log(SIGMA_MIN)).exp().reshape(-1, 1)
+        scale = (1 + sigma**2).sqrt()
+        noisy = scale * x.mean((-2, -1))
+        gain = self.variances / (self.variances + sigma**2 / x[0, 0].numel())
+        along = ((noisy - self.mean)[..., None] * self.basis).sum(-2)
+        mean = self.mean + ((gain * along)[:, None] * self.basis).sum(-1)
+        wanted = (mean - noisy / scale**2) * scale / sigma
+        return y + (wanted - y.mean((-2, -1)))[..., None, None]
 
 
 class DigitClassifier(nn.Module):
@@ -132,7 +176,7 @@ class ResidualBlock(nn.Module):
 NETWORKS: dict[str, Callable[[], UNetBackbone]] = {
     "mnist": lambda: UNetBackbone((48, 80, 96), (1, 2, 2), fold=2),
     "faces64": lambda: UNetBackbone((96, 160), (2, 3), fold=4),
-    "faces64_rgb": lambda: UNetBackbone((96, 160), (2, 3), fold=4, in_channels=3),
+    "faces64_rgb": lambda: UNetBackbone((96, 160), (2, 3), fold=4, in_channels=3, exact_means=True),
     "faces64_latent": lambda: UNetBackbone((96, 160), (2, 3), in_channels=4),
     "faces64_rgb_latent": lambda: UNetBackbone((64, 112), (2, 3), in_channels=6),
 }

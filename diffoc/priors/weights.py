@@ -26,10 +26,12 @@ def write_weights(network: nn.Module, name: str, folder: Path) -> Path:
 
     A ValueError refuses a name that is no key of :data:`TRAINED_ON`, and weights that are not
     finite: nothing is written then. An OSError says that the file cannot be written; an older one
-    is then as it was.
+    is then as it was. What was measured and not trained, the buffers, keeps its precision.
     """
     check_member(TRAINED_ON, name=name)
-    state = {key: value.half() for key, value in network.state_dict().items()}
+    measured = {key for key, _ in network.named_buffers()}
+    state = network.state_dict()
+    state = {key: value if key in measured else value.half() for key, value in state.items()}
     source = f"python -m diffoc train {name}"
     return store_weights(name, state, LICENSES[TRAINED_ON[name]], source, folder)
 

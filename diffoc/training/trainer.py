@@ -30,9 +30,11 @@ from diffoc.priors.networks import (
     SIGMA_MIN,
     DigitClassifier,
     ResidualClassifier,
+    UNetBackbone,
 )
 from diffoc.priors.severity import SEVERITY_ENCODERS
 from diffoc.priors.weights import load_into, read_checkpoint
+from diffoc.training.contraction import changes, excess
 from diffoc.training.faint import LinearDenoiser, faint
 from diffoc.training.severity import severity_loss
 
@@ -51,6 +53,8 @@ class Plan:
         flip: whether to mirror images at random.
         faint: the share of a denoiser's batch that has less image and less noise than its level
             says, see :mod:`diffoc.training.faint`.
+        contraction: the weight of a denoiser's excess gain, see
+            :mod:`diffoc.training.contraction`.
         loss: a function of the network, a batch and the generator, for what is no denoiser and no
             classifier.
     """
@@ -64,6 +68,7 @@ class Plan:
     log_sigma: tuple[float, float] = (-1.0, 1.4)
     flip: bool = False
     faint: float = 0.0
+    contraction: float = 0.0
     loss: Callable[[Any, Tensor, torch.Generator], Tensor] | None = None
 
 
@@ -77,7 +82,13 @@ PLANS = {
     ),
     "faces64": Plan(NETWORKS["faces64"], images=225_000, batch=32, rate=2e-3, flip=True),
     "faces64_rgb": Plan(
-        NETWORKS["faces64_rgb"], images=700_000, batch=32, rate=2e-3, flip=True, faint=0.4
+        NETWORKS["faces64_rgb"],
+        images=700_000,
+        batch=32,
+        rate=2e-3,
+        flip=True,
+        faint=0.4,
+        contraction=20.0,
     ),
     **{
         name: Plan(build, images=50_000, batch=32, rate=2e-3, flip=True, loss=autoencoding_loss)
@@ -208,22 +219,30 @@ def learning_rate(plan: Plan, seen: int) -> float:
 def denoising_loss(network: nn.Module, x: Tensor, run: Run) -> Tensor:
     r"""Returns EDM's loss :math:`E[(1/\sigma^2 + 1) \|m(x + \sigma z, \sigma) - x\|^2]` per pixel.
 
-    Images x are clean; the run gives the noise's distribution and generator.
+    Images x are clean; the run gives the noise's distribution and generator. Its plan may add the
+    penalty of :mod:`diffoc.training.contraction`.
     """
     mean, std = run.plan.log_sigma
     log_sigma = mean + std * torch.randn(len(x), generator=run.generator)
     sigma = log_sigma.exp().clamp(SIGMA_MIN, SIGMA_MAX).to(x.device)
     z = torch.randn(x.shape, generator=run.generator).to(x.device)
     expanded = sigma.reshape(-1, 1, 1, 1)
-    states, target = x + expanded * z, x
+    states, target, k = x + expanded * z, x, 0
     if run.linear is not None:
         k = round(run.plan.faint * len(x))
         first = faint(x[:k], z[:k], sigma[:k], run.linear, run.generator)
         states, target = (
             torch.cat([some, rest[k:]]) for some, rest in zip(first, (states, x), strict=True)
         )
-    estimate = denoiser(network)(states, time_of(sigma)).mean
-    return ((1 / expanded**2 + 1) * (estimate - target).square()).mean()
+    mean = denoiser(network)
+    estimate = mean(states, time_of(sigma)).mean
+    loss = ((1 / expanded**2 + 1) * (estimate - target).square()).mean()
+    if run.plan.contraction:
+        change = changes(x[k:], run.generator)
+        after = mean(states[k:] + change, time_of(sigma[k:])).mean
+        found = excess(estimate[k:].detach(), after, change, sigma[k:])
+        loss = loss + run.plan.contraction * found.square().mean()
+    return loss
 
 
 def denoiser(network: nn.Module) -> KarrasDenoiser:
@@ -300,6 +319,9 @@ def train(
     run and the images per second. The network may be compiled, which pays on a GPU.
     """
     forward = run.network
+    for network in (run.network, run.average):
+        if isinstance(network, UNetBackbone) and network.exact_means:
+            network.measure_means(as_states(images).to(run.device))
     if run.plan.faint:
         run.linear = LinearDenoiser.fit(as_states(images).to(run.device))
     if compile:

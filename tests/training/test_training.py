@@ -271,6 +271,35 @@ def test_noise_beyond_the_trained_levels_counts_as_the_nearest():
     assert not torch.allclose(network(x, torch.tensor(2.0)), most)
 
 
+@pytest.mark.parametrize("sigma", [0.002, 0.1, 3.0, 80.0])
+def test_exact_means_are_those_of_a_gaussian_posterior(sigma):
+    generator = torch.Generator().manual_seed(0)
+    network = UNetBackbone((16, 16), (1, 1), in_channels=3, exact_means=True).double()
+    mix = torch.randn(3, 3, generator=generator, dtype=torch.float64)
+    images = torch.randn(500, 3, 4, 4, generator=generator, dtype=torch.float64)
+    images = torch.einsum("ij,njhw->nihw", mix, images + 0.1)
+    network.measure_means(images)
+    x = 2 * torch.randn(5, 3, 8, 8, generator=generator, dtype=torch.float64)
+    found = training.denoiser(network)(
+        x, training.time_of(torch.tensor(sigma, dtype=torch.float64))
+    ).mean
+    means = images.mean((-2, -1))
+    covariance = torch.cov(means.mT)
+    gain = covariance @ torch.linalg.inv(covariance + sigma**2 / 64 * torch.eye(3).double())
+    expected = means.mean(0) + (x.mean((-2, -1)) - means.mean(0)) @ gain.mT
+    torch.testing.assert_close(found.mean((-2, -1)), expected, rtol=1e-6, atol=1e-8)
+
+
+def test_exact_means_are_measured_before_the_first_step():
+    plan = Plan(lambda: UNetBackbone((16, 16), (1, 1), exact_means=True), images=16, batch=8)
+    run = start(plan)
+    train(run, images())
+    expected = training.as_states(images()).mean((-2, -1))
+    for network in (run.network, run.average):
+        torch.testing.assert_close(network.mean, expected.mean(0))
+        torch.testing.assert_close(network.variances[0], expected.var())
+
+
 def test_an_image_that_cannot_be_folded_is_refused():
     with pytest.raises(ValueError, match=r"x has shape \(1, 1, 30, 32\)"):
         UNetBackbone((32, 64), (1, 1), fold=4)(torch.zeros(1, 1, 30, 32), torch.zeros(()))
