@@ -33,6 +33,7 @@ from azula.denoise import Denoiser
 from torch import Tensor
 
 from diffoc.checks import check_at_least, check_kind, check_precision, check_tensor, evaluating
+from diffoc.priors.counting import CountedPrior
 from diffoc.problem import Problem, check_operator
 from diffoc.recipe import Recipe
 from diffoc.reconstruct import reconstruct
@@ -185,7 +186,10 @@ class Given:
         """Returns the images of a recipe, which starts from `x`, by default from zeros."""
         problem = Problem(self.physics, self.y, self.noise_std)
         x = 0 * self.x if x is None else x
-        return reconstruct(problem, self.prior, recipe, x=x, generator=self.generator).x0
+        found = reconstruct(problem, self.prior, recipe, x=x, generator=self.generator)
+        if isinstance(self.prior, CountedPrior):
+            self.prior.of_each = found.evaluations, found.products
+        return found.x0
 
 
 def method(run: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -32,7 +32,7 @@ from diffoc.experiments.inaccurate import accurate_name, is_inaccurate, load_ina
 from diffoc.experiments.memory import clock
 from diffoc.experiments.methods import METHODS, equal_work, prior_of, settings_of
 from diffoc.experiments.protocol import ONE_OPERATOR, Protocol, protocol_of
-from diffoc.experiments.records import METRICS, Cell, Row, as_json, in_batches
+from diffoc.experiments.records import COUNTS, METRICS, Cell, Row, as_json, in_batches
 from diffoc.experiments.runs import method_errors, whole_products
 from diffoc.priors.counting import CountedPrior
 from diffoc.priors.latent import LatentPrior
@@ -104,18 +104,18 @@ class Computer:
         problem = Problem(physics, y, noise_std)
         metrics["residual_over_noise"] = problem.residual_over_noise(x0)
         common = {
-            "evaluations": f"{counted.evaluations / len(truth):g}",
-            "products": f"{counted.products / len(truth):g}",
             "seconds": f"{seconds:.3f}",
             "weights_sha256": weights,
             "protocol": protocol.name,
         }
         rows = []
-        for i, (h, A) in enumerate(zip(hashes, parts, strict=True)):
+        work = counted.work(len(truth))
+        for i, (h, A, spent) in enumerate(zip(hashes, parts, work, strict=True)):
             buffers = digest(dict(A.named_buffers()))
             operator = as_json({"noise_std": protocol.noise_std, "sha256": buffers})
             # Nine digits tell all numbers of float32 apart.
             own = {key: f"{values[i].item():.9g}" for key, values in metrics.items()}
+            own |= {key: f"{count:g}" for key, count in zip(COUNTS, spent, strict=True)}
             rows.append(common | {"image_sha256": h, "operator": operator} | own)
         return rows, x0.float().cpu()
 

@@ -90,7 +90,7 @@ COLUMNS = (
 """Status is "ok", "failed" with its error, or "unsupported": the method cannot do the task."""
 
 _HEADER = ",".join(COLUMNS) + "\n"
-_OWN = ("image", "image_sha256", "operator", *METRICS)
+_OWN = ("image", "image_sha256", "operator", *METRICS, *COUNTS)
 _SHARED = tuple(key for key in COLUMNS if key not in _OWN)
 _NUMBERS = (*METRICS, *COUNTS, "seconds")
 

@@ -17,7 +17,11 @@ class CountedPrior(Denoiser):
     Attributes:
         evaluations: of single images; divide by the batch for those an image.
         products: likewise, whenever a gradient passes through the prior.
+        of_each: the evaluations and products that each image of a batch needed for itself, (B,)
+            each, from a method that computes some of them again for the others; else None.
     """
+
+    of_each: tuple[Tensor, Tensor] | None = None
 
     def __init__(self, prior: Denoiser, precision: str | None = None) -> None:
         super().__init__()
@@ -41,6 +45,13 @@ class CountedPrior(Denoiser):
         if isinstance(posterior, GaussianPosterior):
             return GaussianPosterior(mean, posterior.var.to(x_t.dtype))
         return DiracPosterior(mean)
+
+    def work(self, images: int) -> list[tuple[float, float]]:
+        """Returns evaluations and products of each image of a batch, equal shares by default."""
+        if self.of_each is None:
+            return [(self.evaluations / images, self.products / images)] * images
+        evaluations, products = self.of_each
+        return list(zip(evaluations.tolist(), products.tolist(), strict=True))
 
     def _count_product(self, images: int) -> None:
         self.products += images

@@ -10,12 +10,14 @@ from azula.noise import VPSchedule
 from deepinv.physics import Inpainting
 
 import diffoc
+from diffoc.baselines.paper import TABLE_2
 from diffoc.commands.panel import Panel
 from diffoc.commands.solve import RECIPES, Settings
 from diffoc.data import digits
 from diffoc.data.manifest import data_folder
 from diffoc.experiments.methods import METHODS, settings_of
 from diffoc.priors import wrap
+from diffoc.priors.counting import CountedPrior
 from diffoc.priors.gaussian import GaussianPrior
 from diffoc.priors.pretrained import load_prior
 from diffoc.problem import Problem
@@ -81,6 +83,30 @@ def test_what_ours_has_for_a_task_is_what_was_tuned():
         for name, budgets in tuned.items()
         for nfe, values in budgets.items()
     }
+
+
+@pytest.mark.parametrize("name", ["ours", "stopped", "paper"])
+def test_rows_count_what_an_image_needs_for_itself(name):
+    """Beside another, which needs other trials, a row counts what the prior counts alone."""
+    problem, truth = digit_problem("gaussian_blur")
+    noise = torch.randn(truth.shape, generator=seeded(3)).clamp(-1, 1)
+    measured = torch.cat([problem.y, problem.physics.A(noise)])
+    settings = {
+        "ours": {"budget": 60, "steps": 5},
+        "stopped": {"budget": 60, "steps": 5},
+        "paper": TABLE_2["gaussian_blur"] | {"steps": 3, "iterations": 2},
+    }[name]
+
+    def counted(y):
+        prior = CountedPrior(load_prior("mnist"))
+        x = torch.zeros(len(y), 1, 28, 28)
+        METHODS[name].run(prior, problem.physics, y, x, seeded(), noise_std=0.05, **settings)
+        return prior
+
+    each = [counted(y[None]) for y in measured]
+    alone = [(float(prior.evaluations), float(prior.products)) for prior in each]
+    assert [prior.work(1)[0] for prior in each] == alone
+    assert counted(measured).work(2) == alone
 
 
 @pytest.mark.parametrize("recipe", [OURS, STOPPED])
