@@ -136,6 +136,8 @@ class Projected(Derivatives):
             not projected; the rest is, from the left. None for D.1 to the letter. Input mode only.
         hessian: "full" or "gauss_newton", see :mod:`diffoc.hessian`.
         seed: of the random directions, which are the same for every matrix and iteration.
+        together: whether P is pulled back in one batched backward pass, as
+            :class:`diffoc.lowrank.MatrixFree` has it.
 
     Raises:
         ValueError: if an argument is out of its range.
@@ -147,6 +149,7 @@ class Projected(Derivatives):
     kept: tuple[float, ...] | None = None
     hessian: str = "full"
     seed: int = 0
+    together: bool = False
 
     def __post_init__(self) -> None:
         if self.rank < 0:
@@ -165,7 +168,7 @@ class Projected(Derivatives):
             raise ValueError(f"rank is {self.rank}, but the states have {n} numbers")
         kept = None if self.kept is None else self.kept[i]
         self.counts.evaluations += 1
-        y, pull = linearize_step(problem.dynamics, i, x, u)
+        y, pull = linearize_step(problem.dynamics, i, x, u, self.together)
 
         def pullback(cotangents: Tensor) -> tuple[Tensor, Tensor]:
             self.counts.products += len(cotangents)

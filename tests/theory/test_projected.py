@@ -55,11 +55,14 @@ def feedback_matrix(gains):
 @pytest.mark.parametrize("passes", [1, 2])
 @pytest.mark.parametrize("sides", [1, 2])
 @pytest.mark.parametrize("update", ["full", "paper"])
-def test_with_all_columns_nothing_is_lost(mode, passes, sides, update):
+@pytest.mark.parametrize("together", [False, True])
+def test_with_all_columns_nothing_is_lost(mode, passes, sides, update, together):
     problem, x, controls = setting(mode)
     n, options = x.shape[1], {"a": 3.0, "update": update}
     expected, first = sweep(problem, x, controls, Dense(), n, **options)
-    found, value = sweep(problem, x, controls, Projected(n, passes, sides), n, **options)
+    found, value = sweep(
+        problem, x, controls, Projected(n, passes, sides, together=together), n, **options
+    )
     for e, f in zip(expected, found, strict=True):
         assert e.definite.all()
         assert f.definite.all()
