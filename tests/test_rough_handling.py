@@ -367,6 +367,7 @@ def test_a_prior_s_name_makes_no_path(monkeypatch, capsys):
         monkeypatch.setattr(
             module, "execute", lambda cells, compute, path, *a: places.append(path) or 0
         )
+    monkeypatch.setattr(tune, "check_prior", lambda prior, device: None)
     monkeypatch.setattr(tables, "_cells", lambda args, images: (args.prior, []))
     monkeypatch.setattr(experiments, "tuning_cells", lambda *a: [])
     monkeypatch.setattr(experiments, "best_trial", lambda rows: None)

@@ -52,9 +52,9 @@ def test_names():
     for name, message in (
         ("faces64", "name is 'faces64'"),
         ("identity nobody", "name is 'nobody'"),
-        ("untrained faces64_latent", "name is 'faces64_latent'"),
-        ("untrained ffhq256/33", "channels is 33"),
-        ("untrained ffhq256/wide", "name ends in 'wide'"),
+        ("untrained faces64_latent", "prior is 'faces64_latent'"),
+        ("untrained ffhq256/33", "prior is 'ffhq256/33'"),
+        ("untrained ffhq256/wide", "prior is 'ffhq256/wide'"),
     ):
         with pytest.raises(ValueError, match=message):
             load_inaccurate(name)
