@@ -25,8 +25,8 @@ class UNetBackbone(nn.Module):
     blocks it has each way; a level halves the resolution of the one before. `features` is the size
     of the noise level's embedding.
 
-    With `exact_means` the denoiser's estimate has the channels' means that are most probable given
-    those of the noisy image, if the means of images are Gaussian, see :meth:`with_exact_means`.
+    With `exact_means` the means of the channels of the denoiser's estimate are not the network's.
+    They are given in closed form, see :meth:`with_exact_means`.
     """
 
     mean: Tensor
@@ -88,9 +88,10 @@ class UNetBackbone(nn.Module):
     def with_exact_means(self, x: Tensor, y: Tensor, log_sigma: Tensor) -> Tensor:
         r"""Returns the backbone's output y, (B, C, H, W), with other means of the channels.
 
-        The error of an image's mean is the one that a network sees least and a sampler keeps
-        longest. But for images whose n pixels have Gaussian means, of mean :math:`\mu` and
-        covariance :math:`V \Lambda V^T`, it has a closed form:
+        An error of an image's mean is the one that a network sees least and a sampler keeps
+        longest. Let the means of the channels over n pixels be Gaussian from image to image, with
+        mean :math:`\mu` and covariance :math:`V \Lambda V^T`, and those of the noisy image be
+        :math:`\bar x`. Then their posterior mean is
 
         .. math:: \bar m = \mu + V \Lambda (\Lambda + \sigma^2 / n)^{-1} V^T (\bar x - \mu) .
 
