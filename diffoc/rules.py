@@ -252,6 +252,8 @@ class LBFGSMemory:
         # Changes of controls and gradient, (B, T m), and 1 / (their product), (B,).
         self.pairs: list[tuple[Tensor, Tensor, Tensor]] = []
         self.last: tuple[Tensor, Tensor] | None = None
+        # The least inverse curvature of what was forgotten, (B,).
+        self.least: Tensor | float = math.inf
 
     def direction(self, gradient: Tensor, controls: Tensor) -> Tensor:
         """Returns the change to try first where the total cost has this gradient, (B, T m) each."""
@@ -272,8 +274,9 @@ class LBFGSMemory:
         squares = self._squares(gradient)
         norm = _dot(gradient, squares * gradient).sqrt()
         scale = self.rule.length * gradient.shape[1] ** 0.5 / norm.where(norm > 0, 1)
+        scale = scale.clamp(max=self.least)
         for _, y, rho in self.pairs:
-            scale = torch.where(rho > 0, 1 / (rho * _dot(y, squares * y)).where(rho > 0, 1), scale)
+            scale = torch.where(rho > 0, self._inverse_curvature(y, rho), scale)
         q = scale[:, None] * squares * q
         for (s, y, rho), factor in zip(self.pairs, reversed(factors), strict=True):
             q = q + (factor - rho * _dot(y, q))[:, None] * s
@@ -286,10 +289,19 @@ class LBFGSMemory:
         numbers = like.shape[1] // len(self.rule.units)
         return like.new_tensor(self.rule.units).square().repeat_interleave(numbers)
 
+    def _inverse_curvature(self, y: Tensor, rho: Tensor) -> Tensor:
+        """Returns it along a change, (B,), infinite where nothing was learnt."""
+        return 1 / (rho * _dot(y, self._squares(y) * y))
+
     def forget(self, problems: Tensor) -> Tensor:
-        """Begins anew for some `problems`, (B,) bool; returns those that had nothing to forget."""
+        """Begins anew for some `problems`, (B,) bool; returns those that had nothing to forget.
+
+        Their next step is short enough for the steepest direction that they knew.
+        """
         remembered = torch.zeros_like(problems)
         for i, (s, y, rho) in enumerate(self.pairs):
+            shorter = self._inverse_curvature(y, rho).clamp(max=self.least)
+            self.least = torch.where(problems, shorter, self.least)
             remembered |= rho > 0
             self.pairs[i] = s, y, torch.where(problems, 0, rho)
         return problems & ~remembered

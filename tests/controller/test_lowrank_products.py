@@ -377,7 +377,10 @@ def test_lbfgs_needs_few_more_evaluations_than_iterations():
 
 
 def test_lbfgs_forgets_where_no_step_helps():
-    """A direction that misleads is dropped, and that of steepest descent taken."""
+    """A direction that misleads is dropped, and that of steepest descent taken.
+
+    What was learnt of the first problem has the inverse curvature 1, of the second 2.
+    """
     state = LBFGSMemory(LBFGS(first=0.1))
     g = random(2, 2, 4, seed=5)
     u = torch.stack([torch.zeros(2, 4).double(), (g[1] - g[0]) * torch.tensor([[1.0], [2.0]])])
@@ -388,7 +391,24 @@ def test_lbfgs_forgets_where_no_step_helps():
     again = state.direction(g[1], u[1])
     torch.testing.assert_close(again[0], -g[1, 0] * 0.2 / g[1, 0].norm())
     torch.testing.assert_close(again[1], both[1])
-    assert state.forget(torch.tensor([True, False])).tolist() == [True, False]
+    assert state.forget(torch.tensor([True, True])).tolist() == [True, False]
+    steep = torch.full_like(g[1], 1e-3)
+    for found, curvature in zip(state.direction(steep, u[1]), (1, 1 / 2), strict=True):
+        torch.testing.assert_close(found, -steep[0] / curvature)
+
+
+def test_lbfgs_goes_on_where_the_cost_is_steep_and_flat():
+    """Twelve curvatures of 1 to 10^8: where a search fails, it is not the last one."""
+    problem = ControlProblem(
+        lambda i, x, u: x + u,
+        ControlCost(1e-9),
+        lambda x: (torch.logspace(0, 8, 12).to(x) * x.square()).sum(1) / 2,
+        horizon=1,
+    )
+    x = random(180, 12, seed=7)
+    found = ilqr(problem, x, derivatives=MatrixFree(), rank=0, rule=LBFGS(), iterations=2000)
+    assert not found.status.count("stalled")
+    assert found.cost.max() < 1e-6
 
 
 def test_lbfgs_stalls_only_where_steepest_descent_does():
