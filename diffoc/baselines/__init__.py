@@ -62,6 +62,8 @@ class Method:
         tuned: the values to try of the one to three keywords that are tuned for a task; all their
             pairs are tried.
         largest: the largest value that the first of them may have.
+        per_step: the evaluations that each of its `steps` needs at least; trials with a small
+            budget have fewer steps.
         latent: whether the method needs a :class:`diffoc.priors.latent.LatentPrior`.
         recipe: of the controller, which `run` puts the settings into; None for other methods.
 
@@ -75,6 +77,7 @@ class Method:
     work: Callable[[dict], tuple[int, int]]
     tuned: Mapping[str, Sequence[float]] | None = None
     largest: float = math.inf
+    per_step: int = 1
     latent: bool = False
     recipe: Recipe | None = None
 
@@ -89,7 +92,11 @@ class Method:
             [max(1, round(v * nfe)) if isinstance(v, Share) else v for v in some]
             for some in tuned.values()
         ]
-        return [dict(zip(tuned, some, strict=True)) for some in product(*values)] if tuned else []
+        trials = [dict(zip(tuned, some, strict=True)) for some in product(*values)] if tuned else []
+        for trial in trials:
+            if "steps" in trial:
+                trial["steps"] = max(1, min(trial["steps"], nfe // self.per_step))
+        return [trial for i, trial in enumerate(trials) if trial not in trials[:i]]
 
     def trials_near(self, best: int, nfe: int) -> list[dict]:
         """Returns the settings that are tried for a budget once another has been tuned.

@@ -65,5 +65,6 @@ METHOD = Method(
     lambda task, nfe: {"budget": nfe},
     _work,
     tuned={"smoothness": (2.0, 3.0), "steps": (15, 60), "iterations": (0, 20)},
+    per_step=4,
     recipe=OURS,
 )

@@ -27,5 +27,6 @@ METHOD = Method(
     # At most: the guess and the trials of the line search cost no product.
     lambda settings: (settings["budget"], settings["budget"]),
     tuned={"steps": (5, 10, 20, 30), "weight": (0.3, 3.0)},
+    per_step=4,
     recipe=STOPPED,
 )

@@ -82,8 +82,8 @@ def _trials(
 ) -> dict[tuple[str, str, int], list[dict]]:
     """Returns the settings to try by task, method and budget.
 
-    With the usual budget, the only one that a method has, or images of one's own they are all of
-    its trials; with another budget they lie around the best of those.
+    With the usual budget or a smaller one, the only one that a method has, or images of one's own
+    they are all of its trials; with a larger budget they lie around the best of those.
     """
     from diffoc.experiments import cells as experiments
     from diffoc.experiments.methods import METHODS, check_method, equal_work, read_tuned
@@ -103,7 +103,7 @@ def _trials(
             alone = False
         except ValueError:
             alone = True
-        if nfe == NFE or alone or args.images:
+        if nfe <= NFE or alone or args.images:
             plan[task, method, nfe] = METHODS[method].trials(nfe)
         elif known in usual:
             plan[task, method, nfe] = METHODS[method].trials_near(usual.index(known), nfe)

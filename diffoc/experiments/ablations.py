@@ -61,7 +61,8 @@ def few_steps(prior: str, tasks: Sequence[str]) -> Iterator[Choice]:
             steps = min(_tuned(prior, "stopped", name, nfe)["steps"], nfe // 4)
             yield prior, name, "dps", nfe, _tuned(prior, "dps", name, nfe)
             yield from _controllers(prior, name, nfe, steps)
-            yield _unstopped(prior, name, nfe, min(OURS.steps, nfe // 4))
+            usual = _tuned(prior, "ours", name, nfe)
+            yield _unstopped(prior, name, nfe, min(usual.get("steps", OURS.steps), nfe // 4))
         for steps in HORIZONS:
             tuned = _tuned(prior, "dps", name, steps) | {"steps": steps}
             yield prior, name, "dps", steps, tuned

@@ -169,8 +169,10 @@ def test_trials_are_all_pairs_and_then_lie_around_the_best():
     bounded = method_of(eta=(0.0, 0.2, 0.4, 1.2), steps=(2, 3), largest=1.2)
     assert [t["eta"] for t in bounded.trials_near(6, 300)] == [0.6, 1.0, 1.2]
     assert [t["eta"] for t in bounded.trials_near(0, 300)] == [0.0, 0.2, 0.6]
-    whole = method_of(steps=(5, 10, 20, 40), weight=(1.0, 2.0))
+    whole = replace(method_of(steps=(5, 10, 20, 40), weight=(1.0, 2.0)), per_step=4)
     assert [t["steps"] for t in whole.trials_near(2, 300)] == [4, 7, 14, 28]
+    # What the budget has no room for is not tried, and nothing is tried twice.
+    assert whole.trials(50) == [{"steps": T, "weight": w} for T in (5, 10, 12) for w in (1.0, 2.0)]
 
 
 def test_equal_work_counts_products():
@@ -222,7 +224,7 @@ def test_tuning_writes_the_best_and_a_second_time_computes_nothing(tmp_path, mon
     monkeypatch.setitem(METHODS, "fake", fake)
     path = tmp_path / "tuning.csv"
     command = ["tune", "fake", "--tasks", "gaussian_blur", "--out", str(path)]
-    assert main([*command, "--nfe", "40"]) == 2
+    assert main([*command, "--nfe", "400"]) == 2
     assert "not tuned for gaussian_blur with faces64 and nfe 300" in capsys.readouterr().err
     assert not calls
     for _ in range(2):
@@ -232,15 +234,18 @@ def test_tuning_writes_the_best_and_a_second_time_computes_nothing(tmp_path, mon
     assert len(read(path)) == TRIALS, "all trials are in the records"
     calls.clear()
     for _ in range(2):
-        assert main([*command, "--nfe", "40"]) == 0
+        assert main([*command, "--nfe", "400"]) == 0
     near = (0.05, 0.2, 0.8, 3.2)
-    assert calls == [(v, 20) for v in near]
+    assert calls == [(v, 200) for v in near]
     # All tuning faces are even, so that they are the first portrait.
     best = min(near, key=lambda v: (faces[0] - (v - 0.5)).square().mean())
     assert tuned["faces64"]["fake"]["gaussian_blur"] == {
         "300": {"level": 0.4, "steps": 150},
-        "40": {"level": best, "steps": 20},
+        "400": {"level": best, "steps": 200},
     }
+    calls.clear()
+    assert main([*command, "--nfe", "40"]) == 0
+    assert calls == [(v, s) for v in (0.1, 0.4, 1.6, 6.4) for s in (20, 40)]
 
 
 def test_each_colour_face_has_an_operator_of_its_own(monkeypatch):
