@@ -6,11 +6,23 @@ Every error names the argument, and says what is expected of it.
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from fractions import Fraction
 from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_default_device() -> None:
+    """Raises a ValueError unless torch makes new tensors on the CPU, where it draws numbers."""
+    if (device := torch.get_default_device()).type != "cpu":
+        raise ValueError(
+            f"torch's default device is {device}: leave it cpu, and move prior, physics and y with "
+            f".to({str(device)!r})"
+        )
 
 
 def check_tensor(name: str, x: Tensor) -> None:
@@ -18,12 +30,15 @@ def check_tensor(name: str, x: Tensor) -> None:
 
     Raises:
         TypeError: if it is no tensor.
-        ValueError: if it is empty, of another type than float16 to float64, has no values (on the
-            device "meta"), or some that are not finite.
+        ValueError: if it is empty or sparse, of another type than float16 to float64, has no values
+            (on the device "meta"), or some that are not finite.
     """
+    check_default_device()
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} is {type(x).__name__}, expected a tensor")
-    if not x.is_floating_point() or not x.numel():
+    if x.layout != torch.strided or x.is_nested:
+        raise ValueError(f"{name} is a sparse or nested tensor, expected a dense one")
+    if x.dtype not in FLOATS or not x.numel():
         raise ValueError(
             f"{name} is {x.dtype} of shape {tuple(x.shape)}, expected floating-point numbers, at "
             "least one"
@@ -53,6 +68,7 @@ def check_alike(**tensors: Tensor) -> None:
 
 def check_shape(shape: Sequence[int], letters: str) -> None:
     """Raises a ValueError unless a shape has as many sides as `letters`, of 1 or more each."""
+    check_default_device()
     sides: Any = shape if isinstance(shape, tuple | list) else ()
     if len(sides) != len(letters) or not all(isinstance(n, int) and n > 0 for n in sides):
         expected = ", ".join(letters)
@@ -60,8 +76,9 @@ def check_shape(shape: Sequence[int], letters: str) -> None:
 
 
 def check_size(expected: Sequence[int], **tensors: Tensor) -> None:
-    """Raises a ValueError unless tensors have the expected shape."""
+    """Raises a ValueError unless tensors have the expected shape, a TypeError if they are none."""
     for name, x in tensors.items():
+        check_kind(Tensor, **{name: x})
         if tuple(x.shape) != tuple(expected):
             raise ValueError(f"{name} has shape {tuple(x.shape)}, expected {tuple(expected)}")
 
@@ -98,12 +115,39 @@ def check_whole(low: int, **numbers: int | None) -> None:
         check_at_least(low, **{name: value})
         if value != int(value) or isinstance(value, float):
             raise TypeError(f"{name} is {value}, expected a whole number")
+        if value >= 2**63:  # of which no tensor is made
+            raise ValueError(f"{name} is {value}, expected less than 2^63")
+
+
+MOST_STEPS = 10**6
+"""Of a process: its times and numbers are lists."""
+
+
+def check_steps(**counts: int) -> None:
+    """Raises unless numbers of steps are whole, from 1 to :data:`MOST_STEPS`."""
+    check_whole(1, **counts)
+    check_within(1, MOST_STEPS, **counts)
 
 
 def _check_number(name: str, value: object) -> None:
-    one = isinstance(value, Tensor) and value.ndim == 0 and not value.is_complex()
-    if isinstance(value, bool) or not (one or isinstance(value, Real)):
+    if isinstance(value, Tensor):
+        one = not (value.ndim or value.is_complex() or value.is_meta or value.dtype == torch.bool)
+    else:
+        one = isinstance(value, Real) and not isinstance(value, bool | Fraction)
+    if not one:
         raise TypeError(f"{name} is {shown(value)}, expected a single number")
+
+
+def as_numbers(name: str, values: Any) -> Tensor:
+    """Returns numbers as a tensor in float64; raises as :func:`check_tensor`."""
+    try:
+        if isinstance(values, Tensor) and values.is_complex():
+            raise TypeError("torch would only warn")
+        found = torch.as_tensor(values, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{name} is {shown(values)}, expected numbers") from error
+    check_tensor(name, found)
+    return found
 
 
 def shown(value: object) -> str:
@@ -143,7 +187,7 @@ def check_kind(kind: Any, **values: object) -> None:
 def check_member(members: Iterable[str], **names: str) -> None:
     """Raises a ValueError unless names are among `members`."""
     for name, value in names.items():
-        if value not in members:
+        if value not in list(members):  # in which a list is looked for, too
             raise ValueError(f"{name} is {value!r}, expected one of {', '.join(members)}")
 
 
@@ -172,9 +216,36 @@ def evaluating(*networks: object) -> Iterator[None]:
             module.training = mode
 
 
+def check_weights(**networks: object) -> None:
+    """Raises a ValueError if a network has weights without values.
+
+    Some products with them are whatever the memory holds. What is no module is not looked into.
+    """
+    for name, network in networks.items():
+        if any(w.is_meta for w in _weights(network)):
+            raise ValueError(f"{name} has weights on the device meta, which has no values")
+
+
+def check_networks(**networks: object) -> None:
+    """Does as :func:`check_weights`, and where a network cannot have derivatives."""
+    check_weights(**networks)
+    off = torch.is_inference_mode_enabled()
+    for name, network in networks.items():
+        if off or any(w.is_inference() for w in _weights(network)):
+            raise ValueError(
+                f"{name} has no derivatives in torch.inference_mode: make and use it outside, or "
+                "with torch.no_grad()"
+            )
+
+
+def _weights(network: object) -> list[Tensor]:
+    found = network if isinstance(network, nn.Module) else nn.Module()
+    return [*found.parameters(), *found.buffers()]
+
+
 def check_precision(prior: nn.Module, x: Tensor) -> None:
     """Raises a ValueError if all of the prior's weights are of another kind, and it minds."""
-    found = [w for w in (*prior.parameters(), *prior.buffers()) if w.is_floating_point()]
+    found = [w for w in _weights(prior) if w.is_floating_point()]
     if not found or any((w.dtype, w.device) == (x.dtype, x.device) for w in found):
         return
     weights = found[0]

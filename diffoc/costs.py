@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diffoc.checks import check_above, check_kind, check_tensor, evaluating
+from diffoc.checks import as_numbers, check_above, check_kind, check_tensor, evaluating
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,8 @@ class ClassLikelihood:
     labels: Tensor
 
     def __post_init__(self) -> None:
+        check_kind(Callable, classifier=self.classifier)
+        check_kind(Tensor, labels=self.labels)
         if self.labels.ndim != 1 or self.labels.dtype != torch.int64:
             raise ValueError(
                 f"labels are {self.labels.dtype} of shape {tuple(self.labels.shape)}, expected "
@@ -63,6 +65,8 @@ class ClassLikelihood:
     def __call__(self, x: Tensor) -> Tensor:
         with evaluating(self.classifier):
             logits = self.classifier(x)
+        if logits.ndim != 2:
+            raise ValueError(f"classifier gives shape {tuple(logits.shape)}, expected (B, classes)")
         largest = self.labels.max()
         if largest >= logits.shape[1]:
             raise ValueError(
@@ -85,8 +89,7 @@ class ControlCost:
     weights: float | Tensor
 
     def __post_init__(self) -> None:
-        weights = torch.as_tensor(self.weights, dtype=torch.float64)
-        check_tensor("weights", weights)
+        weights = as_numbers("weights", self.weights)
         if weights.ndim > 1 or not (weights >= 0).all():
             raise ValueError("weights must be a number or of shape (T,), and not negative")
 
@@ -103,6 +106,7 @@ class ControlCost:
 
 def residual_of(predicted: Tensor, y: Tensor) -> Tensor:
     """Returns A(x_0) - y; a ValueError refuses shapes that would compare each number with many."""
+    check_kind(Tensor, **{"what the operator makes": predicted})
     shared = y.ndim > 0 and len(y) in (1, len(predicted))
     if not shared or predicted.shape[1:] != y.shape[1:] or predicted.device != y.device:
         raise ValueError(

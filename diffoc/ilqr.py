@@ -29,6 +29,7 @@ from diffoc.checks import (
     check_callable,
     check_kind,
     check_size,
+    check_steps,
     check_tensor,
     check_whole,
 )
@@ -167,6 +168,8 @@ def ilqr(
             constant a, or for the schedule's largest.
         DivergenceError: if a rule without a line search leads to a cost that is not finite.
     """
+    check_kind(ControlProblem, problem=problem)
+    check_steps(horizon=problem.horizon)
     check_tensor("x", x)
     check_kind(Derivatives, derivatives=derivatives)
     if controls is None:
@@ -185,6 +188,8 @@ def ilqr(
         callback,
     )
     _check(problem, x, controls, method)
+    # What was made in torch.inference_mode can have no derivatives.
+    x, controls = (z.clone() if z.is_inference() else z for z in (x, controls))
     state = init(problem, x, controls, method)
     for iteration in range(iterations):
         if terminate(state, method):
@@ -204,10 +209,6 @@ def init(problem: ControlProblem, x: Tensor, controls: Tensor, method: Method) -
     nominal = roll_out(problem, x, controls, method.derivatives)
     running, terminal = problem.parts(nominal.x, nominal.u)
     cost = running + terminal
-    if terminal.shape != (len(x),):
-        raise ValueError(
-            f"the terminal cost has shape {tuple(terminal.shape)}, expected ({len(x)},)"
-        )
     if not cost.isfinite().all():
         raise ValueError(
             "controls lead to a trajectory whose cost is not finite: lower them, or see whether "
@@ -224,9 +225,13 @@ def init(problem: ControlProblem, x: Tensor, controls: Tensor, method: Method) -
 def terminate(state: State, method: Method) -> bool:
     """Ends the problems that are good enough or out of budget; true if none goes on."""
     if method.stop:
-        enough = method.stop(state.nominal.x[-1])
-        check_kind(Tensor, **{"what stop returns": enough})
-        check_size((len(state.cost),), **{"what stop returns": enough})
+        enough, active = method.stop(state.nominal.x[-1].clone()), state.active
+        check_size(active.shape, **{"what stop returns": enough})
+        if (enough.dtype, enough.device) != (active.dtype, active.device):
+            raise ValueError(
+                f"what stop returns is {enough.dtype} on {enough.device}, expected {active.dtype} "
+                f"on {active.device}"
+            )
         state.retire(enough, "stopped")
     state.retire(~_affordable(state, method), "budget")
     return not state.active.any()
@@ -402,17 +407,14 @@ def _check(problem: ControlProblem, x: Tensor, controls: Tensor, method: Method)
     if x.ndim < 2:
         raise ValueError(f"x has shape {tuple(x.shape)}, expected (B, ...)")
     T, batch = problem.horizon, len(x)
-    check_at_least(1, horizon=T)
+    check_kind(Tensor, controls=controls)
     if controls.ndim < 3 or controls.shape[:2] != (T, batch):
         raise ValueError(
             f"controls has shape {tuple(controls.shape)}, expected ({T}, {batch}, ...)"
         )
     check_alike(x=x, controls=controls)
     check_tensor("controls", controls)
-    if not isinstance(method.rule, Rule):
-        raise ValueError(
-            f"rule is {method.rule!r}, expected such as LineSearch(), Adam(), LBFGS() or FullStep()"
-        )
+    check_kind(Rule, rule=method.rule)
     check_whole(0, iterations=method.iterations, rank=method.rank)
     check_whole(1, budget=method.budget)
     check_at_least(0, gradient_tolerance=method.gradient_tolerance)

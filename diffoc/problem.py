@@ -91,6 +91,7 @@ def check_operator(problem: Problem, x: Tensor) -> None:
     It is tried on random images, the others of a batch being changed for a second trial.
     """
     check_alike(y=problem.y, x=x)
+    check_tensor("y / noise_std, squared,", (problem.y / problem.noise_std).square())
     y, images, measured = problem.y, tuple(x.shape), tuple(problem.y.shape)
     generator = torch.Generator().manual_seed(0)
     tried = (1.8 * torch.rand(images, generator=generator) - 0.9).to(x).requires_grad_()

@@ -24,7 +24,17 @@ from azula.denoise import Denoiser
 from azula.noise import Schedule
 from torch import Tensor
 
-from diffoc.checks import check_member, check_size, check_tensor, check_whole, evaluating
+from diffoc.checks import (
+    as_numbers,
+    check_kind,
+    check_member,
+    check_size,
+    check_steps,
+    check_tensor,
+    check_whole,
+    check_within,
+    evaluating,
+)
 
 MODES = ("input", "output")
 
@@ -109,14 +119,13 @@ class ReverseProcess:
         mode: str = "input",
         noise: Tensor | None = None,
     ) -> None:
+        check_kind(Denoiser, denoiser=denoiser)
         check_member(METHODS, method=method)
         check_member(MODES, mode=mode)
         if isinstance(steps, int):
-            check_whole(1, steps=steps)
+            check_steps(steps=steps)
             steps = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
-        times = torch.as_tensor(steps, dtype=torch.float64)
-        check_tensor("steps", times)
-        times = times.cpu()
+        times = as_numbers("steps", steps).cpu()
         if times.ndim != 1 or len(times) < 2 or not (times.diff() < 0).all():
             raise ValueError("steps is a list of times, which must decrease and be at least 2")
         if times[0] > 1 or times[-1] < 0:
@@ -183,9 +192,9 @@ class ReverseProcess:
         Raises:
             ValueError: if an argument's shape, type or range is wrong.
         """
+        check_whole(0, start=start)
+        check_within(0, self.horizon, start=start)
         steps = self.horizon - start
-        if not 0 <= start <= self.horizon:
-            raise ValueError(f"start is {start}, expected 0 to {self.horizon}")
         check_tensor("x", x)
         if controls is not None:
             check_size((steps, *x.shape), controls=controls)
@@ -215,6 +224,8 @@ def draw_noise(steps: int, shape: Sequence[int], generator: torch.Generator) -> 
     It lies on the generator's device. Each problem of the batch has noise of its own, and states
     of any precision can use it.
     """
+    check_steps(steps=steps)
+    check_kind(torch.Generator, generator=generator)
     return torch.randn(
         steps, *shape, generator=generator, dtype=torch.float64, device=generator.device
     )

@@ -20,7 +20,14 @@ from azula.denoise import Denoiser
 from azula.noise import Schedule
 from torch import Tensor
 
-from diffoc.checks import check_at_least, check_kind, check_member, check_whole
+from diffoc.checks import (
+    check_at_least,
+    check_callable,
+    check_kind,
+    check_member,
+    check_steps,
+    check_whole,
+)
 from diffoc.costs import GaussianLikelihood
 from diffoc.lowrank import MatrixFree
 from diffoc.problem import Problem
@@ -129,10 +136,15 @@ class Recipe:
     untuned: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        check_whole(1, steps=self.steps)
+        check_steps(steps=self.steps)
         check_whole(0, budget=self.budget, iterations=self.iterations, rank=self.rank)
         check_at_least(0, weight=self.weight, spare=self.spare, smoothness=self.smoothness)
+        check_kind(str, name=self.name)
         check_kind(Derivatives, derivatives=self.derivatives)
+        check_kind(Rule, rule=self.rule)
+        check_kind(Callable, process=self.process, cost=self.cost, weights=self.weights)
+        check_callable(draw=self.draw)
+        check_kind(Mapping, by_task=self.by_task, untuned=self.untuned)
         if self.spare >= 1:
             raise ValueError(f"spare is {self.spare}, expected a share below 1")
         if self.budget is None and self.iterations is None:

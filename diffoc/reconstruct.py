@@ -17,6 +17,7 @@ from torch import Tensor
 from diffoc.checks import (
     check_callable,
     check_kind,
+    check_networks,
     check_precision,
     check_tensor,
     check_whole,
@@ -74,6 +75,7 @@ def reconstruct(
     check_kind(Recipe, recipe=recipe)
     check_kind(Denoiser, prior=prior)
     check_callable(callback=callback)
+    check_networks(prior=prior, physics=problem.physics)
     if generator is not None:
         check_kind(torch.Generator, generator=generator)
     recipe = recipe.at(problem.task)

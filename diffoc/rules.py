@@ -9,7 +9,6 @@ they return. Nothing of one problem of a batch depends on another.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.optim.adam import adam
 
-from diffoc.checks import check_above, check_at_least, check_tensor, check_whole
+from diffoc.checks import as_numbers, check_above, check_at_least, check_whole
 
 
 class Direction(NamedTuple):
@@ -103,7 +102,8 @@ class LineSearch(Rule):
     searches = True
 
     def __post_init__(self) -> None:
-        if not 0 < self.contraction < 1:
+        check_above(0, contraction=self.contraction)
+        if self.contraction >= 1:
             raise ValueError(f"contraction is {self.contraction}, expected in ]0, 1[")
         check_whole(1, trials=self.trials)
 
@@ -204,8 +204,10 @@ class LBFGS(LineSearch):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.units is not None and not all(0 < unit < math.inf for unit in self.units):
-            raise ValueError(f"units is {self.units}, expected finite numbers above 0")
+        if self.units is not None:
+            units = as_numbers("units", self.units)
+            if units.ndim != 1 or not (units > 0).all():
+                raise ValueError(f"units is {self.units}, expected finite numbers above 0")
         check_above(0, first=self.length)
 
     @property
@@ -324,8 +326,7 @@ class Damping:
     adapts = False
 
     def __post_init__(self) -> None:
-        value = torch.as_tensor(self.value, dtype=torch.float64)
-        check_tensor("regularization", value)
+        value = as_numbers("regularization", self.value)
         if value.ndim > 1 or not (value >= 0).all():
             raise ValueError("regularization must be a number or one for each step, not negative")
 

@@ -12,7 +12,7 @@ from azula.noise import Schedule
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from diffoc.checks import check_kind, check_size, check_tensor, evaluating
+from diffoc.checks import check_kind, check_networks, check_size, check_tensor, evaluating
 from diffoc.costs import ControlCost
 from diffoc.ilqr import ilqr
 from diffoc.lowrank import MatrixFree
@@ -69,6 +69,7 @@ def solve(
     """
     check_kind(ReverseProcess, process=process)
     check_kind(Callable, cost=cost)
+    check_networks(process=process.denoiser, cost=cost)
     check_tensor("x", x)
     if not isinstance(control_cost, ControlCost):
         control_cost = ControlCost(control_cost)

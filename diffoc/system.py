@@ -15,6 +15,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from diffoc.checks import check_kind, check_size
+
 
 @dataclass(frozen=True)
 class ControlProblem:
@@ -50,9 +52,23 @@ class ControlProblem:
         self, states: Sequence[Tensor] | Tensor, controls: Sequence[Tensor] | Tensor
     ) -> tuple[Tensor, Tensor]:
         """Returns the running costs' sum and the terminal cost, (B,) each."""
-        terminal = self.terminal_cost(states[-1])
-        running = (self.running_cost(i, states[i], controls[i]) for i in range(self.horizon))
+        terminal = _costs("terminal cost", self.terminal_cost(states[-1]), states[-1])
+        running = (
+            _costs("running cost", self.running_cost(i, states[i], controls[i]), states[i])
+            for i in range(self.horizon)
+        )
         return sum(running, torch.zeros_like(terminal)), terminal
+
+
+def _costs(name: str, costs: Tensor, x: Tensor) -> Tensor:
+    """Returns costs; raises an error unless there is one for each state, of its precision."""
+    check_kind(Tensor, **{f"the {name}": costs})
+    if costs.shape != (len(x),) or costs.dtype != x.dtype:
+        raise ValueError(
+            f"the {name} is {costs.dtype} of shape {tuple(costs.shape)}, expected {x.dtype} of "
+            f"shape ({len(x)},)"
+        )
+    return costs
 
 
 @dataclass
@@ -155,7 +171,11 @@ class Trajectory:
 
     def advance(self, problem: ControlProblem, u: Tensor, derivatives: Derivatives) -> None:
         """Appends the control `u` and the state that it leads to."""
-        y, step = derivatives.step(problem, len(self.u), self.x[-1], u)
+        x = self.x[-1]
+        y, step = derivatives.step(problem, len(self.u), x, u)
+        check_size(x.shape, **{"what the dynamics make": y})
+        if y.dtype != x.dtype:
+            raise ValueError(f"what the dynamics make is {y.dtype}, but x is {x.dtype}")
         self.u.append(u)
         self.x.append(y)
         self.steps.append(step)

@@ -610,6 +610,7 @@ OTHERS = {
     "Computer": "computes cells, which cells_of makes",
     "best_trial": "of records",
     "few_faces": "fixed names",
+    "folder_of": "of a cell",
     "keep_in": "test_rough_handling",
     "load_once": "load_prior",
     "metrics_of": "image_metrics",

@@ -352,9 +352,19 @@ def test_reconstructions_stay_in_their_folder(tmp_path):
     names = ("../../../a.png", str(tmp_path / "b.png"), "c.png", "..")
     keep = keep_in(tmp_path / "kept")
     keep(replace(CELL, images=names), torch.zeros(4, 1, 9, 9))
-    place = tmp_path / "kept" / "task" / "method-3-0"
+    (place,) = (tmp_path / "kept" / "task").iterdir()
+    assert place.name.startswith("method-3-0-")
     found = sorted(path.relative_to(place).as_posix() for path in tmp_path.rglob("*.png"))
     assert found == ["...png", "a.png", "b.png", "c.png"]
+
+
+def test_reconstructions_of_other_settings_replace_none(tmp_path):
+    keep, cell = keep_in(tmp_path), replace(CELL, images=("a.png",))
+    changes = {"prior": "other", "task": "b", "method": "b", "nfe": 4, "settings": '{"b": 1}'}
+    cells = [cell, *(replace(cell, **{key: new}) for key, new in (changes | {"seed": 1}).items())]
+    for cell in cells:
+        keep(cell, torch.zeros(1, 1, 9, 9))
+    assert len(list(tmp_path.rglob("a.png"))) == len(cells) == 7
 
 
 def test_a_prior_s_name_makes_no_path(monkeypatch, capsys):

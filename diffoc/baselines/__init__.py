@@ -32,7 +32,14 @@ import torch
 from azula.denoise import Denoiser
 from torch import Tensor
 
-from diffoc.checks import check_at_least, check_kind, check_precision, check_tensor, evaluating
+from diffoc.checks import (
+    check_at_least,
+    check_kind,
+    check_networks,
+    check_precision,
+    check_tensor,
+    evaluating,
+)
 from diffoc.priors.counting import CountedPrior
 from diffoc.problem import Problem, check_operator
 from diffoc.recipe import Recipe
@@ -225,6 +232,7 @@ def method(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
         check_kind(Physics, physics=physics)
         check_kind(Denoiser, prior=prior)
+        check_networks(prior=prior, physics=physics)
         check_precision(prior, x)
         # Where the prior is one of latents, x is no image.
         if not hasattr(getattr(prior, "prior", prior), "decode"):

@@ -14,7 +14,7 @@ from torch import Tensor
 from diffoc.baselines import Given, Method, method
 from diffoc.baselines.decomposition import require_linear
 from diffoc.baselines.pnp_admm import ImageByImage
-from diffoc.checks import check_above, check_whole
+from diffoc.checks import check_above, check_steps
 from diffoc.problems.tasks import UnsupportedTask
 
 
@@ -32,7 +32,7 @@ def admm_tv(
     physics, shape = require_linear(given.physics), tuple(given.x.shape)
     if len(shape) != 4:
         raise UnsupportedTask(f"x has shape {shape}, total variation needs (B, C, H, W)")
-    check_whole(1, steps=steps)
+    check_steps(steps=steps)
     check_above(0, weight=weight, stepsize=stepsize)
     regularizer = TVPrior()
     # Its inner iterations go on where the last ones ended. A fixed number of them, because a

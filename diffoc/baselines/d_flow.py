@@ -30,7 +30,7 @@ from torch import Tensor
 
 from diffoc.baselines import Given, Method, method
 from diffoc.baselines.decomposition import pseudo_inverse
-from diffoc.checks import check_at_least, check_whole, check_within
+from diffoc.checks import check_at_least, check_steps, check_whole, check_within
 from diffoc.process import ReverseProcess
 from diffoc.rules import LBFGS, LBFGSMemory
 
@@ -53,7 +53,8 @@ def d_flow(
         blend: :math:`\beta` in [0, 1]; the inversion costs T evaluations more if it is above 0 and
             the operator is linear. Otherwise there is none, and :math:`\beta` is 0.
     """
-    check_whole(1, steps=steps, iterations=iterations)
+    check_steps(steps=steps)
+    check_whole(1, iterations=iterations)
     check_at_least(0, regularization=regularization)
     check_within(0, 1, blend=blend)
     prior, physics, y, x = given.prior, given.physics, given.y, given.x

@@ -44,7 +44,7 @@ from torch import Tensor
 from diffoc.baselines import Given, Method, method
 from diffoc.baselines.decomposition import decompose
 from diffoc.baselines.noise_level import times_of_levels
-from diffoc.checks import check_above, check_whole
+from diffoc.checks import check_above, check_steps, check_whole
 from diffoc.problems.tasks import UnsupportedTask
 
 FLOW_END = 0.01
@@ -76,7 +76,7 @@ def daps(
         likelihood_std: :math:`\tau`, above 0; 0.01 in the released code.
         last_level: b, above 0.01 and below the prior's noisiest.
     """
-    check_whole(1, steps=steps, ode_steps=ode_steps)
+    check_steps(steps=steps, ode_steps=ode_steps)
     check_whole(0, langevin_steps=langevin_steps)
     check_above(0, step_size=step_size, likelihood_std=likelihood_std)
     check_above(FLOW_END, last_level=last_level)

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from diffoc.baselines import Given, Method, Share, method, no_products, one_a_step
 from diffoc.baselines.decomposition import decompose
-from diffoc.checks import check_above, check_whole, check_within
+from diffoc.checks import check_above, check_steps, check_within
 
 
 @method
@@ -41,7 +41,7 @@ def ddnm(given: Given, *, steps: int = 100, eta: float = 0.85) -> Tensor:
         steps: their number; each costs an evaluation.
         eta: :math:`\eta`, in ]0, 1]; 0.85 in the released code.
     """
-    check_whole(1, steps=steps)
+    check_steps(steps=steps)
     check_above(0, eta=eta)
     check_within(0, 1, eta=eta)
     prior, x, noise_std = given.prior, given.x, given.noise_std

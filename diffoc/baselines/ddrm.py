@@ -23,7 +23,7 @@ from torch import Tensor
 
 from diffoc.baselines import Given, Method, Share, method, no_products, one_a_step
 from diffoc.baselines.decomposition import decompose
-from diffoc.checks import check_whole, check_within
+from diffoc.checks import check_steps, check_within
 
 
 @method
@@ -36,7 +36,7 @@ def ddrm(given: Given, *, steps: int = 20, eta: float = 0.85, eta_b: float = 1.0
         eta: :math:`\eta`, in [0, 1].
         eta_b: :math:`\eta_b`, in [0, 1].
     """
-    check_whole(1, steps=steps)
+    check_steps(steps=steps)
     check_within(0, 1, eta=eta, eta_b=eta_b)
     prior, x, noise_std = given.prior, given.x, given.noise_std
     svd = decompose(given.physics, x)

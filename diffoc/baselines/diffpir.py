@@ -24,7 +24,7 @@ from torch import Tensor
 
 from diffoc.baselines import Given, Method, method, no_products
 from diffoc.baselines.decomposition import corrections, require_linear
-from diffoc.checks import check_above, check_whole, check_within
+from diffoc.checks import check_above, check_steps, check_within
 
 
 @method
@@ -43,7 +43,7 @@ def diffpir(
     """
     physics, prior, x = require_linear(given.physics), given.prior, given.x
     check_above(0, noise_std=given.noise_std, strength=strength)
-    check_whole(1, steps=steps)
+    check_steps(steps=steps)
     check_within(0, 1, renewal=renewal)
     correction = corrections(physics, x)
     times = 1 - torch.linspace(0, 1, steps + 1, dtype=x.dtype, device=x.device).sqrt()

@@ -17,7 +17,7 @@ from diffoc.baselines import (
     one_a_step,
     product_a_step,
 )
-from diffoc.checks import check_at_least, check_whole
+from diffoc.checks import check_at_least, check_steps
 
 
 @method
@@ -35,7 +35,7 @@ def dps(given: Given, *, steps: int = 1000, guidance: float = 1.0) -> Tensor:
 
 def dps_sampler(given: Given, steps: int, guidance: float, **options: object) -> DPSSampler:
     """Returns azula's sampler; arguments are those of :func:`dps`, and azula's `options`."""
-    check_whole(1, steps=steps)
+    check_steps(steps=steps)
     check_at_least(0, guidance=guidance)
 
     def distances(x0: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from azula.sample import DDIMSampler
 from torch import Tensor
 
 from diffoc.baselines import Given, Method, Share, global_generator, method
-from diffoc.checks import check_above, check_whole, check_within
+from diffoc.checks import check_above, check_steps, check_whole, check_within
 
 
 @method
@@ -31,7 +31,8 @@ def mmps(given: Given, *, steps: int = 100, iterations: int = 3, eta: float = 1.
         eta: the noise of DDIM in [0, 1].
     """
     check_above(0, noise_std=given.noise_std)
-    check_whole(1, steps=steps, iterations=iterations)
+    check_steps(steps=steps)
+    check_whole(1, iterations=iterations)
     check_within(0, 1, eta=eta)
     conditioned = MMPSDenoiser(
         given.prior,

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from diffoc.baselines import Given, Method, method
 from diffoc.baselines.decomposition import pseudo_inverse
-from diffoc.checks import check_above, check_at_least, check_whole, check_within
+from diffoc.checks import check_above, check_at_least, check_steps, check_whole, check_within
 
 
 @method
@@ -66,7 +66,8 @@ def ndtm(
         start: the first time in ]0, 1]; below 1 from :math:`A^\dagger y` with noise added, if the
             operator is linear, else from time 1 all the same.
     """
-    check_whole(1, steps=steps, iterations=iterations)
+    check_steps(steps=steps)
+    check_whole(1, iterations=iterations)
     check_at_least(0, guidance=guidance, control_cost=control_cost, score_cost=score_cost)
     check_above(0, scale=scale, rate=rate, start=start)
     check_within(0, 1, eta=eta, start=start)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from diffoc.baselines import Given, Method, global_generator, method, one_a_step, product_a_step
 from diffoc.baselines.decomposition import corrections, require_linear
-from diffoc.checks import check_above, check_at_least, check_whole, check_within
+from diffoc.checks import check_above, check_at_least, check_steps, check_within
 
 
 @method
@@ -35,7 +35,7 @@ def pgdm(given: Given, *, steps: int = 100, eta: float = 1.0, guidance: float = 
     """
     require_linear(given.physics)
     check_above(0, noise_std=given.noise_std)
-    check_whole(1, steps=steps)
+    check_steps(steps=steps)
     check_within(0, 1, eta=eta)
     check_at_least(0, guidance=guidance)
     sampler = _NoisySampler(given, guidance, eta=eta, steps=steps, dtype=given.x.dtype)

@@ -18,7 +18,7 @@ from torch import Tensor
 from diffoc.baselines import Given, Method, method, no_products, one_a_step
 from diffoc.baselines.decomposition import corrections, require_linear
 from diffoc.baselines.noise_level import NoiseLevelDenoiser
-from diffoc.checks import check_above, check_whole
+from diffoc.checks import check_above, check_steps
 
 
 class ImageByImage(L2):
@@ -52,7 +52,7 @@ def pnp_admm(
         weight: :math:`\lambda`, above 0.
     """
     physics, noise_std = require_linear(given.physics), given.noise_std
-    check_whole(1, steps=steps)
+    check_steps(steps=steps)
     check_above(0, noise_std=noise_std, first_std=first_std, last_std=last_std, weight=weight)
     first, last = torch.tensor([first_std, last_std], dtype=torch.float64).log().tolist()
     levels = torch.linspace(first, last, steps, dtype=torch.float64).exp()

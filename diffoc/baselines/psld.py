@@ -17,7 +17,7 @@ from torch import Tensor
 
 from diffoc.baselines import Given, Method, method, one_a_step, product_a_step
 from diffoc.baselines.decomposition import require_linear
-from diffoc.checks import check_at_least, check_whole, check_within
+from diffoc.checks import check_at_least, check_steps, check_within
 from diffoc.priors.latent import latent_prior
 
 
@@ -45,7 +45,7 @@ def psld(
 
 def check_guided(steps: int, guidance: float, gluing: float, eta: float) -> None:
     """Raises unless numbers are such as :func:`psld` takes."""
-    check_whole(1, steps=steps)
+    check_steps(steps=steps)
     check_at_least(0, guidance=guidance, gluing=gluing)
     check_within(0, 1, eta=eta)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from diffoc.baselines import Given, Method, Share, global_generator, method, no_products, one_a_step
 from diffoc.baselines.decomposition import require_linear
-from diffoc.checks import check_whole, check_within
+from diffoc.checks import check_steps, check_within
 from diffoc.problems.tasks import parts_of
 
 
@@ -29,7 +29,7 @@ def score_sde(given: Given, *, steps: int = 1000, strength: float = 1.0) -> Tens
         steps: their number; each costs an evaluation.
         strength: :math:`\lambda`, in [0, 1].
     """
-    check_whole(1, steps=steps)
+    check_steps(steps=steps)
     sampler = DDPMSampler(given.prior, steps=steps, silent=True, dtype=given.x.dtype)
     return sample_projected(sampler, given, strength)
 

@@ -155,10 +155,10 @@ def preflight(args: argparse.Namespace) -> int:
 def ffhq(args: argparse.Namespace) -> int:
     """Computes what a table does not have, measures it, and prints it beside the paper's."""
     from diffoc.experiments import ffhq as tables
-    from diffoc.experiments.cells import Computer, check_inputs, keep_in, work_of
+    from diffoc.experiments.cells import Computer, check_inputs, folder_of, keep_in, work_of
     from diffoc.experiments.protocol import FFHQ_PROTOCOLS
-    from diffoc.experiments.records import alone, by_image, read
-    from diffoc.experiments.runs import run_cells, unfinished
+    from diffoc.experiments.records import alone
+    from diffoc.experiments.runs import recorded, run_cells, unfinished
 
     args.random_weights |= args.rehearse
     prior, out = _prior(args), _out(args)
@@ -189,11 +189,11 @@ def ffhq(args: argparse.Namespace) -> int:
         shard=args.shard,
         retry_failed=args.retry_failed,
         device=args.device,
-        keep=lambda cell, images: keep_in(out / "kept" / tables.folder_of(cell))(cell, images),
+        keep=keep_in(out / "kept"),
         work=lambda cell: work_of(cell)[0],
     )
     print(f"{args.table}: " + ", ".join(f"{count} {name}" for name, count in found.items()))
-    known = by_image(read(out / "records.csv"))
+    known = recorded(out / "records.csv")
     failed = [
         one
         for cell, line in cells.items()
@@ -203,7 +203,7 @@ def ffhq(args: argparse.Namespace) -> int:
     if args.shard:
         print("a part: the same command without --shard measures when all parts are there")
     else:
-        folders = {(line.label, cell.task): tables.folder_of(cell) for cell, line in cells.items()}
+        folders = {(line.label, cell.task): folder_of(cell) for cell, line in cells.items()}
         _compare(args, out, folder, names, folders)
     return int(bool(failed))
 

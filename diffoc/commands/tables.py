@@ -73,9 +73,6 @@ def run(args: argparse.Namespace) -> int:
     else:
         images = experiments.few_faces()
     prior, cells = _cells(args, images[-args.last :])
-    places = {(cell.task, cell.method, cell.nfe, cell.seed, cell.images) for cell in cells}
-    if args.keep and len(places) < len(set(cells)):
-        raise ValueError(f"keep is given, but cells of {args.table} would write the same files")
     folder = ROOT / "build" if args.random_weights else ROOT / "data" / "records"
     path = args.out or folder / f"{args.table}_{as_file_name(prior)}.csv"
     compute = experiments.Computer(args.images and args.images.resolve(), args.device)

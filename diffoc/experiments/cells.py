@@ -338,11 +338,20 @@ def _check_grid(tasks: Sequence[str], budgets: Sequence[int]) -> None:
         raise ValueError(f"tasks has {unknown[0]!r}, expected some of {', '.join(TASKS)}")
 
 
+def folder_of(cell: Cell) -> str:
+    """Returns where a cell's images are kept: task/method-nfe-seed-digest, of prior and settings.
+
+    It is the same for all tables that have them, and another for other settings.
+    """
+    other = hashlib.sha256(f"{cell.prior} {cell.settings}".encode()).hexdigest()[:8]
+    return f"{cell.task}/{cell.method}-{cell.nfe}-{cell.seed}-{other}"
+
+
 def keep_in(folder: Path) -> Callable[[Cell, Tensor], None]:
-    """Returns what writes a cell's images as PNG: FOLDER/task/method-nfe-seed/name.png."""
+    """Returns what writes a cell's images as PNG in its own folder, see :func:`folder_of`."""
 
     def keep(cell: Cell, images: Tensor) -> None:
-        place = folder / cell.task / f"{cell.method}-{cell.nfe}-{cell.seed}"
+        place = folder / folder_of(cell)
         place.mkdir(parents=True, exist_ok=True)
         for name, image in zip(cell.images, images, strict=True):
             write_picture(image, place / f"{Path(name).stem}.png")

@@ -4,7 +4,6 @@ A row is a method of ours or of others with the settings that the paper, or the 
 published; what nobody published is what the grey faces were tuned to, and the table says so.
 """
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -205,12 +204,6 @@ def cells_by_line(
             ):
                 found[cell] = line
     return found
-
-
-def folder_of(cell: Cell) -> str:
-    """Returns where the images of a cell are kept, the same for all tables that have them."""
-    settings = hashlib.sha256(cell.settings.encode()).hexdigest()[:8]
-    return f"{cell.task}/{cell.method}-{cell.nfe}-{settings}"
 
 
 def _smallest(line: Line, task: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -48,15 +48,27 @@ SETS = ("png", "jpeg")
 Features = Callable[[Tensor], Tensor]
 
 
+MOST_FILES = 10**6
+"""In a folder that is searched for pictures: more are those of a disk, not of a set."""
+
+
+def _pictures(folder: Path) -> Iterator[Path]:
+    """Yields the pictures in a folder and all folders in it, but for hidden ones."""
+    for count, path in enumerate(folder.rglob("*")):
+        if count >= MOST_FILES:
+            raise ValueError(f"{folder} has more than {MOST_FILES:,} files: name a folder in it")
+        if path.suffix.lower() in ENDINGS and not path.name.startswith(".") and not path.is_dir():
+            yield path
+
+
 def pictures_in(folder: Path) -> dict[str, Path]:
     """Returns the pictures in a folder and all folders in it, by name without ending, in order.
 
-    A FileNotFoundError says that there is none, a ValueError that two have one name.
+    A FileNotFoundError says that there is none, a ValueError that two have one name, or that there
+    are more than :data:`MOST_FILES` files.
     """
     found: dict[str, Path] = {}
-    for path in sorted(folder.rglob("*"), key=lambda path: (path.stem, str(path))):
-        if path.suffix.lower() not in ENDINGS or path.name.startswith(".") or path.is_dir():
-            continue
+    for path in sorted(_pictures(folder), key=lambda path: (path.stem, str(path))):
         if path.stem in found:
             raise ValueError(f"{folder} has two pictures {path.stem}: {found[path.stem]}, {path}")
         found[path.stem] = path
@@ -235,7 +247,7 @@ def measure(
 
 def sets_in(folder: Path) -> dict[str, Path]:
     """Returns the folders that have pictures, in a folder or itself, by their path from it."""
-    found = {path.parent for path in folder.rglob("*") if path.suffix.lower() in ENDINGS}
+    found = {path.parent for path in _pictures(folder)}
     if not found:
         raise FileNotFoundError(f"{folder} has no pictures: expected what --keep wrote there")
     return {path.relative_to(folder).as_posix(): path for path in sorted(found)}

@@ -77,22 +77,21 @@ def run_cells(
     if backend == "ray" and importlib.util.find_spec("ray") is None:
         raise ImportError("backend is 'ray', which needs `pip install -e '.[cluster]'`")
     target = records.shard_path(path, shard)
-    with records.writing(target) as append:
-        known = by_image(records.read(path))
-        left = unfinished(cells, path, shard, retry_failed)
-        parent = os.getpid() if jobs > 1 or backend != "loky" else 0
-        calls = [(compute, cell, device, parent) for cell in left]
-        total = sum(work(cell) for cell in left)
-        with tqdm(total=total, disable=not progress, unit="evaluation", unit_scale=True) as bar:
-            for cell, rows, images in _results(calls, jobs, backend, device):
-                if keep is not None and images is not None:
-                    keep(cell, images)
-                append(rows)
-                known |= by_image({cell: rows})
-                if rows[0]["status"] == "failed":
-                    bar.write(f"failed: {records.describe(cell)}: {rows[0]['error']}")
-                bar.update(work(cell))
-    order = ("ok", "unsupported", "failed")
+    if unfinished(cells, path, shard, retry_failed):  # a part of no cells has no file
+        with records.writing(target) as append:
+            left = unfinished(cells, path, shard, retry_failed)  # by no other process any more
+            parent = os.getpid() if jobs > 1 or backend != "loky" else 0
+            calls = [(compute, cell, device, parent) for cell in left]
+            total = sum(work(cell) for cell in left)
+            with tqdm(total=total, disable=not progress, unit="evaluation", unit_scale=True) as bar:
+                for cell, rows, images in _results(calls, jobs, backend, device):
+                    if keep is not None and images is not None:
+                        keep(cell, images)
+                    append(rows)
+                    if rows[0]["status"] == "failed":
+                        bar.write(f"failed: {records.describe(cell)}: {rows[0]['error']}")
+                    bar.update(work(cell))
+    known, order = recorded(path), ("ok", "unsupported", "failed")
     some = [
         [known[one]["status"] for one in alone(cell) if one in known]
         for cell in _part(cells, shard)
@@ -112,16 +111,21 @@ def unfinished(
     Images that were in a batch of another size are left out, so that a table goes on when the batch
     is changed.
     """
-    try:
-        known = by_image(records.read(path))
-    except FileNotFoundError:
-        known = {}
+    known = recorded(path)
     had = {one for one, row in known.items() if not (retry_failed and row["status"] == "failed")}
     left = [
         replace(cell, images=tuple(one.images[0] for one in alone(cell) if one not in had))
         for cell in _part(cells, shard)
     ]
     return [cell for cell in left if cell.images]
+
+
+def recorded(path: Path) -> dict[Cell, Row]:
+    """Returns the rows of a table by cells of one image; none where there is no table yet."""
+    try:
+        return by_image(records.read(path))
+    except FileNotFoundError:
+        return {}
 
 
 def _part(cells: Sequence[Cell], shard: tuple[int, int] | None) -> list[Cell]:

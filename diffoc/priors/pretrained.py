@@ -18,7 +18,7 @@ from azula.plugins.adm._src.unet import AttentionBlock, ResBlock
 from azula.plugins.utils import load_cards
 from torch import Tensor, nn
 
-from diffoc.checks import check_member
+from diffoc.checks import check_default_device, check_member
 from diffoc.data import manifest
 from diffoc.data.downloads import RemoteFile, fetch, find, read_torch_file
 from diffoc.priors.autoencoder import load_autoencoder
@@ -93,9 +93,10 @@ def load_prior(
     allow_pickle: bool = False,
     learned_variance: bool = False,
 ) -> Denoiser:
-    """Returns a pretrained prior: an azula denoiser on images in [-1, 1], to evaluate, float32.
+    """Returns a pretrained prior: an azula denoiser on images in [-1, 1], to evaluate.
 
-    Its attribute `image_shape` is the shape (C, H, W) of its images. Latent models are loaded as a
+    It is in torch's default precision, float32 unless that was changed. Its attribute `image_shape`
+    is the shape (C, H, W) of its images. Latent models are loaded as a
     :class:`diffoc.priors.latent.LatentPrior`, whose states are latents.
 
     Args:
@@ -131,6 +132,7 @@ def load_prior(
     """
     if not isinstance(name_or_path, str | Path):
         raise TypeError(f"name_or_path is {name_or_path!r}, expected a name or a path")
+    check_default_device()
     check_schedule(schedule)
     given, schedule = schedule, schedule or default_schedule()
     if learned_variance and str(name_or_path) not in _ADM_CARDS:

@@ -8,7 +8,7 @@ from azula.denoise import Denoiser
 from azula.noise import Schedule
 from torch import Tensor, nn
 
-from diffoc.checks import check_kind, check_shape, one_line, shown
+from diffoc.checks import as_numbers, check_kind, check_shape, one_line, shown
 from diffoc.priors.pipelines import DiffusersDenoiser, check_schedule
 from diffoc.priors.pretrained import EDMDenoiser, default_schedule
 
@@ -79,7 +79,8 @@ def wrap(
         network: maps noisy images :math:`\sqrt{\bar\alpha_i} x_0 + \sqrt{1 - \bar\alpha_i} z`,
             (B, C, H, W), and timesteps i, (B,), to a prediction of the images' shape, which is
             differentiable; no image has a part in another's prediction. Channels beyond the
-            images', a head for the variance, are cut off. A module is put into evaluation mode; one
+            images', a head for the variance, are cut off. A module is put into evaluation mode, and
+            its weights are frozen: its training goes on after `train()` and `requires_grad_()`. One
             that only a function knows of has to be put there before.
         alphas_cumprod: :math:`\bar\alpha_i`, decreasing within [0, 1[.
         shape: of an image, (C, H, W).
@@ -92,10 +93,7 @@ def wrap(
     """
     backbone = _Output(network)
     check_schedule(schedule)
-    try:
-        bar = torch.as_tensor(alphas_cumprod, dtype=torch.float64)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"alphas_cumprod is {shown(alphas_cumprod)}, expected numbers") from error
+    bar = as_numbers("alphas_cumprod", alphas_cumprod)
     if bar.ndim != 1 or len(bar) < 2 or not (bar.diff() < 0).all() or not 0 <= bar[-1] < bar[0] < 1:
         raise ValueError("alphas_cumprod must be at least two numbers that decrease within [0, 1[")
     denoiser = DiffusersDenoiser(backbone, bar, prediction_type, schedule)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diffoc.checks import check_above, check_alike, check_at_least, check_shape, check_tensor
+from diffoc.checks import check_above, check_alike, check_shape, check_tensor, check_whole
 
 Operator = Callable[[Tensor], Tensor]
 
@@ -20,7 +20,7 @@ def average_pool(factor: int) -> Operator:
 
     A ValueError refuses a factor below 1, and an image that it does not divide.
     """
-    check_at_least(1, factor=factor)
+    check_whole(1, factor=factor)
 
     def operator(x: Tensor) -> Tensor:
         if x.shape[-2] % factor or x.shape[-1] % factor:

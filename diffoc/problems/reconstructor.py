@@ -6,7 +6,7 @@ from azula.denoise import Denoiser
 from deepinv.physics import Physics
 from torch import Tensor
 
-from diffoc.checks import check_kind, check_whole
+from diffoc.checks import as_numbers, check_kind, check_whole
 from diffoc.problem import Problem
 from diffoc.recipe import OURS, Recipe
 from diffoc.reconstruct import reconstruct
@@ -45,7 +45,12 @@ class Reconstructor(deepinv.models.Reconstructor):
                     f"noise_std is None, and physics has a {type(model).__name__} in place of "
                     "GaussianNoise: give the noise's standard deviation"
                 )
-            noise_std = float(torch.as_tensor(model.sigma).max())
+            sigma = as_numbers("sigma of physics", model.sigma)
+            if sigma.min() < sigma.max():
+                raise ValueError(
+                    "noise_std is None, and physics has noise of several deviations: give one"
+                )
+            noise_std = sigma.max().item()
         generator = torch.Generator().manual_seed(self.seed)
         problem = Problem(physics, y, noise_std)
         return reconstruct(problem, self.prior, self.recipe, generator=generator).x0

@@ -19,6 +19,9 @@ from diffoc.checks import (
     check_images,
     check_member,
     check_shape,
+    check_weights,
+    check_whole,
+    check_within,
     memory_is_full,
     one_line,
 )
@@ -28,6 +31,10 @@ NOISE_STD = 0.05
 _FULL_SIDE = 256  # of the images that the settings are for
 
 
+MOST_FACTOR = 256
+"""Of super-resolution, whose kernel has some sixteen times its square of numbers."""
+
+
 class UnsupportedTask(ValueError):
     """The method cannot do this task at all; tables show a dash."""
 
@@ -35,9 +42,10 @@ class UnsupportedTask(ValueError):
 def super_resolution(factor: int = 4) -> DownsamplingMatlab:
     """Returns bicubic anti-aliased down-sampling to (B, C, H / factor, W / factor).
 
-    It is that of MATLAB's imresize; the factor, at least 1, must divide the image's sides.
+    It is that of MATLAB's imresize; the factor, 1 to 256, must divide the image's sides.
     """
-    check_at_least(1, factor=factor)
+    check_whole(1, factor=factor)
+    check_within(1, MOST_FACTOR, factor=factor)
     return DownsamplingMatlab(factor=factor)
 
 
@@ -234,6 +242,7 @@ def measure(
     """
     check_images("x", x)
     check_at_least(0, noise_std=noise_std)
+    check_weights(physics=physics)
     try:
         y = physics.A(x)
         back = physics.A_adjoint(y).shape if isinstance(physics, LinearPhysics) else x.shape

@@ -160,6 +160,18 @@ def test_hidden_files_and_folders_are_no_pictures(tmp_path):
         (tmp_path / name).touch()
     (tmp_path / "b.png").mkdir()
     assert pictures_in(tmp_path) == {"a": tmp_path / "a.png"}
+    assert sets_in(tmp_path) == {".": tmp_path}
+
+
+@pytest.mark.parametrize("search", [pictures_in, sets_in])
+def test_a_whole_disk_is_not_searched(search, tmp_path, monkeypatch):
+    monkeypatch.setattr("diffoc.experiments.measured.MOST_FILES", 2)
+    for name in ("a.png", "b.txt"):
+        (tmp_path / name).touch()
+    assert len(search(tmp_path)) == 1
+    (tmp_path / "c").touch()
+    with pytest.raises(ValueError, match=r"has more than 2 files: name a folder in it"):
+        search(tmp_path)
 
 
 def test_jpeg_and_names_that_do_not_fit(tmp_path):

@@ -134,6 +134,7 @@ def test_a_setting_that_no_method_takes_is_no_record(method):
     check_settings(method, good)
     for key, value in good.items():
         wrongs = ["maybe", 1.5] if isinstance(value, bool | int) else ["maybe", math.nan, True]
+        wrongs += [10**9] * ("steps" in key)  # no list of that length is made
         for wrong in wrongs:
             with pytest.raises(ValueError, match=rf"^settings of {method}.*{SAID.get(key, key)}"):
                 check_settings(method, good | {key: wrong})
@@ -352,6 +353,14 @@ def test_shards_make_the_table(tmp_path, expected):
     assert shard_path(path, (2, 3)).exists()
     assert results(path) == expected
     assert unfinished(CELLS, path) == []
+
+
+def test_a_shard_beyond_the_last_cell_leaves_no_file(tmp_path):
+    folder = tmp_path / "new"
+    nothing = {"ok": 0, "failed": 0, "unsupported": 0}
+    assert run(folder / "table.csv", cells=CELLS[:2], shard=(3, 3)) == nothing
+    assert run(folder / "table.csv", cells=[]) == nothing
+    assert not folder.exists()
 
 
 def in_workers(cell):
