@@ -183,15 +183,6 @@ COUNTS = [0, -1, 1.5, "2", True]
 THINGS = [3, "x", torch.ones(2), object()]
 
 NUMBERS_OF_A_LIST = ["x", None, -1, NAN, 1j, [1, "a"], X.cfloat(), torch.ones(2).to("meta")]
-    "x",
-    None,
-    -1,
-    NAN,
-    1j,
-    [1, "a"],
-    torch.ones(2).cfloat(),
-    torch.ones(2).to("meta"),
-]
 STOPS = [3, torch.ones(7).bool(), np.array([True]), torch.ones(2), torch.ones(2).bool().to("meta")]
 WRONG_COSTS = [
     lambda costs: None, lambda costs: 0.0, lambda costs: costs.sum(), lambda costs: costs[:1],
