@@ -9,6 +9,7 @@ they return. Nothing of one problem of a batch depends on another.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
