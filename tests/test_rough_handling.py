@@ -369,15 +369,14 @@ def test_reconstructions_of_other_settings_replace_none(tmp_path):
 
 def test_a_prior_s_name_makes_no_path(monkeypatch, capsys):
     """Tables are called after their prior, which may be a path or "owner/name"."""
-    from diffoc.commands import tables, tune
+    from diffoc.commands import tables
     from diffoc.experiments import cells as experiments
 
     places = []
-    for module in (tables, tune):
-        monkeypatch.setattr(
-            module, "execute", lambda cells, compute, path, *a: places.append(path) or 0
-        )
-    monkeypatch.setattr(tune, "check_prior", lambda prior, device: None)
+    monkeypatch.setattr(
+        tables, "execute", lambda cells, compute, path, *a: places.append(path) or 0
+    )
+    monkeypatch.setattr(experiments, "load_once", lambda prior, device: None)
     monkeypatch.setattr(tables, "_cells", lambda args, images: (args.prior, []))
     monkeypatch.setattr(experiments, "tuning_cells", lambda *a: [])
     monkeypatch.setattr(experiments, "best_trial", lambda rows: None)

@@ -8,12 +8,15 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from diffoc.commands.tables import shard
+from diffoc.commands.tables import add_workers, fill, shard
 from diffoc.data.files import try_file, try_folder
 from diffoc.data.provenance import ROOT
 
 if TYPE_CHECKING:
-    from diffoc.experiments.measured import Features, Measured
+    from torch import Tensor
+
+    from diffoc.experiments.measured import Measured
+    from diffoc.experiments.records import Cell
 
 FIGURE_IMAGES = 4
 
@@ -31,10 +34,9 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
         which = parser.add_mutually_exclusive_group()
         which.add_argument("--first", type=int, metavar="N", help="images only")
         which.add_argument("--last", type=int, metavar="N", help="by default 1000")
+    add_workers(table)
     table.add_argument("--batch", type=int, default=1, help="images at once")
     table.add_argument("--shard", type=shard, metavar="I/N", help="one part of the images")
-    table.add_argument("--jobs", type=int, default=1, help="workers, with --device cuda one a card")
-    table.add_argument("--backend", choices=["loky", "ray"], default="loky")
     table.add_argument(
         "--rehearse", action="store_true", help="two steps, random weights, 4 images"
     )
@@ -44,19 +46,19 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
         choices=["paper", "released"],
         help="92 %% of the pixels dropped, or the released code's 30 to 70 %%: see the docs",
     )
-    table.add_argument("--retry-failed", action="store_true")
     kept = commands.add_parser("measure", help="LPIPS, FID, SSIM, PSNR of kept reconstructions")
     kept.add_argument("kept", type=Path, metavar="KEPT_DIR", help="what --keep wrote")
     kept.add_argument("--batch", type=int, default=16, help="images at once")
     kept.add_argument("--shard", type=shard, metavar="I/N", help="one part of each set")
-    for parser in (ready, table, kept):
+    ready.set_defaults(rehearse=False, protocol="paper")
+    for parser in (ready, kept):
+        parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:1")
+    for parser, function in ((ready, preflight), (table, ffhq), (kept, measure)):
         parser.add_argument("--images", type=Path, metavar="DIR", required=parser is kept)
         parser.add_argument(
             "--filter", default="lanczos", help="that makes larger originals smaller: see the docs"
         )
-        parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:1")
         parser.add_argument("--out", type=Path, metavar="DIR")
-    for parser, function in ((ready, preflight), (table, ffhq), (kept, measure)):
         parser.set_defaults(function=function)
 
 
@@ -90,46 +92,41 @@ def _measured(
     """Returns the set measured, whose parts that are there already are read; None if not all."""
     from diffoc.experiments.measured import Measured, read_part, write_part
     from diffoc.experiments.measured import measure as measured
+    from diffoc.problems.perceptual import inception
 
     if lost := [name for name in kept if name not in truth]:
         raise ValueError(f"images has no original of {lost[0]}: expected one picture of that name")
     i, n = args.shard or (1, 1)
-    digest = _digest(kept, {name: truth[name] for name in kept}, args.filter)
+    digest = _digest([*kept.values(), *(truth[name] for name in kept)], args.filter)
     parts = [place / f"{digest}.shard-{k}-of-{n}.safetensors" for k in range(1, n + 1)]
     path = parts[i - 1]
     if not path.exists():
         mine = dict(list(kept.items())[i - 1 :: n])
-        network, why = _inception(args.device)
+        network, missing = None, {}
+        try:
+            network = inception().to(args.device)
+        except (FileNotFoundError, ModuleNotFoundError) as error:
+            missing["fid"] = str(error)
         part = measured(
             mine, truth, network, device=args.device, batch=args.batch, resize=args.filter
         )
-        part.missing |= {"fid": why} if why else {}
+        part.missing |= missing
         write_part(path, part)
+    if not all(one.exists() for one in parts):
+        return None
     whole = Measured()
     for one in parts:
-        if not one.exists():
-            return None
         whole.merge(read_part(one))
     return whole
 
 
-def _digest(kept: dict[str, Path], truth: dict[str, Path], resize: str) -> str:
+def _digest(pictures: Iterable[Path], resize: str) -> str:
     """Returns a digest of what decides the result: pictures, originals, filter, metrics."""
     from diffoc.problems.perceptual import missing_metrics
 
-    files = [(str(p.resolve()), p.stat().st_mtime_ns) for p in (*kept.values(), *truth.values())]
+    files = [(str(path.resolve()), path.stat().st_mtime_ns) for path in pictures]
     text = repr((files, resize, sorted(missing_metrics())))
     return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-def _inception(device: str) -> tuple[Features | None, str]:
-    """Returns FID's network, or why there is none."""
-    from diffoc.problems.perceptual import inception
-
-    try:
-        return inception().to(device), ""
-    except (FileNotFoundError, ModuleNotFoundError) as error:
-        return None, str(error)
 
 
 def _say_missing(parts: Iterable[Measured]) -> None:
@@ -155,10 +152,10 @@ def preflight(args: argparse.Namespace) -> int:
 def ffhq(args: argparse.Namespace) -> int:
     """Computes what a table does not have, measures it, and prints it beside the paper's."""
     from diffoc.experiments import ffhq as tables
-    from diffoc.experiments.cells import Computer, check_inputs, folder_of, keep_in, work_of
+    from diffoc.experiments.cells import Computer, folder_of, keep_in
     from diffoc.experiments.protocol import FFHQ_PROTOCOLS
     from diffoc.experiments.records import alone
-    from diffoc.experiments.runs import recorded, run_cells, unfinished
+    from diffoc.experiments.runs import recorded
 
     args.random_weights |= args.rehearse
     prior, out = _prior(args), _out(args)
@@ -177,22 +174,7 @@ def ffhq(args: argparse.Namespace) -> int:
         smallest=args.rehearse,
     )
     compute = Computer(folder, args.device, protocol)
-    check_inputs(
-        unfinished(list(cells), out / "records.csv", args.shard, args.retry_failed), compute
-    )
-    found = run_cells(
-        list(cells),
-        compute,
-        out / "records.csv",
-        jobs=args.jobs,
-        backend=args.backend,
-        shard=args.shard,
-        retry_failed=args.retry_failed,
-        device=args.device,
-        keep=keep_in(out / "kept"),
-        work=lambda cell: work_of(cell)[0],
-    )
-    print(f"{args.table}: " + ", ".join(f"{count} {name}" for name, count in found.items()))
+    fill(list(cells), compute, out / "records.csv", args, keep_in(out / "kept"), args.table)
     known = recorded(out / "records.csv")
     failed = [
         one
@@ -268,8 +250,7 @@ def _prior(args: argparse.Namespace) -> str:
 
 def _out(args: argparse.Namespace) -> Path:
     name = "rehearsal" if args.random_weights else "ffhq"
-    released = getattr(args, "protocol", "paper") == "released"
-    return args.out or ROOT / "build" / (name + "-released" * released)
+    return args.out or ROOT / "build" / (name + "-released" * (args.protocol == "released"))
 
 
 def _chosen(args: argparse.Namespace) -> list[Path]:
@@ -281,8 +262,7 @@ def _chosen(args: argparse.Namespace) -> list[Path]:
             raise ValueError("images is missing: name the folder of FFHQ's pictures")
         args.images = _generated(_out(args) / "generated")
     found = list(pictures_in(args.images).values())
-    rehearsal = getattr(args, "rehearse", False)
-    count = args.first or args.last or (FIGURE_IMAGES if rehearsal else 1000)
+    count = args.first or args.last or (FIGURE_IMAGES if args.rehearse else 1000)
     return found[:count] if args.first else found[-count:]
 
 

@@ -15,13 +15,13 @@ import numpy as np
 import torch
 
 from diffoc.checks import memory_is_full
-from diffoc.commands import ffhq, tables, tune
+from diffoc.commands import ffhq, tables
 from diffoc.data.files import replacing, try_file, try_folder
 from diffoc.data.provenance import ROOT, told
 from diffoc.priors.weights import TRAINED_ON
 
 
-def verify() -> int:
+def verify(args: argparse.Namespace) -> int:
     """Prints every identity with its error and bound; 1 if one is above its bound."""
     from diffoc.theory.identities import IDENTITIES
 
@@ -31,13 +31,30 @@ def verify() -> int:
         for row in group():
             total += 1
             failed += not row.holds
-            mark = "" if row.holds else "  ABOVE ITS BOUND"
-            print(
-                f"{row.name:<68} {row.setting:<56} {row.error:8.1e} {row.bound:8.0e}{mark}",
-                flush=True,
-            )
+            said = f"{row.name:<68} {row.setting:<56} {row.error:8.1e} {row.bound:8.0e}"
+            print(said if row.holds else f"{said}  ABOVE ITS BOUND", flush=True)
     print(f"{total - failed} of {total} within their bounds")
     return int(failed > 0)
+
+
+def claims(args: argparse.Namespace) -> int:
+    """Prints the ledger; 1 if a number disagrees."""
+    from diffoc.experiments import ledger
+
+    if args.notebooks and not any(args.notebooks.glob("*.ipynb")):
+        raise FileNotFoundError(
+            f"notebooks {args.notebooks} has none: expected a folder of .ipynb files"
+        )
+    return ledger.run(ledger.LEDGER, args.notebooks or ledger.NOTEBOOKS, quick=args.quick)
+
+
+def fit(args: argparse.Namespace) -> int:
+    """Fits a mixture, writes it, and prints the numbers of the fit."""
+    from diffoc.training.mixtures import fit_mixture_prior
+
+    try_folder(args.out)
+    print(json.dumps(fit_mixture_prior(args.name, args.out, args.seed), indent=2))
+    return 0
 
 
 def train(args: argparse.Namespace) -> int:
@@ -94,44 +111,45 @@ def train(args: argparse.Namespace) -> int:
 
 
 Labelled = tuple[np.ndarray, np.ndarray | None]
-"""Images, and their labels where the network is a classifier."""
 
 
 def _training_data(
     name: str, folder: Path
 ) -> tuple[Labelled, Labelled, Callable[[torch.Tensor], torch.Tensor]]:
-    """Returns what a network is trained on, what is held out, and what makes images of samples."""
+    """Returns what a network is trained on, what is held out, and what makes images of samples.
+
+    Labels are there where the network is a classifier.
+    """
     from diffoc.data import images as data
     from diffoc.priors.autoencoder import encoded, load_autoencoder
 
+    as_they_are = torch.nn.Identity()
+    if name == "mnist":  # not the first ones: the set may be sorted by class
+        return (data.mnist("train")[0], None), (data.mnist("test")[0][::40], None), as_they_are
     if not name.startswith("faces64"):
-        (images, labels), (held_out, truth) = data.mnist("train"), data.mnist("test")
-        if name != "mnist":
-            return (images, labels), (held_out, truth), torch.nn.Identity()
-        # Not the first ones: the set may be sorted by class.
-        return (images, None), (held_out[::40], None), torch.nn.Identity()
-    latent = name.endswith("_latent")
-    network = load_autoencoder(name.replace("latent", "autoencoder"), folder) if latent else None
+        return data.mnist("train"), data.mnist("test"), as_they_are
     read = data.colour_faces if name.startswith("faces64_rgb") else data.faces
     images, held_out = read("train"), read("test")[::2]
-    if network is None:
-        return (images, None), (held_out, None), torch.nn.Identity()
+    if not name.endswith("_latent"):
+        return (images, None), (held_out, None), as_they_are
+    network = load_autoencoder(name.replace("latent", "autoencoder"), folder)
     images = encoded(network, np.concatenate([images, images[:, :, ::-1]]))
     return (images, None), (encoded(network, held_out), None), network.decode
 
 
-def evaluate(name: str, samples: int, out: Path) -> int:
+def evaluate(args: argparse.Namespace) -> int:
     """Prints what the prior's card reports, and writes a sheet of its samples."""
     from diffoc.figures import write_sheet
     from diffoc.training.evaluation import report
 
-    if samples < 2:
-        raise ValueError(f"samples is {samples}, expected at least 2")
-    try_folder(out)
-    numbers, drawn = report(name, samples)
+    if args.samples < 2:
+        raise ValueError(f"samples is {args.samples}, expected at least 2")
+    try_folder(args.out)
+    numbers, drawn = report(args.name, args.samples)
     print(json.dumps(numbers, indent=2))
-    write_sheet(drawn[:64], out / f"samples_{name}.png")
-    print(out / f"samples_{name}.png")
+    path = args.out / f"samples_{args.name}.png"
+    write_sheet(drawn[:64], path)
+    print(path)
     return 0
 
 
@@ -204,16 +222,16 @@ def parser_of() -> argparse.ArgumentParser:
     """Returns the command line, with all its commands."""
     parser = argparse.ArgumentParser(prog="python -m diffoc", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    commands.add_parser("verify", help="check the theory's identities in float64")
+    checker = commands.add_parser("verify", help="check the theory's identities in float64")
     claimed = commands.add_parser(
         "claims", help="print the ledger of the paper's claims: 1 if a number disagrees"
     )
     claimed.add_argument("--quick", action="store_true", help="recompute nothing")
     claimed.add_argument("--notebooks", type=Path, metavar="DIR", help="executed ones, to compare")
-    fit = commands.add_parser("fit", help="fit a mixture prior to a data set under $DIFFOC_DATA")
-    fit.add_argument("name", choices=["mnist", "faces32"])
-    fit.add_argument("--out", type=Path, default=ROOT / "data", metavar="DIR")
-    fit.add_argument("--seed", type=int, default=0)
+    fitter = commands.add_parser("fit", help="fit a mixture prior to a data set under $DIFFOC_DATA")
+    fitter.add_argument("name", choices=["mnist", "faces32"])
+    fitter.add_argument("--out", type=Path, default=ROOT / "data", metavar="DIR")
+    fitter.add_argument("--seed", type=int, default=0)
     trainer = commands.add_parser("train", help="train a small network, or go on training it")
     trainer.add_argument("name", choices=TRAINED_ON)
     trainer.add_argument("--checkpoint", type=Path, help="default: build/training/NAME.pt")
@@ -251,7 +269,6 @@ def parser_of() -> argparse.ArgumentParser:
     solver.add_argument("--seed", type=int, default=0, help="of mask, kernel and noise")
     solver.add_argument("--device", default="cpu", help="cpu or cuda")
     tables.add_commands(commands)
-    tune.add_command(commands)
     ffhq.add_commands(commands)
     bench = commands.add_parser("benchmark", help="time and memory of the controller, measured")
     bench.add_argument("priors", nargs="*", help="for load_prior; by default mnist and faces64")
@@ -267,6 +284,10 @@ def parser_of() -> argparse.ArgumentParser:
         "--random-weights", action="store_true", help="for ffhq256, without its file"
     )
     bench.add_argument("--out", type=Path, metavar="JSON")
+    parsers = (checker, claimed, fitter, trainer, judge, solver, bench)
+    functions = (verify, claims, fit, train, evaluate, solve, benchmark)
+    for part, function in zip(parsers, functions, strict=True):
+        part.set_defaults(function=function)
     return parser
 
 
@@ -285,31 +306,7 @@ def main(argv: list[str] | None = None) -> int:
         if "device" in args:
             _check_device(args.device)
         _check_words(words)
-        if args.command == "verify":
-            return verify()
-        if args.command == "claims":
-            from diffoc.experiments import ledger
-
-            if args.notebooks and not any(args.notebooks.glob("*.ipynb")):
-                raise FileNotFoundError(
-                    f"notebooks {args.notebooks} has none: expected a folder of .ipynb files"
-                )
-            return ledger.run(ledger.LEDGER, args.notebooks or ledger.NOTEBOOKS, quick=args.quick)
-        if args.command == "train":
-            return train(args)
-        if args.command == "solve":
-            return solve(args)
-        if "function" in args:
-            return args.function(args)
-        if args.command == "evaluate":
-            return evaluate(args.name, args.samples, args.out)
-        if args.command == "benchmark":
-            return benchmark(args)
-        from diffoc.training.mixtures import fit_mixture_prior
-
-        try_folder(args.out)
-        print(json.dumps(fit_mixture_prior(args.name, args.out, args.seed), indent=2))
-        return 0
+        return args.function(args)
     except BrokenPipeError:  # who reads, such as head, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141

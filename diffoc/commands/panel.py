@@ -17,7 +17,7 @@ from torch import Tensor
 from diffoc.commands.solve import RECIPES, Settings, picture_of
 from diffoc.data import images as data
 from diffoc.data.provenance import told
-from diffoc.figures import sheet
+from diffoc.figures import sheet, show
 from diffoc.priors.pretrained import load_prior
 from diffoc.problem import Problem
 from diffoc.problems.metrics import image_metrics
@@ -154,10 +154,8 @@ def _draw(truth: Tensor, measurement: Tensor, x0: Tensor, costs: list[float]) ->
     axes = figure.subplots(1, 4, width_ratios=[1, 1, 1, 1.3])
     pictures = {"truth": truth, "measurement": measurement, "reconstruction": x0}
     for ax, (title, picture) in zip(axes, pictures.items(), strict=False):
-        values = ((picture[0] + 1) / 2).clamp(0, 1).movedim(0, -1)
-        ax.imshow(values, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+        show(ax, picture[0])
         ax.set_title(title)
-        ax.axis("off")
     axes[-1].semilogy(range(1, len(costs) + 1), costs)
     axes[-1].set(title="cost", xlabel="iteration")
     content = io.BytesIO()

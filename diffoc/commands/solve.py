@@ -26,6 +26,7 @@ from diffoc.data.pictures import (
     read_transparency,
     write_picture,
 )
+from diffoc.figures import show
 from diffoc.problem import Problem
 from diffoc.problems.metrics import SMALLEST, image_metrics
 from diffoc.problems.tasks import NOISE_STD, measure, measured, task
@@ -33,9 +34,8 @@ from diffoc.recipe import COLD, OURS, STOPPED, Recipe
 from diffoc.reconstruct import reconstruct
 from diffoc.result import Result
 
-# Their measurement is a picture that says all that is needed to know A.
 FROM_PICTURES = ("super_resolution", "gaussian_blur", "random_inpainting", "box_inpainting")
-
+"""Their measurement is a picture that says all that is needed to know A."""
 
 FAMILIAR = {"faces64_rgb": {0.3: 27.6, 1.0: 21.8}, "faces64": {0.3: 25.6, 1.0: 19.9}}
 """The PSNR in dB, by noise level, that 99 % of 512 held-out faces reach (cards of the priors)."""
@@ -128,12 +128,8 @@ def unfamiliar(prior: Denoiser, settings: Settings, truth: Tensor) -> list[str]:
     """Returns a note where a prior of faces denoises a picture worse than its held-out faces.
 
     Faces that are sharper or stranger than those get it, too, and smooth pictures of anything do
-    not: it says how well the prior knows the picture, not what is in it.
-
-    Args:
-        prior: with images of the shape of `truth`.
-        settings: has its name; for priors that are not in :data:`FAMILIAR` there are no notes.
-        truth: (1, C, H, W).
+    not: it says how well the prior knows the picture, (1, C, H, W), not what is in it. There are no
+    notes for priors that are not in :data:`FAMILIAR`.
     """
     noise = torch.randn(truth.shape, generator=torch.Generator().manual_seed(0))
     for ratio, least in FAMILIAR.get(settings.prior, {}).items():
@@ -162,18 +158,12 @@ def saturation(y: Tensor, task_name: str) -> list[str]:
 
 
 def from_measurement(path: Path, shape: tuple[int, int, int], settings: Settings) -> Case:
-    """Reads a measurement.
+    """Reads the measurement of an image (C, H, W).
 
-    Args:
-        path: a measurement.npz that an earlier run wrote, whose task and seed must be those of
-            `settings`; or a picture, for the tasks of :data:`FROM_PICTURES`. Inpainting takes one
-            whose dropped pixels are transparent.
-        shape: (C, H, W) of the image.
-        settings: the task.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if the measurement does not fit task and prior.
+    It is a measurement.npz that an earlier run wrote, whose task and seed must be those of the
+    settings; or a picture, for the tasks of :data:`FROM_PICTURES`. Inpainting takes one whose
+    dropped pixels are transparent. A FileNotFoundError says that there is no such file, a
+    ValueError that the measurement does not fit task and prior.
     """
     generator = torch.Generator().manual_seed(settings.seed)
     physics = task(settings.task, shape, generator)
@@ -223,18 +213,10 @@ def _read_measurement(path: Path, shape: torch.Size, settings: Settings) -> Tens
 def run(
     case: Case, prior: Denoiser, settings: Settings, device: str = "cpu", progress: bool = True
 ) -> tuple[Result, dict]:
-    """Reconstructs a case, and measures what came out.
+    """Reconstructs a case, with a bar for the progress, and measures what came out.
 
-    Args:
-        case: the problem.
-        prior: with images of its shape.
-        settings: of the recipe.
-        device: where to compute.
-        progress: whether to show a bar.
-
-    Returns:
-        The result, whose only image is the cheapest of all starts, and a report that can be written
-        as JSON.
+    It returns the result, whose only image is the cheapest of all starts, and a report that can be
+    written as JSON.
     """
     problem = Problem(case.physics.to(device), case.y.to(device), settings.noise_std)
     began = time.perf_counter()
@@ -250,37 +232,27 @@ def run(
     best = int(result.cost.argmin())
     x0 = result.x0[best : best + 1]
     assert result.residual_over_noise is not None
+    costs = [round(cost, 4) for cost in result.cost.tolist()]
     report: dict[str, Any] = {
         "settings": asdict(settings),
         "notes": case.notes,
         "metrics": None,
-        "residual_over_noise": _rounded(result.residual_over_noise, best),
-        "cost": _rounded(result.cost, best),
+        "residual_over_noise": round(result.residual_over_noise[best].item(), 4),
+        "cost": costs[best],
         "evaluations": int(result.evaluations.sum()),
         "vector_jacobian_products": int(result.products.sum()),
         "seconds": round(seconds, 2),
     }
     if settings.starts > 1:
-        report["costs_of_starts"] = [_rounded(result.cost, i) for i in range(settings.starts)]
+        report["costs_of_starts"] = costs
     if case.truth is not None:
         values = image_metrics(x0.cpu(), case.truth)
         report["metrics"] = {name: round(v.item(), 4) for name, v in values.items()}
     return replace(result, states=result.states[:, best : best + 1]), report
 
 
-def _rounded(values: Tensor, i: int) -> float:
-    return round(values[i].item(), 4)
-
-
 def write(folder: Path, case: Case, image: Tensor, report: dict) -> list[Path]:
-    """Writes measurement, reconstruction, comparison and report, and returns their paths.
-
-    Args:
-        folder: made if it does not exist.
-        case: the problem.
-        image: the reconstruction, (1, C, H, W).
-        report: of :func:`run`.
-    """
+    """Writes measurement, reconstruction (1, C, H, W), comparison and report; returns the paths."""
     folder.mkdir(parents=True, exist_ok=True)
     settings = report["settings"]
     with replacing(folder / "measurement.npz") as part:
@@ -296,12 +268,7 @@ def write(folder: Path, case: Case, image: Tensor, report: dict) -> list[Path]:
 
 
 def picture_of(y: Tensor, task_name: str) -> Tensor:
-    """Returns a measurement as images in [-1, 1]; Fourier magnitudes on a logarithmic scale.
-
-    Args:
-        y: (B, C, H, W).
-        task_name: whose measurement it is.
-    """
+    """Returns a measurement (B, C, H, W) as images; Fourier magnitudes on a logarithmic scale."""
     if task_name != "phase_retrieval":
         return y
     magnitudes = y.clamp(min=1e-3).log()
@@ -312,15 +279,12 @@ def picture_of(y: Tensor, task_name: str) -> Tensor:
 def _comparison(case: Case, image: Tensor, report: dict) -> Figure:
     settings, metrics = report["settings"], report["metrics"]
     title = settings["task"].replace("_", " ")
-    shown = {f"measurement\n{title}": picture_of(case.y, settings["task"])[0]}
+    shown = {} if case.truth is None else {"truth\n": case.truth[0]}
+    shown[f"measurement\n{title}"] = picture_of(case.y, settings["task"])[0]
     score = f"\n{metrics['psnr']:.2f} dB, SSIM {metrics['ssim']:.3f}" if metrics else ""
     shown[f"reconstruction{score}"] = image[0]
-    if case.truth is not None:
-        shown = {"truth\n": case.truth[0], **shown}
     figure = Figure(figsize=(2.6 * len(shown), 3), layout="constrained")
     for axes, (name, picture) in zip(figure.subplots(1, len(shown)), shown.items(), strict=True):
-        values = ((picture + 1) / 2).clamp(0, 1).movedim(0, -1).cpu()
-        axes.imshow(values, vmin=0, vmax=1, cmap="gray", interpolation="nearest")
+        show(axes, picture)
         axes.set_title(name, fontsize=10)
-        axes.axis("off")
     return figure

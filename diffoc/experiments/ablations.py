@@ -80,16 +80,14 @@ def rank(prior: str, tasks: Sequence[str]) -> Iterator[Choice]:
     :func:`diffoc.baselines.paper.paper`.
     """
     steps, iterations = 10, 20
-    for name in tasks:
+    changes: list[dict] = [{"regularization": a} for a in REGULARIZATIONS]
+    changes += [{"regularization": 0, "weight_scale": 0.0}]
+    changes += [{"regularization": a, "rank": 0} for a in (0, 1)]
+    pairs = product(RANKS, (False, True))
+    changes += [{"rank": k, "projected": p} for k, p in pairs if k or not p]
+    for name, change in product(tasks, changes):
         usual = TABLE_2[name] | {"steps": steps, "iterations": iterations, "projected": False}
-        changes: list[dict] = [{"regularization": a} for a in REGULARIZATIONS]
-        changes += [{"regularization": 0, "weight_scale": 0.0}]
-        changes += [{"regularization": a, "rank": 0} for a in (0, 1)]
-        pairs = product(RANKS, (False, True))
-        changes += [{"rank": k, "projected": p} for k, p in pairs if k or not p]
-        for change in changes:
-            settings = usual | change
-            yield prior, name, "paper", steps * iterations, settings
+        yield prior, name, "paper", steps * iterations, usual | change
 
 
 def published(prior: str, tasks: Sequence[str]) -> Iterator[Choice]:
@@ -157,11 +155,7 @@ def parts(prior: str, tasks: Sequence[str]) -> Iterator[Choice]:
 
 
 ABLATIONS: dict[str, Callable[..., Iterator[Choice]]] = {
-    "few_steps": few_steps,
-    "rank": rank,
-    "published": published,
-    "robustness": robustness,
-    "parts": parts,
+    grid.__name__: grid for grid in (few_steps, rank, published, robustness, parts)
 }
 """The grids by name."""
 
@@ -181,17 +175,10 @@ def ablation_cells(
 ) -> list[Cell]:
     """Returns the cells of one of :data:`ABLATIONS`, each once.
 
-    What is not listed is as for :func:`diffoc.experiments.cells.cells_of`.
-
-    Args:
-        table: its name.
-        tasks: some that are tuned for 300 evaluations.
-        methods: those to keep, by default all.
-        trained: whether the prior has weights; only `robustness` can do without.
-        nfe: a budget for `robustness`, where 300 evaluations take too long; the others have theirs.
-
-    Raises:
-        ValueError: if an argument is out of its range.
+    The tasks are some that are tuned for 300 evaluations, the methods those to keep, by default
+    all. Only `robustness` can do without trained weights, and takes a budget, where 300 evaluations
+    take too long. The rest is as for :func:`diffoc.experiments.cells.cells_of`. A ValueError says
+    that an argument is out of its range.
     """
     check_member(ABLATIONS, table=table)
     if not trained and table != "robustness":
@@ -229,11 +216,8 @@ def _tuned(prior: str, method: str, task: str, nfe: int) -> dict:
     if str(nfe) in own:
         return found | own[str(nfe)]
     # Steps that are a share of 300 evaluations are none of another budget.
-    shares = {
-        key
-        for key, values in (METHODS[method].tuned or {}).items()
-        if any(isinstance(value, Share) for value in values)
-    }
+    trials = METHODS[method].tuned or {}
+    shares = {key for key, some in trials.items() if any(isinstance(v, Share) for v in some)}
     usual = own[str(TUNED[1])]
     return found | {key: value for key, value in usual.items() if key not in shares}
 

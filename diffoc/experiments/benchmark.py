@@ -44,6 +44,8 @@ class Row:
             :math:`T (2 F + (1 + k) B)`, and of the controller.
         bare_bytes, bytes: the most memory of both beyond the weights; the bare network's has the
             activations of all steps if they are kept, else of one.
+        ratio: the controller's time in units of the bare network's.
+        beyond: the controller's memory beyond the network's, in float32 numbers, over T n.
     """
 
     shape: tuple[int, ...]
@@ -56,16 +58,8 @@ class Row:
     seconds: float
     bare_bytes: int
     bytes: int
-
-    @property
-    def ratio(self) -> float:
-        """Returns the controller's time in units of the bare network's."""
-        return self.seconds / self.bare_seconds
-
-    @property
-    def beyond(self) -> float:
-        """Returns the controller's memory beyond the network's, in float32 numbers, over T n."""
-        return (self.bytes - self.bare_bytes) / (4 * self.steps * torch.Size(self.shape).numel())
+    ratio: float
+    beyond: float
 
 
 def bare_iteration(process: ReverseProcess, x: Tensor, rank: int, keep_activations: bool) -> None:
@@ -113,10 +107,8 @@ def measure(
         bare.append(resumed[0] - start)
 
     found = solve(process, likelihood, x, iterations=repeats + 1, callback=between, **options)
-
-    def controller() -> None:
-        solve(process, likelihood, x, iterations=2, **options)
-
+    least = _network_bytes(process, x, keep_activations)
+    most, _ = peak_memory(lambda: solve(process, likelihood, x, iterations=2, **options), x.device)
     return Row(
         shape=tuple(x.shape),
         steps=steps,
@@ -126,8 +118,10 @@ def measure(
         products=int(found.products[0]) // (repeats + 1),
         bare_seconds=min(bare),
         seconds=min(controlled),
-        bare_bytes=_network_bytes(process, x, keep_activations),
-        bytes=peak_memory(controller, x.device)[0],
+        bare_bytes=least,
+        bytes=most,
+        ratio=min(controlled) / min(bare),
+        beyond=(most - least) / (4 * steps * x.numel()),
     )
 
 
@@ -202,13 +196,9 @@ def run(
 ) -> dict:
     """Measures priors, projects Table 1, prints both, and returns them as numbers for JSON.
 
-    Args:
-        names: priors' names, see :func:`diffoc.load_prior`.
-        steps, ranks, repeats: what :func:`measure` takes.
-        batch: images at once, to compare with as many one after another; 1 for no comparison.
-        device: "cpu", "cuda" or "cuda:i".
-        teraflops: what the projection assumes, see :func:`project`.
-        random_weights: whether to measure "ffhq256" or "imagenet256" without their files.
+    Names are those of priors, see :func:`diffoc.load_prior`; with random weights "ffhq256" and
+    "imagenet256" need no files. A batch of images is compared with as many one after another; 1 is
+    no comparison. Other arguments are as for :func:`measure` and :func:`project`.
     """
     check_at_least(1, batch=batch)
     load = untrained_adm if random_weights else load_prior
@@ -241,15 +231,19 @@ def run(
             x = torch.randn(images, *prior.image_shape, generator=generator).to(device)
             for rank in ranks:
                 rows.append(row := measure(prior, x, steps, rank, keep, repeats))
-                print(_line(name, row), flush=True)
+                print(
+                    f"{name:<12} {row.shape[0]} {row.rank:>4} {_kept(row):<11} "
+                    f"{row.evaluations / row.steps:>7g} {row.products / row.steps:>6g} "
+                    f"{row.bare_seconds:>7.3f} {row.seconds:>9.3f} {row.ratio:>6.3f} "
+                    f"{row.bare_bytes / 1e6:>8.1f} {row.bytes / 1e6:>10.1f} {row.beyond:>13.1f}",
+                    flush=True,
+                )
         for one, many in zip(rows, rows[2 * len(ranks) :], strict=False):
             print(
                 f"{name}, rank {one.rank}: {batch} images at once {many.seconds:.3f} s, one "
                 f"after another {batch * one.seconds:.3f} s"
             )
-        found["priors"][name] = [
-            asdict(row) | {"ratio": row.ratio, "beyond": row.beyond} for row in rows
-        ]
+        found["priors"][name] = [asdict(row) for row in rows]
     print("\nPROJECTED from the FLOP of ffhq256, not measured: Table 1 on a device that sustains")
     print(f"{teraflops:g} TFLOP/s, which is an assumption")
     for line in table:
@@ -258,15 +252,6 @@ def run(
             f"image, {line.gpu_hours:.0f} GPU-hours for {TABLE_1_IMAGES} images"
         )
     return found
-
-
-def _line(name: str, row: Row) -> str:
-    return (
-        f"{name:<12} {row.shape[0]} {row.rank:>4} {_kept(row):<11} "
-        f"{row.evaluations / row.steps:>7g} {row.products / row.steps:>6g} "
-        f"{row.bare_seconds:>7.3f} {row.seconds:>9.3f} {row.ratio:>6.3f} "
-        f"{row.bare_bytes / 1e6:>8.1f} {row.bytes / 1e6:>10.1f} {row.beyond:>13.1f}"
-    )
 
 
 def _kept(row: Row | Projection) -> str:

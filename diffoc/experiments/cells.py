@@ -96,27 +96,25 @@ class Computer:
 
         began = clock(self.device)
         with method_errors(cell.keywords):
-            x0 = method.run(
-                counted, physics, y, x, generator, noise_std=protocol.noise_std, **cell.keywords
-            )
+            x0 = method.run(counted, physics, y, x, generator, noise_std=noise_std, **cell.keywords)
             x0, seconds = x0.detach(), (clock(self.device) - began) / len(truth)
             metrics = metrics_of(x0.float(), truth.to(self.device))
         problem = Problem(physics, y, noise_std)
         metrics["residual_over_noise"] = problem.residual_over_noise(x0)
-        common = {
-            "seconds": f"{seconds:.3f}",
-            "weights_sha256": weights,
-            "protocol": protocol.name,
-        }
+        common = {"weights_sha256": weights, "protocol": protocol.name}
+        common["seconds"] = f"{seconds:.3f}"
         rows = []
         work = counted.work(len(truth))
         for i, (h, A, spent) in enumerate(zip(hashes, parts, work, strict=True)):
             buffers = digest(dict(A.named_buffers()))
-            operator = as_json({"noise_std": protocol.noise_std, "sha256": buffers})
+            row = {
+                "image_sha256": h,
+                "operator": as_json({"noise_std": noise_std, "sha256": buffers}),
+            }
             # Nine digits tell all numbers of float32 apart.
-            own = {key: f"{values[i].item():.9g}" for key, values in metrics.items()}
-            own |= {key: f"{count:g}" for key, count in zip(COUNTS, spent, strict=True)}
-            rows.append(common | {"image_sha256": h, "operator": operator} | own)
+            row |= {key: f"{values[i].item():.9g}" for key, values in metrics.items()}
+            row |= {key: f"{count:g}" for key, count in zip(COUNTS, spent, strict=True)}
+            rows.append(common | row)
         return rows, x0.float().cpu()
 
 
@@ -208,8 +206,7 @@ def read_images(names: Sequence[str], shape: Sequence[int], folder: Path | None)
     if folder is None:
         if tuple(shape) not in ((1, 64, 64), (3, 64, 64)):
             raise ValueError(f"images is missing: the prior's images are {tuple(shape)}, no faces")
-        chosen = [int(name) for name in names]
-        return data.as_states((_colour_faces() if shape[0] == 3 else _faces())[chosen])
+        return data.as_states(_faces(shape[0] == 3)[[int(name) for name in names]])
     pictures = []
     for name in names:
         picture, notes = read_picture(folder / name, shape)
@@ -233,13 +230,8 @@ def _operator(
 
 
 @cache
-def _faces() -> np.ndarray:
-    return data.faces("test")
-
-
-@cache
-def _colour_faces() -> np.ndarray:
-    return data.colour_faces("test")
+def _faces(colour: bool) -> np.ndarray:
+    return data.colour_faces("test") if colour else data.faces("test")
 
 
 @cache
@@ -272,20 +264,12 @@ def cells_of(
 ) -> list[Cell]:
     """Returns a grid by task and batch: methods that decompose an operator then share it.
 
-    Args:
-        prior: a name for :func:`load_once`; methods in a latent space use another, see
-            :func:`diffoc.experiments.methods.prior_of`.
-        tasks, methods, seeds, images: what the grid is made of.
-        budgets: its evaluations, at least 1 each.
-        batch: how many images a cell has, at least 1.
-        precision: "bfloat16" or "float32".
-        overrides: keyword arguments in place of the methods' own; METHOD.KEY is one's alone.
-        product_cost: where given, each method has the evaluations that make its work equal, see
-            :func:`diffoc.experiments.methods.equal_work`.
-
-    Raises:
-        ValueError: if there is no such task or method, the method was not tuned, or a number is out
-            of its range.
+    The prior is a name for :func:`load_once`; methods in a latent space use another. Budgets are of
+    evaluations; a cell has `batch` images. The precision is "bfloat16" or "float32". The overrides
+    are keyword arguments in place of the methods' own; METHOD.KEY is one's alone. With a
+    `product_cost` each method has the evaluations that make its work equal, see
+    :func:`diffoc.experiments.methods.equal_work`. A ValueError says that there is no such task or
+    method, the method was not tuned, or a number is out of its range.
     """
     _check_grid(tasks, budgets)
     cells = []

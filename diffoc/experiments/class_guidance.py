@@ -30,7 +30,7 @@ from diffoc.data import mnist
 from diffoc.data.files import appending, csv_text
 from diffoc.data.images import as_states
 from diffoc.data.provenance import environment
-from diffoc.experiments.records import ENVIRONMENT
+from diffoc.experiments.records import COUNTS, ENVIRONMENT
 from diffoc.priors.counting import CountedPrior
 from diffoc.priors.pretrained import load_prior
 from diffoc.priors.weights import classifier
@@ -130,7 +130,7 @@ WAYS = {
 Strengths are those of 1, 2 and 4 for which the judge agreed most often on 50 to 80 other images."""
 
 COLUMNS = (
-    *("way", "label", "images", "steps", "strength", "evaluations", "products"),
+    *("way", "label", "images", "steps", "strength", *COUNTS),
     *("guided", "judged", "sure", "diversity", "frechet", "seconds", *ENVIRONMENT, "commit"),
 )
 
@@ -196,18 +196,11 @@ def record(path: Path, folder: Path, images: int = 100, labels: Sequence[int] = 
             seconds = (time.perf_counter() - began) / images
             folder.mkdir(parents=True, exist_ok=True)
             save_file({"digits": made}, folder / f"{name}_{label}.safetensors")
-            row = {
-                "way": name,
-                "label": label,
-                "images": images,
-                "steps": WAYS[name].steps,
-                "strength": WAYS[name].strength or 0.0,
-                "evaluations": counted.evaluations / images,
-                "products": counted.products / images,
-                **{k: f"{v:.6g}" for k, v in measures(made, label, real).items()},
-                "seconds": f"{seconds:.3f}",
-                **environment(),
-            }
+            row = {"way": name, "label": label, "images": images, **environment()}
+            row |= {"steps": WAYS[name].steps, "strength": WAYS[name].strength or 0.0}
+            row |= {key: getattr(counted, key) / images for key in COUNTS}
+            row |= {key: f"{value:.6g}" for key, value in measures(made, label, real).items()}
+            row["seconds"] = f"{seconds:.3f}"
             append(csv_text(COLUMNS, [row]))
             print(", ".join(f"{key} {row[key]}" for key in COLUMNS[:13]), flush=True)
 
@@ -237,18 +230,10 @@ def guidance_controls(
 
     The last step's would act on the image itself, which no control of this mode does.
 
-    Args:
-        process: in input mode.
-        cost: J, maps images (B, ...) to costs (B,), no image having a part in another's.
-        x: initial states, (B, ...).
-        strength: w, not negative; 1 for the score, 0 for no guidance.
-
-    Returns:
-        The controls, (T, B, ...), and the images that they lead to, (B, ...).
-
-    Raises:
-        ValueError: if `strength` is negative, it or `x` is not finite, or the process is in output
-            mode.
+    It returns them, (T, B, ...), and the images that they lead to, (B, ...). The process is in
+    input mode. The cost J maps images (B, ...) to costs (B,), no image having a part in another's.
+    The strength is w; 1 for the score, 0 for no guidance. A ValueError says that it is negative, it
+    or the initial states (B, ...) are not finite, or the process is in output mode.
 
     Source: Dhariwal & Nichol 2021, arXiv:2105.05233; at Tweedie's estimate, Chung et al. 2022,
     arXiv:2209.14687.

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from diffoc.experiments.summary import by_image
+from diffoc.experiments.summary import by_image, mean_and_interval
 
 
 @dataclass(frozen=True)
@@ -69,18 +69,10 @@ def differences(
     found = []
     for (task, other, budget), some in values.items():
         if task in ours and (other, budget) != (method, nfe):
-            gap = (ours[task] - some).dropna().tolist()
-            if gap:
-                mean, half, p = _t_test(gap, confidence)
+            gap = (ours[task] - some).dropna()
+            if len(gap):
+                mean, half = mean_and_interval(gap, confidence)
+                p = float(stats.ttest_1samp(gap, 0.0).pvalue) if len(gap) > 1 else np.nan
                 found.append(Difference(task, other, budget, len(gap), mean, half, p, p))
     corrected = holm([one.p for one in found])
     return [replace(one, corrected=p) for one, p in zip(found, corrected, strict=True)]
-
-
-def _t_test(gap: Sequence[float], confidence: float) -> tuple[float, float, float]:
-    """Returns the mean, half the width of its interval, and the p-value of a mean of zero."""
-    if len(gap) == 1:
-        return gap[0], np.nan, np.nan
-    test = stats.ttest_1samp(gap, 0.0)
-    mean = float(np.mean(gap))
-    return mean, mean - float(test.confidence_interval(confidence).low), float(test.pvalue)

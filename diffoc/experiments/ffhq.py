@@ -31,16 +31,12 @@ NFE = 1000
 HORIZONS = (10, 20, 50, 100)
 """T of Table 6: the third is the one of Table 3, the others are ours."""
 
-TABLES = ("table1", "table3", "table4", "table5", "table6")
-
-METRICS = {
-    "table1": {"fid": "fid_png", "lpips": "lpips_alex"},
-    "table3": {"psnr": "psnr", "ssim": "ssim", "mse": "mse_255"},
-}
-METRICS |= dict.fromkeys(("table4", "table5", "table6"), METRICS["table3"])
-for _table in ("table4", "table5", "table6"):
-    METRICS[_table] = {"lpips": "lpips_alex"} | METRICS[_table]
+_LPIPS, _PIXELS = {"lpips": "lpips_alex"}, {"psnr": "psnr", "ssim": "ssim", "mse": "mse_255"}
+METRICS = {"table1": {"fid": "fid_png"} | _LPIPS, "table3": _PIXELS}
+METRICS |= dict.fromkeys(("table4", "table5", "table6"), _LPIPS | _PIXELS)
 """A table's metrics, by their names in the paper's tables, and what we measure for them."""
+
+TABLES = tuple(METRICS)
 
 
 @dataclass(frozen=True)
@@ -124,15 +120,15 @@ def lines(table: str) -> list[Line]:
         return [Line(f"k = {k}", ours, 2500, {"rank": k}) for k in (0, 1, 4, 16)]
     # The constants and horizons of Tables 5 and 6 are lost in the paper's text but for one row.
     if table == "table5":
-        values: dict[str, float | str] = {"0": 0, "second": 1e-4, "third": 1e-3, "fourth": 1e-2}
-        values["from Lemma 4.2"] = "lemma_4_2"
+        found = {"0": 0, "second": 1e-4, "third": 1e-3, "fourth": 1e-2}
+        constants = found | {"from Lemma 4.2": "lemma_4_2"}
         return [
-            Line(k, ours, 2500, {"regularization": a}, may_fail=a == 0) for k, a in values.items()
+            Line(label, ours, 2500, {"regularization": a}, may_fail=a == 0)
+            for label, a in constants.items()
         ]
-    labels = ("first", "second", "third", "fourth")
     return [
         Line(label, ours, 2500, {"steps": t}, note=f"T = {t}, which the paper's text has lost")
-        for label, t in zip(labels, HORIZONS, strict=True)
+        for label, t in zip(("first", "second", "third", "fourth"), HORIZONS, strict=True)
     ]
 
 
@@ -191,7 +187,7 @@ def cells_by_line(
                 changes = published(line.method, task)[0] | changes
             if smallest:
                 changes |= _smallest(line, task)
-            for cell in cells_of(
+            cells = cells_of(
                 LATENT_PRIOR if latent else prior,
                 [task],
                 [line.method],
@@ -201,8 +197,8 @@ def cells_by_line(
                 batch,
                 precision,
                 changes,
-            ):
-                found[cell] = line
+            )
+            found |= dict.fromkeys(cells, line)
     return found
 
 
@@ -246,29 +242,17 @@ def beside_the_paper(
     A place has ours, the paper's in brackets, and the difference. What was `found` are means over
     `images` images, by label and task; the protocol is named above them.
     """
-    return "\n\n".join([f"Protocol: {protocol}", *_tables(table, found, images)]) + "\n"
-
-
-def _tables(
-    table: str, found: Mapping[tuple[str, str], Mapping[str, float]], images: int
-) -> Iterator[str]:
-    paper, tasks = paper_numbers(table), tasks_of(table)
-    for metric, ours in METRICS[table].items():
+    paper, tasks, parts = paper_numbers(table), tasks_of(table), [f"Protocol: {protocol}"]
+    for metric, key in METRICS[table].items():
         rows = []
         for line in lines(table):
-            places = [
-                _place(
-                    found.get((line.label, task), {}).get(ours),
-                    paper.get(line.label, {}).get(task, {}).get(metric),
-                )
-                for task in tasks
-            ]
-            rows.append([line.label, *places])
+            ours = (found.get((line.label, task), {}).get(key) for task in tasks)
+            theirs = (paper.get(line.label, {}).get(task, {}).get(metric) for task in tasks)
+            rows.append([line.label, *map(_place, ours, theirs)])
         title = f"{table}, {metric}: ours (paper's) difference; {images} images"
-        yield f"{title}\n\n{markdown(['method', *tasks], rows)}"
+        parts.append(f"{title}\n\n{markdown(['method', *tasks], rows)}")
     notes = [f"- {line.label}: {note}" for line in lines(table) for note in _notes(line, tasks)]
-    if notes:
-        yield "\n".join(notes)
+    return "\n\n".join([*parts, *(["\n".join(notes)] if notes else [])]) + "\n"
 
 
 def _notes(line: Line, tasks: Sequence[str]) -> Iterator[str]:

@@ -17,12 +17,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from skimage.metrics import structural_similarity
 from torch import Tensor
-from torch.nn.functional import avg_pool2d
 
 from diffoc.checks import check_member
 from diffoc.data.files import csv_text, replacing
@@ -46,6 +47,7 @@ SETS = ("png", "jpeg")
 """How the images come to FID's network: as kept, and as JPEG, as the paper's authors save them."""
 
 Features = Callable[[Tensor], Tensor]
+_ZERO = torch.zeros((), dtype=torch.float64)
 
 
 MOST_FILES = 10**6
@@ -94,27 +96,13 @@ def read_resized(path: Path, side: int, resize: str) -> Tensor:
     return torch.from_numpy(np.array(colour)).movedim(-1, 0)
 
 
-def uniform_ssim(images: Tensor, truth: Tensor, window: int = 7) -> Tensor:
-    r"""Returns SSIM with uniform windows and sample covariances, as scikit-image's default, (B,).
-
-    Images are (B, C, H, W) in [0, 1]. The windows, of an odd side, lie within the image.
-
-    Source: Wang et al. 2004 (doi:10.1109/TIP.2003.819861), Eq. 13.
-    """
-    x, y = images.double(), truth.double()
-    n = window**2
-    mx, my, xx, yy, xy = (avg_pool2d(z, window, 1) for z in (x, y, x * x, y * y, x * y))
-    vx, vy, cxy = (n / (n - 1) * z for z in (xx - mx * mx, yy - my * my, xy - mx * my))
-    c1, c2 = 0.01**2, 0.03**2
-    s = (2 * mx * my + c1) * (2 * cxy + c2) / ((mx**2 + my**2 + c1) * (vx + vy + c2))
-    return s.flatten(1).mean(dim=1)
-
-
 def metrics_of(images: Tensor, truth: Tensor) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Returns the :data:`COLUMNS`, (B,) each, and why others are missing.
 
-    Images and originals are (B, 3, H, W) uint8, and all is computed where they are.
+    Images and originals are (B, 3, H, W) uint8. All is computed where they are, but `ssim_uniform`,
+    which is scikit-image's SSIM as it is by default.
     """
+    pairs = zip(truth.cpu().numpy(), images.cpu().numpy(), strict=True)
     x, t = (z.float() / 127.5 - 1 for z in (images, truth))
     found = image_metrics(x, t)
     perceptual, missing = perceptual_metrics(x, t, list(LPIPS))
@@ -122,7 +110,7 @@ def metrics_of(images: Tensor, truth: Tensor) -> tuple[dict[str, Tensor], dict[s
         "psnr": found["psnr"],
         "mse_255": mse_255(found["mse"]),
         "ssim": found["ssim"],
-        "ssim_uniform": uniform_ssim((x + 1) / 2, (t + 1) / 2),
+        "ssim_uniform": torch.tensor([structural_similarity(*p, channel_axis=0) for p in pairs]),
     }
     return {key: value.cpu() for key, value in (own | perceptual).items()}, missing
 
@@ -137,8 +125,8 @@ class Moments:
     """
 
     count: int = 0
-    total: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
-    products: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.float64))
+    total: Tensor = _ZERO
+    products: Tensor = _ZERO
 
     def add(self, features: Tensor) -> None:
         """Adds features (N, d)."""
@@ -147,8 +135,6 @@ class Moments:
 
     def merge(self, other: Moments) -> None:
         """Adds another's sums."""
-        if not self.count:
-            self.total, self.products = 0 * other.total, 0 * other.products
         self.count += other.count
         self.total = self.total + other.total
         self.products = self.products + other.products
@@ -188,11 +174,8 @@ class Measured:
 
     def means(self) -> dict[str, float]:
         """Returns the means of the columns that all pictures have, `psnr_of_mse`, and FIDs."""
-        found = {}
-        for column in COLUMNS:
-            values = [row[column] for row in self.rows.values() if column in row]
-            if values and len(values) == len(self.rows):
-                found[column] = sum(values) / len(values)
+        rows = pd.DataFrame(self.rows.values(), columns=COLUMNS)
+        found = rows.mean(skipna=False).dropna().to_dict()
         if "mse_255" in found:
             mean = torch.tensor(found["mse_255"], dtype=torch.float64)
             found["psnr_of_mse"] = (10 * torch.log10(255**2 / mean)).item()
@@ -256,17 +239,13 @@ def sets_in(folder: Path) -> dict[str, Path]:
 def write_part(path: Path, part: Measured) -> None:
     """Keeps a part in one file: its rows as text, and its sums."""
     tensors = {"none": torch.zeros(1)}
-    for name, m in part.moments.items():
-        count = torch.tensor([m.count])
-        tensors |= {
-            f"{name}.count": count,
-            f"{name}.total": m.total,
-            f"{name}.products": m.products,
-        }
+    for name, moments in part.moments.items():
+        for key, value in vars(moments).items():
+            tensors[f"{name}.{key}"] = torch.as_tensor(value).contiguous()
     text = {"rows": json.dumps(part.rows), "missing": json.dumps(part.missing)}
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as file:
-        save_file({key: value.contiguous() for key, value in tensors.items()}, file, text)
+        save_file(tensors, file, text)
 
 
 def read_part(path: Path) -> Measured:
@@ -276,9 +255,8 @@ def read_part(path: Path) -> Measured:
             text = file.metadata()
             part = Measured(json.loads(text["rows"]), json.loads(text["missing"]))
             for name in {key.rpartition(".")[0] for key in file.keys()} - {""}:  # noqa: SIM118
-                total, products = (file.get_tensor(f"{name}.{k}") for k in ("total", "products"))
-                count = int(file.get_tensor(f"{name}.count"))
-                part.moments[name] = Moments(count, total, products)
+                sums = (file.get_tensor(f"{name}.{key}") for key in ("count", "total", "products"))
+                part.moments[name] = Moments(int(next(sums)), *sums)
     except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is damaged: remove it and measure again ({error})") from error
     return part

@@ -25,15 +25,17 @@ def prior_of(method: str, prior: str) -> str:
 
 def compared(prior: str, nfe: int) -> list[str]:
     """Returns the methods of a table: tuned ones that can have the budget and have a prior."""
+    fit = [name for name, m in METHODS.items() if m.tuned and (prior in LATENT or not m.latent)]
+    return [name for name in fit if takes(name, "super_resolution", nfe)]
 
-    def can(name: str) -> bool:
-        try:
-            METHODS[name].settings("super_resolution", nfe)
-        except ValueError:
-            return False
-        return bool(METHODS[name].tuned) and (prior in LATENT or not METHODS[name].latent)
 
-    return [name for name in METHODS if can(name)]
+def takes(method: str, task: str, nfe: int) -> bool:
+    """Returns whether a method can have a budget."""
+    try:
+        METHODS[method].settings(task, nfe)
+    except ValueError:
+        return False
+    return True
 
 
 def read_tuned(path: Path | None = None) -> dict:
@@ -53,12 +55,9 @@ def read_tuned(path: Path | None = None) -> dict:
 def _damaged(found: object, levels: Sequence[str]) -> str | None:
     """Returns what is wrong with values nested by the levels, numbers below; None if nothing."""
     if not levels:
-        good = isinstance(found, int | float) and math.isfinite(found)
-        return (
-            None
-            if good or isinstance(found, str)
-            else f"a value is {found!r}, expected a finite number"
-        )
+        if isinstance(found, str) or (isinstance(found, int | float) and math.isfinite(found)):
+            return None
+        return f"a value is {found!r}, expected a finite number"
     if not isinstance(found, dict):
         return f"expected values by {levels[0]} in place of {found!r}"
     if levels[0] == "budget" and (bad := [key for key in found if not key.isdigit()]):

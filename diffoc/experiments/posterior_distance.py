@@ -45,13 +45,6 @@ def posterior_distances(
     as reference, M a multiple of N, and directions (n, P) as :func:`random_directions` draws them.
     A ValueError refuses other shapes, and samples that are not finite.
     """
-    return _distances(samples, posterior, shadows(reference, directions), directions)
-
-
-def _distances(
-    samples: Tensor, posterior: Posterior, theirs: Tensor, directions: Tensor
-) -> dict[str, float]:
-    """Does as :func:`posterior_distances`, of the reference by its shadows, slow to sort."""
     mean, covariance = moments(samples, "samples")
     if len(posterior.mean) != 1 or samples.shape[1] != posterior.mean.shape[1]:
         raise ValueError(
@@ -63,7 +56,7 @@ def _distances(
     exact = posterior.covariance.double().cpu().reshape(n, n)
     total = exact.trace()
     squared = frechet_between((mean, covariance), (exact_mean, exact))
-    sliced = shadow_distance(shadows(samples, directions), theirs)
+    sliced = sliced_wasserstein(samples, reference, directions)
     return {
         "mean": ((mean - exact_mean).norm() / total.sqrt()).item(),
         "covariance": ((covariance - exact).norm() / exact.norm()).item(),
@@ -122,21 +115,20 @@ def distance_table(
     """
     rows = []
     for problem in problems:
-        n, like = problem.posterior.mean.shape[1], problem.posterior.mean
+        posterior, like = problem.posterior, problem.posterior.mean
+        n = like.shape[1]
         axes = random_directions(n, directions, generator)
-        reference = problem.posterior.sample(_REFERENCE * samples, generator)[:, 0]
-        sets = [problem.posterior.sample(samples, generator)[:, 0] for _ in range(_FLOORS)]
-        theirs = shadows(reference, axes)
-        floors = [_distances(some, problem.posterior, theirs, axes) for some in sets]
+        reference = posterior.sample(_REFERENCE * samples, generator)[:, 0]
+        sets = [posterior.sample(samples, generator)[:, 0] for _ in range(_FLOORS)]
+        floors = [posterior_distances(some, posterior, reference, axes) for some in sets]
         _, sigma = problem.prior.schedule(torch.ones((), dtype=like.dtype))
         noise = torch.randn(samples, n, generator=generator, dtype=torch.float64)
         x = sigma * noise.to(like)
         seed = int(torch.randint(2**62, (), generator=generator))
-        rows.append(
-            _row(problem, "exact", {}, 0, 0, 0.0)
-            | {name: sum(floor[name] for floor in floors) / _FLOORS for name in DISTANCES}
-        )
+        floor = {name: sum(floor[name] for floor in floors) / _FLOORS for name in DISTANCES}
+        rows.append(_row(problem.name, "exact", {}) | floor)
         for name, (method, settings) in methods.items():
+            rows.append(row := _row(problem.name, name, settings))
             prior = CountedPrior(problem.prior)
             began = time.perf_counter()
             try:
@@ -150,37 +142,25 @@ def distance_table(
                     **settings,
                 )
             except UnsupportedTask as error:
-                rows.append(_row(problem, name, settings, 0, 0, 0.0, str(error)))
+                row["reason"] = str(error)
                 continue
-            seconds = time.perf_counter() - began
-            counts = (prior.evaluations / samples, prior.products / samples, seconds)
+            row["seconds"] = time.perf_counter() - began
+            row["evaluations"] = prior.evaluations / samples
+            row["products"] = prior.products / samples
             if bad := int((~found.isfinite()).any(dim=1).sum()):
-                reason = f"{bad} of {samples} samples are not finite"
-                rows.append(_row(problem, name, settings, *counts, reason))
-                continue
-            rows.append(
-                _row(problem, name, settings, *counts)
-                | _distances(found.detach(), problem.posterior, theirs, axes)
-            )
+                row["reason"] = f"{bad} of {samples} samples are not finite"
+            else:
+                row |= posterior_distances(found.detach(), posterior, reference, axes)
     return rows
 
 
-def _row(
-    problem: Problem,
-    method: str,
-    settings: Mapping[str, object],
-    evaluations: float,
-    products: float,
-    seconds: float,
-    reason: str = "",
-) -> dict[str, object]:
+def _row(problem: str, method: str, settings: Mapping[str, object]) -> dict[str, object]:
+    """Returns a row without numbers."""
     return {
-        "problem": problem.name,
+        "problem": problem,
         "method": method,
         "settings": ", ".join(f"{key} {value}" for key, value in settings.items()),
         **dict.fromkeys(DISTANCES, nan),
-        "evaluations": evaluations,
-        "products": products,
-        "seconds": seconds,
-        "reason": reason,
+        **dict.fromkeys(("evaluations", "products", "seconds"), 0.0),
+        "reason": "",
     }

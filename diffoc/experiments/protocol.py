@@ -16,11 +16,11 @@ class Protocol:
 
     Attributes:
         name: what the records have in their column `protocol`.
-        held_out: the names of the images of the tables.
-        tuning: those of the images that methods are tuned on; none is in both.
         operator_per_image: the tasks of which each image has a mask, box or kernel of its own,
             drawn from the seed, the task and the image; of the others one drawn from seed and task
             serves all.
+        held_out: the names of the images of the tables.
+        tuning: those of the images that methods are tuned on; none is in both.
         noise_std: of the measurements, on the scale of images in [-1, 1].
         precision: of the network; None for any.
         product_cost: c, what a vector-Jacobian product costs in evaluations of the network; None
@@ -31,12 +31,12 @@ class Protocol:
     """
 
     name: str
-    held_out: tuple[str, ...]
-    tuning: tuple[str, ...]
-    operator_per_image: tuple[str, ...]
-    noise_std: float
-    precision: str | None
-    product_cost: float | None
+    operator_per_image: tuple[str, ...] = tuple(TASKS)
+    held_out: tuple[str, ...] = ()
+    tuning: tuple[str, ...] = ()
+    noise_std: float = NOISE_STD
+    precision: str | None = None
+    product_cost: float | None = None
     dropped: tuple[float, float] = (0.92, 0.92)
     noise_on_dropped: bool = False
 
@@ -52,12 +52,9 @@ class Protocol:
 ONE_OPERATOR = Protocol(
     name="images clipped to [-1, 1], not rounded; PSNR and MSE on [-1, 1]; SSIM on "
     "[0, 1], Gaussian 11x11 windows within the image; LPIPS 0.1 on [-1, 1], _01 on [0, 1]",
+    operator_per_image=(),
     held_out=tuple(str(i) for i in range(0, 512, 16)),
     tuning=tuple(str(i) for i in range(8, 512, 64)),
-    operator_per_image=(),
-    noise_std=NOISE_STD,
-    precision=None,
-    product_cost=None,
 )
 """Of the tables of grey faces, whose records have no other name for it."""
 
@@ -65,22 +62,12 @@ COLOUR_FACES = Protocol(
     name="colour faces, an operator per image, 1",
     held_out=ONE_OPERATOR.held_out,
     tuning=ONE_OPERATOR.tuning,
-    operator_per_image=tuple(TASKS),
-    noise_std=NOISE_STD,
     precision="float32",
     product_cost=0.9,
 )
 """Of the tables of colour faces. The cost of a product is that of `faces64_rgb`, see the page."""
 
-FFHQ = Protocol(
-    name="FFHQ, the paper's text: an operator per image, 92 % dropped and no noise there, 1",
-    held_out=(),
-    tuning=(),
-    operator_per_image=tuple(TASKS),
-    noise_std=NOISE_STD,
-    precision=None,
-    product_cost=None,
-)
+FFHQ = Protocol("FFHQ, the paper's text: an operator per image, 92 % dropped and no noise there, 1")
 """Of the paper's tables, as its text has them; the images are those of a folder that is named."""
 
 FFHQ_RELEASED = replace(

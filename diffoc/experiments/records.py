@@ -24,12 +24,10 @@ import pandas as pd
 from diffoc.checks import check_at_least, check_member
 from diffoc.data.files import appending, csv_text
 
-METRICS = (
-    *("psnr", "ssim", "mse", "residual_over_noise"),
-    *("lpips_alex", "lpips_vgg", "lpips_alex_01"),
-)
-REQUIRED = METRICS[:4]
-"""What every row has whose status is "ok"; the others are there where the weights of LPIPS are."""
+REQUIRED = ("psnr", "ssim", "mse", "residual_over_noise")
+"""What every row has whose status is "ok"; other metrics where the weights of LPIPS are."""
+
+METRICS = (*REQUIRED, "lpips_alex", "lpips_vgg", "lpips_alex_01")
 
 COUNTS = ("evaluations", "products")
 STATUSES = ("ok", "failed", "unsupported")
@@ -241,7 +239,10 @@ def _parse(path: Path, content: bytes) -> tuple[list[tuple[Cell, list[Row]]], in
     size = done = len(_HEADER)
     for number, line in enumerate(lines[1:], 2):
         try:
-            row = _row(line)
+            values = next(csv.reader([line.decode()]), [])
+            if len(values) != len(COLUMNS):
+                raise ValueError(f"it has {len(values)} columns, expected {len(COLUMNS)}")
+            row = dict(zip(COLUMNS, values, strict=True))
             _check(row, (rows or [row])[0])
             if row["image"] in (one["image"] for one in rows):
                 raise ValueError(f"image is {row['image']!r} a second time")
@@ -261,13 +262,6 @@ def _parse(path: Path, content: bytes) -> tuple[list[tuple[Cell, list[Row]]], in
         left = len(content) - done
         _LOG.warning("%s: %d bytes of an unfinished cell at its end are left out", path, left)
     return found, done
-
-
-def _row(line: bytes) -> Row:
-    values = next(csv.reader([line.decode()]), [])
-    if len(values) != len(COLUMNS):
-        raise ValueError(f"it has {len(values)} columns, expected {len(COLUMNS)}")
-    return dict(zip(COLUMNS, values, strict=True))
 
 
 def _check(row: Row, first: Row) -> None:

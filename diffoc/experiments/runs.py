@@ -141,18 +141,14 @@ def _results(calls: list[tuple], jobs: int, backend: str, device: str) -> Iterat
         pool = Parallel(jobs, backend="loky", return_as="generator_unordered", batch_size=1)
         yield from pool(delayed(_attempt)(*call) for call in calls)
     else:
-        _register_ray()
+        from ray.util.joblib import register_ray
+
+        register_ray()
         # Ray's backend cannot give results as they come: a round for every worker at a time.
         cards = {"ray_remote_args": {"num_gpus": 1}} if device == "cuda" else {}
         with parallel_config("ray", **cards), Parallel(jobs, batch_size=1) as pool:
             for start in range(0, len(calls), jobs):
                 yield from pool(delayed(_attempt)(*call) for call in calls[start : start + jobs])
-
-
-def _register_ray() -> None:
-    from ray.util.joblib import register_ray
-
-    register_ray()
 
 
 class MethodError(Exception):
@@ -174,16 +170,16 @@ def method_errors(settings: Collection[str] = ()) -> Iterator[None]:
         raise
     except (MemoryError, ValueError, ArithmeticError, RuntimeError) as error:
         if memory_is_full(error):
-            raise OSError(_FULL) from error
+            raise OSError(
+                "memory is full: give fewer images at once with --batch, or fewer workers with "
+                "--jobs"
+            ) from error
         if isinstance(error, ValueError) and str(error).partition(" ")[0] in settings:
             raise
         text = str(error).lower()
         if "cuda error" in text or "cudnn_status" in text:
             raise OSError(f"the device failed: {error}") from error
         raise MethodError(told(repr(error))) from error
-
-
-_FULL = "memory is full: give fewer images at once with --batch, or fewer workers with --jobs"
 
 
 def _attempt(compute: Compute, cell: Cell, device: str, parent: int = 0) -> tuple:
@@ -315,12 +311,10 @@ def _compare(cell: Cell, old: Row, new: Row, exact: bool) -> list[str]:
         if new.get(key, "") != old[key]
     ]
     for key in (*METRICS, *COUNTS) if exact else METRICS:
-        if old[key] and not _agree(cell, key, old[key], new.get(key, ""), exact):
-            found.append(f"{place}: {key} is {new.get(key)} now, {old[key]} in the record")
+        then, now = old[key], new.get(key, "")
+        agree = then == now
+        if then and now and not exact:
+            agree = abs(float(then) - float(now)) <= tolerance(key, cell, float(then))
+        if then and not agree:
+            found.append(f"{place}: {key} is {new.get(key)} now, {then} in the record")
     return found
-
-
-def _agree(cell: Cell, key: str, old: str, new: str, exact: bool) -> bool:
-    if exact or not new:
-        return old == new
-    return abs(float(old) - float(new)) <= tolerance(key, cell, float(old))

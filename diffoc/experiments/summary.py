@@ -26,13 +26,13 @@ def select(rows: pd.DataFrame, **wanted: object) -> pd.DataFrame:
     return rows
 
 
-def mean_and_interval(values: Iterable[float]) -> tuple[float, float]:
-    """Returns the mean, and half the width of its 95 % interval; not a number for one value.
+def mean_and_interval(values: Iterable[float], confidence: float = 0.95) -> tuple[float, float]:
+    """Returns the mean, and half the width of its interval; not a number for one value.
 
     The interval is by Student's t, for values that are independent.
     """
     x = pd.Series(list(values), dtype=float)
-    return float(x.mean()), float(student.ppf(0.975, len(x) - 1) * x.sem())
+    return float(x.mean()), float(student.ppf((1 + confidence) / 2, len(x) - 1) * x.sem())
 
 
 def by_image(rows: pd.DataFrame, metric: str) -> pd.Series:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.rcsetup import cycler
 from matplotlib.typing import RcKeyType
@@ -34,7 +35,16 @@ COLORS = {
 WIDTH = 5.5
 """Inches of a column of text in the paper's format (NeurIPS)."""
 
-PRINT: dict[RcKeyType, Any] = {
+_BOTH: dict[RcKeyType, Any] = {
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+    "figure.constrained_layout.use": True,
+    "image.cmap": "gray",
+    "image.interpolation": "nearest",
+}
+
+PRINT = _BOTH | {
     # Opaque white, so that a dark page does not swallow the axes.
     "figure.facecolor": "white",
     "savefig.facecolor": "white",
@@ -44,18 +54,10 @@ PRINT: dict[RcKeyType, Any] = {
     "xtick.labelsize": 7,
     "ytick.labelsize": 7,
     "legend.fontsize": 7,
-    "legend.frameon": False,
-    "axes.prop_cycle": cycler(
-        color=list(COLORS.values()), marker=["o", "s", "^", "D", "v", "P", "X"]
-    ),
-    "axes.spines.top": False,
-    "axes.spines.right": False,
+    "axes.prop_cycle": cycler(color=list(COLORS.values()), marker=list("os^DvPX")),
     "axes.linewidth": 0.6,
     "lines.linewidth": 1.0,
     "lines.markersize": 3.5,
-    "image.cmap": "gray",
-    "image.interpolation": "nearest",
-    "figure.constrained_layout.use": True,
     "pdf.fonttype": 42,  # letters stay letters: type 3 is refused by some publishers
 }
 """Sizes that need no scaling; lines differ by marker, too, for who prints in grey."""
@@ -63,36 +65,26 @@ PRINT: dict[RcKeyType, Any] = {
 
 def use_style() -> None:
     """Sets matplotlib's defaults to the project's style, for the running process."""
-    mpl.rcParams.update(
-        {
-            "axes.prop_cycle": cycler(color=list(COLORS.values())),
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "axes.titlesize": 10,
-            "axes.labelsize": 9,
-            "xtick.labelsize": 8,
-            "ytick.labelsize": 8,
-            "legend.fontsize": 8,
-            "legend.frameon": False,
-            "figure.dpi": 96,
-            "figure.constrained_layout.use": True,
-            "image.cmap": "gray",
-            "image.interpolation": "nearest",
-            "lines.linewidth": 1.5,
-        }
-    )
+    own: dict[RcKeyType, Any] = {
+        "axes.prop_cycle": cycler(color=list(COLORS.values())),
+        "axes.titlesize": 10,
+        "axes.labelsize": 9,
+        "xtick.labelsize": 8,
+        "ytick.labelsize": 8,
+        "legend.fontsize": 8,
+        "figure.dpi": 96,
+        "lines.linewidth": 1.5,
+    }
+    mpl.rcParams.update(_BOTH | own)
 
 
 def save(figure: Figure, name: str) -> Path:
-    """Writes a figure as PNG and returns its path.
+    """Writes a figure as NAME.png into :func:`figure_folder`, and returns its path.
 
-    It goes to the folder that the environment variable DIFFOC_FIGURES names, by default the
-    project's `figures/`. The name has no ending. The file has no date or version in it, so that
-    equal figures are equal files.
+    The file has no date or version in it, so that equal figures are equal files.
     """
-    folder = figure_folder()
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}.png"
+    path = figure_folder() / f"{name}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as part:
         figure.savefig(part, dpi=150, metadata={"Software": None})
     return path
@@ -123,7 +115,7 @@ def save_for_print(
 
 
 def figure_folder() -> Path:
-    """Returns where :func:`save` writes."""
+    """Returns the folder that DIFFOC_FIGURES names, by default the project's `figures/`."""
     return Path(os.environ.get("DIFFOC_FIGURES", ROOT / "figures"))
 
 
@@ -140,6 +132,14 @@ def sheet(images: Tensor, columns: int) -> Tensor:
     grid = filled.reshape(rows, columns, channels, height, width).permute(0, 3, 1, 4, 2)
     pixels = (grid.reshape(rows * height, columns * width, channels) + 1) * 127.5
     return pixels.round().clamp(0, 255).byte().squeeze(2)
+
+
+def show(ax: Axes, image: Tensor) -> None:
+    """Shows an image (C, H, W) of one channel or three, by what lies in [-1, 1]."""
+    pixels = ((image.detach().cpu().float() + 1) / 2).clamp(0, 1).movedim(0, -1)
+    ax.imshow(pixels.squeeze(-1), vmin=0, vmax=1, cmap="gray", interpolation="nearest")
+    ax.set(xticks=[], yticks=[])
+    ax.spines[:].set_visible(False)
 
 
 def write_sheet(images: Tensor, path: Path, columns: int = 8) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
 import torch
 from azula.noise import VPSchedule
 from matplotlib.figure import Figure
@@ -13,10 +14,10 @@ from torch import Tensor
 from diffoc.costs import ControlCost, GaussianLikelihood
 from diffoc.data import portrait
 from diffoc.data.provenance import ROOT
+from diffoc.experiments import ablation_summary as summary
 from diffoc.experiments.records import rows_of
 from diffoc.experiments.summary import by_budget, by_method, by_setting
 from diffoc.figures import plots, save_for_print
-from diffoc.figures.ablations import from_ablations
 from diffoc.ilqr import ilqr
 from diffoc.priors.gaussian import GaussianMixturePrior, GaussianPrior
 from diffoc.priors.mixture import mixture_from_loadings
@@ -37,7 +38,8 @@ Made = tuple[str, Figure, tuple[str, ...]]
 
 ITERATIONS = 6  # of the reconstructions, which take most of the time
 
-METRICS = {"psnr": "PSNR (dB)", "ssim": "SSIM", "lpips_alex": "LPIPS (AlexNet)"}
+PSNR = "PSNR (dB)"
+METRICS = {"psnr": PSNR, "ssim": "SSIM", "lpips_alex": "LPIPS (AlexNet)"}
 
 
 def write_all(folder: Path | None = None, records: Path = ROOT / "data" / "records") -> list[Path]:
@@ -57,29 +59,56 @@ def from_records(folder: Path) -> Iterator[Made]:
 
     The folder has `table1_*.csv` and `tuning_*.csv`; each may be missing.
     """
-    for path in _tables(folder, "table1"):
-        rows = rows_of(path)
+    for path, rows in _tables(folder, "table1"):
         for metric, label in METRICS.items():
             if values := by_method(rows, metric):
                 figure = plots.metric_by_method(values, label)
                 yield f"{path.stem}_{metric}", figure, (path.name,)
-            if any(
-                len(c) > 1 for lines in by_budget(rows, metric).values() for c in lines.values()
-            ):
-                figure = plots.quality_curves(by_budget(rows, metric), "evaluations", label)
+            panels = by_budget(rows, metric)
+            if any(len(curve) > 1 for lines in panels.values() for curve in lines.values()):
+                figure = plots.quality_curves(panels, "evaluations", label)
                 yield f"{path.stem}_{metric}_budget", figure, (path.name,)
-    for path in _tables(folder, "tuning"):
-        rows = rows_of(path)
-        figure = plots.quality_curves(by_setting(rows, "psnr"), "value of the keyword", "PSNR (dB)")
+    for path, rows in _tables(folder, "tuning"):
+        figure = plots.quality_curves(by_setting(rows, "psnr"), "value of the keyword", PSNR)
         yield path.stem, figure, (path.name,)
 
 
-def _tables(folder: Path, name: str) -> list[Path]:
-    """Returns the paths of tables, which need not exist themselves if their shards do."""
+def from_ablations(folder: Path) -> Iterator[Made]:
+    """Yields Figures 3 and 6 and Tables 4 to 6, of what has been run: names, figures, records.
+
+    The folder has `few_steps_*.csv`, `rank_*.csv` and `robustness_*.csv`; each may be missing.
+    """
+    for path, rows in _tables(folder, "few_steps"):
+        for name, panels, xlabel in (
+            ("budget", summary.equal_budgets(rows, "psnr"), "evaluations"),
+            ("horizon", summary.equal_horizons(rows, "psnr"), "steps $T$"),
+        ):
+            if panels:
+                figure = plots.quality_curves(panels, xlabel, PSNR)
+                yield f"{path.stem}_{name}", figure, (path.name,)
+    for path, rows in _tables(folder, "rank"):
+        if panels := summary.by_rank(rows, "psnr"):
+            figure = plots.quality_curves(panels, "rank $k$", PSNR, logarithmic=False)
+            yield path.stem, figure, (path.name,)
+        if panels := summary.by_constant(rows, "psnr"):
+            xlabel = "Tikhonov's constant $a$"
+            figure = plots.quality_curves(panels, xlabel, PSNR, ticks=summary.CONSTANTS)
+            yield f"{path.stem}_constant", figure, (path.name,)
+    for path, rows in _tables(folder, "robustness"):
+        known = set(rows["prior"].map(summary.prior_label))
+        priors = [name for name in summary.PRIORS if name in known]
+        if panels := summary.by_prior(rows, "psnr", priors):
+            yield path.stem, plots.quality_curves(panels, "prior", PSNR, ticks=priors), (path.name,)
+
+
+def _tables(folder: Path, name: str) -> Iterator[tuple[Path, pd.DataFrame]]:
+    """Yields paths and rows of the tables that have any; shards need no table beside them."""
     names = {
         path.name.split(".shard-")[0].removesuffix(".csv") for path in folder.glob(f"{name}_*")
     }
-    return [folder / f"{name}.csv" for name in sorted(names)]
+    for path in (folder / f"{name}.csv" for name in sorted(names)):
+        if len(rows := rows_of(path)):
+            yield path, rows
 
 
 def from_paper() -> Iterator[Made]:
@@ -105,7 +134,7 @@ def from_paper() -> Iterator[Made]:
             ]
             for name in ("super_resolution", "random_inpainting")
         }
-        for metric, label in {"lpips": "LPIPS", "psnr": "PSNR (dB)", "ssim": "SSIM"}.items()
+        for metric, label in {"lpips": "LPIPS", "psnr": PSNR, "ssim": "SSIM"}.items()
     }
     figure = plots.quality_curves(ranks, "rank $k$", "as the paper has it", logarithmic=False)
     yield "paper_table4", figure, (path.name,)

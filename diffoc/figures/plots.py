@@ -9,13 +9,12 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from torch import Tensor
 
 from diffoc.experiments.summary import Curve
-from diffoc.figures import COLORS, PRINT, WIDTH
+from diffoc.figures import COLORS, PRINT, WIDTH, show
 
 MARKERS = "os^DvPX"
 
@@ -79,7 +78,7 @@ def predicted_x0(
     figure, axes = _grid(len(rows), len(times) + 1, truth.shape[-2:])
     for line, (name, images) in zip(axes, rows.items(), strict=True):
         for ax, image in zip(line, [*images, truth], strict=True):
-            _show(ax, image)
+            show(ax, image)
         line[0].set_ylabel(name)
     for ax, t in zip(axes[0], times, strict=False):
         ax.set_title(f"$t = {t:.2f}$")
@@ -107,7 +106,7 @@ def reconstructions(
     for column, (name, images) in zip(axes.T, columns.items(), strict=True):
         column[0].set_title(name)
         for b, (ax, image) in enumerate(zip(column, images, strict=True)):
-            _show(ax, image)
+            show(ax, image)
             if captions and name in captions and captions[name][b]:
                 ax.set_xlabel(captions[name][b], labelpad=2)
     for ax, name in zip(axes[:, 0], rows, strict=True):
@@ -157,17 +156,11 @@ def quality_curves(
 ) -> Figure:
     """Draws means of a metric over a budget or a setting, with intervals: Figure 3, Tables 4 to 6.
 
-    Args:
-        panels: a panel's title to its lines' labels to their curves, see
-            :func:`diffoc.experiments.summary.by_budget` and
-            :func:`diffoc.experiments.summary.by_setting`. A half-width of nan is none.
-        xlabel, ylabel: with units.
-        logarithmic: whether the abscissa is, or the places are equally far apart.
-        columns: of panels, at most.
-        ticks: names of the places 0, 1, ..., which the abscissas are then.
-
-    Raises:
-        ValueError: if there are none.
+    The panels map a title to lines' labels to their curves, as
+    :func:`diffoc.experiments.summary.by_budget` does; a half-width of nan is none. The abscissa is
+    logarithmic, or its places are equally far apart; with `ticks` these are 0, 1, ... and have such
+    names. Labels have units. There are at most so many columns of panels. A ValueError refuses no
+    panels.
     """
     if not panels:
         raise ValueError("panels is empty, expected at least one")
@@ -217,10 +210,8 @@ def theorem_errors(
 ) -> Figure:
     """Draws what the theorems miss, over Tikhonov's constant, beside the slope -1 of a limit.
 
-    Args:
-        constants: positive, ascending.
-        errors: a line's label to its relative errors, positive, one for each constant.
-        bound: of rounding, drawn as a level.
+    The constants are positive and ascending. The errors map a line's label to its relative errors,
+    one for each constant. The bound of rounding is drawn as a level.
     """
     figure = Figure(figsize=(WIDTH, 2.2))
     ax = figure.subplots()
@@ -238,11 +229,9 @@ def theorem_errors(
 
 @mpl.rc_context(PRINT)
 def sizes_over_time(times: Sequence[float], sizes: Mapping[str, Sequence[float]]) -> Figure:
-    """Draws lengths of scores from noise to image, on a logarithmic axis.
+    """Draws lengths of scores, by label, from noise to image, on a logarithmic axis.
 
-    Args:
-        times: in [0, 1], any order.
-        sizes: a line's label to its positive values.
+    The times lie in [0, 1], in any order.
     """
     figure = Figure(figsize=(WIDTH, 2.0))
     ax = figure.subplots()
@@ -262,11 +251,3 @@ def _grid(
     layout = ConstrainedLayoutEngine(w_pad=0.01, h_pad=0.01, wspace=0.02, hspace=0.02)
     figure = Figure(figsize=(WIDTH, height + 0.25 + 0.2 * captions), layout=layout)
     return figure, figure.subplots(rows, columns, squeeze=False)
-
-
-def _show(ax: Axes, image: Tensor) -> None:
-    """Shows an image (C, H, W) of one channel or three, by what lies in [-1, 1]."""
-    pixels = ((image.detach().cpu().float() + 1) / 2).clamp(0, 1).movedim(0, -1)
-    ax.imshow(pixels.squeeze(-1), vmin=0, vmax=1)
-    ax.set(xticks=[], yticks=[])
-    ax.spines[:].set_visible(False)

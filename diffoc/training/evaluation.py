@@ -12,6 +12,7 @@ from azula.noise import VESchedule
 from azula.sample import HeunSampler
 from torch import Tensor, nn
 
+from diffoc.data import images as data
 from diffoc.data.files import try_folder
 from diffoc.data.images import as_states
 from diffoc.data.manifest import load_weights
@@ -19,7 +20,7 @@ from diffoc.priors.autoencoder import Autoencoder, reconstruction_psnr
 from diffoc.priors.networks import SIGMA_MAX, SIGMA_MIN, DigitClassifier, ResidualClassifier
 from diffoc.priors.pretrained import load_prior
 from diffoc.priors.severity import SeverityEncoder
-from diffoc.priors.weights import load_into, read_weights
+from diffoc.priors.weights import classifier, load_into, read_weights
 from diffoc.problems.metrics import frechet_between, frechet_distance, moments
 from diffoc.training.severity import severities
 from diffoc.training.trainer import denoiser, time_of
@@ -30,11 +31,6 @@ SIGMAS = (0.1, 0.3, 1.0)
 def trained(name: str) -> Denoiser:
     """Returns a prior of the repository with its training's schedule: sigma from 0.002 to 80."""
     return load_prior(name, VESchedule(SIGMA_MIN, SIGMA_MAX))
-
-
-def denoising_report(prior: Denoiser, held_out: np.ndarray) -> dict[str, float]:
-    """Returns the PSNR in dB of denoised held-out images, uint8 (N, H, W), by :func:`trained`."""
-    return {f"psnr_sigma_{s:g}": round(denoising_psnr(prior, held_out, s), 2) for s in SIGMAS}
 
 
 @torch.no_grad()
@@ -77,20 +73,16 @@ def frechet_to_digits(samples: Tensor, classifier: DigitClassifier) -> float:
 
 def report(name: str, samples: int = 1000, seed: int = 0) -> tuple[dict, Tensor]:
     """Returns all that a card reports of "mnist" or "faces64", and the samples it was judged by."""
-    from diffoc.data import images as data
-    from diffoc.priors.weights import classifier
-
     prior = trained(name)
-    generator = torch.Generator().manual_seed(seed)
+    held_out = data.mnist("test")[0] if name == "mnist" else data.faces("test")
+    shape = (samples, 1, *held_out.shape[1:])
+    drawn = draw_samples(prior, shape, torch.Generator().manual_seed(seed))
+    # Of digits every tenth; the first thousand would not do, as the set may be sorted by class.
+    some = held_out[::10] if name == "mnist" else held_out
+    found: dict = {f"psnr_sigma_{s:g}": round(denoising_psnr(prior, some, s), 2) for s in SIGMAS}
     if name == "mnist":
-        held_out, _ = data.mnist("test")
-        drawn = draw_samples(prior, (samples, 1, 28, 28), generator)
-        judged = digits_report(drawn, classifier(), as_states(held_out))
-        # Every tenth suffices; the first thousand would not, as the set may be sorted by class.
-        return denoising_report(prior, held_out[::10]) | judged, drawn
-    held_out = data.faces("test")
-    drawn = draw_samples(prior, (samples, 1, 64, 64), generator)
-    return denoising_report(prior, held_out), drawn
+        found |= digits_report(drawn, classifier(), as_states(held_out))
+    return found, drawn
 
 
 def score(
@@ -103,22 +95,40 @@ def score(
 
     A classifier is one that labels are given for. `decode` makes images of samples.
     """
-    if labels is not None:
-        return f"accuracy {accuracy(network, held_out, labels):.4f}", None
-    if isinstance(network, Autoencoder):
-        return f"PSNR {reconstruction_psnr(network, held_out):.2f}", None
-    generator = torch.Generator().manual_seed(0)
-    if isinstance(network, SeverityEncoder):
-        found = severities(network, as_states(held_out), generator)
-        correlation = torch.corrcoef(found.log())[0, 1]
-        error = f"RMSE {found[1].mean():.3f}, correlation of severities {correlation:.3f}"
-        return error, None
-    prior = denoiser(network)
-    psnr = " / ".join(f"{denoising_psnr(prior, held_out, sigma):.2f}" for sigma in SIGMAS)
+    _, text = _judged(network, held_out, labels)
+    if labels is not None or isinstance(network, Autoencoder | SeverityEncoder):
+        return text, None
     shape = (16, *as_states(held_out[:1]).shape[1:])
-    return f"PSNR at sigma 0.1, 0.3, 1: {psnr}", draw_samples(
-        prior, shape, generator, decode=decode
-    )
+    generator = torch.Generator().manual_seed(0)
+    return text, draw_samples(denoiser(network), shape, generator, decode=decode)
+
+
+def worth(network: nn.Module, held_out: np.ndarray, labels: np.ndarray | None = None) -> float:
+    """Returns one number by which two networks of a kind are compared, the larger the better.
+
+    It is a classifier's accuracy, an autoencoder's PSNR, a denoiser's mean over the three levels,
+    or a severity encoder's error, with the opposite sign. Arguments are as for :func:`score`.
+    """
+    return _judged(network, held_out, labels)[0]
+
+
+def _judged(
+    network: nn.Module, held_out: np.ndarray, labels: np.ndarray | None
+) -> tuple[float, str]:
+    """Returns :func:`worth`, and the same in words."""
+    if labels is not None:
+        share = accuracy(network, held_out, labels)
+        return share, f"accuracy {share:.4f}"
+    if isinstance(network, Autoencoder):
+        psnr = reconstruction_psnr(network, held_out)
+        return psnr, f"PSNR {psnr:.2f}"
+    if isinstance(network, SeverityEncoder):
+        found = severities(network, as_states(held_out), torch.Generator().manual_seed(0))
+        correlation, error = torch.corrcoef(found.log())[0, 1], found[1].mean().item()
+        return -error, f"RMSE {error:.3f}, correlation of severities {correlation:.3f}"
+    levels = [denoising_psnr(denoiser(network), held_out, sigma) for sigma in SIGMAS]
+    text = " / ".join(f"{psnr:.2f}" for psnr in levels)
+    return sum(levels) / len(levels), f"PSNR at sigma 0.1, 0.3, 1: {text}"
 
 
 def worth_of_file(
@@ -151,23 +161,6 @@ def write_unless_worse(write: Callable[[Path], Path], folder: Path, lost: float)
         f"out has {folder / path.name}, which is better by {lost:.3g} on held-out images: it "
         f"stays, and the new weights are in {path}"
     )
-
-
-def worth(network: nn.Module, held_out: np.ndarray, labels: np.ndarray | None = None) -> float:
-    """Returns one number by which two networks of a kind are compared, the larger the better.
-
-    It is a classifier's accuracy, an autoencoder's PSNR, a denoiser's mean over the three levels,
-    or a severity encoder's error, with the opposite sign. Arguments are as for :func:`score`.
-    """
-    if labels is not None:
-        return accuracy(network, held_out, labels)
-    if isinstance(network, Autoencoder):
-        return reconstruction_psnr(network, held_out)
-    if isinstance(network, SeverityEncoder):
-        found = severities(network, as_states(held_out), torch.Generator().manual_seed(0))
-        return -found[1].mean().item()
-    prior = denoiser(network)
-    return sum(denoising_psnr(prior, held_out, sigma) for sigma in SIGMAS) / len(SIGMAS)
 
 
 @torch.no_grad()

@@ -1,6 +1,27 @@
-"""The mixture priors that ship with the repository: their data, sizes and fits."""
+"""Mixtures of probabilistic principal component analysers, fitted by EM; those that ship.
+
+The small priors of the notebooks are mixtures of K Gaussians on R^n whose covariances are of low
+rank plus a constant::
+
+    p(x) = sum_k pi_k N(x; mu_k, Sigma_k),    Sigma_k = W_k W_k^T + psi_k I,   W_k of shape (n, r).
+
+Every density, posterior mean and score that diffusion needs has a closed form under such a prior,
+which is why they serve as oracles. No n x n matrix is formed after the start: with ::
+
+    M_k = psi_k I + W_k^T W_k = L_k L_k^T      and      V_k = W_k L_k^-T
+
+Woodbury's identity and the determinant lemma read ::
+
+    (x - mu_k)^T Sigma_k^-1 (x - mu_k) = (|x - mu_k|^2 - |V_k^T (x - mu_k)|^2) / psi_k,
+    log det Sigma_k = (n - r) log psi_k + log det M_k.
+
+Source: M. E. Tipping and C. M. Bishop, Mixtures of probabilistic principal component analysers,
+Neural Computation 11(2), 1999, doi 10.1162/089976699300016728.
+"""
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
 from typing import NamedTuple
@@ -9,12 +30,221 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffoc.checks import check_member
+from diffoc.checks import check_above, check_alike, check_at_least, check_member, check_tensor
 from diffoc.data import faces, mnist
 from diffoc.data.manifest import LICENSES, store_weights
 from diffoc.priors.weights import read_weights
 from diffoc.training.evaluation import write_unless_worse
-from diffoc.training.fitting import PPCAMixture, fit_mixture, log_likelihood
+
+# Variance of the rounding of 8-bit images on the [-1, 1] scale: no fit can know more.
+NOISE_FLOOR = (2 / 255) ** 2 / 12
+_CHUNK = 2000
+# Responsibilities below this add less than float32 can hold; skipping them saves most of a sweep.
+_NEGLIGIBLE = 1e-9
+
+
+@dataclass(frozen=True)
+class PPCAMixture:
+    """A mixture of probabilistic principal component analysers.
+
+    Attributes:
+        log_weights: (K,), log pi_k; the exponentials sum to one.
+        means: (K, n).
+        loadings: (K, n, r), W_k.
+        noise_variance: (K,), psi_k > 0.
+        history: mean log-likelihood of a datum before each EM step and after the last.
+    """
+
+    log_weights: Tensor
+    means: Tensor
+    loadings: Tensor
+    noise_variance: Tensor
+    history: tuple[float, ...] = ()
+
+
+def log_likelihood(mixture: PPCAMixture, data: Tensor) -> Tensor:
+    """Returns log sum_k pi_k N(x; mu_k, W_k W_k^T + psi_k I) of each datum, (N,), in nats.
+
+    A ValueError refuses data that are not (N, n), of the mixture's dtype, and finite.
+    """
+    _check_data(data, mixture.means.shape[1])
+    check_alike(data=data, means=mixture.means)
+    joint = [_log_joint(mixture, chunk) for chunk in data.split(_CHUNK)]
+    return torch.cat(joint).logsumexp(dim=1)
+
+
+def fit_mixture(
+    data: Tensor,
+    components: int,
+    rank: int,
+    *,
+    iterations: int = 100,
+    tolerance: float = 1e-4,
+    floor: float = NOISE_FLOOR,
+    generator: torch.Generator,
+    progress: Callable[[int, float], None] | None = None,
+) -> PPCAMixture:
+    """Maximises the likelihood of a mixture of probabilistic PCA by EM.
+
+    The start is k-means++ with Lloyd steps, and in each cluster the closed-form solution for one
+    component. The likelihood then never decreases, and the mixture has its history.
+
+    Args:
+        data: (N, n) float32 or float64, with N >= components.
+        components, rank: K, at least 1, and r, 1 <= r < n.
+        iterations: the most steps of EM, at least 0.
+        tolerance: steps end when one gains less than this many nats a datum; at least 0.
+        floor: the smallest noise variance psi_k, positive; keeps a component from collapsing.
+        generator: the source of the start's randomness.
+        progress: called with the step's number and the mean log-likelihood before it.
+
+    Source: Tipping and Bishop 1999, appendix C.
+    """
+    _check_data(data)
+    n = data.shape[1]
+    if not 1 <= components <= len(data):
+        raise ValueError(f"components must be in [1, {len(data)}], got {components}")
+    if not 1 <= rank < n:
+        raise ValueError(f"rank must be in [1, {n - 1}], got {rank}")
+    check_at_least(0, iterations=iterations, tolerance=tolerance)
+    check_above(0, floor=floor)
+    mixture = initial_mixture(data, components, rank, floor=floor, generator=generator)
+    history: list[float] = []
+    for step in range(iterations):
+        updated, likelihood = em_step(mixture, data, floor=floor)
+        history.append(likelihood)
+        if progress is not None:
+            progress(step, likelihood)
+        if step and likelihood - history[-2] < tolerance:
+            break
+        mixture = updated
+    else:
+        history.append(log_likelihood(mixture, data).double().mean().item())
+    return replace(mixture, history=tuple(history))
+
+
+def em_step(
+    mixture: PPCAMixture, data: Tensor, *, floor: float = NOISE_FLOOR
+) -> tuple[PPCAMixture, float]:
+    """Takes one step of EM in the two stages of Tipping and Bishop.
+
+    With responsibilities R_ik = p(k | x_i), N_k = sum_i R_ik and the local covariance
+    S_k = sum_i R_ik (x_i - mu_k)(x_i - mu_k)^T / N_k about the new mean,
+
+        pi_k  <- N_k / N,      mu_k <- sum_i R_ik x_i / N_k,
+        W_k   <- S_k W_k (psi_k I + M_k^-1 W_k^T S_k W_k)^-1,
+        psi_k <- tr(S_k - S_k W_k(old) M_k^-1 W_k(new)^T) / n.
+
+    A component left with fewer than r + 2 data, which r directions and a mean could explain without
+    noise, keeps its shape and loses only weight: it can neither collapse nor lower the likelihood.
+
+    Arguments as in `fit_mixture`. Returns the new mixture and the mean log-likelihood of the old.
+    """
+    n, r = mixture.loadings.shape[1:]
+    log_p = torch.cat([_log_joint(mixture, chunk) for chunk in data.split(_CHUNK)])
+    evidence = log_p.logsumexp(dim=1, keepdim=True)
+    R = (log_p - evidence).exp()
+    mass = R.sum(dim=0, dtype=torch.float64)
+    means, loadings, noise = (
+        part.clone() for part in (mixture.means, mixture.loadings, mixture.noise_variance)
+    )
+    identity = torch.eye(r, dtype=torch.float64)
+    for k in (mass >= r + 2).nonzero()[:, 0].tolist():
+        rows = R[:, k] > _NEGLIGIBLE
+        x, share = data[rows].double(), R[rows, k].double() / mass[k]
+        means[k] = mean = share @ x
+        d, W, psi = x - mean, loadings[k].double(), noise[k].double()
+        SW = d.mT @ (share[:, None] * (d @ W))
+        L = torch.linalg.cholesky(psi * identity + W.mT @ W)  # of M
+        W_new = torch.linalg.solve(
+            psi * identity + torch.cholesky_solve(W.mT @ SW, L), SW, left=False
+        )
+        explained = (SW * torch.cholesky_solve(W_new.mT, L).mT).sum()
+        loadings[k] = W_new
+        noise[k] = ((share @ d.square().sum(dim=1) - explained) / n).clamp(min=floor)
+    weights = (mass / mass.sum()).clamp(min=torch.finfo(data.dtype).tiny)
+    updated = PPCAMixture(weights.log().to(data.dtype), means, loadings, noise)
+    return updated, evidence.double().mean().item()
+
+
+def initial_mixture(
+    data: Tensor, components: int, rank: int, *, floor: float, generator: torch.Generator
+) -> PPCAMixture:
+    """Returns k-means clusters, each with the closed-form maximum-likelihood probabilistic PCA.
+
+    With the eigenvalues l_1 >= ... >= l_n and eigenvectors u_j of a cluster's covariance,
+    psi = (l_{r+1} + ... + l_n) / (n - r) and W = [u_j sqrt(l_j - psi)] for j <= r.
+
+    Arguments as in `fit_mixture`. A cluster with fewer than r + 2 data takes the covariance of all.
+    """
+    means, labels = _kmeans(data, components, generator)
+    counts = torch.bincount(labels, minlength=components)
+    loadings = torch.empty(components, data.shape[1], rank, dtype=data.dtype)
+    noise = torch.empty(components, dtype=data.dtype)
+    for k in range(components):
+        members = data[labels == k] if counts[k] >= rank + 2 else data
+        values, vectors = torch.linalg.eigh(torch.cov(members.T, correction=0))
+        values, vectors = values.flip(0), vectors.flip(1)
+        noise[k] = values[rank:].mean().clamp(min=floor)
+        loadings[k] = vectors[:, :rank] * (values[:rank] - noise[k]).clamp(min=0).sqrt()
+    weights = counts.clamp(min=1).to(data.dtype)
+    return PPCAMixture((weights / weights.sum()).log(), means, loadings, noise)
+
+
+def _log_joint(mixture: PPCAMixture, x: Tensor) -> Tensor:
+    """Returns log pi_k N(x; mu_k, Sigma_k) of data (N, n), (N, K)."""
+    K, n, r = mixture.loadings.shape
+    W, psi = mixture.loadings.double(), mixture.noise_variance.double()
+    L = torch.linalg.cholesky(psi[:, None, None] * torch.eye(r, dtype=torch.float64) + W.mT @ W)
+    V = torch.linalg.solve_triangular(L, W.mT, upper=False).mT.to(x)
+    centre = mixture.log_weights.exp() @ mixture.means  # which saves digits
+    x, means = x - centre, mixture.means - centre
+    # One product with [V_1 ... V_K] is that of all components.
+    p = (x @ V.movedim(0, 1).reshape(n, K * r)).view(len(x), K, r)
+    p = p - (means[:, None] @ V)[:, 0]
+    mahalanobis = (_squared_distance(x, means) - p.square().sum(dim=2)) / mixture.noise_variance
+    log_det = (n - r) * psi.log() + 2 * L.diagonal(dim1=1, dim2=2).log().sum(dim=1)
+    constant = mixture.log_weights.double() - 0.5 * (n * math.log(2 * math.pi) + log_det)
+    return constant.to(x) - 0.5 * mahalanobis
+
+
+def _squared_distance(x: Tensor, centres: Tensor) -> Tensor:
+    squares = x.square().sum(dim=1, keepdim=True) + centres.square().sum(dim=1)
+    return (squares - 2 * x @ centres.T).clamp(min=0)
+
+
+def _kmeans(
+    data: Tensor, components: int, generator: torch.Generator, steps: int = 10
+) -> tuple[Tensor, Tensor]:
+    """Centres (K, n) and labels (N,) by k-means++ and Lloyd's steps; an empty cluster stays put."""
+    shift = data.mean(dim=0)
+    x = data - shift
+    first = torch.randint(len(x), (1,), generator=generator)
+    centres = x[first]
+    nearest = _squared_distance(x, centres)[:, 0]
+    for found in range(1, components):
+        # torch.multinomial stops at 2^24 categories and at float32; the inverse CDF does not.
+        cumulative = nearest.double().cumsum(dim=0)
+        if not cumulative[-1] > 0:
+            raise ValueError(f"components is {components}, but data has {found} distinct rows")
+        u = torch.rand(1, generator=generator, dtype=torch.float64) * cumulative[-1]
+        chosen = x[torch.searchsorted(cumulative, u, right=True)]
+        centres = torch.cat([centres, chosen])
+        nearest = torch.minimum(nearest, _squared_distance(x, chosen)[:, 0])
+    for _ in range(steps):
+        labels = _squared_distance(x, centres).argmin(dim=1)
+        counts = torch.bincount(labels, minlength=components)[:, None]
+        sums = torch.zeros_like(centres).index_add_(0, labels, x)
+        centres = torch.where(counts > 0, sums / counts.clamp(min=1), centres)
+    return centres + shift, labels
+
+
+def _check_data(data: Tensor, n: int | None = None) -> None:
+    if data.ndim != 2 or len(data) == 0 or (n is not None and data.shape[1] != n):
+        expected = "(N, n)" if n is None else f"(N, {n})"
+        raise ValueError(f"data must have shape {expected} with N > 0, got {tuple(data.shape)}")
+    check_alike(data=data)
+    check_tensor("data", data)
 
 
 class _Mixture(NamedTuple):
@@ -55,13 +285,17 @@ def fit_mixture_prior(
     n = test.shape[1]
     file = f"mixture_{name}"
     before = _worth_of_file(out_dir / f"{file}.safetensors", test)
+
+    def report(step: int, likelihood: float) -> None:
+        print(f"step {step:3d}  log-likelihood {likelihood:.3f}", flush=True)
+
     start = perf_counter()
     mixture = fit_mixture(
         train,
         sizes.components,
         sizes.rank,
         generator=generator,
-        progress=_print_step if progress else None,
+        progress=report if progress else None,
     )
     seconds = perf_counter() - start
     tensors = {
@@ -138,7 +372,3 @@ def bits_per_pixel(nats_per_pixel: float) -> float:
     probability of the byte (Theis, van den Oord and Bethge, arXiv 1511.01844).
     """
     return -(nats_per_pixel + math.log(2 / 255)) / math.log(2)
-
-
-def _print_step(step: int, likelihood: float) -> None:
-    print(f"step {step:3d}  log-likelihood {likelihood:.3f}", flush=True)

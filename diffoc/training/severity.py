@@ -30,11 +30,7 @@ def severity_loss(network: SeverityEncoder, x: Tensor, generator: torch.Generato
 
     The noise of the measurements is that of :data:`diffoc.problems.tasks.NOISE_STD`.
     """
-    pictures = torch.cat([_degraded(part, generator) for part in x.split(_GROUP)])
-    with torch.no_grad():
-        truth = _autoencoder(x.shape[1]).to(x).encode(x)
-    estimate, log_severity = network(pictures)
-    error = (estimate - truth).square().flatten(1).mean(1)
+    error, log_severity = _estimated(network, x, generator)
     prediction_error = (log_severity - error.detach().log() / 2).square()
     return (error + ERROR_WEIGHT * prediction_error).mean()
 
@@ -42,10 +38,19 @@ def severity_loss(network: SeverityEncoder, x: Tensor, generator: torch.Generato
 @torch.no_grad()
 def severities(network: SeverityEncoder, x: Tensor, generator: torch.Generator) -> Tensor:
     """Returns predicted and true severities, (2, B), of images degraded as in training."""
+    error, log_severity = _estimated(network, x, generator)
+    return torch.stack([log_severity.exp(), error.sqrt()])
+
+
+def _estimated(
+    network: SeverityEncoder, x: Tensor, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Returns the mean squared error of the latents' estimate and its prediction, (B,) each."""
     pictures = torch.cat([_degraded(part, generator) for part in x.split(_GROUP)])
+    with torch.no_grad():
+        truth = _autoencoder(x.shape[1]).to(x).encode(x)
     estimate, log_severity = network(pictures)
-    truth = _autoencoder(x.shape[1]).to(x).encode(x)
-    return torch.stack([log_severity.exp(), (estimate - truth).square().flatten(1).mean(1).sqrt()])
+    return (estimate - truth).square().flatten(1).mean(1), log_severity
 
 
 def _degraded(x: Tensor, generator: torch.Generator) -> Tensor:

@@ -12,7 +12,7 @@ from diffoc.experiments import ablation_summary as summary
 from diffoc.experiments.ablations import REGULARIZATIONS, ablation_cells
 from diffoc.experiments.records import COLUMNS, frame
 from diffoc.experiments.summary import select
-from diffoc.figures.ablations import from_ablations
+from diffoc.figures.paper import from_ablations
 
 TASK = "random_inpainting"
 

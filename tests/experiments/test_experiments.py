@@ -210,7 +210,7 @@ def test_the_best_trial_is_that_of_the_highest_mean():
 def test_tuning_writes_the_best_and_a_second_time_computes_nothing(tmp_path, monkeypatch, capsys):
     faces = torch.cat([portrait("astronaut", grey=True), portrait("grace_hopper", grey=True)])[:, 0]
     pixels = ((faces + 1) * 127.5).byte().numpy()
-    monkeypatch.setattr(experiments, "_faces", lambda: np.resize(pixels, (512, 64, 64)))
+    monkeypatch.setattr(experiments, "_faces", lambda colour: np.resize(pixels, (512, 64, 64)))
     tuned, calls = {}, []
     monkeypatch.setattr(methods, "read_tuned", lambda path=None: tuned)
     monkeypatch.setattr(methods, "write_tuned", lambda new, path=None: tuned.update(new))

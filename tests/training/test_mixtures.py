@@ -11,9 +11,8 @@ from scipy.special import logsumexp
 from scipy.stats import multivariate_normal
 
 from diffoc.data.manifest import checked_bytes
-from diffoc.training import fitting
 from diffoc.training import mixtures as recipes
-from diffoc.training.fitting import PPCAMixture, em_step, fit_mixture, log_likelihood
+from diffoc.training.mixtures import PPCAMixture, em_step, fit_mixture, log_likelihood
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -222,7 +221,7 @@ def test_dequantise_fills_one_grey_level():
     x = recipes.dequantise(images, seeded())
     centres = torch.tensor([0, 100, 255]) / 127.5 - 1
     assert (x - centres).abs().max() <= 1 / 255 + 1e-6
-    assert (x - centres).var() == pytest.approx(fitting.NOISE_FLOOR, rel=0.05)
+    assert (x - centres).var() == pytest.approx(recipes.NOISE_FLOOR, rel=0.05)
     with pytest.raises(ValueError, match="uint8"):
         recipes.dequantise(images.astype(np.float32), seeded())
 
