@@ -1,76 +1,41 @@
 """The subcommands of the paper's tables on FFHQ: preflight, ffhq, measure."""
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from diffoc.commands.tables import add_workers, fill, shard
-from diffoc.data.files import try_file, try_folder
+import torch
+from PIL import Image
+from torch import Tensor
+
+from diffoc import figures
+from diffoc.commands.tables import fill
+from diffoc.data.files import replacing, try_file, try_folder
+from diffoc.data.pictures import picture_size, read_picture, write_picture
 from diffoc.data.provenance import ROOT
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from diffoc.experiments.measured import Measured
-    from diffoc.experiments.records import Cell
+from diffoc.experiments import ffhq as tables
+from diffoc.experiments import measured
+from diffoc.experiments import preflight as checks
+from diffoc.experiments.cells import Computer, folder_of, keep_in
+from diffoc.experiments.inaccurate import RANDOM, accurate_name, sizes_of
+from diffoc.experiments.measured import Measured, pictures_in
+from diffoc.experiments.protocol import FFHQ_PROTOCOLS
+from diffoc.experiments.records import alone
+from diffoc.experiments.runs import recorded
+from diffoc.priors.pretrained import shape_of
+from diffoc.problems import perceptual
 
 FIGURE_IMAGES = 4
 
 
-def add_commands(commands: argparse._SubParsersAction) -> None:
-    """Adds them to a command line."""
-    ready = commands.add_parser("preflight", help="what FFHQ needs and costs; 1 if it would fail")
-    table = commands.add_parser("ffhq", help="a table of the paper on FFHQ, beside its numbers")
-    table.add_argument("table", choices=["table1", "table3", "table4", "table5", "table6"])
-    for parser in (ready, table):
-        parser.add_argument("--prior", default="ffhq256")
-        parser.add_argument("--random-weights", action="store_true", help="for a trial")
-        parser.add_argument("--tasks", nargs="+", help="by default the table's")
-        parser.add_argument("--precision", choices=["bfloat16", "float32"], default="float32")
-        which = parser.add_mutually_exclusive_group()
-        which.add_argument("--first", type=int, metavar="N", help="images only")
-        which.add_argument("--last", type=int, metavar="N", help="by default 1000")
-    add_workers(table)
-    table.add_argument("--batch", type=int, default=1, help="images at once")
-    table.add_argument("--shard", type=shard, metavar="I/N", help="one part of the images")
-    table.add_argument(
-        "--rehearse", action="store_true", help="two steps, random weights, 4 images"
-    )
-    table.add_argument(
-        "--protocol",
-        default="paper",
-        choices=["paper", "released"],
-        help="92 %% of the pixels dropped, or the released code's 30 to 70 %%: see the docs",
-    )
-    kept = commands.add_parser("measure", help="LPIPS, FID, SSIM, PSNR of kept reconstructions")
-    kept.add_argument("kept", type=Path, metavar="KEPT_DIR", help="what --keep wrote")
-    kept.add_argument("--batch", type=int, default=16, help="images at once")
-    kept.add_argument("--shard", type=shard, metavar="I/N", help="one part of each set")
-    ready.set_defaults(rehearse=False, protocol="paper")
-    for parser in (ready, kept):
-        parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:1")
-    for parser, function in ((ready, preflight), (table, ffhq), (kept, measure)):
-        parser.add_argument("--images", type=Path, metavar="DIR", required=parser is kept)
-        parser.add_argument(
-            "--filter", default="lanczos", help="that makes larger originals smaller: see the docs"
-        )
-        parser.add_argument("--out", type=Path, metavar="DIR")
-        parser.set_defaults(function=function)
-
-
 def measure(args: argparse.Namespace) -> int:
     """Measures every folder of pictures, prints the means, and writes the rows."""
-    from diffoc.experiments.measured import pictures_in, sets_in, write_rows
-
     truth = pictures_in(args.images)
     out = args.out or args.kept.parent / f"{args.kept.name}-measured"
     try_file(out / "measured.csv")
     found = {}
-    for name, folder in sets_in(args.kept).items():
+    for name, folder in measured.sets_in(args.kept).items():
         kept = {path.stem: path for path in pictures_in(folder).values() if path.parent == folder}
         part = _measured(kept, truth, out / name, args)
         if part is None:
@@ -81,7 +46,7 @@ def measure(args: argparse.Namespace) -> int:
         print(f"{name}: {len(part.rows)} images: {means}")
     if found:
         _say_missing(found.values())
-        write_rows(out / "measured.csv", found)
+        measured.write_rows(out / "measured.csv", found)
         print(out / "measured.csv")
     return 0
 
@@ -90,10 +55,6 @@ def _measured(
     kept: dict[str, Path], truth: dict[str, Path], place: Path, args: argparse.Namespace
 ) -> Measured | None:
     """Returns the set measured, whose parts that are there already are read; None if not all."""
-    from diffoc.experiments.measured import Measured, read_part, write_part
-    from diffoc.experiments.measured import measure as measured
-    from diffoc.problems.perceptual import inception
-
     if lost := [name for name in kept if name not in truth]:
         raise ValueError(f"images has no original of {lost[0]}: expected one picture of that name")
     i, n = args.shard or (1, 1)
@@ -104,28 +65,26 @@ def _measured(
         mine = dict(list(kept.items())[i - 1 :: n])
         network, missing = None, {}
         try:
-            network = inception().to(args.device)
+            network = perceptual.inception().to(args.device)
         except (FileNotFoundError, ModuleNotFoundError) as error:
             missing["fid"] = str(error)
-        part = measured(
+        part = measured.measure(
             mine, truth, network, device=args.device, batch=args.batch, resize=args.filter
         )
         part.missing |= missing
-        write_part(path, part)
+        measured.write_part(path, part)
     if not all(one.exists() for one in parts):
         return None
     whole = Measured()
     for one in parts:
-        whole.merge(read_part(one))
+        whole.merge(measured.read_part(one))
     return whole
 
 
 def _digest(pictures: Iterable[Path], resize: str) -> str:
     """Returns a digest of what decides the result: pictures, originals, filter, metrics."""
-    from diffoc.problems.perceptual import missing_metrics
-
     files = [(str(path.resolve()), path.stat().st_mtime_ns) for path in pictures]
-    text = repr((files, resize, sorted(missing_metrics())))
+    text = repr((files, resize, sorted(perceptual.missing_metrics())))
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
@@ -139,11 +98,9 @@ def _say_missing(parts: Iterable[Measured]) -> None:
 
 def preflight(args: argparse.Namespace) -> int:
     """Prints what is there and what it costs; 1 if something would fail."""
-    from diffoc.experiments.preflight import preflight as check
-
     prior, paths = _prior(args), _chosen(args)
     folder, names = _prepare(args, prior, paths[:4])
-    report = check(prior, paths, folder, names, args.device, args.precision, args.tasks)
+    report = checks.preflight(prior, paths, folder, names, args.device, args.precision, args.tasks)
     count = len(report.refused)
     print(f"{count} things would fail" if count else "nothing found that would fail")
     return int(count > 0)
@@ -151,12 +108,6 @@ def preflight(args: argparse.Namespace) -> int:
 
 def ffhq(args: argparse.Namespace) -> int:
     """Computes what a table does not have, measures it, and prints it beside the paper's."""
-    from diffoc.experiments import ffhq as tables
-    from diffoc.experiments.cells import Computer, folder_of, keep_in
-    from diffoc.experiments.protocol import FFHQ_PROTOCOLS
-    from diffoc.experiments.records import alone
-    from diffoc.experiments.runs import recorded
-
     args.random_weights |= args.rehearse
     prior, out = _prior(args), _out(args)
     for name in ("records.csv", f"{args.table}.csv", f"{args.table}.md"):
@@ -176,18 +127,14 @@ def ffhq(args: argparse.Namespace) -> int:
     compute = Computer(folder, args.device, protocol)
     fill(list(cells), compute, out / "records.csv", args, keep_in(out / "kept"), args.table)
     known = recorded(out / "records.csv")
-    failed = [
-        one
-        for cell, line in cells.items()
-        for one in alone(cell)
-        if not line.may_fail and one in known and known[one]["status"] == "failed"
-    ]
+    wanted = [one for cell, line in cells.items() if not line.may_fail for one in alone(cell)]
+    failed = any(one in known and known[one]["status"] == "failed" for one in wanted)
     if args.shard:
         print("a part: the same command without --shard measures when all parts are there")
     else:
         folders = {(line.label, cell.task): folder_of(cell) for cell, line in cells.items()}
         _compare(args, out, folder, names, folders)
-    return int(bool(failed))
+    return int(failed)
 
 
 def _compare(
@@ -198,10 +145,6 @@ def _compare(
     folders: dict[tuple[str, str], str],
 ) -> None:
     """Measures what was kept, writes the table, and draws the first images."""
-    from diffoc.experiments.ffhq import beside_the_paper
-    from diffoc.experiments.measured import pictures_in, write_rows
-    from diffoc.experiments.protocol import FFHQ_PROTOCOLS
-
     truth = {Path(name).stem: originals / name for name in names}
     found: dict[tuple[str, str], Measured] = {}
     args.batch = max(args.batch, 16)
@@ -213,9 +156,11 @@ def _compare(
                 found[key] = part
     _say_missing(found.values())
     rows = {", ".join(key): part for key, part in found.items()}
-    write_rows(out / f"{args.table}.csv", rows)
+    measured.write_rows(out / f"{args.table}.csv", rows)
     means = {key: part.means() for key, part in found.items()}
-    text = beside_the_paper(args.table, means, len(truth), FFHQ_PROTOCOLS[args.protocol].name)
+    text = tables.beside_the_paper(
+        args.table, means, len(truth), FFHQ_PROTOCOLS[args.protocol].name
+    )
     if args.rehearse:
         text = "A REHEARSAL: random weights, two steps. The numbers mean nothing.\n\n" + text
     path = out / f"{args.table}.md"
@@ -228,23 +173,16 @@ def _compare(
 
 def _draw(sets: Sequence[dict[str, Path]], path: Path) -> Path:
     """Writes a sheet of the first images: a row for every set, the originals first."""
-    import torch
-
-    from diffoc.data.pictures import picture_size, read_picture
-    from diffoc.figures import write_sheet
-
     names = [name for name in sets[0] if all(name in some for some in sets)][:FIGURE_IMAGES]
     if not names:
         raise ValueError(f"{path} would be empty: no picture is in all of {len(sets)} sets")
     side, _ = picture_size(sets[0][names[0]])
     pictures = [read_picture(some[name], (3, side, side))[0] for some in sets for name in names]
-    write_sheet(torch.cat(pictures), path, columns=len(names))
+    figures.write_sheet(torch.cat(pictures), path, columns=len(names))
     return path
 
 
 def _prior(args: argparse.Namespace) -> str:
-    from diffoc.experiments.inaccurate import RANDOM
-
     return RANDOM * args.random_weights + args.prior
 
 
@@ -255,8 +193,6 @@ def _out(args: argparse.Namespace) -> Path:
 
 def _chosen(args: argparse.Namespace) -> list[Path]:
     """Returns the pictures asked for; in a rehearsal without a folder some are generated."""
-    from diffoc.experiments.measured import pictures_in
-
     if args.images is None:
         if not args.random_weights:
             raise ValueError("images is missing: name the folder of FFHQ's pictures")
@@ -268,10 +204,6 @@ def _chosen(args: argparse.Namespace) -> list[Path]:
 
 def _generated(folder: Path) -> Path:
     """Makes four pictures of 256 pixels, smooth and in colour, in nobody's likeness."""
-    import torch
-
-    from diffoc.data.pictures import write_picture
-
     folder.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(0)
     coarse = 2 * torch.rand(FIGURE_IMAGES, 3, 8, 8, generator=generator) - 1
@@ -283,11 +215,6 @@ def _generated(folder: Path) -> Path:
 
 def _prepare(args: argparse.Namespace, prior: str, paths: Sequence[Path]) -> tuple[Path, list[str]]:
     """Returns a folder of PNG files of the prior's size, made where missing, and their names."""
-    from PIL import Image
-
-    from diffoc.data.files import replacing
-    from diffoc.experiments.measured import read_resized
-
     side = _side(prior)
     where = hashlib.sha256(str(args.images.resolve()).encode()).hexdigest()[:8]
     folder = _out(args) / f"originals-{where}-{side}-{args.filter}"
@@ -295,7 +222,7 @@ def _prepare(args: argparse.Namespace, prior: str, paths: Sequence[Path]) -> tup
     names = [f"{path.stem}.png" for path in paths]
     for path, name in zip(paths, names, strict=True):
         if not (folder / name).exists():
-            pixels = read_resized(path, side, args.filter).movedim(0, -1).numpy()
+            pixels = measured.read_resized(path, side, args.filter).movedim(0, -1).numpy()
             with replacing(folder / name) as part:
                 Image.fromarray(pixels).save(part)
     return folder, names
@@ -306,9 +233,6 @@ def _side(prior: str) -> int:
 
     A ValueError refuses a prior that is none of images in colour.
     """
-    from diffoc.experiments.inaccurate import accurate_name, sizes_of
-    from diffoc.priors.pretrained import shape_of
-
     name, _, side = sizes_of(accurate_name(prior))
     channels, _, own = shape_of(name)
     if channels != 3 or name.endswith("_latent"):

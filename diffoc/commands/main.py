@@ -5,224 +5,32 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-from functools import partial
+from collections.abc import Sequence
+from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from diffoc.checks import memory_is_full
-from diffoc.commands import ffhq, tables
-from diffoc.data.files import replacing, try_file, try_folder
 from diffoc.data.provenance import ROOT, told
 from diffoc.priors.weights import TRAINED_ON
 
-
-def verify(args: argparse.Namespace) -> int:
-    """Prints every identity with its error and bound; 1 if one is above its bound."""
-    from diffoc.theory.identities import IDENTITIES
-
-    print(f"{'identity':<68} {'setting':<56} {'error':>8} {'bound':>8}")
-    total = failed = 0
-    for group in IDENTITIES:
-        for row in group():
-            total += 1
-            failed += not row.holds
-            said = f"{row.name:<68} {row.setting:<56} {row.error:8.1e} {row.bound:8.0e}"
-            print(said if row.holds else f"{said}  ABOVE ITS BOUND", flush=True)
-    print(f"{total - failed} of {total} within their bounds")
-    return int(failed > 0)
-
-
-def claims(args: argparse.Namespace) -> int:
-    """Prints the ledger; 1 if a number disagrees."""
-    from diffoc.experiments import ledger
-
-    if args.notebooks and not any(args.notebooks.glob("*.ipynb")):
-        raise FileNotFoundError(
-            f"notebooks {args.notebooks} has none: expected a folder of .ipynb files"
-        )
-    return ledger.run(ledger.LEDGER, args.notebooks or ledger.NOTEBOOKS, quick=args.quick)
-
-
-def fit(args: argparse.Namespace) -> int:
-    """Fits a mixture, writes it, and prints the numbers of the fit."""
-    from diffoc.training.mixtures import fit_mixture_prior
-
-    try_folder(args.out)
-    print(json.dumps(fit_mixture_prior(args.name, args.out, args.seed), indent=2))
-    return 0
-
-
-def train(args: argparse.Namespace) -> int:
-    """Trains, or goes on from the checkpoint, and writes the weights of the moving average.
-
-    A ValueError says that those in their place are better, or of another network.
-    """
-    from diffoc.data.images import as_states
-    from diffoc.figures import write_sheet
-    from diffoc.priors.autoencoder import Autoencoder
-    from diffoc.priors.weights import load_into, read_weights, write_weights
-    from diffoc.training import evaluation
-    from diffoc.training import trainer as training
-
-    name = args.name
-    checkpoint = args.checkpoint or ROOT / "build" / "training" / f"{name}.pt"
-    try_file(checkpoint)
-    try_folder(args.out)
-    changes = {"images": args.images, "rate": args.rate}
-    plan = replace(training.PLANS[name], **{k: v for k, v in changes.items() if v is not None})
-    precision = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.precision]
-    if checkpoint.exists() and (args.seed is not None or args.init):
-        raise ValueError(
-            f"seed and init are of a new run, but {checkpoint} is there to go on from: leave them "
-            "out, or name another --checkpoint"
-        )
-    if checkpoint.exists():
-        run = training.resume(plan, checkpoint, args.device, precision)
-    else:
-        weights = args.init and read_weights(args.init)
-        if weights:
-            load_into(plan.build(), weights, f"init {args.init}")
-        run = training.start(plan, args.seed or 0, args.device, precision, weights)
-    (images, labels), (held_out, truth), decode = _training_data(name, args.out)
-
-    def report(run: training.Run, rate: float) -> None:
-        score, samples = evaluation.score(run.average, held_out, truth, decode)
-        if samples is not None:
-            write_sheet(samples, checkpoint.with_suffix(".png"))
-        loss = sum(run.losses) / len(run.losses)
-        print(
-            f"{run.seen:>9,} of {plan.images:,} images  {rate:6.0f}/s  loss {loss:.4f}  {score}",
-            flush=True,
-        )
-
-    shipped = args.out / f"{name}.safetensors"
-    before = evaluation.worth_of_file(shipped, run.average, held_out, truth)
-    training.train(run, images, labels, checkpoint, args.every, report=report, compile=args.compile)
-    if isinstance(run.average, Autoencoder):
-        run.average.standardise(as_states(images))
-    lost = before - evaluation.worth(run.average, held_out, truth)
-    print(evaluation.write_unless_worse(partial(write_weights, run.average, name), args.out, lost))
-    return 0
-
-
-Labelled = tuple[np.ndarray, np.ndarray | None]
-
-
-def _training_data(
-    name: str, folder: Path
-) -> tuple[Labelled, Labelled, Callable[[torch.Tensor], torch.Tensor]]:
-    """Returns what a network is trained on, what is held out, and what makes images of samples.
-
-    Labels are there where the network is a classifier.
-    """
-    from diffoc.data import images as data
-    from diffoc.priors.autoencoder import encoded, load_autoencoder
-
-    as_they_are = torch.nn.Identity()
-    if name == "mnist":  # not the first ones: the set may be sorted by class
-        return (data.mnist("train")[0], None), (data.mnist("test")[0][::40], None), as_they_are
-    if not name.startswith("faces64"):
-        return data.mnist("train"), data.mnist("test"), as_they_are
-    read = data.colour_faces if name.startswith("faces64_rgb") else data.faces
-    images, held_out = read("train"), read("test")[::2]
-    if not name.endswith("_latent"):
-        return (images, None), (held_out, None), as_they_are
-    network = load_autoencoder(name.replace("latent", "autoencoder"), folder)
-    images = encoded(network, np.concatenate([images, images[:, :, ::-1]]))
-    return (images, None), (encoded(network, held_out), None), network.decode
-
-
-def evaluate(args: argparse.Namespace) -> int:
-    """Prints what the prior's card reports, and writes a sheet of its samples."""
-    from diffoc.figures import write_sheet
-    from diffoc.training.evaluation import report
-
-    if args.samples < 2:
-        raise ValueError(f"samples is {args.samples}, expected at least 2")
-    try_folder(args.out)
-    numbers, drawn = report(args.name, args.samples)
-    print(json.dumps(numbers, indent=2))
-    path = args.out / f"samples_{args.name}.png"
-    write_sheet(drawn[:64], path)
-    print(path)
-    return 0
-
-
-def solve(args: argparse.Namespace) -> int:
-    """Reconstructs a picture from a measurement of it, and writes what happened."""
-    from diffoc.commands import solve as solving
-    from diffoc.priors.latent import LatentPrior
-    from diffoc.priors.pretrained import load_prior
-
-    names = ("recipe", "budget", "steps", "iterations", "rank", "starts")
-    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    settings = solving.Settings(
-        args.task, args.prior, noise_std=args.noise_std, seed=args.seed, **given
-    )
-    given = args.image or args.measurement
-    if given.name in solving.WRITTEN and given.parent.resolve() == args.out.resolve():
-        raise ValueError(f"out is {args.out}, where {given} would be written over: name another")
-    try_folder(args.out)
-    prior = load_prior(args.prior)
-    if isinstance(prior, LatentPrior):
-        raise ValueError(f"prior is {args.prior}, one of latents: expected one of images")
-    if args.measurement:
-        if args.crop:
-            raise ValueError("crop is given, but it is of a picture: a measurement is taken whole")
-        case = solving.from_measurement(args.measurement, prior.image_shape, settings)
-    else:
-        case = solving.from_picture(args.image, prior.image_shape, settings, args.crop)
-        assert case.truth is not None
-        case.notes.extend(solving.unfamiliar(prior, settings, case.truth))
-    for note in case.notes:
-        print(f"note: {note}")
-    result, report = solving.run(case, prior, settings, args.device)
-    for path in solving.write(args.out, case, result.x0, report):
-        print(path)
-    if report["metrics"]:
-        print(", ".join(f"{name} {value:g}" for name, value in report["metrics"].items()))
-    print(
-        f"residual {report['residual_over_noise']:g} of the noise, "
-        f"{report['evaluations']} evaluations, {report['seconds']:g} s"
-    )
-    return 0
-
-
-def benchmark(args: argparse.Namespace) -> int:
-    """Prints what the controller costs, measured here, and what Table 1 would, projected."""
-    from diffoc.experiments.benchmark import run
-
-    if args.out:
-        try_file(args.out)
-        if args.out.suffix != ".json":
-            raise ValueError(f"out is {args.out}, expected a name that ends in .json")
-    found = run(
-        args.priors or ["mnist", "faces64"],
-        steps=args.steps,
-        ranks=args.ranks,
-        batch=args.batch,
-        repeats=args.repeats,
-        device=args.device,
-        teraflops=args.teraflops,
-        random_weights=args.random_weights,
-    )
-    if args.out:
-        with replacing(args.out) as part:
-            part.write_text(json.dumps(found, indent=2) + "\n")
-        print(args.out)
-    return 0
+COMMANDS = {
+    "reports": ("verify", "claims", "benchmark"),
+    "networks": ("fit", "train", "evaluate"),
+    "solve": ("solve",),
+    "tables": ("run", "tune", "check", "table", "figures", "digits"),
+    "ffhq": ("preflight", "ffhq", "measure"),
+}
+"""The functions of each module of this folder, which is imported when one of them is called."""
 
 
 def parser_of() -> argparse.ArgumentParser:
     """Returns the command line, with all its commands."""
     parser = argparse.ArgumentParser(prog="python -m diffoc", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    checker = commands.add_parser("verify", help="check the theory's identities in float64")
+    commands.add_parser("verify", help="check the theory's identities in float64")
     claimed = commands.add_parser(
         "claims", help="print the ledger of the paper's claims: 1 if a number disagrees"
     )
@@ -268,8 +76,8 @@ def parser_of() -> argparse.ArgumentParser:
     solver.add_argument("--starts", type=int, help="1 by default; the cheapest image is written")
     solver.add_argument("--seed", type=int, default=0, help="of mask, kernel and noise")
     solver.add_argument("--device", default="cpu", help="cpu or cuda")
-    tables.add_commands(commands)
-    ffhq.add_commands(commands)
+    _add_tables(commands)
+    _add_ffhq(commands)
     bench = commands.add_parser("benchmark", help="time and memory of the controller, measured")
     bench.add_argument("priors", nargs="*", help="for load_prior; by default mnist and faces64")
     bench.add_argument("--steps", type=int, default=10, metavar="T")
@@ -284,11 +92,118 @@ def parser_of() -> argparse.ArgumentParser:
         "--random-weights", action="store_true", help="for ffhq256, without its file"
     )
     bench.add_argument("--out", type=Path, metavar="JSON")
-    parsers = (checker, claimed, fitter, trainer, judge, solver, bench)
-    functions = (verify, claims, fit, train, evaluate, solve, benchmark)
-    for part, function in zip(parsers, functions, strict=True):
-        part.set_defaults(function=function)
     return parser
+
+
+def _add_tables(commands: argparse._SubParsersAction) -> None:
+    run_ = commands.add_parser("run", help="compute the records of a table, or what is missing")
+    run_.add_argument(
+        "table",
+        choices=["table1", "few_steps", "rank", "published", "robustness", "parts"],
+        help="with Table 3's metrics; the others are grids of diffoc.experiments.ablations",
+    )
+    _add_grid(run_)
+    run_.add_argument("--methods", nargs="+", help="by default the table's")
+    run_.add_argument("--seeds", type=int, nargs="+", default=[0])
+    run_.add_argument("--last", type=int, default=1000, metavar="N", help="images only, at most")
+    run_.add_argument("--batch", type=int, metavar="N", help="images at once; 1 from 256 pixels on")
+    run_.add_argument("--shard", type=_shard, metavar="I/N", help="one part, in a file of its own")
+    run_.add_argument("--keep", type=Path, metavar="DIR", help="write reconstructions there")
+    run_.add_argument("--random-weights", action="store_true", help="for a trial without weights")
+    check_ = commands.add_parser("check", help="compute some records again: 1 if they differ")
+    check_.add_argument("records", type=Path, metavar="CSV")
+    check_.add_argument("--rows", type=int, default=5)
+    check_.add_argument("--seed", type=int, default=0, help="of their choice")
+    check_.add_argument("--images", type=Path, metavar="DIR")
+    check_.add_argument("--device", default="cpu", help="cpu or cuda")
+    tune_ = commands.add_parser("tune", help="tune methods on faces that are in no table")
+    tune_.add_argument("methods", nargs="*", metavar="METHOD", help="by default the table's")
+    _add_grid(tune_)
+    tune_.set_defaults(shard=None, keep=None)
+    table_ = commands.add_parser("table", help="print the means of records")
+    table_.add_argument("records", type=Path, metavar="CSV")
+    figures_ = commands.add_parser("figures", help="draw the figures for print, of what was run")
+    figures_.add_argument("--out", type=Path, metavar="DIR", help="by default figures/print")
+    digits_ = commands.add_parser("digits", help="make digits from labels, and their records")
+    digits_.add_argument("--samples", type=int, default=100, help="of each label and way")
+    digits_.add_argument("--out", type=Path, metavar="CSV")
+
+
+def _add_ffhq(commands: argparse._SubParsersAction) -> None:
+    ready = commands.add_parser("preflight", help="what FFHQ needs and costs; 1 if it would fail")
+    table = commands.add_parser("ffhq", help="a table of the paper on FFHQ, beside its numbers")
+    table.add_argument("table", choices=["table1", "table3", "table4", "table5", "table6"])
+    for parser in (ready, table):
+        parser.add_argument("--prior", default="ffhq256")
+        parser.add_argument("--random-weights", action="store_true", help="for a trial")
+        parser.add_argument("--tasks", nargs="+", help="by default the table's")
+        parser.add_argument("--precision", choices=["bfloat16", "float32"], default="float32")
+        which = parser.add_mutually_exclusive_group()
+        which.add_argument("--first", type=int, metavar="N", help="images only")
+        which.add_argument("--last", type=int, metavar="N", help="by default 1000")
+    _add_workers(table)
+    table.add_argument("--batch", type=int, default=1, help="images at once")
+    table.add_argument("--shard", type=_shard, metavar="I/N", help="one part of the images")
+    table.add_argument(
+        "--rehearse", action="store_true", help="two steps, random weights, 4 images"
+    )
+    table.add_argument(
+        "--protocol",
+        default="paper",
+        choices=["paper", "released"],
+        help="92 %% of the pixels dropped, or the released code's 30 to 70 %%: see the docs",
+    )
+    kept = commands.add_parser("measure", help="LPIPS, FID, SSIM, PSNR of kept reconstructions")
+    kept.add_argument("kept", type=Path, metavar="KEPT_DIR", help="what --keep wrote")
+    kept.add_argument("--batch", type=int, default=16, help="images at once")
+    kept.add_argument("--shard", type=_shard, metavar="I/N", help="one part of each set")
+    ready.set_defaults(rehearse=False, protocol="paper")
+    for parser in (ready, kept):
+        parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:1")
+    for parser in (ready, table, kept):
+        parser.add_argument("--images", type=Path, metavar="DIR", required=parser is kept)
+        parser.add_argument(
+            "--filter", default="lanczos", help="that makes larger originals smaller: see the docs"
+        )
+        parser.add_argument("--out", type=Path, metavar="DIR")
+
+
+def _add_grid(parser: argparse.ArgumentParser) -> None:
+    _add_workers(parser)
+    parser.add_argument("--prior", default="faces64")
+    parser.add_argument(
+        "--tasks", nargs="+", help="of diffoc.problems.tasks; the table's by default"
+    )
+    parser.add_argument("--nfe", type=int, nargs="+", help="budgets of evaluations; by default 300")
+    parser.add_argument(
+        "--equal-work",
+        action="store_true",
+        help="give each method the evaluations that make its work, products too, that of DPS",
+    )
+    parser.add_argument("--images", type=Path, metavar="DIR", help="of pictures, by name")
+    parser.add_argument(
+        "--precision",
+        choices=["bfloat16", "float32"],
+        help="by default float32; bfloat16 is not validated, and slow on most CPUs",
+    )
+    parser.add_argument("--out", type=Path, metavar="CSV")
+    parser.add_argument(
+        "--set",
+        type=_setting,
+        action="append",
+        default=[],
+        metavar="[METHOD.]KEY=VALUE",
+        help="a keyword argument of the methods, or of one, such as steps=2 or dps.guidance=0.3",
+    )
+
+
+def _add_workers(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="workers of one thread, with --device cuda one a card"
+    )
+    parser.add_argument("--backend", choices=["loky", "ray"], default="loky")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:1")
+    parser.add_argument("--retry-failed", action="store_true")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -306,7 +221,8 @@ def main(argv: list[str] | None = None) -> int:
         if "device" in args:
             _check_device(args.device)
         _check_words(words)
-        return args.function(args)
+        module = next(name for name, commands in COMMANDS.items() if args.command in commands)
+        return getattr(import_module(f"diffoc.commands.{module}"), args.command)(args)
     except BrokenPipeError:  # who reads, such as head, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
@@ -324,6 +240,32 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("diffoc: interrupted; what was written before is complete", file=sys.stderr)
         return 130
+
+
+def _setting(text: str) -> tuple[str, object]:
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
+    try:
+        found = json.loads(value)
+    except json.JSONDecodeError:
+        found = value
+    if not isinstance(found, bool | int | float) and not (isinstance(found, str) and found):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} has no value that a setting can have: give a number, true, false or a word"
+        )
+    return key, found
+
+
+def _shard(text: str) -> tuple[int, int]:
+    """Reads I/N, with 1 <= I <= N."""
+    try:
+        i, n = map(int, text.split("/"))
+    except ValueError:
+        i = n = 0
+    if not 1 <= i <= n:
+        raise argparse.ArgumentTypeError(f"{text!r} is not I/N with 1 <= I <= N, such as 1/4")
+    return i, n
 
 
 def _crop(text: str) -> tuple[int, int, int]:
@@ -345,7 +287,6 @@ LEAST = {"noise_std": 1e-6}
 
 MOST = {"rate": 1.0, "noise_std": 1e3, "samples": 10**6, "seed": 2**63 - 1, "seeds": 2**63 - 1}
 """Of options; other whole numbers are at most 10^9, of which no memory holds more."""
-
 
 WORKERS = 4 * (os.cpu_count() or 1)
 """The most of one machine: more would only take its memory."""

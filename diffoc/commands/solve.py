@@ -1,5 +1,6 @@
-"""Everything behind `python -m diffoc solve`: from a picture, or a measurement, to files."""
+"""The subcommand solve: from a picture, or a measurement, to files."""
 
+import argparse
 import json
 import math
 import time
@@ -18,7 +19,7 @@ from diffoc.baselines.flash_diffusion import time_of_ratio
 from diffoc.baselines.paper import PAPER
 from diffoc.baselines.released import RELEASED
 from diffoc.checks import check_member
-from diffoc.data.files import replacing
+from diffoc.data.files import replacing, try_folder
 from diffoc.data.pictures import (
     OVER_WHITE,
     picture_size,
@@ -27,6 +28,8 @@ from diffoc.data.pictures import (
     write_picture,
 )
 from diffoc.figures import show
+from diffoc.priors import pretrained
+from diffoc.priors.latent import LatentPrior
 from diffoc.problem import Problem
 from diffoc.problems.metrics import SMALLEST, image_metrics
 from diffoc.problems.tasks import NOISE_STD, measure, measured, task
@@ -102,6 +105,40 @@ class Case:
     y: Tensor
     truth: Tensor | None
     notes: list[str]
+
+
+def solve(args: argparse.Namespace) -> int:
+    """Reconstructs a picture from a measurement of it, and writes what happened."""
+    names = ("recipe", "budget", "steps", "iterations", "rank", "starts")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    settings = Settings(args.task, args.prior, noise_std=args.noise_std, seed=args.seed, **given)
+    given = args.image or args.measurement
+    if given.name in WRITTEN and given.parent.resolve() == args.out.resolve():
+        raise ValueError(f"out is {args.out}, where {given} would be written over: name another")
+    try_folder(args.out)
+    prior = pretrained.load_prior(args.prior)
+    if isinstance(prior, LatentPrior):
+        raise ValueError(f"prior is {args.prior}, one of latents: expected one of images")
+    if args.measurement:
+        if args.crop:
+            raise ValueError("crop is given, but it is of a picture: a measurement is taken whole")
+        case = from_measurement(args.measurement, prior.image_shape, settings)
+    else:
+        case = from_picture(args.image, prior.image_shape, settings, args.crop)
+        assert case.truth is not None
+        case.notes.extend(unfamiliar(prior, settings, case.truth))
+    for note in case.notes:
+        print(f"note: {note}")
+    result, report = run(case, prior, settings, args.device)
+    for path in write(args.out, case, result.x0, report):
+        print(path)
+    if report["metrics"]:
+        print(", ".join(f"{name} {value:g}" for name, value in report["metrics"].items()))
+    print(
+        f"residual {report['residual_over_noise']:g} of the noise, "
+        f"{report['evaluations']} evaluations, {report['seconds']:g} s"
+    )
+    return 0
 
 
 def from_picture(

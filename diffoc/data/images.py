@@ -26,7 +26,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from diffoc.checks import check_at_least, check_member
 from diffoc.data.downloads import cache_folder
 from diffoc.data.files import replacing
 from diffoc.data.manifest import checked_bytes
@@ -71,7 +70,8 @@ def mnist(split: str, root: Path | str | None = None) -> tuple[np.ndarray, np.nd
 
     Source: LeCun, Cortes and Burges, CC BY-SA 3.0.
     """
-    check_member(_IDX, split=split)
+    if split not in _IDX:
+        raise ValueError(f"split must be 'train' or 'test', got {split!r}")
     root = root or os.environ.get("DIFFOC_DATA")
     folder = (Path(root) if root else _downloaded_mnist()) / "MNIST" / "raw"
     images, labels = (_read_idx(folder / name) for name in _IDX[split])
@@ -98,7 +98,8 @@ def faces(split: str, size: int = 64, root: Path | str | None = None) -> np.ndar
 
     Source: Huang et al., Labeled Faces in the Wild, 2007; for research use.
     """
-    check_member(_IDX, split=split)
+    if split not in _IDX:
+        raise ValueError(f"split must be 'train' or 'test', got {split!r}")
     if size < 1 or 64 % size:
         raise ValueError(f"size must be a divisor of 64, got {size}")
     root = root or os.environ.get("DIFFOC_DATA")
@@ -143,7 +144,8 @@ def colour_faces(split: str, root: Path | str | None = None) -> np.ndarray:
 
     Source: Huang et al., Labeled Faces in the Wild, 2007; for research use.
     """
-    check_member(_IDX, split=split)
+    if split not in _IDX:
+        raise ValueError(f"split must be 'train' or 'test', got {split!r}")
     root = root or os.environ.get("DIFFOC_DATA")
     folder = Path(root or "") / "faces64_rgb"
     files = sorted(folder.glob(f"{split}*.webp")) if root else []
@@ -194,8 +196,10 @@ def portrait(name: str, size: int = 64, *, grey: bool = False) -> Tensor:
     from skimage.color import rgb2gray
     from skimage.transform import resize
 
-    check_member(_CROPS, name=name)
-    check_at_least(1, size=size)
+    if name not in _CROPS:
+        raise ValueError(f"name must be one of {sorted(_CROPS)}, got {name!r}")
+    if size < 1:
+        raise ValueError(f"size must be at least 1, got {size}")
     if name == "astronaut":
         picture = skimage.data.astronaut()
     else:

@@ -173,8 +173,8 @@ def check(
         return f"{source.file} has no cell {source.cell}"
     if source.prints not in texts[0]:
         return f"{source} does not print {source.prints!r}"
-    number_there = number.at_most if number.value is None else number.value
-    if number_there not in _numbers(source.prints):
+    there = [float(text.replace(",", "")) for text in _NUMBER.findall(source.prints)]
+    if (number.at_most if number.value is None else number.value) not in there:
         return f"the ledger has {number}, but {source} prints {source.prints!r}"
     return None
 
@@ -333,10 +333,6 @@ def _printed(cell: dict) -> str:
     outputs = cell.get("outputs", [])
     texts = (one.get("text") or one.get("data", {}).get("text/markdown", "") for one in outputs)
     return "".join("".join(text) for text in texts)
-
-
-def _numbers(text: str) -> list[float]:
-    return [float(number.replace(",", "")) for number in _NUMBER.findall(text)]
 
 
 def _print_wrapped(text: str) -> None:

@@ -198,44 +198,30 @@ def preflight(
     compute = Computer(prepared, device)
     small = cells_by_line("table1", prior, names[:1], 1, precision, tasks=tasks, smallest=True)
     ratios = time_methods(small, compute, report)
-    for cell, line in full.items():
-        if line.label == "Ours (NFE = 2500)":
-            largest_batch(cell, compute, names, report)
-            break
+    ours = next((cell for cell, line in full.items() if line.label == "Ours (NFE = 2500)"), None)
+    if ours:
+        largest_batch(ours, compute, names, report)
     times = time_prior(prior, 1, precision, device)
+    unit = "GPU-hours" if device.startswith("cuda") else "hours of this CPU"
+
+    def say_cost(title: str, cells: dict[Cell, Line]) -> float:
+        """Reports hours and disk, for all images and for 100; returns the gigabytes."""
+        hours = seconds_of(cells, ratios, times) / 3600
+        size = len(cells) * len(paths) * torch.Size(shape).numel() / 1e9
+        report.say(
+            f"{title}: {len(paths)} images {hours * len(paths):.3g} {unit}, {size:.2g} GB at most; "
+            f"100 images {hours * 100:.3g} {unit}"
+        )
+        return size
+
     every: dict[Cell, Line] = {}
     for table in TABLES:
         chosen = None if table not in ("table1", "table3") else tasks
         cells = cells_by_line(table, prior, ["one"], 1, precision, tasks=chosen)
-        report.say(f"{table}: {_cost(cells, ratios, times, len(paths), shape, device)}")
+        say_cost(table, cells)
         every |= {cell: every.get(cell, line) for cell, line in cells.items()}
-    report.say(
-        "all tables, which share rows: " + _cost(every, ratios, times, len(paths), shape, device)
-    )
-    size = _gigabytes(every, len(paths), shape)
+    size = say_cost("all tables, which share rows", every)
     free = shutil.disk_usage(prepared).free / 1e9
     if free < size:
         report.refuse(f"disk: {free:.3g} GB are free at {prepared}, {size:.3g} are needed")
     return report
-
-
-def _cost(
-    cells: dict[Cell, Line],
-    ratios: dict[tuple[str, str], float],
-    times: tuple[float, float],
-    images: int,
-    shape: Sequence[int],
-    device: str,
-) -> str:
-    """Returns hours and disk, for all images and for 100."""
-    hours = seconds_of(cells, ratios, times) / 3600
-    unit = "GPU-hours" if device.startswith("cuda") else "hours of this CPU"
-    size = _gigabytes(cells, images, shape)
-    return (
-        f"{images} images {hours * images:.3g} {unit}, {size:.2g} GB at most; "
-        f"100 images {hours * 100:.3g} {unit}"
-    )
-
-
-def _gigabytes(cells: dict[Cell, Line], images: int, shape: Sequence[int]) -> float:
-    return len(cells) * images * torch.Size(shape).numel() / 1e9

@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from diffoc.commands import ffhq, main, tables
+from diffoc.commands import ffhq, main, networks, reports, solve, tables
 from diffoc.data import files
 from diffoc.data import images as data
 from diffoc.data.pictures import write_picture
@@ -268,7 +268,7 @@ def outcome(places, monkeypatch, capsys):
     monkeypatch.setattr("diffoc.experiments.cells.check_inputs", lambda *args: None)
     monkeypatch.setattr("diffoc.experiments.cells.time_prior", lambda *args: (0.1, 0.1))
     monkeypatch.setattr("diffoc.experiments.runs.unfinished", lambda cells, *args: [])
-    monkeypatch.setattr("diffoc.commands.main.verify", lambda args: 0)
+    monkeypatch.setattr("diffoc.commands.reports.verify", lambda args: 0)
     monkeypatch.setattr("diffoc.commands.solve.unfamiliar", lambda *args: [])
 
     def solved(case, prior, settings, device):
@@ -282,7 +282,7 @@ def outcome(places, monkeypatch, capsys):
 
     monkeypatch.setattr("diffoc.commands.solve.run", solved)
     monkeypatch.setattr("diffoc.priors.pretrained.load_prior", LOAD)
-    for module in (main, tables, ffhq):
+    for module in (ffhq, networks, reports, solve, tables):
         for name in ("try_file", "try_folder"):
             if hasattr(module, name):
                 tried = getattr(files, name)

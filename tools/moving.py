@@ -1,6 +1,6 @@
 """Pictures that move: frames for the site's slider, and an animation of a reconstruction.
 
-`python -m diffoc.figures.moving` writes them to `figures/moving`.
+`python tools/moving.py` writes them to `figures/moving`.
 """
 
 import io
