@@ -18,7 +18,7 @@ class Difference:
         task, method, nfe: the names and the budget of the other row.
         images: how many both have.
         mean: the mean difference.
-        half: half the width of its confidence interval.
+        half: half the width of its 95 % interval.
         p, corrected: the p-value of a paired t-test, and as :func:`holm` corrects it over the whole
             table. Like `half` they are not numbers for one image.
     """
@@ -51,7 +51,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def differences(
-    rows: pd.DataFrame, method: str, nfe: int, metric: str = "psnr", confidence: float = 0.95
+    rows: pd.DataFrame, method: str, nfe: int, metric: str = "psnr"
 ) -> list[Difference]:
     """Returns what a method is ahead of every other row of a table by, task by task.
 
@@ -71,7 +71,7 @@ def differences(
         if task in ours and (other, budget) != (method, nfe):
             gap = (ours[task] - some).dropna()
             if len(gap):
-                mean, half = mean_and_interval(gap, confidence)
+                mean, half = mean_and_interval(gap)
                 p = float(stats.ttest_1samp(gap, 0.0).pvalue) if len(gap) > 1 else np.nan
                 found.append(Difference(task, other, budget, len(gap), mean, half, p, p))
     corrected = holm([one.p for one in found])

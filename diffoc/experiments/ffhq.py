@@ -31,6 +31,13 @@ NFE = 1000
 HORIZONS = (10, 20, 50, 100)
 """T of Table 6: the third is the one of Table 3, the others are ours."""
 
+VARIED: dict[str, tuple[str, tuple]] = {
+    "table4": ("rank", (0, 1, 4, 16)),
+    "table5": ("regularization", (0, 1e-4, 1e-3, 1e-2, "lemma_4_2")),
+    "table6": ("steps", HORIZONS),
+}
+"""What differs between the rows; the paper's text has lost most of it in Tables 5 and 6."""
+
 _LPIPS, _PIXELS = {"lpips": "lpips_alex"}, {"psnr": "psnr", "ssim": "ssim", "mse": "mse_255"}
 METRICS = {"table1": {"fid": "fid_png"} | _LPIPS, "table3": _PIXELS}
 METRICS |= dict.fromkeys(("table4", "table5", "table6"), _LPIPS | _PIXELS)
@@ -102,33 +109,29 @@ def published(method: str, task: str) -> tuple[dict[str, Any], str]:
 def lines(table: str) -> list[Line]:
     """Returns the rows of one of :data:`TABLES`; a ValueError refuses others."""
     check_member(TABLES, table=table)
-    ours = method_of(PAPER)
-    if table == "table1":
-        missing = _missing(LATENT_PRIOR)
-        severity = "not run: it needs its authors' severity encoder, which is not read here"
+    rows, ours = paper_numbers(table), method_of(PAPER)
+    if table in VARIED:
+        key, values = VARIED[table]
+        note = "T = {}, which the paper's text has lost" if table == "table6" else ""
+        singular = 0 if table == "table5" else None
         return [
-            Line("Ours (NFE = 2500)", ours, 2500, note="Table 2; NFE counts T times 50"),
-            Line("Ours (NFE = 1000)", ours, 1000, note="Table 2, T = 20, 50 iterations"),
-            Line("Released code", method_of(RELEASED), 1000, paper=False),
-            Line("PSLD (NFE = 1000)", "" if missing else "psld", note=missing),
-            Line("Flash-Diffusion* (NFE = varies)", "", note=severity),
-            *_others("NFE"),
+            Line(label, ours, 2500, {key: x}, note.format(x), may_fail=x == singular)
+            for label, x in zip(rows, values, strict=True)
         ]
+    methods = {label: row["method"] for label, row in rows.items()}
+    of_pixels = {name for name, method in METHODS.items() if not (method.recipe or method.latent)}
+    others = [Line(label, name) for label, name in methods.items() if name in of_pixels]
     if table == "table3":
-        return [Line("Ours (T = 50)", ours, 2500), *_others("T")[1:]]
-    if table == "table4":
-        return [Line(f"k = {k}", ours, 2500, {"rank": k}) for k in (0, 1, 4, 16)]
-    # The constants and horizons of Tables 5 and 6 are lost in the paper's text but for one row.
-    if table == "table5":
-        found = {"0": 0, "second": 1e-4, "third": 1e-3, "fourth": 1e-2}
-        constants = found | {"from Lemma 4.2": "lemma_4_2"}
-        return [
-            Line(label, ours, 2500, {"regularization": a}, may_fail=a == 0)
-            for label, a in constants.items()
-        ]
+        return [Line("Ours (T = 50)", ours, 2500), *others]
+    missing = _missing(LATENT_PRIOR)
+    severity = "not run: it needs its authors' severity encoder, which is not read here"
     return [
-        Line(label, ours, 2500, {"steps": t}, note=f"T = {t}, which the paper's text has lost")
-        for label, t in zip(("first", "second", "third", "fourth"), HORIZONS, strict=True)
+        Line("Ours (NFE = 2500)", ours, 2500, note="Table 2; NFE counts T times 50"),
+        Line("Ours (NFE = 1000)", ours, 1000, note="Table 2, T = 20, 50 iterations"),
+        Line("Released code", method_of(RELEASED), 1000, paper=False),
+        Line("PSLD (NFE = 1000)", "" if missing else "psld", note=missing),
+        Line("Flash-Diffusion* (NFE = varies)", "", note=severity),
+        *others,
     ]
 
 
@@ -139,18 +142,6 @@ def _missing(prior: str) -> str:
     except FileNotFoundError as error:
         return f"not run: {error}"
     return ""
-
-
-def _others(count: str) -> list[Line]:
-    return [
-        Line(f"DDNM ({count} = 1000)", "ddnm"),
-        Line(f"DPS ({count} = 1000)", "dps"),
-        Line(f"DDRM ({count} = 1000)", "ddrm"),
-        Line(f"MCG ({count} = 1000)", "mcg"),
-        Line("PNP-ADMM", "pnp_admm"),
-        Line(f"Score-SDE ({count} = 1000)", "score_sde"),
-        Line("ADMM-TV", "admm_tv"),
-    ]
 
 
 def tasks_of(table: str) -> tuple[str, ...]:

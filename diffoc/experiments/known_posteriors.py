@@ -72,15 +72,15 @@ def small_problems(seed: int = 0) -> list[Problem]:
     return [*found, problem("ring", ring_prior(), A, y, 0.2)]
 
 
-def ring_prior(radius: float = 0.8, spread: float = 0.1) -> GaussianMixturePrior:
+def ring_prior() -> GaussianMixturePrior:
     """Returns eight modes on a circle in the plane, of which the three above the axis weigh twice.
 
-    The standard deviation of a mode is `spread`; all is float64.
+    The radius is 0.8, the standard deviation of a mode 0.1; all is float64.
     """
     angle = torch.arange(8, dtype=torch.float64) * torch.pi / 4
-    means = radius * torch.stack([angle.cos(), angle.sin()], dim=1)
+    means = 0.8 * torch.stack([angle.cos(), angle.sin()], dim=1)
     weights = torch.where(means[:, 1] > 1e-6, 2.0, 1.0).double()
-    variance = torch.full((8,), spread**2, dtype=torch.float64)
+    variance = torch.full((8,), 0.1**2, dtype=torch.float64)
     mixture = GaussianMixture(
         (weights / weights.sum()).log()[None],
         means[None],
@@ -91,14 +91,14 @@ def ring_prior(radius: float = 0.8, spread: float = 0.1) -> GaussianMixturePrior
     return GaussianMixturePrior(mixture, VPSchedule())
 
 
-def digit_problem(seed: int = 0, noise_std: float = 0.05) -> Problem:
+def digit_problem(seed: int = 0) -> Problem:
     """Returns a digit under the shipped mixture, averaged over 2 x 2 pixels, n = 784, float64."""
     weights = {k: v.double() for k, v in manifest.load_weights("mixture_mnist").items()}
     prior = GaussianMixturePrior(mixture_from_loadings(**weights), VPSchedule())
     A = as_matrix(average_pool(2), (1, 28, 28), torch.float64)
     truth = data.digits()[0][6].double().flatten()
     noise = _normal((len(A),), torch.Generator().manual_seed(seed))
-    return problem("digit", prior, A, A @ truth + noise_std * noise, noise_std)
+    return problem("digit", prior, A, A @ truth + 0.05 * noise, 0.05)
 
 
 def problem(

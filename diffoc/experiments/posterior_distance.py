@@ -32,6 +32,7 @@ from diffoc.problems.metrics import frechet_between, moments
 from diffoc.problems.tasks import UnsupportedTask
 
 DISTANCES = ("mean", "covariance", "trace", "bures", "sliced")
+_DIRECTIONS = 100
 _REFERENCE = 4  # exact samples for every sample that they judge
 _FLOORS = 10  # sets of exact samples whose distances make the floor, on average
 
@@ -101,7 +102,6 @@ def distance_table(
     problems: Sequence[Problem],
     samples: int,
     generator: torch.Generator,
-    directions: int = 100,
 ) -> list[dict[str, object]]:
     """Returns one row for every problem and method, the floor first, as method "exact".
 
@@ -117,7 +117,7 @@ def distance_table(
     for problem in problems:
         posterior, like = problem.posterior, problem.posterior.mean
         n = like.shape[1]
-        axes = random_directions(n, directions, generator)
+        axes = random_directions(n, _DIRECTIONS, generator)
         reference = posterior.sample(_REFERENCE * samples, generator)[:, 0]
         sets = [posterior.sample(samples, generator)[:, 0] for _ in range(_FLOORS)]
         floors = [posterior_distances(some, posterior, reference, axes) for some in sets]

@@ -26,13 +26,13 @@ def select(rows: pd.DataFrame, **wanted: object) -> pd.DataFrame:
     return rows
 
 
-def mean_and_interval(values: Iterable[float], confidence: float = 0.95) -> tuple[float, float]:
-    """Returns the mean, and half the width of its interval; not a number for one value.
+def mean_and_interval(values: Iterable[float]) -> tuple[float, float]:
+    """Returns the mean, and half the width of its 95 % interval; not a number for one value.
 
     The interval is by Student's t, for values that are independent.
     """
     x = pd.Series(list(values), dtype=float)
-    return float(x.mean()), float(student.ppf((1 + confidence) / 2, len(x) - 1) * x.sem())
+    return float(x.mean()), float(student.ppf(0.975, len(x) - 1) * x.sem())
 
 
 def by_image(rows: pd.DataFrame, metric: str) -> pd.Series:
@@ -136,7 +136,7 @@ def described(rows: pd.DataFrame) -> str:
     )
 
 
-def summarise(rows: pd.DataFrame, metrics: Iterable[str] = METRICS) -> str:
+def summarise(rows: pd.DataFrame) -> str:
     """Returns a table in Markdown for each metric: methods by tasks, mean ± 95 % interval.
 
     The mean is over images; seeds of an image are averaged first. A dash is a task that a method
@@ -151,7 +151,7 @@ def summarise(rows: pd.DataFrame, metrics: Iterable[str] = METRICS) -> str:
     places = dict(list(rows.groupby([label, "task"], sort=False)))
     most = max((some["image"].nunique() for some in places.values()), default=0)
     tasks, parts = rows["task"].unique(), []
-    for metric in metrics:
+    for metric in METRICS:
         if rows[metric].notna().any():
             lines = [
                 [name, *(_place(places.get((name, t), rows[:0]), metric, most) for t in tasks)]

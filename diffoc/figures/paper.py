@@ -1,6 +1,5 @@
 """The figures for print, each from its records or from a computation of seconds."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from diffoc.costs import ControlCost, GaussianLikelihood
 from diffoc.data import portrait
 from diffoc.data.provenance import ROOT
 from diffoc.experiments import ablation_summary as summary
+from diffoc.experiments import ffhq
 from diffoc.experiments.records import rows_of
 from diffoc.experiments.summary import by_budget, by_method, by_setting
 from diffoc.figures import plots, save_for_print
@@ -113,31 +113,27 @@ def _tables(folder: Path, name: str) -> Iterator[tuple[Path, pd.DataFrame]]:
 
 def from_paper() -> Iterator[Made]:
     """Yields the paper's own numbers: Table 3's PSNR, and Table 4."""
-    path = ROOT / "data" / "paper_tables.json"
-    tables = json.loads(path.read_text(encoding="utf-8"))
     nothing = float("nan")
     psnr = {
-        row["label"]: {
-            name: (cell["psnr"], nothing)
-            for name, cell in row.items()
-            if isinstance(cell, dict) and cell["psnr"] is not None
+        label: {
+            task: (row[task]["psnr"], nothing)
+            for task in ffhq.tasks_of("table3")
+            if row[task]["psnr"] is not None
         }
-        for row in tables["table3"]
+        for label, row in ffhq.paper_numbers("table3").items()
     }
     figure = plots.metric_by_method(psnr, "PSNR (dB), as the paper has it")
-    yield "paper_table3", figure, (path.name,)
+    yield "paper_table3", figure, ("paper_tables.json",)
+    rows = dict(zip(ffhq.VARIED["table4"][1], ffhq.paper_numbers("table4").values(), strict=True))
     ranks = {
         label: {
-            name: [
-                (float(row["label"].removeprefix("k = ")), row[name][metric], nothing)
-                for row in tables["table4"]
-            ]
-            for name in ("super_resolution", "random_inpainting")
+            task: [(float(k), row[task][metric], nothing) for k, row in rows.items()]
+            for task in ffhq.tasks_of("table4")
         }
         for metric, label in {"lpips": "LPIPS", "psnr": PSNR, "ssim": "SSIM"}.items()
     }
     figure = plots.quality_curves(ranks, "rank $k$", "as the paper has it", logarithmic=False)
-    yield "paper_table4", figure, (path.name,)
+    yield "paper_table4", figure, ("paper_tables.json",)
 
 
 def computed() -> Iterator[Made]:

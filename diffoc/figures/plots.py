@@ -151,7 +151,6 @@ def quality_curves(
     xlabel: str,
     ylabel: str,
     logarithmic: bool = True,
-    columns: int = 3,
     ticks: Sequence[str] | None = None,
 ) -> Figure:
     """Draws means of a metric over a budget or a setting, with intervals: Figure 3, Tables 4 to 6.
@@ -159,13 +158,12 @@ def quality_curves(
     The panels map a title to lines' labels to their curves, as
     :func:`diffoc.experiments.summary.by_budget` does; a half-width of nan is none. The abscissa is
     logarithmic, or its places are equally far apart; with `ticks` these are 0, 1, ... and have such
-    names. Labels have units. There are at most so many columns of panels. A ValueError refuses no
-    panels.
+    names. Labels have units. A ValueError refuses no panels.
     """
     if not panels:
         raise ValueError("panels is empty, expected at least one")
     lines = list(dict.fromkeys(name for found in panels.values() for name in found))
-    columns = min(columns, len(panels))
+    columns = min(3, len(panels))
     height = -(-len(panels) // columns)
     figure = Figure(figsize=(WIDTH, 0.5 + (1.5 if ticks is None else 1.9) * height))
     axes = figure.subplots(height, columns, squeeze=False).flatten()

@@ -71,12 +71,12 @@ def frechet_to_digits(samples: Tensor, classifier: DigitClassifier) -> float:
     return frechet_between(moments(features), (real["mean"], real["covariance"]))
 
 
-def report(name: str, samples: int = 1000, seed: int = 0) -> tuple[dict, Tensor]:
+def report(name: str, samples: int) -> tuple[dict, Tensor]:
     """Returns all that a card reports of "mnist" or "faces64", and the samples it was judged by."""
     prior = trained(name)
     held_out = data.mnist("test")[0] if name == "mnist" else data.faces("test")
     shape = (samples, 1, *held_out.shape[1:])
-    drawn = draw_samples(prior, shape, torch.Generator().manual_seed(seed))
+    drawn = draw_samples(prior, shape, torch.Generator().manual_seed(0))
     # Of digits every tenth; the first thousand would not do, as the set may be sorted by class.
     some = held_out[::10] if name == "mnist" else held_out
     found: dict = {f"psnr_sigma_{s:g}": round(denoising_psnr(prior, some, s), 2) for s in SIGMAS}
@@ -164,15 +164,14 @@ def write_unless_worse(write: Callable[[Path], Path], folder: Path, lost: float)
 
 
 @torch.no_grad()
-def denoising_psnr(prior: Denoiser, images: np.ndarray, sigma: float, seed: int = 0) -> float:
+def denoising_psnr(prior: Denoiser, images: np.ndarray, sigma: float) -> float:
     """Returns the mean PSNR in dB (peak 2) of denoised images at a noise level sigma.
 
     The prior is made by :func:`diffoc.training.trainer.denoiser`; images are as :func:`as_states`
     takes them.
     """
-    generator = torch.Generator().manual_seed(seed)
     x = as_states(images)
-    noisy = x + sigma * torch.randn(x.shape, generator=generator)
+    noisy = x + sigma * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
     level = time_of(torch.tensor(sigma))
     device = next(prior.parameters()).device
     estimate = [prior(part.to(device), level.to(device)).mean.cpu() for part in noisy.split(64)]

@@ -213,9 +213,7 @@ def _squared_distance(x: Tensor, centres: Tensor) -> Tensor:
     return (squares - 2 * x @ centres.T).clamp(min=0)
 
 
-def _kmeans(
-    data: Tensor, components: int, generator: torch.Generator, steps: int = 10
-) -> tuple[Tensor, Tensor]:
+def _kmeans(data: Tensor, components: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Centres (K, n) and labels (N,) by k-means++ and Lloyd's steps; an empty cluster stays put."""
     shift = data.mean(dim=0)
     x = data - shift
@@ -231,7 +229,7 @@ def _kmeans(
         chosen = x[torch.searchsorted(cumulative, u, right=True)]
         centres = torch.cat([centres, chosen])
         nearest = torch.minimum(nearest, _squared_distance(x, chosen)[:, 0])
-    for _ in range(steps):
+    for _ in range(10):
         labels = _squared_distance(x, centres).argmin(dim=1)
         counts = torch.bincount(labels, minlength=components)[:, None]
         sums = torch.zeros_like(centres).index_add_(0, labels, x)

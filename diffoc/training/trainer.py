@@ -296,11 +296,11 @@ def step(
     return loss.item()
 
 
-def shift(x: Tensor, generator: torch.Generator, most: int = 2) -> Tensor:
-    """Returns images moved by up to `most` pixels each way, the gap filled with black."""
-    down, right = torch.randint(0, 2 * most + 1, (2,), generator=generator).tolist()
+def shift(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Returns images moved by up to two pixels each way, the gap filled with black."""
+    down, right = torch.randint(0, 5, (2,), generator=generator).tolist()
     height, width = x.shape[-2:]
-    padded = nn.functional.pad(x, (most,) * 4, value=-1.0)
+    padded = nn.functional.pad(x, (2, 2, 2, 2), value=-1.0)
     return padded[..., down : down + height, right : right + width]
 
 
