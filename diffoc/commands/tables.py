@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from diffoc.checks import check_member
 from diffoc.data.files import try_file, try_folder
 from diffoc.data.manifest import data_folder
 from diffoc.data.pictures import picture_names
@@ -181,7 +182,7 @@ def _trials(
     for method, task, asked in product(
         names, args.tasks or experiments.TABLES["table1"], args.nfe or [NFE]
     ):
-        methods.check_method(method)
+        check_member(METHODS, method=method)
         if not METHODS[method].tuned:
             raise ValueError(f"method is {method!r}, which has nothing to tune")
         nfe = asked if cost is None else methods.equal_work(method, task, asked, cost)

@@ -171,24 +171,16 @@ def colour_faces(split: str, root: Path | str | None = None) -> np.ndarray:
 def portrait(name: str, size: int = 64, *, grey: bool = False) -> Tensor:
     """Returns a public-domain portrait, cropped as the faces of training are, and scaled.
 
-    Eyes and mouth lie as in the mean of `colour_faces`, and the picture is as soft as those are. A
-    grey portrait is as sharp as it can be, and its crop is the looser one of `faces`. Both pictures
-    ship in the wheels of packages that diffoc needs anyway; nothing is downloaded.
+    They are "astronaut" (Eileen Collins, NASA, from scikit-image) and "grace_hopper" (Grace Hopper,
+    US Navy, from matplotlib), and ship in the wheels of these packages; nothing is downloaded. Eyes
+    and mouth lie as in the mean of `colour_faces`, and the picture is as soft as those are. A grey
+    portrait is as sharp as it can be, and its crop is the looser one of `faces`.
 
     >>> portrait("astronaut").shape
     torch.Size([1, 3, 64, 64])
 
-    Args:
-        name: "astronaut" (Eileen Collins, NASA, from scikit-image) or "grace_hopper" (Grace
-            Hopper, US Navy, from matplotlib).
-        size: side in pixels, at least 1; scaling down is anti-aliased.
-        grey: whether it is for a prior of grey faces.
-
-    Returns:
-        An image (1, 3, size, size), or (1, 1, size, size), float32 in [-1, 1].
-
-    Raises:
-        ValueError: for another name or size.
+    The image is (1, 3, size, size), or (1, 1, size, size) for a prior of grey faces, float32 in
+    [-1, 1]; scaling down is anti-aliased. A ValueError refuses another name, and a size below 1.
     """
     import matplotlib.cbook
     import skimage

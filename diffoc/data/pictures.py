@@ -35,7 +35,7 @@ def picture_names(folder: Path) -> list[str]:
 def read_picture(
     path: Path, shape: Sequence[int], crop: Sequence[int] | None = None
 ) -> tuple[Tensor, list[str]]:
-    """Returns a picture as image in [-1, 1], and what had to be done to it.
+    """Returns a picture as image (1, C, H, W) in [-1, 1], and a note for each change made to it.
 
     It is turned as its EXIF data say, composited over white, made grey or coloured, cut to the
     wanted aspect ratio, and resized (anti-aliased, bicubic). Nothing is rounded on the way. Colour
@@ -43,20 +43,12 @@ def read_picture(
 
     >>> image, notes = read_picture(Path("face.jpg"), (3, 64, 64), crop=(120, 80, 200))
 
-    Args:
-        path: of a file that Pillow reads: JPEG, PNG, TIFF, WebP and others, of 8 or 16 bits, or of
-            floating-point values in [0, 1] or [-1, 1].
-        shape: (C, H, W) of the image, with C 1 or 3.
-        crop: left and top edge and width, in pixels of the upright picture, of what is used of it;
-            by default the largest part around its centre.
-
-    Returns:
-        The image (1, C, H, W) float32, and notes for its user, one per change.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is no picture or a damaged one, its values can be read in more than one
-            way, the crop is not within it, or C is another number.
+    Pillow reads the file: JPEG, PNG, TIFF, WebP and others, of 8 or 16 bits, or of floating-point
+    values in [0, 1] or [-1, 1]. The shape is (C, H, W), with C 1 or 3. The crop is left and top
+    edge and width, in pixels of the upright picture, of what is used of it; by default the largest
+    part around its centre. A FileNotFoundError says that there is no such file, a ValueError that
+    it is no picture or a damaged one, that its values can be read in more than one way, that the
+    crop is not within it, or that C is another number.
     """
     channels, height, width = shape
     if channels not in (1, 3) or min(height, width) < 1:

@@ -30,8 +30,6 @@ HORIZONS = (5, 10, 20, 50, 100, 200)
 BUDGETS = (20, 50, 100, 200, 300)
 """Evaluations, where the controller has the steps that it was tuned for, if they are enough."""
 
-PUBLISHED_STEPS = (5, 10, 20, 50)
-"""T of the paper's algorithm."""
 
 RANKS = (0, 1, 4, 16)
 REGULARIZATIONS = (0, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1, "lemma_4_2")
@@ -105,7 +103,7 @@ def published(prior: str, tasks: Sequence[str]) -> Iterator[Choice]:
         for k in RANKS:
             work = round(iterations * (2 + usual["rank"]) / (2 + k))
             changes += [{"rank": k}, {"rank": k, "iterations": work}]
-        for T in PUBLISHED_STEPS:
+        for T in (5, 10, 20, 50):
             changes += [{"steps": T}, {"steps": T, "iterations": iterations * steps // T}]
             changes += [{"steps": T, "rank": 0}]
         for change in changes:

@@ -37,8 +37,6 @@ _NOISE = re.compile(r"(.+)\+noise(\d+(?:\.\d+)?(?:e-?\d+)?)", re.ASCII)
 
 _OURS = ("mnist", "faces64", "faces64_rgb")
 
-_HALVINGS = 2**5
-"""An ADM network for 256 pixels halves the sides five times, and doubles them again."""
 
 MOST = 4096
 """The channels and the side of a network that is made smaller or larger."""
@@ -155,7 +153,8 @@ def sizes_of(name: str) -> tuple[str, int | None, int | None]:
     A ValueError says that no network has such sizes.
     """
     network, *given = name.split("/")
-    steps = (32, _HALVINGS)  # of the channels, as ADM's norms have 32 groups, and of the side
+    # ADM's norms have 32 groups of channels, and its network halves the sides five times.
+    steps = (32, 2**5)
     good = [
         size.isascii() and size.isdigit() and int(size) % step == 0 and 0 < int(size) <= MOST
         for size, step in zip(given, steps, strict=False)

@@ -81,7 +81,7 @@ def settings_of(
     those of :func:`read_tuned`. A ValueError says that there is no such method, or that it was not
     tuned for this and has no settings of its own, as the paper's has.
     """
-    check_method(method)
+    check_member(METHODS, method=method)
     overrides = of_method(overrides, method)
     found = METHODS[method].settings(task, nfe) | overrides
     tuned = read_tuned() if tuned is None else tuned
@@ -101,11 +101,6 @@ def of_method(settings: Mapping[str, Any], method: str) -> dict[str, Any]:
     own = f"{method}."
     every = {key: value for key, value in settings.items() if "." not in key}
     return every | {k.removeprefix(own): v for k, v in settings.items() if k.startswith(own)}
-
-
-def check_method(name: str) -> None:
-    """Raises a ValueError if there is no such method."""
-    check_member(METHODS, method=name)
 
 
 def equal_work(method: str, task: str, nfe: int, product_cost: float) -> int:

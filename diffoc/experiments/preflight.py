@@ -152,8 +152,8 @@ def largest_batch(cell: Cell, compute: Computer, names: Sequence[str], report: R
         return
     for keep, how in ((False, "recomputed"), (True, "kept")):
         keywords = cell.keywords | {"iterations": 1, "keep_activations": keep}
-        fits, batch = 0, 1
-        while batch <= 256:
+        fits = 0
+        for batch in (2**k for k in range(9)):
             some = tuple(names[i % len(names)] for i in range(batch))
             try:
                 compute(replace(cell, images=some, settings=as_json(keywords)))
@@ -162,7 +162,7 @@ def largest_batch(cell: Cell, compute: Computer, names: Sequence[str], report: R
             except Exception as error:  # it is said, and the rest goes on
                 report.refuse(f"largest batch: {cell.method} with {batch} images: {error!r}")
                 break
-            fits, batch = batch, 2 * batch
+            fits = batch
         torch.cuda.empty_cache()
         what = f"{cell.method}, T = {keywords['steps']}, activations {how}"
         report.say(f"largest batch of {what}: {fits}")

@@ -30,7 +30,6 @@ REQUIRED = ("psnr", "ssim", "mse", "residual_over_noise")
 METRICS = (*REQUIRED, "lpips_alex", "lpips_vgg", "lpips_alex_01")
 
 COUNTS = ("evaluations", "products")
-STATUSES = ("ok", "failed", "unsupported")
 ENVIRONMENT = ("versions", "device", "threads")
 """Where these and the precision are equal, so are the results, to the last digit."""
 
@@ -275,7 +274,7 @@ def _check(row: Row, first: Row) -> None:
     settings = json.loads(row["settings"])
     if not isinstance(settings, dict) or as_json(settings) != row["settings"]:
         raise ValueError(f"settings are {row['settings']!r}, expected JSON with sorted keys")
-    check_member(STATUSES, status=row["status"])
+    check_member(("ok", "failed", "unsupported"), status=row["status"])
     for key in _NUMBERS:
         if row[key] and not math.isfinite(float(row[key])):
             raise ValueError(f"{key} is {row[key]}, expected a finite number")

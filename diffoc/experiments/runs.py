@@ -47,30 +47,20 @@ def run_cells(
     """Computes cells and appends them to a table; those that it has are skipped.
 
     A cell whose method fails is recorded with its error, and the others go on; any other error, of
-    the machine, the data or the code, ends the run and is no record.
+    the machine, the data or the code, ends the run and is no record. Of the whole grid images that
+    have a record, in whatever batch, are left out, unless they failed and are to be tried again.
 
-    Args:
-        cells: the whole grid; images that have a record, in whatever batch, are left out of them.
-        compute: what gives a cell's rows; with several workers it is pickled.
-        path: the table's.
-        jobs: how many workers, of one thread each; 1 computes here, with torch's threads. With the
-            device "cuda" worker i has the card i, and those of a cluster one card each.
-        backend: joblib's, "loky", or "ray" for a cluster.
-        shard: (i, n) for the i-th of n parts of the cells, which has a file of its own.
-        retry_failed: whether cells that failed are computed again.
-        device: what the rows say of it.
-        keep: what is called with each cell's images, here, before its rows are written.
-        work: the evaluations of a cell as planned, from which the bar tells the time left.
-        progress: whether to show a bar.
+    With several jobs `compute` is pickled, and workers have one thread each; one job computes here,
+    with torch's threads. The backend is joblib's "loky", or "ray" for a cluster. With the device
+    "cuda" worker i has the card i, and those of a cluster one card each. A shard (i, n) is the i-th
+    of n parts of the cells, and has a file of its own. `keep` is called with each cell's images,
+    here, before its rows are written; `work` gives the evaluations of a cell as planned, from which
+    the bar tells the time left.
 
-    Returns:
-        How many cells there are now, of those of the shard, by status; one is "failed" if any
-        of its images is.
-
-    Raises:
-        ValueError: if an argument is out of its range, or the table is another's or damaged.
-        OSError: if memory or the disk is full; what was recorded before is complete.
-        ImportError: for the backend "ray" where it is not installed.
+    It returns how many cells of the shard there are now by status; one is "failed" if any of its
+    images is. A ValueError says that an argument is out of its range, or that the table is
+    another's or damaged, an OSError that memory or the disk is full; what was recorded before is
+    complete. An ImportError says that "ray" is not installed.
     """
     check_at_least(1, jobs=jobs)
     check_member(("loky", "ray"), backend=backend)

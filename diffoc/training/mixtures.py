@@ -89,14 +89,10 @@ def fit_mixture(
     The start is k-means++ with Lloyd steps, and in each cluster the closed-form solution for one
     component. The likelihood then never decreases, and the mixture has its history.
 
-    Args:
-        data: (N, n) float32 or float64, with N >= components.
-        components, rank: K, at least 1, and r, 1 <= r < n.
-        iterations: the most steps of EM, at least 0.
-        tolerance: steps end when one gains less than this many nats a datum; at least 0.
-        floor: the smallest noise variance psi_k, positive; keeps a component from collapsing.
-        generator: the source of the start's randomness.
-        progress: called with the step's number and the mean log-likelihood before it.
+    The data are (N, n) float32 or float64. Of K = `components`, 1 <= K <= N, each has the rank r,
+    1 <= r < n. After at most so many iterations, or where one gains less than `tolerance` nats a
+    datum, it ends. The floor, positive, is the smallest noise variance psi_k: it keeps a component
+    from collapsing. `progress` is called with a step's number and the likelihood before it.
 
     Source: Tipping and Bishop 1999, appendix C.
     """
