@@ -30,7 +30,6 @@ HORIZONS = (5, 10, 20, 50, 100, 200)
 BUDGETS = (20, 50, 100, 200, 300)
 """Evaluations, where the controller has the steps that it was tuned for, if they are enough."""
 
-
 RANKS = (0, 1, 4, 16)
 REGULARIZATIONS = (0, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1, "lemma_4_2")
 """Of Tables 4 and 5."""
