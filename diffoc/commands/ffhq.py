@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from torch import Tensor
 
 from diffoc import figures
 from diffoc.commands.tables import fill
