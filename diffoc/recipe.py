@@ -203,14 +203,14 @@ OURS = Recipe(
         ("random_inpainting", 300): {"steps": 15, "smoothness": 3.0, "iterations": 20},
         ("box_inpainting", 300): {"steps": 15, "smoothness": 2.0, "iterations": 20},
         ("gaussian_blur", 300): {"steps": 60, "smoothness": 2.0, "iterations": 0},
+        ("motion_blur", 300): {"steps": 60, "smoothness": 2.0, "iterations": 0},
     },
 )
 r"""The default: a greedy guess, improved by L-BFGS in units of the image until the budget is spent.
 
 What keeps most of the noise from being fitted is the control cost :math:`w \alpha_i^2 /
-\sigma_i^2`. For four tasks of Table 1 there is what eight trials on eight colour faces chose:
-a plan of 15 steps, and on the Gaussian blur the guess in 60 steps alone. Motion blur, and a
-problem without a task, have the plan of 15 steps.
+\sigma_i^2`. For the tasks of Table 1 there is what eight trials on eight colour faces chose: a plan
+of 15 steps, and on the blurs the guess in 60 steps alone. A problem without a task has the plan.
 """
 
 STOPPED = Recipe("stopped", steps=10, budget=300, spare=0.15, weight=0.3, guess=True, stopped=True)
