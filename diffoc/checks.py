@@ -187,7 +187,7 @@ def check_kind(kind: Any, **values: object) -> None:
 def check_member(members: Iterable[str], **names: str) -> None:
     """Raises a ValueError unless names are among `members`."""
     for name, value in names.items():
-        if value not in list(members):  # in which a list is looked for, too
+        if value not in list(members):  # a dict or set cannot be asked for a value without a hash
             raise ValueError(f"{name} is {value!r}, expected one of {', '.join(members)}")
 
 

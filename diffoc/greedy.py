@@ -19,8 +19,9 @@ more of it along the way.
 
 The closed form is solved by conjugate gradients of its own: deepinv's proximal maps stop theirs by
 the worst image of a batch, which couples its images. Smooth errors make that system
-ill-conditioned. A blur nearly multiplies every cosine by a number, so that its system is nearly
-diagonal in cosines: the diagonal is the preconditioner, and ten iterations do what 200 do not.
+ill-conditioned. A blur with a symmetric kernel nearly multiplies every cosine by a number, so that
+its system is nearly diagonal in cosines. The diagonal is the preconditioner of all blurs: a
+Gaussian one then needs ten iterations where 200 did not do, a motion blur up to 170.
 """
 
 from __future__ import annotations
