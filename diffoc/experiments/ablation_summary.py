@@ -7,20 +7,14 @@ so are those without a result.
 """
 
 import json
-from collections.abc import Sequence
-from statistics import mode
+from collections.abc import Callable, Iterator, Sequence
 
 import pandas as pd
 
-from diffoc.experiments.ablations import (
-    BUDGETS,
-    HORIZONS,
-    NO_COST,
-    NOISE_LEVELS,
-    REGULARIZATIONS,
-    TUNED,
-)
+from diffoc.experiments import ablations
+from diffoc.experiments.ablations import NO_COST, NOISE_LEVELS, REGULARIZATIONS, Choice
 from diffoc.experiments.inaccurate import IDENTITY, RANDOM, UNTRAINED, accurate_name
+from diffoc.experiments.records import as_json
 from diffoc.experiments.summary import Curve, curves, labels, select
 
 Panels = dict[str, dict[str, Curve]]
@@ -36,27 +30,18 @@ EXACT, PROJECTED = "exact recursion", "Appendix D.1"
 WHOLE = "all parts"
 """Ours, with all its parts, in :func:`by_part`."""
 
+ROUGH = ", no smoothness"
+"""After the label of a controller whose guess does not know that images are smooth."""
+
 
 def equal_budgets(rows: pd.DataFrame, metric: str) -> Panels:
-    """Draws DPS and ours over the budget of evaluations, task by task.
-
-    A controller has its usual steps, which are those of its 200 evaluations, or a quarter of the
-    budget where that is less; DPS has an evaluation a step.
-    """
-    rows = rows[rows["nfe"].isin(BUDGETS)]
-    planned = rows["method"] != "dps"
-    tuned = rows[planned & (rows["nfe"] == BUDGETS[-2])].groupby(["task", "method"])["steps"].last()
-    usual = rows.join(tuned.rename("usual"), on=["task", "method"])["usual"]
-    fair = usual.clip(upper=rows["nfe"] // 4).where(planned, rows["nfe"])
-    known = rows["task"].isin(tuned.index.get_level_values("task"))
-    return _over(rows[known & (rows["steps"] == fair)], "nfe", metric)
+    """Draws DPS and ours over the budget of evaluations, each as tuned for it, task by task."""
+    return _over(_of_grid(rows, ablations.equal_budgets), "nfe", metric)
 
 
 def equal_horizons(rows: pd.DataFrame, metric: str) -> Panels:
     """Draws DPS and ours over T, task by task; DPS has T evaluations, ours 300, or 4 T if more."""
-    rows = rows[rows["steps"].isin(HORIZONS)]
-    most = (4 * rows["steps"]).clip(lower=TUNED[1]).where(rows["method"] != "dps", rows["steps"])
-    return _over(rows[rows["nfe"] == most], "steps", metric)
+    return _over(_of_grid(rows, ablations.equal_horizons), "steps", metric)
 
 
 def by_rank(rows: pd.DataFrame, metric: str) -> Panels:
@@ -87,19 +72,17 @@ def by_part(rows: pd.DataFrame) -> dict[str, dict[str, pd.DataFrame]]:
 
     Where nothing was taken away, that is :data:`WHOLE`.
     """
-    found = {}
-    for task, some in select(rows, method="ours").groupby("task", sort=False):
-        settings = [json.loads(text) for text in some["settings"]]
-        usual = mode(one.get("steps") for one in settings)
-        parts = [_part(one, usual) for one in settings]
-        found[task] = dict(list(some.groupby(parts, sort=False)))
-    return found
+    parts = [_part(json.loads(text)) for text in rows["settings"]]
+    ours = select(rows.assign(part=parts), method="ours").groupby("task", sort=False)
+    return {task: dict(list(some.groupby("part", sort=False))) for task, some in ours}
 
 
 def by_prior(rows: pd.DataFrame, metric: str, priors: Sequence[str] = PRIORS) -> Panels:
     """Draws DPS, ours, and what needs no prior over the places of `priors`, task by task."""
     places = {name: place for place, name in enumerate(priors)}
-    return _over(rows.assign(place=rows["prior"].map(prior_label).map(places)), "place", metric)
+    named = labels(rows) + rows["smoothness"].eq(0).map({True: ROUGH, False: ""})
+    rows = rows.assign(place=rows["prior"].map(prior_label).map(places), label=named)
+    return curves(rows, "task", "label", "place", metric)
 
 
 def prior_label(name: str) -> str:
@@ -111,17 +94,32 @@ def prior_label(name: str) -> str:
     return f"noise {rest.removeprefix('+noise')}" if rest else "trained"
 
 
+def _of_grid(rows: pd.DataFrame, grid: Callable[..., Iterator[Choice]]) -> pd.DataFrame:
+    """Returns the rows that belong to a grid of :mod:`diffoc.experiments.ablations`."""
+    places = rows[["prior", "task"]].drop_duplicates().itertuples(index=False)
+    cells = {
+        (used, task, method, nfe, as_json(settings))
+        for prior, name in places
+        if name in ablations.TASKS
+        for used, task, method, nfe, settings in grid(prior, [name])
+    }
+    keys = rows[["prior", "task", "method", "nfe", "settings"]].itertuples(index=False, name=None)
+    return rows[[key in cells for key in keys]]
+
+
 def _over(rows: pd.DataFrame, abscissa: str, metric: str) -> Panels:
     return curves(rows.assign(label=labels(rows)), "task", "label", abscissa, metric)
 
 
-def _part(settings: dict, usual_steps: int | None) -> str:
+def _part(settings: dict) -> str:
+    if settings.get("iterations") == 0:
+        return "no plan, the guess alone"
+    if settings.get("smoothness") == 0:
+        return "the guess knows no smoothness"
     if "in_units" in settings:
         return "not preconditioned"
     if "stopped" in settings:
         return "stopped at the noise level"
     if "weighted" in settings:
         return f"constant cost {settings['weight']:g}"
-    if settings["weight"] == NO_COST:
-        return "almost no cost"
-    return WHOLE if settings.get("steps") == usual_steps else "T of STOPPED"
+    return "almost no cost" if settings.get("weight") == NO_COST else WHOLE

@@ -16,25 +16,25 @@ from diffoc.experiments.inaccurate import IDENTITY, RANDOM, UNTRAINED, accurate_
 from diffoc.experiments.methods import METHODS, read_tuned
 from diffoc.experiments.records import Cell, as_json, in_batches
 from diffoc.problems.tasks import TASKS as ALL_TASKS
-from diffoc.recipe import OURS
+from diffoc.recipe import COLD
 
 TASKS = recipe.TASKS[:2]
 """Of the paper's Tables 4 to 6 too."""
 
-TUNED = ("faces64", 300)
+TUNED = ("faces64_rgb", 300)
 """The prior and the budget whose tuned values a cell has where there are none of its own."""
 
 HORIZONS = (5, 10, 20, 50, 100, 200)
 """T, as in Figure 3 and Table 6."""
 
 BUDGETS = (20, 50, 100, 200, 300)
-"""Evaluations, where the controller has the steps that it was tuned for, if they are enough."""
+"""Evaluations, for which each method is tuned."""
 
 RANKS = (0, 1, 4, 16)
 REGULARIZATIONS = (0, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1, "lemma_4_2")
 """Of Tables 4 and 5."""
 
-NOISE_LEVELS = (0.05, 0.1, 0.2)
+NOISE_LEVELS = (0.1, 0.2)
 """Of the weights' noise, relative to their root mean square."""
 
 CONSTANT_COSTS = (0.3, 3.0, 30.0, 300.0)
@@ -47,24 +47,29 @@ Choice = tuple[str, str, str, int, dict]
 """Prior, task, method, budget and settings of a cell."""
 
 
-def few_steps(prior: str, tasks: Sequence[str]) -> Iterator[Choice]:
-    """Yields Figure 3 and Table 6: DPS and ours at equal budgets, then at equal T.
+def equal_budgets(prior: str, tasks: Sequence[str]) -> Iterator[Choice]:
+    """Yields DPS and ours with equal numbers of evaluations, each as it was tuned for that."""
+    for name, nfe, method in product(tasks, BUDGETS, ("dps", "ours")):
+        yield prior, name, method, nfe, _tuned(prior, method, name, nfe)
 
-    At equal T, DPS has T evaluations and the controllers 300, or 4 T where those are too few.
+
+def equal_horizons(prior: str, tasks: Sequence[str]) -> Iterator[Choice]:
+    """Yields Figure 3 and Table 6, the same T: DPS has T evaluations, ours 300, or 4 T if more.
+
+    Ours is there with the greedy guess and without.
     """
-    for name in tasks:
-        for nfe in BUDGETS:
-            # A plan of T steps takes 4 T evaluations at least.
-            steps = min(_tuned(prior, "stopped", name, nfe)["steps"], nfe // 4)
-            yield prior, name, "dps", nfe, _tuned(prior, "dps", name, nfe)
-            yield from _controllers(prior, name, nfe, steps)
-            usual = _tuned(prior, "ours", name, nfe)
-            yield _unstopped(prior, name, nfe, min(usual.get("steps", OURS.steps), nfe // 4))
-        for steps in HORIZONS:
-            tuned = _tuned(prior, "dps", name, steps) | {"steps": steps}
-            yield prior, name, "dps", steps, tuned
-            yield from _controllers(prior, name, max(TUNED[1], 4 * steps), steps)
-            yield _unstopped(prior, name, max(TUNED[1], 4 * steps), steps)
+    for name, steps in product(tasks, HORIZONS):
+        some, nfe = {"steps": steps}, max(TUNED[1], 4 * steps)
+        yield prior, name, "dps", steps, _tuned(prior, "dps", name, steps) | some
+        yield prior, name, "ours", nfe, _tuned(prior, "ours", name, nfe) | some
+        some["iterations"] = iterations_within(nfe, steps)
+        yield prior, name, "cold", nfe, _tuned(prior, "cold", name, nfe) | some
+
+
+def few_steps(prior: str, tasks: Sequence[str]) -> Iterator[Choice]:
+    """Yields both of the two above."""
+    yield from equal_budgets(prior, tasks)
+    yield from equal_horizons(prior, tasks)
 
 
 def rank(prior: str, tasks: Sequence[str]) -> Iterator[Choice]:
@@ -116,6 +121,7 @@ def robustness(
 ) -> Iterator[Choice]:
     """Yields Figure 6: DPS and ours with copies of a prior that are wrong, and what needs no prior.
 
+    Ours is there with its guess, which knows that images are smooth, and with one that does not.
     Without trained weights there are only priors of random ones. Nothing is tuned for other budgets
     than 300 evaluations.
     """
@@ -124,14 +130,15 @@ def robustness(
     else:
         wrong = [UNTRAINED + prior, RANDOM + prior]
     for name in tasks:
-        steps = min(_tuned(prior, "stopped", name, nfe)["steps"], nfe // 4)
+        ours = _tuned(prior, "ours", name, nfe)
         for used in wrong:
             yield used, name, "dps", nfe, _tuned(prior, "dps", name, nfe)
-            yield from _controllers(used, name, nfe, steps)
-            yield _unstopped(used, name, nfe, min(OURS.steps, nfe // 4))
+            yield used, name, "ours", nfe, ours
+            yield used, name, "ours", nfe, ours | {"smoothness": 0.0}
         none = IDENTITY + prior
-        yield from _controllers(none, name, nfe, steps)
-        yield _unstopped(none, name, nfe, min(OURS.steps, nfe // 4))
+        steps = {"iterations": iterations_within(nfe, COLD.steps)}
+        yield none, name, "cold", nfe, _tuned(prior, "cold", name, nfe) | steps
+        yield none, name, "ours", nfe, ours
         yield none, name, "deep_image_prior", nfe, {}
 
 
@@ -139,14 +146,14 @@ def parts(prior: str, tasks: Sequence[str]) -> Iterator[Choice]:
     """Yields ours, not stopped, and the same with one of its parts taken away, at 300 evaluations.
 
     In place of the weighted control cost there are constant ones, and none, so that the comparison
-    is with the best of them; in place of its steps those that the stopped controller is tuned to.
+    is with the best of them.
     """
     nfe = TUNED[1]
     for name in tasks:
         usual = _tuned(prior, "ours", name, nfe)
-        changes: list[dict] = [{}, {"in_units": False}, {"stopped": True}, {"weight": NO_COST}]
+        changes: list[dict] = [{}, {"iterations": 0}, {"smoothness": 0.0}, {"in_units": False}]
+        changes += [{"stopped": True}, {"weight": NO_COST}]
         changes += [{"weighted": False, "weight": r} for r in CONSTANT_COSTS]
-        changes += [{"steps": _tuned(prior, "stopped", name, nfe)["steps"]}]
         for change in changes:
             yield prior, name, "ours", nfe, usual | change
 
@@ -215,17 +222,7 @@ def _tuned(prior: str, method: str, task: str, nfe: int) -> dict:
     # Steps that are a share of 300 evaluations are none of another budget.
     trials = METHODS[method].tuned or {}
     shares = {key for key, some in trials.items() if any(isinstance(v, Share) for v in some)}
-    usual = own[str(TUNED[1])]
-    return found | {key: value for key, value in usual.items() if key not in shares}
-
-
-def _controllers(prior: str, task: str, nfe: int, steps: int) -> Iterator[Choice]:
-    """Yields the controller from the greedy guess and from zero, with a budget and T."""
-    yield prior, task, "stopped", nfe, _tuned(prior, "stopped", task, nfe) | {"steps": steps}
-    changed = {"steps": steps, "iterations": iterations_within(nfe, steps)}
-    yield prior, task, "cold", nfe, _tuned(prior, "cold", task, nfe) | changed
-
-
-def _unstopped(prior: str, task: str, nfe: int, steps: int) -> Choice:
-    """Returns the controller that goes on until the budget is spent."""
-    return prior, task, "ours", nfe, _tuned(prior, "ours", task, nfe) | {"steps": steps}
+    found |= {key: value for key, value in own[str(TUNED[1])].items() if key not in shares}
+    if "steps" in found:
+        found["steps"] = min(found["steps"], nfe // METHODS[method].per_step)
+    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pandas as pd
@@ -10,6 +11,7 @@ import pytest
 from diffoc.data.provenance import ROOT
 from diffoc.experiments import ablation_summary as summary
 from diffoc.experiments.ablations import REGULARIZATIONS, ablation_cells
+from diffoc.experiments.methods import read_tuned
 from diffoc.experiments.records import COLUMNS, frame
 from diffoc.experiments.summary import select
 from diffoc.figures.paper import from_ablations
@@ -17,7 +19,7 @@ from diffoc.figures.paper import from_ablations
 TASK = "random_inpainting"
 
 
-def rows(table, prior="faces64", **options):
+def rows(table, prior="faces64_rgb", **options):
     """Every cell of a grid with a PSNR that tells it apart: its place in the grid."""
     cells = ablation_cells(table, prior, ["a"], 1, "float32", tasks=[TASK], **options)
     found = []
@@ -37,16 +39,17 @@ def row_of(found, place):
 def test_equal_budgets_and_equal_steps_are_told_apart():
     found = rows("few_steps")
     budgets = summary.equal_budgets(found, "psnr")[TASK]
-    assert set(budgets) == {"DPS", "Ours, stopped", "Ours, cold", "Ours"}
-    usual = {"Ours, stopped": 10, "Ours, cold": 10, "Ours": 15}
+    assert set(budgets) == {"DPS", "Ours"}
     for label, curve in budgets.items():
         assert [x for x, _, _ in curve] == [20, 50, 100, 200, 300]
         for x, place, _ in curve:
             row = row_of(found, place)
             assert row["nfe"].item() == x
-            expected = x if label == "DPS" else min(usual[label], x // 4)
-            assert row["steps"].item() == expected
+            method = {"DPS": "dps", "Ours": "ours"}[label]
+            tuned = read_tuned()["faces64_rgb"][method][TASK][str(x)]
+            assert row["steps"].item() == tuned["steps"]
     horizons = summary.equal_horizons(found, "psnr")[TASK]
+    assert set(horizons) == {"DPS", "Ours", "Ours, cold"}
     for label, curve in horizons.items():
         assert [x for x, _, _ in curve] == [5, 10, 20, 50, 100, 200]
         for x, place, _ in curve:
@@ -61,19 +64,14 @@ def test_parts_are_named_by_what_was_taken_away():
     assert list(found) == [TASK]
     assert {label: len(some) for label, some in found[TASK].items()} == {
         summary.WHOLE: 1,
+        "no plan, the guess alone": 1,
+        "the guess knows no smoothness": 1,
         "not preconditioned": 1,
         "stopped at the noise level": 1,
         "almost no cost": 1,
         **{f"constant cost {r}": 1 for r in ("0.3", "3", "30", "300")},
-        "T of STOPPED": 1,
     }
     assert len(select(found[TASK]["constant cost 30"], weighted=False, weight=30.0)) == 1
-    assert len(select(found[TASK]["T of STOPPED"], steps=10)) == 1
-
-
-def test_without_the_budget_that_tells_the_steps_there_are_no_curves():
-    found = rows("few_steps")
-    assert summary.equal_budgets(found[found["nfe"] != 200], "psnr") == {}
 
 
 def test_rank_and_constant_vary_alone():
@@ -97,21 +95,24 @@ def test_rank_and_constant_vary_alone():
 def test_priors_in_their_order():
     found = rows("robustness")
     curves = summary.by_prior(found, "psnr")[TASK]
-    assert [x for x, _, _ in curves["DPS"]] == [0, 1, 2, 3, 4]
-    assert [x for x, _, _ in curves["Deep image prior"]] == [6]
-    for x, place, _ in curves["Ours, stopped"]:
-        prior = row_of(found, place)["prior"].item()
-        assert summary.prior_label(prior) == summary.PRIORS[int(x)]
+    assert [x for x, _, _ in curves["DPS"]] == [0, 1, 2, 3]
+    assert [x for x, _, _ in curves["Deep image prior"]] == [5]
+    assert [x for x, _, _ in curves["Ours"]] == [0, 1, 2, 3, 5]
+    for label in ("Ours", "Ours" + summary.ROUGH):
+        for x, place, _ in curves[label]:
+            row = row_of(found, place)
+            assert summary.prior_label(row["prior"].item()) == summary.PRIORS[int(x)]
+            assert (row["smoothness"].item() == 0) == (label != "Ours")
     bare = summary.by_prior(rows("robustness", trained=False), "psnr", ["random", "none"])[TASK]
-    assert [x for x, _, _ in bare["Ours, stopped"]] == [0, 1]
+    assert [x for x, _, _ in bare["Ours"]] == [0, 1]
 
 
 @pytest.mark.parametrize(
     ("name", "label"),
     [
-        ("faces64", "trained"),
-        ("faces64+noise0.05", "noise 0.05"),
-        ("untrained faces64", "untrained"),
+        ("faces64_rgb", "trained"),
+        ("faces64_rgb+noise0.05", "noise 0.05"),
+        ("untrained faces64_rgb", "untrained"),
         ("random ffhq256/32", "random"),
         ("identity faces64", "none"),
     ],
@@ -122,10 +123,10 @@ def test_what_a_prior_is_called(name, label):
 
 def test_rows_are_selected_by_columns_and_by_settings():
     found = rows("few_steps")
-    some = select(found, method="stopped", nfe=300, steps=5)
-    assert set(some["settings"]) == {'{"budget": 300, "steps": 5}'}
-    assert select(found, method="stopped", guidance=1.0).empty
-    assert select(found, method="stopped", nothing=1.0).empty
+    some = select(found, method="dps", nfe=5)
+    assert {json.loads(text)["steps"] for text in some["settings"]} == {5}
+    assert select(found, method="ours", guidance=1.0).empty
+    assert select(found, method="ours", nothing=1.0).empty
 
 
 def test_todays_records_are_drawn(tmp_path: Path):

@@ -37,7 +37,7 @@ def folder(tmp_path):
 
 
 def cells(table, **options):
-    return ablation_cells(table, "faces64", ["a", "b", "c"], 2, "float32", **options)
+    return ablation_cells(table, "faces64_rgb", ["a", "b", "c"], 2, "float32", **options)
 
 
 @pytest.mark.parametrize("table", ABLATIONS)
@@ -52,13 +52,14 @@ def test_every_cell_is_there_once_and_can_be_planned(table):
     assert {(cell.method, cell.task) for cell in some} == {(found[0].method, TASKS[0])}
 
 
-def test_few_steps_keeps_its_budgets_and_the_tuned_values():
-    tuned = read_tuned()["faces64"]
+def test_few_steps_takes_what_was_tuned_for_each_budget():
+    tuned = read_tuned()["faces64_rgb"]
     for cell in cells("few_steps"):
         if cell.method == "dps":
-            assert cell.keywords["steps"] == cell.nfe
-            assert cell.keywords["guidance"] == tuned["dps"][cell.task]["300"]["guidance"]
-        elif cell.method in ("stopped", "ours"):
+            own = tuned["dps"][cell.task][str(cell.nfe)]
+            assert cell.keywords["guidance"] == own["guidance"]
+            assert cell.keywords["steps"] in (cell.nfe, own["steps"])
+        elif cell.method == "ours":
             assert cell.nfe == cell.keywords["budget"] >= 4 * cell.keywords["steps"]
         else:
             assert cell.keywords["steps"] * (1 + cell.keywords["iterations"]) <= cell.nfe
@@ -66,11 +67,24 @@ def test_few_steps_keeps_its_budgets_and_the_tuned_values():
             assert cell.keywords["control_cost"] == expected
     by_method = {
         method: {cell.nfe for cell in cells("few_steps", methods=[method])}
-        for method in ("dps", "stopped")
+        for method in ("dps", "ours")
     }
     assert by_method["dps"] == {*HORIZONS, *BUDGETS}
-    steps = {cell.keywords["steps"] for cell in cells("few_steps", methods=["stopped"])}
+    assert by_method["ours"] == {*BUDGETS, 400, 800}
+    steps = {cell.keywords["steps"] for cell in cells("few_steps", methods=["cold"])}
     assert steps == set(HORIZONS)
+
+
+def test_steps_that_a_budget_has_no_room_for_are_fewer(monkeypatch):
+    tuned = {"ours": {"steps": 60}, "dps": {"guidance": 3.0, "steps": 300}, "cold": {}}
+    known = {"faces64_rgb": {key: {TASKS[0]: {"300": some}} for key, some in tuned.items()}}
+    monkeypatch.setattr("diffoc.experiments.ablations.read_tuned", lambda: known)
+    for cell in cells("few_steps", tasks=TASKS[:1]):
+        if cell.method == "dps":
+            assert cell.keywords == {"steps": cell.keywords["steps"], "guidance": 3.0}
+            assert cell.keywords["steps"] <= cell.nfe
+        elif cell.method == "ours" and cell.nfe in (20, 50, 100, 200):
+            assert cell.keywords["steps"] == min(60, cell.nfe // 4)
 
 
 def test_rank_and_robustness_vary_what_they_say():
@@ -80,9 +94,11 @@ def test_rank_and_robustness_vary_what_they_say():
     assert {s["weight_scale"] for s in settings if s["regularization"] == 0} == {0, 1e-6}
     priors = {cell.prior for cell in cells("robustness")}
     assert priors == {
-        *("faces64", "faces64+noise0.05", "faces64+noise0.1", "faces64+noise0.2"),
-        *("untrained faces64", "identity faces64"),
+        *("faces64_rgb", "faces64_rgb+noise0.1", "faces64_rgb+noise0.2"),
+        *("untrained faces64_rgb", "identity faces64_rgb"),
     }
+    ours = [cell for cell in cells("robustness", methods=["ours"]) if "identity" not in cell.prior]
+    assert sum(cell.keywords["smoothness"] == 0 for cell in ours) == len(ours) / 2
     usual, few = cells("robustness"), cells("robustness", nfe=60)
     assert {cell.nfe for cell in usual} == {300}
     assert {cell.nfe for cell in few} == {60}
@@ -90,21 +106,22 @@ def test_rank_and_robustness_vary_what_they_say():
     for cell in few:
         if cell.method == "dps":
             assert cell.keywords["steps"] == 60
+            assert "guidance" in cell.keywords
         elif cell.method == "cold":
             assert cell.keywords["steps"] * (1 + cell.keywords["iterations"]) <= 60
     bare = {cell.prior for cell in cells("robustness", trained=False)}
-    assert bare == {"untrained faces64", "random faces64", "identity faces64"}
+    assert bare == {f"{kind} faces64_rgb" for kind in ("untrained", "random", "identity")}
 
 
 def test_parts_takes_away_one_at_a_time():
-    tuned = read_tuned()["faces64"]["ours"]
+    tuned = read_tuned()["faces64_rgb"]["ours"]
     for name in TASKS:
         usual, *others = (cell.keywords for cell in cells("parts", tasks=[name])[::2])
-        assert usual["weight"] == tuned[name]["300"]["weight"]
+        assert usual == {"budget": 300} | tuned[name]["300"]
         changed = [{k for k in s if s[k] != usual.get(k)} for s in others]
-        assert changed[:3] == [{"in_units"}, {"stopped"}, {"weight"}]
-        assert changed[3:] == [{"weighted", "weight"}] * 4 + [{"steps"}]
-        assert [s["weight"] for s in others[3:7]] == sorted(s["weight"] for s in others[3:7])
+        assert changed[:3] == [{"iterations"}, {"smoothness"}, {"in_units"}]
+        assert changed[3:] == [{"stopped"}, {"weight"}] + [{"weighted", "weight"}] * 4
+        assert [s["weight"] for s in others[5:]] == sorted(s["weight"] for s in others[5:])
 
 
 @pytest.mark.parametrize(
