@@ -7,9 +7,11 @@ controller, and linear ones have `physics.A_adjoint`; deepinv's samplers take th
 """
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 
+import numpy as np
 import torch
-from deepinv.physics import Blur, DownsamplingMatlab, Inpainting, LinearPhysics, Physics
+from deepinv.physics import Blur, Inpainting, LinearPhysics, Physics
 from deepinv.physics.functional import conv2d
 from scipy.ndimage import gaussian_filter
 from torch import Tensor, nn
@@ -32,21 +34,65 @@ _FULL_SIDE = 256  # of the images that the settings are for
 
 
 MOST_FACTOR = 256
-"""Of super-resolution, whose kernel has some sixteen times its square of numbers."""
+"""Of super-resolution."""
 
 
 class UnsupportedTask(ValueError):
     """The method cannot do this task at all; tables show a dash."""
 
 
-def super_resolution(factor: int = 4) -> DownsamplingMatlab:
+class Bicubic(LinearPhysics):
+    """Bicubic anti-aliased down-sampling by a factor, as one matrix for lines and one for columns.
+
+    The numbers are those of deepinv's `DownsamplingMatlab`, which takes as long as a network does.
+    """
+
+    def __init__(self, factor: int) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def A(self, x: Tensor, **kwargs: object) -> Tensor:
+        """Returns images (B, C, H / factor, W / factor) of images (B, C, H, W)."""
+        rows, columns = (_bicubic(length, self.factor).to(x) for length in x.shape[-2:])
+        return rows @ x @ columns.mT
+
+    def A_adjoint(self, y: Tensor, **kwargs: object) -> Tensor:
+        """Returns images (B, C, factor H, factor W) of images (B, C, H, W): the adjoint."""
+        rows, columns = (_bicubic(self.factor * n, self.factor).to(y) for n in y.shape[-2:])
+        return rows.mT @ y @ columns
+
+
+def _bicubic(length: int, factor: int) -> Tensor:
+    return torch.from_numpy(_bicubic_weights(length, factor))
+
+
+@lru_cache
+def _bicubic_weights(length: int, factor: int) -> np.ndarray:
+    """Returns how MATLAB's imresize weighs a line, (length / factor rounded up, length).
+
+    Keys's cubic kernel with a = -1/2 is as wide as the factor says, and the line goes on mirrored.
+    """
+    count = -(-length // factor)
+    centre = ((np.arange(count) + 0.5) * factor - 0.5)[:, None]
+    place = np.floor(centre).astype(int) + np.arange(-2 * factor, 2 * factor + 2)
+    d = np.abs(place - centre) / factor
+    near, far = 1.5 * d**3 - 2.5 * d**2 + 1, -0.5 * d**3 + 2.5 * d**2 - 4 * d + 2
+    weights = np.where(d <= 1, near, np.where(d <= 2, far, 0))
+    mirrored = place % (2 * length)
+    matrix = np.zeros((count, length))
+    source = np.where(mirrored < length, mirrored, 2 * length - 1 - mirrored)
+    np.add.at(matrix, (np.arange(count)[:, None], source), weights / weights.sum(1, keepdims=True))
+    return matrix
+
+
+def super_resolution(factor: int = 4) -> Bicubic:
     """Returns bicubic anti-aliased down-sampling to (B, C, H / factor, W / factor).
 
     It is that of MATLAB's imresize; the factor, 1 to 256, must divide the image's sides.
     """
     check_whole(1, factor=factor)
     check_within(1, MOST_FACTOR, factor=factor)
-    return DownsamplingMatlab(factor=factor)
+    return Bicubic(factor)
 
 
 def random_inpainting(
@@ -203,7 +249,10 @@ def for_each(parts: Sequence[Physics]) -> Physics:
     image.
     """
     first, states = parts[0], [dict(part.named_buffers()) for part in parts]
-    if all(torch.equal(state[name], states[0][name]) for state in states for name in state):
+    factors = {getattr(part, "factor", None) for part in parts}
+    if len(factors) == 1 and all(
+        torch.equal(state[name], states[0][name]) for state in states for name in state
+    ):
         return first
     if isinstance(first, Inpainting):
         return Inpainting(first.img_size, mask=torch.cat([state["mask"] for state in states]))

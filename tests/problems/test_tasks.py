@@ -6,6 +6,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from deepinv.physics import DownsamplingMatlab
 from PIL import Image
 from scipy.ndimage import convolve
 from skimage import color
@@ -20,6 +21,7 @@ from diffoc.problems.tasks import (
     _from_light,
     _to_light,
     box_inpainting,
+    for_each,
     gaussian_blur,
     measure,
     measured,
@@ -91,6 +93,23 @@ def test_super_resolution_is_anti_aliased_bicubic():
     expected = np.kron(rows, columns)
     found = as_matrix(double(super_resolution()).A, shape, torch.float64)
     np.testing.assert_allclose(found.numpy(), expected, atol=1e-12)
+
+
+@pytest.mark.parametrize(("factor", "height", "width"), [(4, 64, 48), (2, 30, 8), (3, 64, 62)])
+def test_super_resolution_is_deepinvs(factor, height, width):
+    x = torch.randn(2, 3, height, width, generator=seeded(), dtype=torch.float64)
+    ours, theirs = super_resolution(factor), double(DownsamplingMatlab(factor=factor))
+    y = theirs.A(x)
+    torch.testing.assert_close(ours.A(x), y, rtol=0, atol=1e-12)
+    torch.testing.assert_close(ours.A_adjoint(y), theirs.A_adjoint(y), rtol=0, atol=1e-12)
+
+
+def test_operators_of_several_factors_are_not_one():
+    x = torch.randn(2, 1, 8, 8, generator=seeded())
+    parts = [super_resolution(4), super_resolution(2)]
+    with pytest.raises(RuntimeError, match="Sizes of tensors"):
+        for_each(parts).A(x)
+    assert for_each([parts[0], super_resolution(4)]) is parts[0]
 
 
 def test_super_resolution_agrees_with_pillow_away_from_the_border():
@@ -291,7 +310,7 @@ def measured_at(physics, height, width):
         (lambda: phase_retrieval((1, 8, 8), -1), "oversampling"),
         (lambda: motion_kernel(4, 0.5, seeded()), "side"),
         (lambda: motion_kernel(5, 1.5, seeded()), "intensity"),
-        (lambda: measured_at(super_resolution(4), 2, 2), "physics cannot"),
+        (lambda: measured_at(super_resolution(4), 2, 2), "physics does not fit"),
         (lambda: measured_at(super_resolution(4), 30, 30), "physics does not fit"),
         (lambda: measured_at(super_resolution(4), 32, 30), "physics does not fit"),
         (lambda: measured_at(gaussian_blur(64), 7, 7), "physics cannot"),
