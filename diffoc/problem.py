@@ -10,7 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffoc.checks import check_above, check_alike, check_kind, check_tensor, one_line, shown
+from diffoc.checks import (
+    check_above,
+    check_alike,
+    check_kind,
+    check_size,
+    check_tensor,
+    one_line,
+    shown,
+)
 
 
 @dataclass(frozen=True)
@@ -72,7 +80,9 @@ class Problem:
 
     def residual_over_noise(self, x0: Tensor) -> Tensor:
         """Returns the root mean square of A(x_0) - y over the noise's, (B,)."""
-        residual = self.operator(x0) - self.y
+        found = self.operator(x0)
+        check_size(self.y.shape, **{"what physics makes of x0": found})
+        residual = found - self.y
         return residual.flatten(1).square().mean(dim=1).sqrt() / self.noise_level
 
     def explained(self, x0: Tensor) -> Tensor:

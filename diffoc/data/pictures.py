@@ -33,7 +33,7 @@ def picture_names(folder: Path) -> list[str]:
 
 
 def read_picture(
-    path: Path, shape: Sequence[int], crop: Sequence[int] | None = None
+    path: Path | str, shape: Sequence[int], crop: Sequence[int] | None = None
 ) -> tuple[Tensor, list[str]]:
     """Returns a picture as image (1, C, H, W) in [-1, 1], and a note for each change made to it.
 
@@ -50,10 +50,11 @@ def read_picture(
     it is no picture or a damaged one, that its values can be read in more than one way, that the
     crop is not within it, or that C is another number.
     """
-    channels, height, width = shape
-    if channels not in (1, 3) or min(height, width) < 1:
-        raise ValueError(f"shape is {tuple(shape)}, expected 1 or 3 channels and at least a pixel")
-    values, notes = _values(path)
+    sides = [n if isinstance(n, int) else 0 for n in shape] if isinstance(shape, Sequence) else []
+    if len(sides) != 3 or sides[0] not in (1, 3) or min(sides) < 1:
+        raise ValueError(f"shape is {shape!r}, expected (C, H, W), C 1 or 3, and at least a pixel")
+    channels, height, width = sides
+    values, notes = _values(Path(path))
     if values.shape[-1] != channels:
         if channels == 3:
             values = values.repeat(3, axis=-1)
@@ -149,9 +150,8 @@ def _of_many_bits(values: np.ndarray, mode: str, path: Path) -> tuple[np.ndarray
         return values, "floating-point values, black 0 and white 1, kept"
     if mode == "F" and low >= -1 and high <= 1:
         return (values + 1) / 2, "floating-point values, black -1 and white 1, kept"
-    expected = (
-        "0 to 65535, and more than 8 bits of it," if mode.startswith("I") else "[0, 1] or [-1, 1]"
-    )
+    whole = mode.startswith("I")
+    expected = "0 to 65535, and more than 8 bits of it" if whole else "[0, 1] or [-1, 1]"
     raise ValueError(f"{path} has values from {low:g} to {high:g}, expected {expected}: scale it")
 
 
@@ -164,6 +164,8 @@ def _window(
         used = (scale * shape[0], scale * shape[1])
         left, top = ((a - b) / 2 for a, b in zip(size, used, strict=True))
     else:
+        if not isinstance(crop, tuple | list) or [type(n) for n in crop] != [int] * 3:
+            raise TypeError(f"crop is {crop!r}, expected X, Y and SIDE: three whole numbers")
         left, top, side = crop
         used = (side, side * shape[1] / shape[0])
         if min(left, top) < 0 or side < 1 or left + used[0] > size[0] or top + used[1] > size[1]:

@@ -191,6 +191,8 @@ def test_each_image_has_the_noise_level_of_its_own_mask():
     problem = Problem(physics, y, 0.05)
     torch.testing.assert_close(problem.noise_level, expected)
     torch.testing.assert_close(problem.residual_over_noise(0.05 * mask), torch.ones(2))
+    with pytest.raises(ValueError, match=r"^what physics makes of x0 has shape"):
+        Problem(lambda x: x, y, 0.05).residual_over_noise(mask[:1])
     prior = wrap(lambda x, i: 0.1 * x, torch.linspace(0.999, 0.01, 50), (1, 8, 8))
     with pytest.raises(ValueError, match=r"physics cannot measure images of shape \(4, 1, 8"):
         reconstruct(problem, prior, starts=2)

@@ -113,6 +113,18 @@ def test_pictures_are_resized_as_pillow_resizes_floats(channels, tmp_path):
             read_picture(tmp_path / "a.png", (channels, 8, 8), crop)
 
 
+def test_a_shape_a_crop_or_a_path_that_is_none_is_told(tmp_path):
+    path = tmp_path / "a.png"
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(path)
+    assert read_picture(str(path), (1, 8, 8))[0].shape == (1, 1, 8, 8)
+    for shape in ((8, 8), (1, 0, 8), (1, 8.0, 8), (2, 8, 8), None):
+        with pytest.raises(ValueError, match=r"^shape is"):
+            read_picture(path, shape)
+    for crop in ((0, 0), (0.5, 0, 4), "0,0,4", 4):
+        with pytest.raises(TypeError, match=r"^crop is .* three whole numbers"):
+            read_picture(path, (1, 8, 8), crop)
+
+
 def test_a_folder_s_pictures_by_name(tmp_path):
     for name in ("b.PNG", "a.jpg", "c.JPEG", "._a.jpg", ".hidden.png", "notes.txt", "d.npz"):
         (tmp_path / name).touch()
