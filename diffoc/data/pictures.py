@@ -52,7 +52,7 @@ def read_picture(
     """
     sides = [n if isinstance(n, int) else 0 for n in shape] if isinstance(shape, Sequence) else []
     if len(sides) != 3 or sides[0] not in (1, 3) or min(sides) < 1:
-        raise ValueError(f"shape is {shape!r}, expected (C, H, W), C 1 or 3, and at least a pixel")
+        raise ValueError(f"shape is {shape!r}, expected (C, H, W), C of 1 or 3 channels")
     channels, height, width = sides
     values, notes = _values(Path(path))
     if values.shape[-1] != channels:

@@ -80,7 +80,8 @@ def by_part(rows: pd.DataFrame) -> dict[str, dict[str, pd.DataFrame]]:
 def by_prior(rows: pd.DataFrame, metric: str, priors: Sequence[str] = PRIORS) -> Panels:
     """Draws DPS, ours, and what needs no prior over the places of `priors`, task by task."""
     places = {name: place for place, name in enumerate(priors)}
-    named = labels(rows) + rows["smoothness"].eq(0).map({True: ROUGH, False: ""})
+    rough = rows["smoothness"].eq(0) if "smoothness" in rows else pd.Series(False, rows.index)
+    named = labels(rows) + rough.map({True: ROUGH, False: ""})
     rows = rows.assign(place=rows["prior"].map(prior_label).map(places), label=named)
     return curves(rows, "task", "label", "place", metric)
 
