@@ -12,7 +12,13 @@ from collections.abc import Callable, Iterator, Sequence
 import pandas as pd
 
 from diffoc.experiments import ablations
-from diffoc.experiments.ablations import NO_COST, NOISE_LEVELS, REGULARIZATIONS, Choice
+from diffoc.experiments.ablations import (
+    NO_COST,
+    NOISE_LEVELS,
+    REGULARIZATIONS,
+    TASKS,
+    Choice,
+)
 from diffoc.experiments.inaccurate import IDENTITY, RANDOM, UNTRAINED, accurate_name
 from diffoc.experiments.records import as_json
 from diffoc.experiments.summary import Curve, curves, labels, select
@@ -41,7 +47,9 @@ def equal_budgets(rows: pd.DataFrame, metric: str) -> Panels:
 
 def equal_horizons(rows: pd.DataFrame, metric: str) -> Panels:
     """Draws DPS and ours over T, task by task; DPS has T evaluations, ours 300, or 4 T if more."""
-    return _over(_of_grid(rows, ablations.equal_horizons), "steps", metric)
+    rows = _of_grid(rows, ablations.equal_horizons)
+    place = rows["steps"].where(rows["method"] != "dps", rows["nfe"])
+    return _over(rows.assign(place=place), "place", metric)
 
 
 def by_rank(rows: pd.DataFrame, metric: str) -> Panels:
@@ -96,16 +104,14 @@ def prior_label(name: str) -> str:
 
 
 def _of_grid(rows: pd.DataFrame, grid: Callable[..., Iterator[Choice]]) -> pd.DataFrame:
-    """Returns the rows that belong to a grid of :mod:`diffoc.experiments.ablations`."""
-    places = rows[["prior", "task"]].drop_duplicates().itertuples(index=False)
-    cells = {
-        (used, task, method, nfe, as_json(settings))
-        for prior, name in places
-        if name in ablations.TASKS
-        for used, task, method, nfe, settings in grid(prior, [name])
-    }
+    """Returns the rows of a grid of :mod:`diffoc.experiments.ablations`, in its order."""
+    cells: dict[tuple, int] = {}
+    for prior, name in rows[["prior", "task"]].drop_duplicates().itertuples(index=False):
+        for used, task, method, nfe, settings in grid(prior, [name] if name in TASKS else []):
+            cells.setdefault((used, task, method, nfe, as_json(settings)), len(cells))
     keys = rows[["prior", "task", "method", "nfe", "settings"]].itertuples(index=False, name=None)
-    return rows[[key in cells for key in keys]]
+    place = pd.Series([cells.get(key, -1) for key in keys], rows.index)
+    return rows.loc[place[place >= 0].sort_values(kind="stable").index]
 
 
 def _over(rows: pd.DataFrame, abscissa: str, metric: str) -> Panels:
