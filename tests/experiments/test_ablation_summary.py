@@ -46,7 +46,7 @@ def test_equal_budgets_and_equal_steps_are_told_apart():
             row = row_of(found, place)
             assert row["nfe"].item() == x
             method = {"DPS": "dps", "Ours": "ours"}[label]
-            tuned = read_tuned()["faces64_rgb"][method][TASK][str(x)]
+            tuned = read_tuned()["faces64_rgb"][method][TASK][str(int(x))]
             assert row["steps"].item() == tuned["steps"]
     horizons = summary.equal_horizons(found, "psnr")[TASK]
     assert set(horizons) == {"DPS", "Ours", "Ours, cold"}
@@ -134,6 +134,7 @@ def test_rows_are_selected_by_columns_and_by_settings():
 def test_todays_records_are_drawn(tmp_path: Path):
     assert list(from_ablations(tmp_path)) == []
     drawn = {name: sources for name, _, sources in from_ablations(ROOT / "data" / "records")}
-    assert drawn["few_steps_faces64_budget"] == ("few_steps_faces64.csv",)
-    assert {"few_steps_faces64_horizon", "rank_faces64", "rank_faces64_constant"} <= drawn.keys()
-    assert drawn["robustness_faces64"] == ("robustness_faces64.csv",)
+    faces = "faces64_rgb"
+    assert drawn[f"few_steps_{faces}_budget"] == (f"few_steps_{faces}.csv",)
+    assert {f"few_steps_{faces}_horizon", f"rank_{faces}", f"rank_{faces}_constant"} <= drawn.keys()
+    assert drawn[f"robustness_{faces}"] == (f"robustness_{faces}.csv",)
