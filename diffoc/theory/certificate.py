@@ -20,8 +20,8 @@ the guided. For the noise :math:`\epsilon_i` of the run
 
 has the work's mean, since :math:`u_i` does not know :math:`\epsilon_i`, and the less variance the
 closer the guided paths are to the posterior's. So it is this that is averaged. The effective
-sample size :math:`(\sum w)^2 / \sum w^2` is another face of the same number (Thijssen & Kappen
-2015, doi:10.1103/PhysRevE.91.032104).
+sample size :math:`(\sum w)^2 / \sum w^2` looks the other way, whether the guided paths are
+everywhere where the posterior's are (Thijssen & Kappen 2015, doi:10.1103/PhysRevE.91.032104).
 """
 
 import math
