@@ -603,6 +603,7 @@ OTHERS = {
     "no_products": "behind the methods",
     "PerImage": "test_operator_per_image",
     "LinearPerImage": "test_operator_per_image",
+    "Bicubic": "test_tasks",
     "BlurPerImage": "test_operator_per_image",
     "for_each": "test_operator_per_image",
     "parts_of": "test_operator_per_image",
