@@ -1,7 +1,7 @@
 """Experiments beside the tables as grids of cells: few steps, rank, a wrong score, our own parts.
 
 What is tuned has the value that was best on the tuning faces with the trained prior, or with that
-of the grey faces, for a cell's budget; where nothing was tuned for that, for 300 evaluations.
+of the colour faces, for a cell's budget; where nothing was tuned for that, for 300 evaluations.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -68,7 +68,7 @@ def equal_horizons(prior: str, tasks: Sequence[str]) -> Iterator[Choice]:
 
 
 def few_steps(prior: str, tasks: Sequence[str]) -> Iterator[Choice]:
-    """Yields both of the two above."""
+    """Yields equal budgets, then equal T: the two grids above."""
     yield from equal_budgets(prior, tasks)
     yield from equal_horizons(prior, tasks)
 
