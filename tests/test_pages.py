@@ -53,7 +53,7 @@ SHORT = """
 import diffoc
 from diffoc.problems import super_resolution
 
-prior = diffoc.load_prior("faces64_rgb")
+prior = diffoc.load_prior("faces64")
 physics = super_resolution(4)
 y = physics.A(torch.zeros(1, 3, 64, 64))
 problem = diffoc.Problem(physics, y, noise_std=0.05)

@@ -1,4 +1,4 @@
-"""Ranks samplers on faces by the certificate: `data/records/certificate_faces64_rgb.csv`.
+"""Ranks samplers on faces by the certificate: `data/records/certificate_faces64.csv`.
 
     python tools/certificate.py --factor 4 --steps 20 --methods none dps   # what is missing
 

@@ -76,7 +76,7 @@ def write_reconstruction(path: Path, name: str = "super_resolution", frames: int
     Columns: the measurement, DPS, ours, the truth. The upper row has the states, the lower one the
     images that the denoiser estimates from them. A frame shows all at one noise level.
     """
-    prior, truth = load_prior("faces64_rgb"), portrait("astronaut")
+    prior, truth = load_prior("faces64"), portrait("astronaut")
     generator = torch.Generator().manual_seed(0)
     physics = task(name, prior.image_shape, generator)
     y = measure(physics, truth, generator)

@@ -6,7 +6,7 @@
 
 The first eight faces of every method and task are computed again with weights and measurements
 multiplied by 1 + 1e-6 z (see `portability.py`), and compared with their records, of other CPUs;
-in a precision of which there are none, with what is computed here without a jitter. What was
+in a precision of which there is none, with what is computed here without a jitter. What was
 computed is kept in build/portable/spread.csv and not computed again.
 """
 

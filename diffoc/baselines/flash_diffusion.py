@@ -45,9 +45,8 @@ def flash_diffusion(
             of which costs an evaluation and a product.
         guidance, gluing, eta: as for :func:`diffoc.baselines.psld.psld`.
         correction: c, positive.
-        encoder: the severity encoder, by default that of "faces64_latent", or, for a prior of
-            colour images, of "faces64_rgb_latent"; the measurements' noise is what it was trained
-            for.
+        encoder: the severity encoder, by default that of "faces64_latent"; the noise of
+            measurements is what it was trained for.
 
     Raises:
         ValueError: for a prior of images, or one that the encoder is not for.
@@ -59,8 +58,7 @@ def flash_diffusion(
         require_linear(given.physics)
     picture = as_picture(y, autoencoder.decoded_shape)
     if encoder is None:
-        faces = {1: "faces64", 3: "faces64_rgb"}[autoencoder.decoded_shape[0]]
-        encoder = load_severity_encoder(f"{faces}_severity").to(x)
+        encoder = load_severity_encoder().to(x)
     with torch.no_grad():
         estimate, log_severity = encoder(picture)
     if estimate.shape != x.shape:

@@ -65,7 +65,7 @@ def parser_of() -> argparse.ArgumentParser:
     solver.add_argument(
         "--crop", type=_crop, metavar="X,Y,SIDE", help="square of the picture: left, top, side"
     )
-    solver.add_argument("--prior", default="faces64_rgb", help="a name or path for load_prior")
+    solver.add_argument("--prior", default="faces64", help="a name or path for load_prior")
     solver.add_argument("--out", type=Path, default=Path("solved"), metavar="DIR")
     solver.add_argument("--noise-std", type=float, default=0.05, help="on the scale [-1, 1]")
     solver.add_argument("--recipe", help="ours by default; or stopped, cold, paper, released")

@@ -90,8 +90,7 @@ def _training_data(
         return (data.mnist("train")[0], None), (data.mnist("test")[0][::40], None), as_they_are
     if not name.startswith("faces64"):
         return data.mnist("train"), data.mnist("test"), as_they_are
-    read = data.colour_faces if name.startswith("faces64_rgb") else data.faces
-    images, held_out = read("train"), read("test")[::2]
+    images, held_out = data.colour_faces("train"), data.colour_faces("test")[::2]
     if not name.endswith("_latent"):
         return (images, None), (held_out, None), as_they_are
     network = load_autoencoder(name.replace("latent", "autoencoder"), folder)

@@ -27,8 +27,8 @@ from diffoc.reconstruct import reconstruct
 
 # What can be chosen: the images that ship with the repository, each with its prior.
 _IMAGES = {
-    "astronaut": "faces64_rgb",
-    "grace hopper": "faces64_rgb",
+    "astronaut": "faces64",
+    "grace hopper": "faces64",
     **{f"digit {d}": "mnist" for d in range(10)},
 }
 

@@ -204,9 +204,9 @@ def read_images(names: Sequence[str], shape: Sequence[int], folder: Path | None)
     `shape`, or that faces are not what is asked for.
     """
     if folder is None:
-        if tuple(shape) not in ((1, 64, 64), (3, 64, 64)):
+        if tuple(shape) != (3, 64, 64):
             raise ValueError(f"images is missing: the prior's images are {tuple(shape)}, no faces")
-        return data.as_states(_faces(shape[0] == 3)[[int(name) for name in names]])
+        return data.as_states(_faces()[[int(name) for name in names]])
     pictures = []
     for name in names:
         picture, notes = read_picture(folder / name, shape)
@@ -230,8 +230,8 @@ def _operator(
 
 
 @cache
-def _faces(colour: bool) -> np.ndarray:
-    return data.colour_faces("test") if colour else data.faces("test")
+def _faces() -> np.ndarray:
+    return data.colour_faces("test")
 
 
 @cache

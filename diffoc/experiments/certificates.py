@@ -43,7 +43,7 @@ from diffoc.system import ControlProblem
 from diffoc.theory.certificate import Guidance, certify
 from diffoc.theory.riccati_draws import ancestral_mean, noise_price, riccati_draws
 
-RECORD = ROOT / "data" / "records" / "certificate_faces64_rgb.csv"
+RECORD = ROOT / "data" / "records" / "certificate_faces64.csv"
 """Written by `python tools/certificate.py`, a row a run."""
 
 NOISE_STD = 0.05
@@ -104,7 +104,7 @@ def case(factor: int, steps: int, run: int) -> Case:
     y = measure(physics, truth, torch.Generator().manual_seed(1), NOISE_STD)
     generator = torch.Generator().manual_seed(100 + run)
     noise = draw_noise(steps + 1, truth.shape, generator).to(truth)
-    return Case(load_prior("faces64_rgb"), physics, y, noise[0], noise[1:])
+    return Case(load_prior("faces64"), physics, y, noise[0], noise[1:])
 
 
 def none(case: Case) -> Guidance:

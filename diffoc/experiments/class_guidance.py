@@ -6,8 +6,9 @@ control costs what it changes of that noise:
 
 .. math:: \tfrac12 \sum_i \|u_i\|^2 / c_i^2,
 
-with :math:`c_i` the standard deviation of the noise that entered the state before step i. Summed
-over the steps this is the Kullback-Leibler divergence of the controlled process from the prior's.
+with :math:`c_i` the standard deviation of the noise that entered the state before step i. For
+controls that do not look at the noise to come, the mean of this is the Kullback-Leibler divergence
+of the controlled process from the prior's; a plan for one draw of the noise sees all of it.
 
 Guidance looks one step ahead (Theorem 4.3) and is the first guess; the plan then lowers the cost of
 the controls as far as the classifier stays sure.

@@ -35,8 +35,7 @@ UNTRAINED, RANDOM, IDENTITY = "untrained ", "random ", "identity "
 
 _NOISE = re.compile(r"(.+)\+noise(\d+(?:\.\d+)?(?:e-?\d+)?)", re.ASCII)
 
-_OURS = ("mnist", "faces64", "faces64_rgb")
-
+_OURS = ("mnist", "faces64")
 
 MOST = 4096
 """The channels and the side of a network that is made smaller or larger."""

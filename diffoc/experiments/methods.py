@@ -14,7 +14,7 @@ from diffoc.data.manifest import data_folder
 METHODS = methods()
 """All methods by their files' names."""
 
-LATENT = {name: f"{name}_latent" for name in ("faces64", "faces64_rgb")}
+LATENT = {"faces64": "faces64_latent"}
 """The priors that methods in a latent space use in place of others."""
 
 

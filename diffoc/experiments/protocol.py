@@ -56,7 +56,7 @@ ONE_OPERATOR = Protocol(
     held_out=tuple(str(i) for i in range(0, 512, 16)),
     tuning=tuple(str(i) for i in range(8, 512, 64)),
 )
-"""Of the tables of grey faces, whose records have no other name for it."""
+"""Of pictures from a folder, and of the other priors."""
 
 COLOUR_FACES = Protocol(
     name="colour faces, an operator per image, 1",
@@ -65,7 +65,7 @@ COLOUR_FACES = Protocol(
     precision="float32",
     product_cost=0.9,
 )
-"""Of the tables of colour faces. The cost of a product is that of `faces64_rgb`, see the page."""
+"""Of the tables of colour faces. The cost of a product is that of `faces64`, see the page."""
 
 FFHQ = Protocol("FFHQ, the paper's text: an operator per image, 92 % dropped and no noise there, 1")
 """Of the paper's tables, as its text has them; the images are those of a folder that is named."""
@@ -85,4 +85,4 @@ FFHQ_PROTOCOLS = {"paper": FFHQ, "released": FFHQ_RELEASED}
 def protocol_of(prior: str) -> Protocol:
     """Returns the protocol of a prior's tables, and of its copies and latents."""
     images = accurate_name(prior).partition("/")[0].removesuffix("_latent")
-    return {"faces64_rgb": COLOUR_FACES, "ffhq256": FFHQ}.get(images, ONE_OPERATOR)
+    return {"faces64": COLOUR_FACES, "ffhq256": FFHQ}.get(images, ONE_OPERATOR)

@@ -143,10 +143,10 @@ def computed() -> Iterator[Made]:
         plots.steering(*steered(30.0)),
         ("mixture of three Gaussians, T 20, control cost 30",),
     )
-    yield "predicted_x0", _predicted_x0(), ("prior faces64_rgb, T 20",)
+    yield "predicted_x0", _predicted_x0(), ("prior faces64, T 20",)
     solver = f"greedy guess, {ITERATIONS} iterations of L-BFGS"
     for name, figure in _reconstructions():
-        yield name, figure, (f"prior faces64_rgb, {solver}, noise 0.05, seed 0",)
+        yield name, figure, (f"prior faces64, {solver}, noise 0.05, seed 0",)
     yield "theorem_errors", _theorem_errors(), ("linear-Gaussian setting, n 8, T 50",)
     yield "scores", _scores(), ("prior N(0, 1), y 0.7, x 0.3, noise 0.1",)
 
@@ -182,7 +182,7 @@ def steered(control_cost: float) -> tuple[Tensor, Tensor, Tensor, dict[str, Tens
 
 @torch.no_grad()
 def _predicted_x0() -> Figure:
-    prior, truth = load_prior("faces64_rgb"), portrait("astronaut")
+    prior, truth = load_prior("faces64"), portrait("astronaut")
     process = ReverseProcess(prior, 20, "ddim")
     noise = torch.randn(truth.shape, generator=torch.Generator().manual_seed(3))
     starts = [1, 4, 7, 10, 13, 16]
@@ -199,7 +199,7 @@ def _predicted_x0() -> Figure:
 
 
 def _reconstructions() -> Iterator[tuple[str, Figure]]:
-    prior, truth = load_prior("faces64_rgb"), portrait("astronaut")
+    prior, truth = load_prior("faces64"), portrait("astronaut")
 
     def solved(name: str, steps: int) -> tuple[Tensor, Tensor, str]:
         """Returns measurement, image and its quality, by ours with few iterations."""

@@ -1,4 +1,4 @@
-r"""Small autoencoders of faces, grey and in colour, which give latent diffusion models their space.
+r"""A small autoencoder of faces, which gives latent diffusion models their space.
 
 Images are folded (every square of pixels becomes one of as many channels), so that all layers work
 on the latents' grid; the blocks are those of `diffusers.AutoencoderKL`, without attention. Beside
@@ -36,7 +36,7 @@ class Autoencoder(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, width: int = 64, channels: int = 4, fold: int = 4, colours: int = 1) -> None:
+    def __init__(self, width: int = 64, channels: int = 6, fold: int = 4, colours: int = 3) -> None:
         super().__init__()
         from diffusers import AutoencoderKL  # slow to import
 
@@ -121,10 +121,7 @@ def encoded(network: Autoencoder, images: np.ndarray) -> np.ndarray:
     return torch.cat([network.encode(as_states(part)) for part in parts]).numpy()
 
 
-AUTOENCODERS: dict[str, Callable[[], Autoencoder]] = {
-    "faces64_autoencoder": Autoencoder,
-    "faces64_rgb_autoencoder": lambda: Autoencoder(channels=6, colours=3),
-}
+AUTOENCODERS: dict[str, Callable[[], Autoencoder]] = {"faces64_autoencoder": Autoencoder}
 """What builds each autoencoder that ships, with random weights."""
 
 

@@ -176,10 +176,8 @@ class ResidualBlock(nn.Module):
 
 NETWORKS: dict[str, Callable[[], UNetBackbone]] = {
     "mnist": lambda: UNetBackbone((48, 80, 96), (1, 2, 2), fold=2),
-    "faces64": lambda: UNetBackbone((96, 160), (2, 3), fold=4),
-    "faces64_rgb": lambda: UNetBackbone((96, 160), (2, 3), fold=4, in_channels=3, exact_means=True),
-    "faces64_latent": lambda: UNetBackbone((96, 160), (2, 3), in_channels=4),
-    "faces64_rgb_latent": lambda: UNetBackbone((64, 112), (2, 3), in_channels=6),
+    "faces64": lambda: UNetBackbone((96, 160), (2, 3), fold=4, in_channels=3, exact_means=True),
+    "faces64_latent": lambda: UNetBackbone((64, 112), (2, 3), in_channels=6),
 }
 """What builds the backbone of each denoiser that ships, with random weights."""
 

@@ -35,10 +35,8 @@ from diffoc.priors.weights import difference, load_into, read_checkpoint
 
 SHIPPED = {
     "mnist": (1, 28, 28),
-    "faces64": (1, 64, 64),
-    "faces64_rgb": (3, 64, 64),
-    "faces64_latent": (4, 16, 16),
-    "faces64_rgb_latent": (6, 16, 16),
+    "faces64": (3, 64, 64),
+    "faces64_latent": (6, 16, 16),
 }
 
 # Sizes: that of imagenet256 is exact, as its checksum is; those of ffhq256 and of the latent one,
@@ -102,9 +100,8 @@ def load_prior(
     Args:
         name_or_path: one of
 
-            - "mnist" (1, 28, 28), "faces64" (1, 64, 64), "faces64_rgb" (3, 64, 64), faces in
-              colour, "faces64_latent", of the grey faces' latents (4, 16, 16), and
-              "faces64_rgb_latent", of the others' (6, 16, 16): ours, in the repository;
+            - "mnist" (1, 28, 28), "faces64" (3, 64, 64) and "faces64_latent", of the faces'
+              latents (6, 16, 16): ours, in the repository;
             - "ffhq256" (3, 256, 256), the weights of Chung et al. 2023 that the paper uses, and
               "imagenet256" (3, 256, 256), of Dhariwal & Nichol 2021, both ADM networks; their
               heads for the variance are cut off, and means are not clipped to [-1, 1], because

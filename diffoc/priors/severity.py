@@ -26,9 +26,9 @@ class SeverityEncoder(nn.Module):
         self,
         channels: Sequence[int] = (48, 80),
         blocks: Sequence[int] = (2, 3),
-        latents: int = 4,
+        latents: int = 6,
         fold: int = 4,
-        colours: int = 1,
+        colours: int = 3,
     ) -> None:
         super().__init__()
         self.fold = fold
@@ -42,10 +42,7 @@ class SeverityEncoder(nn.Module):
         return output[:, :-1], output[:, -1].flatten(1).mean(1)
 
 
-SEVERITY_ENCODERS: dict[str, Callable[[], SeverityEncoder]] = {
-    "faces64_severity": SeverityEncoder,
-    "faces64_rgb_severity": lambda: SeverityEncoder(latents=6, colours=3),
-}
+SEVERITY_ENCODERS: dict[str, Callable[[], SeverityEncoder]] = {"faces64_severity": SeverityEncoder}
 """What builds each severity encoder, with random weights."""
 
 

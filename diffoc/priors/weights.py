@@ -15,9 +15,7 @@ from diffoc.priors.networks import DigitClassifier, ResidualClassifier
 
 # What each network was trained on.
 TRAINED_ON = dict.fromkeys(("mnist", "classifier", "judge"), "mnist") | {
-    face + part: "faces"
-    for face in ("faces64", "faces64_rgb")
-    for part in ("", "_autoencoder", "_latent", "_severity")
+    f"faces64{part}": "faces" for part in ("", "_autoencoder", "_latent", "_severity")
 }
 
 

@@ -74,8 +74,8 @@ def frechet_to_digits(samples: Tensor, classifier: DigitClassifier) -> float:
 def report(name: str, samples: int) -> tuple[dict, Tensor]:
     """Returns all that a card reports of "mnist" or "faces64", and the samples it was judged by."""
     prior = trained(name)
-    held_out = data.mnist("test")[0] if name == "mnist" else data.faces("test")
-    shape = (samples, 1, *held_out.shape[1:])
+    held_out = data.mnist("test")[0] if name == "mnist" else data.colour_faces("test")
+    shape = (samples, *as_states(held_out[:1]).shape[1:])
     drawn = draw_samples(prior, shape, torch.Generator().manual_seed(0))
     # Of digits every tenth; the first thousand would not do, as the set may be sorted by class.
     some = held_out[::10] if name == "mnist" else held_out

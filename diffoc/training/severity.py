@@ -20,13 +20,12 @@ from diffoc.problems import tasks
 from diffoc.recipe import TASKS
 
 TRAINED_TASKS = TASKS[:6]  # the last one has no picture as measurement
-FACES = {1: "faces64", 3: "faces64_rgb"}  # whose latents, by the channels of the images
 ERROR_WEIGHT = 0.1  # lambda
 _GROUP = 4  # images of a batch that share a task and its operator
 
 
 def severity_loss(network: SeverityEncoder, x: Tensor, generator: torch.Generator) -> Tensor:
-    """Returns the loss of images (B, 1 or 3, H, W), a task and an operator drawn for every four.
+    """Returns the loss of images (B, 3, H, W), a task and an operator drawn for every four.
 
     The noise of the measurements is that of :data:`diffoc.problems.tasks.NOISE_STD`.
     """
@@ -48,7 +47,7 @@ def _estimated(
     """Returns the mean squared error of the latents' estimate and its prediction, (B,) each."""
     pictures = torch.cat([_degraded(part, generator) for part in x.split(_GROUP)])
     with torch.no_grad():
-        truth = _autoencoder(x.shape[1]).to(x).encode(x)
+        truth = _autoencoder().to(x).encode(x)
     estimate, log_severity = network(pictures)
     return (estimate - truth).square().flatten(1).mean(1), log_severity
 
@@ -60,5 +59,5 @@ def _degraded(x: Tensor, generator: torch.Generator) -> Tensor:
 
 
 @cache
-def _autoencoder(colours: int) -> Autoencoder:
-    return load_autoencoder(f"{FACES[colours]}_autoencoder")
+def _autoencoder() -> Autoencoder:
+    return load_autoencoder()

@@ -80,9 +80,8 @@ PLANS = {
         decay=0.9995,
         log_sigma=(-0.3, 1.2),  # around 1, where the digit is decided
     ),
-    "faces64": Plan(NETWORKS["faces64"], images=225_000, batch=32, rate=2e-3, flip=True),
-    "faces64_rgb": Plan(
-        NETWORKS["faces64_rgb"],
+    "faces64": Plan(
+        NETWORKS["faces64"],
         images=700_000,
         batch=32,
         rate=2e-3,
@@ -99,10 +98,9 @@ PLANS = {
         for name, build in SEVERITY_ENCODERS.items()
     },
     # Latents are twice as wide as images: the noise levels move with them.
-    **{
-        name: Plan(NETWORKS[name], images=100_000, batch=32, rate=2e-3, log_sigma=(-0.4, 1.4))
-        for name in ("faces64_latent", "faces64_rgb_latent")
-    },
+    "faces64_latent": Plan(
+        NETWORKS["faces64_latent"], images=100_000, batch=32, rate=2e-3, log_sigma=(-0.4, 1.4)
+    ),
     "classifier": Plan(DigitClassifier, images=900_000, batch=128, decay=0.998),
     "judge": Plan(ResidualClassifier, images=600_000, batch=128, decay=0.998),
 }

@@ -457,7 +457,7 @@ FACE = {
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_face_is_restored_better_than_by_interpolation(method):
-    truth = portrait("astronaut", grey=True)
+    truth = portrait("astronaut")
     physics = task("super_resolution", truth.shape[1:], torch.Generator())
     y = measure(physics, truth, torch.Generator().manual_seed(1))
     prior = load_prior("faces64")

@@ -257,15 +257,15 @@ def test_measurements_that_are_no_pictures_are_refused():
     physics = tasks.task("phase_retrieval", prior.decoded_shape, generator())
     y = physics.A(torch.zeros(1, *prior.decoded_shape))
     with pytest.raises(UnsupportedTask, match="picture"):
-        flash_diffusion(prior, physics, y, torch.zeros(1, 4, 16, 16), generator(), noise_std=0.05)
+        flash_diffusion(prior, physics, y, torch.zeros(1, 6, 16, 16), generator(), noise_std=0.05)
 
 
 # --- the severity encoder
 
 
 def test_a_small_measurement_is_scaled_up():
-    shape = (1, 64, 64)
-    x = data.portrait("astronaut", grey=True)
+    shape = (3, 64, 64)
+    x = data.portrait("astronaut")
     y = tasks.task("super_resolution", shape, generator()).A(x)
     picture = tasks.as_picture(y, shape)
     assert picture.shape == x.shape
@@ -284,8 +284,8 @@ def test_the_severity_loss_is_by_hand(monkeypatch):
         def forward(self, picture):
             return torch.zeros(len(picture), 4, 16, 16), torch.zeros(len(picture))
 
-    monkeypatch.setattr(severity_training, "_autoencoder", lambda colours: Latents())
-    x = data.portrait("astronaut", grey=True).repeat(6, 1, 1, 1)
+    monkeypatch.setattr(severity_training, "_autoencoder", Latents)
+    x = data.portrait("astronaut").repeat(6, 1, 1, 1)
     expected = 9 + severity_training.ERROR_WEIGHT * torch.tensor(3.0).log().square()
     torch.testing.assert_close(severity_training.severity_loss(Zero(), x, generator()), expected)
 
@@ -294,7 +294,7 @@ def test_the_shipped_encoder_predicts_its_own_error():
     """On portraits that it has not seen; the card says it of many faces."""
     network = severity.load_severity_encoder()
     assert parameter_count(network) <= 1_000_000
-    portraits = torch.cat([data.portrait(who, grey=True) for who in ("astronaut", "grace_hopper")])
+    portraits = torch.cat([data.portrait(who) for who in ("astronaut", "grace_hopper")])
     x = torch.cat([portraits, portraits.flip(-1)]).repeat_interleave(24, 0)
     predicted, true = severity_training.severities(network, x, generator()).log()
     assert torch.corrcoef(torch.stack([predicted, true]))[0, 1] > 0.3

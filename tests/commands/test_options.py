@@ -25,7 +25,7 @@ COMMANDS = next(
 )
 
 GRID = {
-    "--prior": "faces64_rgb",
+    "--prior": "mnist",
     "--tasks": "super_resolution",
     "--nfe": "1000",
     "--equal-work": "",
@@ -104,7 +104,7 @@ CASES = {
     "run": (
         [
             "table1 --methods released --nfe 1000",
-            "table1 --methods released --nfe 1000 --prior faces64_rgb --images COLOURS",
+            "table1 --methods released --nfe 1000 --prior faces64 --images COLOURS",
             "rank",
             "robustness --methods dps",
         ],

@@ -49,7 +49,7 @@ def test_rows_of_the_table_run_the_named_recipe(name, nfe, monkeypatch):
     )
     method = METHODS["ours"]
     assert method.recipe is OURS
-    settings = settings_of("faces64_rgb", "ours", name, nfe, {})
+    settings = settings_of("faces64", "ours", name, nfe, {})
     x = torch.zeros(1, 1, 28, 28)
     problem, _ = digit_problem(name)
     with pytest.raises(ZeroDivisionError):
@@ -77,7 +77,7 @@ def test_recipes_know_the_tasks_by_name():
 
 
 def test_what_ours_has_for_a_task_is_what_was_tuned():
-    tuned = json.loads((data_folder() / "tuned.json").read_text())["faces64_rgb"]["ours"]
+    tuned = json.loads((data_folder() / "tuned.json").read_text())["faces64"]["ours"]
     assert OURS.by_task == {
         (name, int(nfe)): values
         for name, budgets in tuned.items()

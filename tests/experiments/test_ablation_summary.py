@@ -19,7 +19,7 @@ from diffoc.figures.paper import from_ablations
 TASK = "random_inpainting"
 
 
-def rows(table, prior="faces64_rgb", **options):
+def rows(table, prior="faces64", **options):
     """Every cell of a grid with a PSNR that tells it apart: its place in the grid."""
     cells = ablation_cells(table, prior, ["a"], 1, "float32", tasks=[TASK], **options)
     found = []
@@ -46,7 +46,7 @@ def test_equal_budgets_and_equal_steps_are_told_apart():
             row = row_of(found, place)
             assert row["nfe"].item() == x
             method = {"DPS": "dps", "Ours": "ours"}[label]
-            tuned = read_tuned()["faces64_rgb"][method][TASK][str(int(x))]
+            tuned = read_tuned()["faces64"][method][TASK][str(int(x))]
             assert row["steps"].item() == tuned["steps"]
     horizons = summary.equal_horizons(found, "psnr")[TASK]
     assert set(horizons) == {"DPS", "Ours", "Ours, cold"}
@@ -112,9 +112,9 @@ def test_priors_in_their_order():
 @pytest.mark.parametrize(
     ("name", "label"),
     [
-        ("faces64_rgb", "trained"),
-        ("faces64_rgb+noise0.05", "noise 0.05"),
-        ("untrained faces64_rgb", "untrained"),
+        ("faces64", "trained"),
+        ("faces64+noise0.05", "noise 0.05"),
+        ("untrained faces64", "untrained"),
         ("random ffhq256/32", "random"),
         ("identity faces64", "none"),
     ],
@@ -134,7 +134,7 @@ def test_rows_are_selected_by_columns_and_by_settings():
 def test_todays_records_are_drawn(tmp_path: Path):
     assert list(from_ablations(tmp_path)) == []
     drawn = {name: sources for name, _, sources in from_ablations(ROOT / "data" / "records")}
-    faces = "faces64_rgb"
+    faces = "faces64"
     assert drawn[f"few_steps_{faces}_budget"] == (f"few_steps_{faces}.csv",)
     assert {f"few_steps_{faces}_horizon", f"rank_{faces}", f"rank_{faces}_constant"} <= drawn.keys()
     assert drawn[f"robustness_{faces}"] == (f"robustness_{faces}.csv",)

@@ -37,7 +37,7 @@ def folder(tmp_path):
 
 
 def cells(table, **options):
-    return ablation_cells(table, "faces64_rgb", ["a", "b", "c"], 2, "float32", **options)
+    return ablation_cells(table, "faces64", ["a", "b", "c"], 2, "float32", **options)
 
 
 @pytest.mark.parametrize("table", ABLATIONS)
@@ -53,7 +53,7 @@ def test_every_cell_is_there_once_and_can_be_planned(table):
 
 
 def test_few_steps_takes_what_was_tuned_for_each_budget():
-    tuned = read_tuned()["faces64_rgb"]
+    tuned = read_tuned()["faces64"]
     for cell in cells("few_steps"):
         if cell.method == "dps":
             own = tuned["dps"][cell.task][str(cell.nfe)]
@@ -76,7 +76,7 @@ def test_few_steps_takes_what_was_tuned_for_each_budget():
 
 def test_steps_that_a_budget_has_no_room_for_are_fewer(monkeypatch):
     tuned = {"ours": {"steps": 60}, "dps": {"guidance": 3.0, "steps": 300}, "cold": {}}
-    known = {"faces64_rgb": {key: {TASKS[0]: {"300": some}} for key, some in tuned.items()}}
+    known = {"faces64": {key: {TASKS[0]: {"300": some}} for key, some in tuned.items()}}
     monkeypatch.setattr("diffoc.experiments.ablations.read_tuned", lambda: known)
     for cell in cells("few_steps", tasks=TASKS[:1]):
         if cell.method == "dps":
@@ -93,8 +93,8 @@ def test_rank_and_robustness_vary_what_they_say():
     assert {s["weight_scale"] for s in settings if s["regularization"] == 0} == {0, 1e-6}
     priors = {cell.prior for cell in cells("robustness")}
     assert priors == {
-        *("faces64_rgb", "faces64_rgb+noise0.1", "faces64_rgb+noise0.2"),
-        *("untrained faces64_rgb", "identity faces64_rgb"),
+        *("faces64", "faces64+noise0.1", "faces64+noise0.2"),
+        *("untrained faces64", "identity faces64"),
     }
     ours = [cell for cell in cells("robustness", methods=["ours"]) if "identity" not in cell.prior]
     assert sum(cell.keywords["smoothness"] == 0 for cell in ours) == len(ours) / 2
@@ -109,11 +109,11 @@ def test_rank_and_robustness_vary_what_they_say():
         elif cell.method == "cold":
             assert cell.keywords["steps"] * (1 + cell.keywords["iterations"]) <= 60
     bare = {cell.prior for cell in cells("robustness", trained=False)}
-    assert bare == {f"{kind} faces64_rgb" for kind in ("untrained", "random", "identity")}
+    assert bare == {f"{kind} faces64" for kind in ("untrained", "random", "identity")}
 
 
 def test_parts_takes_away_one_at_a_time():
-    tuned = read_tuned()["faces64_rgb"]["ours"]
+    tuned = read_tuned()["faces64"]["ours"]
     for name in TASKS:
         usual, *others = (cell.keywords for cell in cells("parts", tasks=[name])[::2])
         assert usual == {"budget": 300} | tuned[name]["300"]

@@ -208,9 +208,9 @@ def test_the_best_trial_is_that_of_the_highest_mean():
 
 
 def test_tuning_writes_the_best_and_a_second_time_computes_nothing(tmp_path, monkeypatch, capsys):
-    faces = torch.cat([portrait("astronaut", grey=True), portrait("grace_hopper", grey=True)])[:, 0]
-    pixels = ((faces + 1) * 127.5).byte().numpy()
-    monkeypatch.setattr(experiments, "_faces", lambda colour: np.resize(pixels, (512, 64, 64)))
+    faces = torch.cat([portrait("astronaut"), portrait("grace_hopper")])
+    pixels = ((faces + 1) * 127.5).byte().movedim(1, -1).numpy()
+    monkeypatch.setattr(experiments, "_faces", lambda: np.resize(pixels, (512, 64, 64, 3)))
     tuned, calls = {}, []
     monkeypatch.setattr(methods, "read_tuned", lambda path=None: tuned)
     monkeypatch.setattr(methods, "write_tuned", lambda new, path=None: tuned.update(new))
@@ -259,7 +259,7 @@ def test_each_colour_face_has_an_operator_of_its_own(monkeypatch):
     monkeypatch.setitem(METHODS, "look", Method("", look, lambda *_: {}, no_products))
     compute, (a, b, *_) = Computer(), COLOUR_FACES.held_out
 
-    def rows(images, prior="faces64_rgb", seed=0):
+    def rows(images, prior="faces64", seed=0):
         (cell,) = cells_of(prior, ["box_inpainting"], ["look"], [1], [seed], images, 8, "float32")
         return compute(cell)[0]
 
@@ -276,11 +276,8 @@ def test_each_colour_face_has_an_operator_of_its_own(monkeypatch):
     operators = {row["operator"] for row in (*together, *other)}
     assert len(operators) == 4
     assert together[0]["protocol"] == COLOUR_FACES.name
-    grey = rows([a, b], "faces64")
-    assert grey[0]["operator"] == grey[1]["operator"]
-    assert grey[0]["protocol"] == ONE_OPERATOR.name
-    assert protocol_of("faces64_rgb+noise0.1") is protocol_of("untrained faces64_rgb")
-    assert protocol_of("untrained faces64_rgb") is COLOUR_FACES
+    assert protocol_of("faces64+noise0.1") is protocol_of("untrained faces64")
+    assert protocol_of("untrained faces64") is COLOUR_FACES
 
 
 def test_nothing_that_is_cached_is_moved():
@@ -401,12 +398,12 @@ def test_what_notebooks_say_of_their_tables():
     assert plus_minus(1.234, 0.056, "+") == "+1.23 ± 0.06"
     assert plus_minus(1.234, math.nan) == "1.23"
     assert markdown(["a", "b"], [["1", "2"]]) == "| a | b |\n| --- | --- |\n| 1 | 2 |"
-    row = {"prior": "faces64", "image": "0", "protocol": ONE_OPERATOR.name, "precision": "float32"}
-    other = row | {"prior": "faces64+noise0.1", "image": "16"}
+    row = {"prior": "mnist", "image": "0", "protocol": ONE_OPERATOR.name, "precision": "float32"}
+    other = row | {"prior": "mnist+noise0.1", "image": "16"}
     assert described(pd.DataFrame([row, other])) == (
-        "Prior faces64; 2 images; one operator a task, for all images; networks in float32."
+        "Prior mnist; 2 images; one operator a task, for all images; networks in float32."
     )
-    colour = row | {"prior": "faces64_rgb", "protocol": COLOUR_FACES.name}
+    colour = row | {"prior": "faces64", "protocol": COLOUR_FACES.name}
     assert "an operator for each image" in described(pd.DataFrame([colour]))
 
 
@@ -452,7 +449,7 @@ def test_a_table_of_means():
 def run_method(method, prior, name, **settings):
     generator = torch.Generator().manual_seed(0)
     shape = prior.image_shape
-    truth = portrait("astronaut", grey=True) if shape[-1] == 64 else digits()[0][:1]
+    truth = portrait("astronaut") if shape[-1] == 64 else digits()[0][:1]
     physics = task(name, shape, generator)
     y = measure(physics, truth, generator)
     x = torch.randn(1, *shape, generator=generator)
@@ -501,11 +498,10 @@ def test_table_2():
     assert work_of(cell[0]) == (2 * 50 * 101, 2 * 50 * 100)
 
 
-@pytest.mark.parametrize("prior", ["faces64", "faces64_rgb"])
-def test_the_tables_of_results_and_readme_are_those_of_the_records(prior):
+def test_the_tables_of_results_and_readme_are_those_of_the_records():
     """Every method that has been run on all faces of a task, and no other number."""
     root = data_folder().parent
-    rows = rows_of(root / "data" / "records" / f"table1_{prior}.csv")
+    rows = rows_of(root / "data" / "records" / "table1_faces64.csv")
     rows = rows[rows["nfe"] == 300]
     rows = rows[rows.groupby(["method", "task"])["image"].transform("size") == 32]
     psnr, ssim = by_method(rows, "psnr"), by_method(rows, "ssim")

@@ -46,7 +46,7 @@ def test_names():
         "faces64",
     ]
     assert all(is_inaccurate(name) for name in names)
-    assert load_inaccurate("untrained faces64_rgb").image_shape == (3, 64, 64)
+    assert load_inaccurate("untrained faces64").image_shape == (3, 64, 64)
     assert accurate_name("faces64") == "faces64"
     assert not is_inaccurate("faces64")
     for name, message in (
@@ -98,7 +98,7 @@ import torch
 from diffoc.data.provenance import digest
 from diffoc.experiments.cells import load_once
 from diffoc.problems.tasks import TASKS, task
-print([load_once(n, "cpu")[1] for n in ("untrained faces64_rgb", "mnist+noise0.1", "random mnist")])
+print([load_once(n, "cpu")[1] for n in ("untrained faces64", "mnist+noise0.1", "random mnist")])
 for name in TASKS:
     g = torch.Generator().manual_seed(0)
     print(name, digest(dict(task(name, (1, 64, 64), g).named_buffers())))

@@ -6,6 +6,7 @@ import torch
 from diffoc.data import images as data
 from diffoc.data import manifest
 from diffoc.priors.networks import DigitClassifier
+from diffoc.priors.pretrained import SHIPPED
 from diffoc.priors.weights import classifier, write_weights
 from diffoc.training.trainer import PLANS, denoiser, time_of
 
@@ -26,8 +27,7 @@ def test_a_denoiser_in_half_precision_estimates_the_same_to_a_percent(name, tmp_
     path = write_weights(network, name, tmp_path)
     assert path.stat().st_size < 16 * 2**20
     read.load_state_dict({k: v.float() for k, v in manifest.load_weights(name, tmp_path).items()})
-    side = 28 if name == "mnist" else 64
-    x = torch.randn(2, 1, side, side)
+    x = torch.randn(2, *SHIPPED[name])
     for sigma in (0.01, 0.3, 5.0):
         t = time_of(torch.tensor(sigma))
         with torch.no_grad():

@@ -44,7 +44,7 @@ def test_changes_have_the_sizes_that_are_promised_in_a_rectangle() -> None:
 
 @pytest.mark.parametrize("name", ["astronaut", "grace_hopper"])
 def test_errors_of_brightness_and_contrast_do_not_grow_on_portraits(name: str) -> None:
-    prior, x = trained("faces64_rgb"), portrait(name)
+    prior, x = trained("faces64"), portrait(name)
     brightness, contrast = torch.ones_like(x), x - x.mean()
     noise = torch.randn(8, *x.shape[1:], generator=torch.Generator().manual_seed(0))
     for sigma in torch.tensor([0.2, 0.3, 0.5, 0.7]):
