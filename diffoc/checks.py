@@ -4,7 +4,7 @@ Every error names the argument, and says what is expected of it.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
 from numbers import Real
@@ -26,13 +26,7 @@ def check_default_device() -> None:
 
 
 def check_tensor(name: str, x: Tensor) -> None:
-    """Raises unless a tensor has numbers, all of them finite.
-
-    Raises:
-        TypeError: if it is no tensor.
-        ValueError: if it is empty or sparse, of another type than float16 to float64, has no values
-            (on the device "meta"), or some that are not finite.
-    """
+    """Raises unless a tensor is dense and has floating-point numbers, all of them finite."""
     check_default_device()
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} is {type(x).__name__}, expected a tensor")
@@ -85,26 +79,17 @@ def check_size(expected: Sequence[int], **tensors: Tensor) -> None:
 
 def check_above(low: float, **numbers: float) -> None:
     """Raises unless numbers are finite and above `low`: a TypeError if they are no numbers."""
-    for name, value in numbers.items():
-        _check_number(name, value)
-        if not low < value < math.inf:
-            raise ValueError(f"{name} is {value}, expected finite and above {low}")
+    _check_numbers(numbers, lambda value: low < value < math.inf, f"finite and above {low}")
 
 
 def check_at_least(low: float, **numbers: float) -> None:
     """Raises unless numbers are finite and not below `low`: a TypeError if they are no numbers."""
-    for name, value in numbers.items():
-        _check_number(name, value)
-        if not low <= value < math.inf:
-            raise ValueError(f"{name} is {value}, expected finite and at least {low}")
+    _check_numbers(numbers, lambda value: low <= value < math.inf, f"finite and at least {low}")
 
 
 def check_within(low: float, high: float, **numbers: float) -> None:
     """Raises unless numbers are from `low` to `high`: a TypeError if they are no numbers."""
-    for name, value in numbers.items():
-        _check_number(name, value)
-        if not low <= value <= high:
-            raise ValueError(f"{name} is {value}, expected {low} to {high}")
+    _check_numbers(numbers, lambda value: low <= value <= high, f"{low} to {high}")
 
 
 def check_whole(low: int, **numbers: int | None) -> None:
@@ -129,13 +114,17 @@ def check_steps(**counts: int) -> None:
     check_within(1, MOST_STEPS, **counts)
 
 
-def _check_number(name: str, value: object) -> None:
-    if isinstance(value, Tensor):
-        one = not (value.ndim or value.is_complex() or value.is_meta or value.dtype == torch.bool)
-    else:
-        one = isinstance(value, Real) and not isinstance(value, bool | Fraction)
-    if not one:
-        raise TypeError(f"{name} is {shown(value)}, expected a single number")
+def _check_numbers(numbers: Mapping[str, Any], fits: Callable[[Any], bool], expected: str) -> None:
+    for name, value in numbers.items():
+        if isinstance(value, Tensor):
+            number = not (value.ndim or value.is_complex() or value.is_meta)
+            number = number and value.dtype != torch.bool
+        else:
+            number = isinstance(value, Real) and not isinstance(value, bool | Fraction)
+        if not number:
+            raise TypeError(f"{name} is {shown(value)}, expected a single number")
+        if not fits(value):
+            raise ValueError(f"{name} is {value}, expected {expected}")
 
 
 def as_numbers(name: str, values: Any) -> Tensor:
@@ -197,11 +186,8 @@ def evaluating(*networks: object) -> Iterator[None]:
 
     In training mode two runs differ, and images depend on their neighbours. Every door does this to
     what it is given, and afterwards each module is in the mode that it was in: whoever samples in
-    the middle of a training goes on as before.
-
-    Args:
-        networks: what is no module, as a function is, is left alone; so are modules that only a
-            function knows of.
+    the middle of a training goes on as before. What is no module, as a function is, is left alone;
+    so are modules that only a function knows of.
     """
     modules = [
         m for network in networks if isinstance(network, nn.Module) for m in network.modules()

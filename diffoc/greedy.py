@@ -81,8 +81,6 @@ def greedy_controls(
     The physics is linear and has `A` and `A_adjoint`; measurements y and initial states x are
     (B, ...). The last correction would act on the image itself, which no control of this mode does.
     The smoothness is that of :func:`image_spectrum`; other than 0 it is for images (B, C, H, W).
-    A ValueError refuses a `noise_std` that is not above 0, a negative smoothness, `y` or `x` of
-    another shape or not finite, and a process in output mode.
     """
     check_above(0, noise_std=noise_std)
     check_at_least(0, smoothness=smoothness)
@@ -97,9 +95,8 @@ def greedy_controls(
     check_size(expected, y=y)
     if smoothness and x.ndim != 4:
         raise ValueError(f"smoothness is {smoothness}, but x has shape {tuple(x.shape)}: take 0")
-    errors = _errors(
-        x, smoothness, getattr(physics, "filter", None) if y.shape == x.shape else None
-    )
+    kernels = getattr(physics, "filter", None) if y.shape == x.shape else None
+    errors = _errors(x, smoothness, kernels)
     # Smooth errors make the system ill-conditioned, and what has not converged is rounding.
     trials, tol = (200, 1e-5) if smoothness else (50, 1e-3)
     controls, u = [], torch.zeros_like(x)
@@ -169,10 +166,9 @@ def correction(
     r"""Returns the d that minimises :math:`\|A (x + d) - y\|^2 + d^T C^{-1} d`.
 
     C is the ratio times the unit matrix, for a number >= 0, or a function that multiplies images by
-    it. Measurements y and images x are (B, ...). There are at most `trials` iterations of conjugate
-    gradients, fewer where the residual of :math:`I + A C A^T` is `tol` times what it was at the
-    start; `precondition` multiplies measurements by an approximate inverse of that matrix,
-    symmetric and positive. No image of a batch decides when another is done.
+    it. There are at most `trials` iterations of conjugate gradients, fewer for an image where the
+    residual of :math:`I + A C A^T` is `tol` times what it was at the start; `precondition`
+    multiplies measurements by an approximate inverse of that matrix, symmetric and positive.
     """
     covariance: Linear = ratio if callable(ratio) else lambda d: ratio * d
     # In measurement space, (I + A C A^T) w = y - A x and d = C A^T w: never larger than the image.

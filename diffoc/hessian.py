@@ -11,13 +11,6 @@ Gauss-Newton part are
 
 They agree where z is linear, or zero; the second is positive semidefinite everywhere, and the
 first need not be (Nocedal & Wright 2006, doi:10.1007/978-0-387-40065-5, Sec. 10.3).
-
-A mask's Gauss-Newton Hessian is a multiple of a projector :math:`\Pi`: all its eigenvalues but zero
-are equal, and no eigenvector comes before another. A decomposition in floating point returns
-whichever rounding makes the largest, and what is kept of it jumps from one thread count to another.
-Where only some of equal eigenvalues are kept, their eigenvectors are those that Gram and Schmidt
-make of the random directions, projected onto the eigenspace: :math:`c \Pi` gets
-:math:`\Pi \omega_1 / \|\Pi \omega_1\|` first, which is as smooth as :math:`\Pi` is.
 """
 
 from collections.abc import Callable
@@ -31,7 +24,7 @@ Product = Callable[[Tensor], Tensor]
 
 
 def check_rank(x: Tensor, rank: int | None) -> int:
-    """Returns the rank; a ValueError refuses one that no Hessian at states (B, ...) can have."""
+    """Returns the rank, once a Hessian at states x (B, ...) can have it."""
     n = x[0].numel()
     if rank is None or not 0 <= rank <= n:
         raise ValueError(f"rank is {rank}, expected 0 to {n}")
@@ -87,19 +80,17 @@ def _largest(
 ) -> tuple[Tensor, Tensor]:
     r"""Returns the eigenpairs largest in magnitude, chosen by `directions` where equals are cut.
 
-    All of a group of equal eigenvalues span the same space however they are chosen. Of a group
-    that `rank` cuts through, where V are its eigenvectors, the p-th of all, which is its o-th, is
+    A mask's Gauss-Newton Hessian is a multiple of a projector: all its eigenvalues but zero are
+    equal, a decomposition in floating point puts first whichever eigenvector rounding makes the
+    largest, and what is kept would jump from one thread count to another. So of a group of equal
+    eigenvalues that `rank` cuts through, with the eigenvectors V, those are kept that Gram and
+    Schmidt make of the projected directions: the p-th of all, which is the group's o-th, is
 
-    .. math:: q_p \propto (I - \sum_{r < p} q_r q_r^T) \, V V^T \omega_o .
+    .. math:: q_p \propto (I - \sum_{r < p} q_r q_r^T) \, V V^T \omega_o ,
 
-    Equal are eigenvalues whose neighbours differ by less than the largest times the root of machine
-    precision. Of two groups of one magnitude the positive one comes first.
-
-    Args:
-        vectors: orthonormal, (B, n, c).
-        values: (B, c).
-        directions: as for :func:`symmetric_eigen`.
-        rank: how many to keep.
+    which is as smooth as the projector :math:`V V^T` is. Equal are eigenvalues whose neighbours
+    differ by less than the largest times the root of machine precision. Of two groups of one
+    magnitude the positive one comes first. The vectors are orthonormal, (B, n, c).
     """
     order = values.abs().argsort(dim=-1, descending=True, stable=True)
     sizes = values.gather(-1, order).abs()
@@ -128,37 +119,17 @@ def _largest(
     return vectors @ chosen, (chosen.square() * values[..., None]).sum(dim=-2)
 
 
-def range_error_bound(next_singular_value: float, n: int, rank: int, oversampling: int) -> float:
-    r"""Returns the bound of Theorem 1.1 on the mean spectral error of :func:`range_finder`.
-
-    .. math:: E\|A - Q Q^T A\| \le
-        \Big(1 + \frac{4 \sqrt{k + p}}{p - 1} \sqrt{n}\Big) \sigma_{k + 1}
-
-    The matrix is (n, n) with the singular value :math:`\sigma_{k+1}` next to those of the rank k.
-    A ValueError refuses k and p below 2, and k + p above n.
-    """
-    if rank < 2 or oversampling < 2 or rank + oversampling > n:
-        raise ValueError(
-            f"rank and oversampling are {rank} and {oversampling}, expected at least 2 and "
-            f"together at most {n}"
-        )
-    factor = 1 + 4 * (rank + oversampling) ** 0.5 / (oversampling - 1) * n**0.5
-    return factor * next_singular_value
-
-
 HESSIANS = ("full", "gauss_newton")
 
 
 def terminal_products(
     cost: Callable[[Tensor], Tensor], x: Tensor, hessian: str = "full"
 ) -> tuple[Tensor, Product]:
-    """Returns a terminal cost's gradient (B, n), and the function that multiplies by its Hessian.
+    """Returns a terminal cost's gradient (B, n) at x, and what multiplies by its Hessian.
 
-    The cost maps states x (B, ...) to (B,) and is twice differentiable. A product takes one
-    backward pass through the gradient ("full"), or one through the residual for J v, by
-    differentiating its transpose, and one for J^T ("gauss_newton"). The latter needs a cost with a
-    method `whitened_residual`, from states to z (B, ...), as
-    :class:`diffoc.costs.GaussianLikelihood` has; a ValueError refuses others.
+    A product takes one backward pass through the gradient ("full"), or two through the residual
+    ("gauss_newton"), for J v and for J^T. These need a cost with a method `whitened_residual`, from
+    states to z (B, ...), as :class:`diffoc.costs.GaussianLikelihood` has.
     """
     check_member(HESSIANS, hessian=hessian)
     x = x.detach().requires_grad_()

@@ -5,10 +5,7 @@ A problem is a discrete-time system :math:`x_{i+1} = f(i, x_i, u_i)` with the co
 .. math:: J(u) = \sum_{i=0}^{T-1} \ell(i, x_i, u_i) + \ell_T(x_T) .
 
 An iteration expands it around the nominal trajectory, sweeps backward for the gains
-(:mod:`diffoc.riccati`) and forward for the new trajectory (Eqs. 15 and 16)
-
-.. math:: u_i^* = u_i + \epsilon k_i + K_i (x_i^* - x_i) , \quad x_{i+1}^* = f(i, x_i^*, u_i^*) .
-
+(:mod:`diffoc.riccati`) and forward for the new trajectory (:func:`diffoc.system.forward_sweep`).
 The loop knows neither how derivatives are represented (:class:`diffoc.system.Derivatives`) nor
 which rule or damping (:mod:`diffoc.rules`) is used. Each problem of a batch is searched, damped,
 counted and stopped on its own.
@@ -69,7 +66,7 @@ class State:
 
     Attributes:
         nominal: the trajectory; `cost` is its total cost, `terminal` that at its end, (B,).
-        a, delta: Tikhonov's constants, (T, B), and the factor of their next change, (B,).
+        a, delta: as :class:`diffoc.rules.Damping` has them.
         memory: what the rule remembers.
         best: the cheapest iterate's controls and cost, for a rule that keeps it.
         active: the problems that go on, (B,) bool; `status` says why the others ended.
@@ -111,7 +108,6 @@ class State:
             setattr(derivatives.counts, kind, 0)
 
     def damp(self, who: Tensor, change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> None:
-        """Lets some problems' constants grow or shrink."""
         a, delta = change(self.a, self.delta)
         self.a, self.delta = torch.where(who, a, self.a), torch.where(who, delta, self.delta)
 
@@ -132,7 +128,7 @@ def ilqr(
     stop: Callable[[Tensor], Tensor] | None = None,
     callback: Callable[[int, Tensor, Tensor], None] | None = None,
 ) -> Result:
-    r"""Minimises the total cost over the controls.
+    """Minimises the total cost over the controls; the result says what was found, and how.
 
     A problem is converged when no derivative of J in a control exceeds `gradient_tolerance`, or
     when the expected decrease is below the rounding of J. Its trajectory is kept from then on.
@@ -141,7 +137,6 @@ def ilqr(
     >>> result = ilqr(problem, x)
 
     Args:
-        problem: the system and its costs.
         x: initial states, (B, ...), float32 or float64.
         controls: the initial guess, (T, B, ...); zeros of the states' shape by default.
         derivatives: dense matrices, or products only for large states
@@ -159,9 +154,6 @@ def ilqr(
         callback: called after each iteration with its number, copies of the costs (B,) and of the
             final states (B, ...); if it raises StopIteration, all problems are stopped there.
 
-    Returns:
-        The best trajectory and how it was found.
-
     Raises:
         ValueError: if an argument is wrong, or the initial trajectory is not finite.
         SingularControlHessianError: if Quu + a I of a step is not positive definite for the
@@ -176,16 +168,9 @@ def ilqr(
         controls = x.new_zeros(()).expand(problem.horizon, *x.shape)  # takes no memory
     if not isinstance(regularization, Damping):
         regularization = Damping(regularization)
+    counted = replace(derivatives, counts=Counts())
     method = Method(
-        replace(derivatives, counts=Counts()),
-        regularization,
-        rank,
-        rule,
-        iterations,
-        gradient_tolerance,
-        budget,
-        stop,
-        callback,
+        counted, regularization, rank, rule, iterations, gradient_tolerance, budget, stop, callback
     )
     _check(problem, x, controls, method)
     # What was made in torch.inference_mode can have no derivatives.
@@ -238,7 +223,7 @@ def terminate(state: State, method: Method) -> bool:
 
 
 def _affordable(state: State, method: Method) -> Tensor:
-    """Returns which problems may evaluate the dynamics of T steps once more, (B,) bool."""
+    """Returns which problems may evaluate T steps once more, (B,) bool."""
     if method.budget is None:
         return torch.ones_like(state.active)
     return state.work["evaluations"] + len(state.nominal.u) <= method.budget
@@ -270,6 +255,7 @@ def converged(state: State, method: Method) -> bool:
 def step(problem: ControlProblem, state: State, method: Method, iteration: int) -> None:
     """Takes one iteration: gains, a direction, its trials, and what they teach."""
     rule, damping = method.rule, method.regularization
+    # The sweep's own direction has no name: where the rule makes another, it is let go of.
     direction = rule.direction(
         state.memory, _sweep(state, method), state.gradients, state.nominal.u
     )

@@ -21,11 +21,6 @@ The products do not depend on the regularisation: :math:`V_x` differs from the c
     V_x = p + Z c, \qquad Q_u = r u + f_u^T p + U c,
 
 so a trajectory is pulled back once, whatever constants are tried on it.
-
-Nothing here has n x n numbers, which suits images of any size: :class:`MatrixFree` approximates the
-terminal Hessian by randomised products, and pulls its factor and the costate back along the
-trajectory, k + 1 vector-Jacobian products a step, whose activations are let go of as soon as that
-is done.
 """
 
 from __future__ import annotations
@@ -33,6 +28,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,7 +37,10 @@ from diffoc.checks import check_member
 from diffoc.costs import ControlCost
 from diffoc.hessian import HESSIANS, check_rank, nystrom, symmetric_eigen, terminal_products
 from diffoc.riccati import matvec
-from diffoc.system import ControlProblem, Derivatives, StepGains
+from diffoc.system import ControlProblem, Derivatives, StepFunction, StepGains
+
+Pullback = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""Maps cotangents of the next states, (c, B, n), to those of x, (c, B, n), and of u, (c, B, m)."""
 
 
 @dataclass(frozen=True)
@@ -70,17 +69,13 @@ class LowRankExpansion:
 
 @dataclass(frozen=True)
 class LowRankGains(StepGains):
-    r"""The locally optimal control of one step, :math:`\delta u = \epsilon k - U M W^T \delta x`.
-
-    The factors of the feedback are U (B, m, k), M (B, k, k) and W (B, n, k).
-    """
+    """Gains with the feedback K = -U M W^T, of U (B, m, k), M (B, k, k) and W (B, n, k)."""
 
     U: Tensor
     M: Tensor
     W: Tensor
 
     def feedback(self, dx: Tensor) -> Tensor:
-        """Returns K dx for flat deviations dx, (B, n)."""
         return -matvec(self.U, matvec(self.M, matvec(self.W.mT, dx)))
 
 
@@ -99,17 +94,12 @@ class LowRankValue:
 
     @property
     def Vx(self) -> Tensor:
-        """Returns the gradient, (B, n)."""
         return self.p if self.c is None else self.p + matvec(self.Z, self.c)
 
     def step_back(
         self, e: LowRankExpansion, a: Tensor, update: str
     ) -> tuple[LowRankGains, LowRankValue]:
-        """Returns the gains of a step and the value at its state.
-
-        They are those of :meth:`diffoc.riccati.DenseValue.step_back` for the same Hessian, up to
-        rounding.
-        """
+        """Does as :meth:`diffoc.riccati.DenseValue.step_back` for the same Hessian."""
         c = self.S.new_zeros(self.S.shape[:-1]) if self.c is None else self.c
         Qu = e.gradient + matvec(e.U, c)
         gains, dc, S = low_rank_step(Qu, e.W, e.U, self.S, e.r, a, update)
@@ -119,18 +109,11 @@ class LowRankValue:
 def low_rank_step(
     Qu: Tensor, W: Tensor, U: Tensor, S: Tensor, r: float, a: Tensor, update: str
 ) -> tuple[LowRankGains, Tensor, Tensor]:
-    """Does the algebra of a step, see the module, for whatever factors W and U.
+    """Does the algebra of a step, see the module, for whatever factors W (B, n, k) and U (B, m, k).
 
-    Args:
-        Qu: the gradient of Q, Eq. 41, (B, m).
-        W, U: factors of Qxx and Quu, (B, n, k) and (B, m, k).
-        S: the symmetric middle of both, (B, k, k).
-        r: the weight of the control cost.
-        a: Tikhonov's constants, (B,).
-        update: a member of :data:`diffoc.riccati.VALUE_UPDATES`.
-
-    Returns:
-        The gains, and c (B, k) and S' (B, k, k) such that Vx = Qx + W c and Vxx = W S' W^T.
+    The symmetric middle of Qxx and Quu is S, (B, k, k); Qu is that of Eq. 41, (B, m), and a has
+    Tikhonov's constants, (B,). It returns the gains, and c (B, k) and S' (B, k, k) such that
+    Vx = Qx + W c and Vxx = W S' W^T.
     """
     rho = (r + a)[:, None, None]
     G = U.mT @ U
@@ -176,38 +159,22 @@ def _woodbury(S: Tensor, G: Tensor, rho: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @dataclass(frozen=True)
-class MatrixFreeStep:
-    """Dynamics and control cost at one step of the trajectory, for products only.
-
-    Attributes:
-        pullback: maps cotangents of the next state, (c, B, n), to those of x, (c, B, n), and of
-            u, (c, B, m), by a backward pass each.
-        u: the nominal control, flat, (B, m).
-        r: the weight of the control cost.
-    """
-
-    pullback: Callable[[Tensor], tuple[Tensor, Tensor]]
-    u: Tensor
-    r: float
-
-
-@dataclass(frozen=True)
 class MatrixFree(Derivatives):
-    r"""Derivatives by products only, for the controller; suits images of any size.
+    r"""Derivatives by products only, which suit images of any size.
 
-    The running cost must be a :class:`diffoc.costs.ControlCost`, and the rank of the terminal
-    Hessian be given. The Hessian is approximated by randomised products with it.
+    The running cost must be a :class:`diffoc.costs.ControlCost`, and a rank be given for the
+    terminal Hessian, which is approximated by randomised products.
 
     In input mode, and without a test of the gradient, the controller needs :math:`(k + 3) T n`
     numbers beyond the trajectory and the network's activations, and Adam 3 T n more.
 
     Attributes:
-        keep_activations: whether the backward sweep uses those of the forward sweep, which costs
-            :math:`T(F + (1 + k) B)`; otherwise each step is evaluated again, one F more.
+        keep_activations: whether the backward sweep uses those of the forward sweep. An iteration
+            then costs :math:`T(F + (1 + k) B)`, F being one evaluation of the dynamics and B one
+            vector-Jacobian product; otherwise each step is evaluated again, one F more.
         oversampling: how many directions are drawn beyond the rank.
         convex: whether the terminal cost is, so that one product a direction suffices (Nystrom).
-        hessian: "full", or "gauss_newton", which is positive semidefinite whatever the operator,
-            so that one product suffices; see :mod:`diffoc.hessian`.
+        hessian: "full" or "gauss_newton", which needs one product, too; see :mod:`diffoc.hessian`.
         together: whether the k + 1 vectors of a step are pulled back in one batched backward pass.
             That is faster for priors in closed form; it is slower for networks on a CPU, whose
             activations it multiplies, and not every network can be batched.
@@ -224,31 +191,27 @@ class MatrixFree(Derivatives):
 
     def step(
         self, problem: ControlProblem, i: int, x: Tensor, u: Tensor
-    ) -> tuple[Tensor, Callable[[], MatrixFreeStep]]:
-        """Returns the next states, and what expands this step."""
+    ) -> tuple[Tensor, Callable[[Tensor, Tensor], LowRankExpansion]]:
         r, flat = control_weight(problem, i), u.flatten(1)
 
-        def linearize() -> tuple[Tensor, MatrixFreeStep]:
+        def linearize() -> tuple[Tensor, Pullback]:
             self.counts.evaluations += 1
-            y, pullback = linearize_step(problem.dynamics, i, x, u, self.together)
+            return linearize_step(problem.dynamics, i, x, u, self.together)
 
-            def counted(cotangents: Tensor) -> tuple[Tensor, Tensor]:
-                self.counts.products += len(cotangents)
-                return pullback(cotangents)
-
-            return y, MatrixFreeStep(counted, flat, r)
+        def expand(pullback: Pullback, p: Tensor, Z: Tensor) -> LowRankExpansion:
+            self.counts.products += 1 + Z.shape[-1]
+            # Two calls, because the gains keep W and not px.
+            px, pu = (g[0] for g in pullback(p.unsqueeze(0)))
+            W, U = (g.movedim(0, -1) for g in pullback(Z.movedim(-1, 0)))
+            return LowRankExpansion(px, pu, W, U, flat, r)
 
         if self.keep_activations:
-            y, step = linearize()
-            return y, lambda: step
+            y, pullback = linearize()
+            return y, partial(expand, pullback)
         self.counts.evaluations += 1
-        return problem.dynamics(i, x, u), lambda: linearize()[1]
+        return problem.dynamics(i, x, u), lambda p, Z: expand(linearize()[1], p, Z)
 
     def terminal(self, problem: ControlProblem, x: Tensor, rank: int | None) -> LowRankValue:
-        """Returns the value at the final states (B, ...), its Hessian of the given rank.
-
-        A ValueError refuses a rank that is missing, or not between 0 and n.
-        """
         rank, batch, n = check_rank(x, rank), len(x), x[0].numel()
         Vx, product = terminal_products(problem.terminal_cost, x, self.hessian)
         if rank == 0:
@@ -258,28 +221,21 @@ class MatrixFree(Derivatives):
         Z, values = (nystrom if semidefinite else symmetric_eigen)(product, omega, rank)
         return LowRankValue(Vx, Z, torch.diag_embed(values))
 
-    def expand(
-        self, steps: list[Callable[[], MatrixFreeStep]], value: LowRankValue
-    ) -> list[LowRankExpansion]:
-        """Returns the trajectory's expansions from its steps and the value at its end.
-
-        Costate and factor are pulled back from the last step to the first. Each step is taken off
-        the list when its turn comes, and with it the last reference to its activations.
-        """
+    def expand(self, steps: list[Callable[..., Any]], value: LowRankValue) -> list[Any]:
         p, Z, expansions = value.p, value.Z, []
         while steps:
-            e = _pull_back_step(steps.pop()(), p, Z)
+            # What is taken off the list has the last reference to its activations.
+            e = steps.pop()(p, Z)
             expansions.append(e)
             p, Z = e.px, e.W
         return expansions[::-1]
 
     def gradients(self, expansions: list[LowRankExpansion], value: LowRankValue) -> list[Tensor]:
-        """Returns the derivatives of the total cost in the controls of every step, (B, m) each."""
         return [e.gradient for e in expansions]
 
 
 def control_weight(problem: ControlProblem, i: int) -> float:
-    """Returns r of step i; a ValueError refuses a running cost that products cannot do."""
+    """Returns r of step i, where the running cost is one that products can do."""
     if not isinstance(problem.running_cost, ControlCost):
         raise ValueError(
             f"running_cost is {type(problem.running_cost).__name__}, expected a ControlCost: "
@@ -299,16 +255,11 @@ def random_directions(x: Tensor, count: int, seed: int = 0) -> Tensor:
 
 
 def linearize_step(
-    dynamics: Callable[[int, Tensor, Tensor], Tensor],
-    i: int,
-    x: Tensor,
-    u: Tensor,
-    together: bool = False,
-) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor]]]:
+    dynamics: StepFunction, i: int, x: Tensor, u: Tensor, together: bool = False
+) -> tuple[Tensor, Pullback]:
     """Returns the next states, and their pullback through the activations that this call keeps.
 
-    The dynamics map (i, x, u), states and controls (B, ...), to the next states. The pullback is
-    :attr:`MatrixFreeStep.pullback`, in one pass if `together`, see :class:`MatrixFree`.
+    That takes a backward pass for each cotangent, or one if `together`, see :class:`MatrixFree`.
     """
     x, u = x.detach().requires_grad_(), u.detach().requires_grad_()
     with torch.enable_grad():
@@ -334,10 +285,3 @@ def linearize_step(
         return in_x.flatten(2), in_u.flatten(2)
 
     return y.detach(), pullback
-
-
-def _pull_back_step(step: MatrixFreeStep, p: Tensor, Z: Tensor) -> LowRankExpansion:
-    # Two calls, because the gains keep W and not px.
-    px, pu = (g[0] for g in step.pullback(p.unsqueeze(0)))
-    W, U = (g.movedim(0, -1) for g in step.pullback(Z.movedim(-1, 0)))
-    return LowRankExpansion(px, pu, W, U, step.u, step.r)

@@ -2,19 +2,14 @@ r"""The reverse diffusion as a controlled dynamical system, Eqs. 1-4, 17 and 18.
 
 A prior is an :class:`azula.denoise.Denoiser`: it returns the posterior mean
 :math:`m(x, t) = E[x_0 \mid x_t = x]` and owns a schedule
-:math:`x_t \sim N(\alpha_t x_0, \sigma_t^2 I)`. With the schedule's drift and diffusion
-
-.. math:: f(x, t) = \frac{\alpha_t'}{\alpha_t} x, \qquad
-          g(t)^2 = 2 \sigma_t^2 \Big(\frac{\sigma_t'}{\sigma_t} - \frac{\alpha_t'}{\alpha_t}\Big)
-
-and the score :math:`(\alpha_t m - x) / \sigma_t^2` (Tweedie), every first-order sampler is, from
-time :math:`t` to :math:`s < t`, the same affine function of the state, of the posterior mean and
-of a noise that is frozen:
+:math:`x_t \sim N(\alpha_t x_0, \sigma_t^2 I)`. With the schedule's
+:func:`drift_and_diffusion` and the score :math:`(\alpha_t m - x) / \sigma_t^2` (Tweedie), every
+first-order sampler is, from time :math:`t` to :math:`s < t`, the same affine function of the state,
+of the posterior mean and of a noise that is frozen:
 
 .. math:: h_t(x) = a_t x + b_t \, m(x, t) + c_t \, \varepsilon_t .
 
-The samplers differ in the three numbers only, see :data:`METHODS`. A control
-enters before the step (input perturbation, Eq. 17) or after it (output perturbation, Eq. 18).
+The samplers differ in the three numbers only, see :data:`METHODS`.
 """
 
 from collections.abc import Callable, Sequence
@@ -103,12 +98,10 @@ class ReverseProcess:
         steps: the number T of steps, uniform in time from 1 to 0, or the T + 1 times
             themselves, decreasing within [0, 1].
         method: a key of :data:`METHODS`.
-        mode: "input" for :math:`h_i(x + u)` (Eq. 17), "output" for :math:`h_i(x) + u` (Eq. 18).
+        mode: "input" for the perturbation :math:`h_i(x + u)` (Eq. 17), "output" for
+            :math:`h_i(x) + u` (Eq. 18).
         noise: for "ddpm", the frozen standard normal noise of every step and problem, (T, B, ...),
             as :func:`draw_noise` returns it. Zeros give the mean of each step.
-
-    Raises:
-        ValueError: if an argument is out of its range, or the noise does not fit the method.
     """
 
     def __init__(
@@ -151,11 +144,7 @@ class ReverseProcess:
         return len(self.times) - 1
 
     def initial_state(self, shape: Sequence[int], generator: torch.Generator) -> Tensor:
-        r"""Draws :math:`x_1 \sim N(0, \sigma_1^2 I)` of a shape (B, ...), in float64.
-
-        It lies on the generator's device. A ValueError says that a process which begins later than
-        time 1 begins with noisy images.
-        """
+        """Draws x_1 ~ N(0, sigma_1^2 I), (B, ...), in float64 on the generator's device."""
         if self.times[0] < 1:
             raise ValueError(
                 f"process begins at time {self.times[0]:g}, where a state is not noise alone: "
@@ -165,10 +154,7 @@ class ReverseProcess:
         return sigma.item() * draw_noise(1, shape, generator)[0]
 
     def step(self, i: int, x: Tensor, u: Tensor | None = None) -> Tensor:
-        r"""Returns the states :math:`h_i(x)` at `times[i + 1]`, controlled where `u` is given.
-
-        States and controls have the shape (B, ...).
-        """
+        """Returns the states at `times[i + 1]`, (B, ...), controlled where `u` is given."""
         if u is not None and self.mode == "input":
             x = x + u
         t = self.times[i].to(dtype=x.dtype, device=x.device)
@@ -182,15 +168,10 @@ class ReverseProcess:
         return y if self.noise is None else y + c * self.noise[i].to(y.dtype)
 
     def rollout(self, x: Tensor, controls: Tensor | None = None, start: int = 0) -> Tensor:
-        r"""Returns the trajectory from step `start` to the image, (T - start + 1, B, ...).
+        """Returns the trajectory from step `start`, 0 to T, to the image, (T - start + 1, B, ...).
 
-        Args:
-            x: states at `times[start]`, (B, ...); they are the trajectory's first.
-            controls: (T - start, B, ...), or None for the uncontrolled process.
-            start: the first step, 0 to T.
-
-        Raises:
-            ValueError: if an argument's shape, type or range is wrong.
+        It begins with x, the states at `times[start]`, (B, ...). Controls are (T - start, B, ...),
+        or None for the uncontrolled process.
         """
         check_whole(0, start=start)
         check_within(0, self.horizon, start=start)
@@ -221,8 +202,7 @@ class ReverseProcess:
 def draw_noise(steps: int, shape: Sequence[int], generator: torch.Generator) -> Tensor:
     """Returns standard normal noise to freeze into an ancestral process, (T, B, ...), in float64.
 
-    It lies on the generator's device. Each problem of the batch has noise of its own, and states
-    of any precision can use it.
+    It lies on the generator's device. Each problem has its own, and states of any precision use it.
     """
     check_steps(steps=steps)
     check_kind(torch.Generator, generator=generator)

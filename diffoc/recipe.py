@@ -79,7 +79,6 @@ class Recipe:
     r"""How a problem is solved; a frozen value with a name.
 
     Attributes:
-        name: of the recipe.
         steps: T, at least 1.
         budget: of evaluations of the prior by each image, the guess included; None for no limit.
         iterations: at most so many; None for as many as the budget allows.
@@ -89,7 +88,6 @@ class Recipe:
         preconditioned: whether L-BFGS measures controls in units of the image, see
             :func:`diffoc.solve.image_units`.
         rank: of the terminal Hessian.
-        derivatives: how they are represented.
         regularization: Tikhonov's constant or schedule, or a function of the prior's schedule and
             the process's times, as :func:`snr_squared` is.
         weight: w of the control cost's weights :math:`r_i = w\, \rho_i`, at least 0; without one,
@@ -103,8 +101,6 @@ class Recipe:
             probable noise; a random start would only add the texture of a sample.
         stopped: whether an image is left where its residual is as small as the noise (the
             discrepancy principle).
-        process: makes the reverse process.
-        cost: makes the terminal cost.
         draw: makes, of the controlled system and the plans, a result in their place in at most 2 T
             evaluations, as :func:`diffoc.theory.riccati_draws.draw_around` does; None keeps the
             plans.
@@ -159,8 +155,7 @@ class Recipe:
 
         A task that is not in `by_task`, and None, change nothing, nor does a task where one of the
         recipe's `untuned` values was changed. The budget of evaluations is the recipe's own by
-        default, and steps are at most a fourth of it. A ValueError refuses a task that is neither
-        there nor in :data:`TASKS`.
+        default, and steps are at most a fourth of it.
         """
         if task is not None:
             check_member([*TASKS, *(own for own, _ in self.by_task if own not in TASKS)], task=task)

@@ -48,7 +48,7 @@ def reconstruct(
     progress: bool = False,
     callback: Callable[[int, Tensor, Tensor], None] | None = None,
 ) -> Result:
-    """Reconstructs the images of a problem.
+    """Reconstructs the images of a problem; the result's evaluations include those of the guess.
 
     Args:
         problem: what was measured.
@@ -62,10 +62,7 @@ def reconstruct(
             The result's problems are those of the first start, then those of the second, ...; the
             cheapest explains the measurement best.
         progress: whether to show a bar.
-        callback: see :func:`diffoc.solve`.
-
-    Returns:
-        The result, whose evaluations include those of the guess.
+        callback: see :func:`diffoc.ilqr.ilqr`.
 
     Raises:
         ValueError: if the operator, the measurements and the prior do not fit each other, or an
@@ -122,7 +119,6 @@ def reconstruct(
 
 
 def _rule(recipe: Recipe, process: ReverseProcess, guessed: bool) -> Rule:
-    """Returns the recipe's rule, where it is L-BFGS with what belongs to the process or a guess."""
     rule = recipe.rule
     if isinstance(rule, LBFGS) and recipe.preconditioned:
         return replace(rule, units=image_units(process.denoiser.schedule, process.times))
@@ -132,7 +128,6 @@ def _rule(recipe: Recipe, process: ReverseProcess, guessed: bool) -> Rule:
 
 
 def _start(problem: Problem, prior: Denoiser, x: Tensor | None, starts: int) -> Tensor:
-    """Returns the initial states, zeros by default, once operator, measurements and prior fit."""
     y = problem.y
     if x is None:
         if not hasattr(prior, "image_shape"):

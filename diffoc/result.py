@@ -45,9 +45,7 @@ class Result:
             descent at the largest regularization), "stopped" (by `stop` or `callback`), "budget"
             (another iteration would exceed it) or "iterations" (by their number).
         history: of the iterations.
-        evaluations: of the dynamics, by problem, (B,) int64.
-        products: vector-Jacobian products of the dynamics, likewise.
-        tangents: Jacobian-vector products of the dynamics, likewise.
+        evaluations, products, tangents: see :class:`diffoc.system.Counts`, of each problem, (B,).
         residual_over_noise: the root mean square of the residual over the noise's, (B,), where
             :func:`diffoc.reconstruct` was called; else None.
         log_weights: of draws in the plan's place, (B,), see

@@ -22,9 +22,7 @@ import torch
 from torch import Tensor
 
 from diffoc.hessian import check_rank
-from diffoc.system import ControlProblem, Derivatives, StepGains
-
-VALUE_UPDATES = ("full", "paper")
+from diffoc.system import ControlProblem, Derivatives, StepFunction, StepGains
 
 
 class SingularControlHessianError(torch.linalg.LinAlgError):
@@ -52,12 +50,11 @@ class Expansion:
 
 @dataclass(frozen=True)
 class Gains(StepGains):
-    """The locally optimal control of one step, its feedback gain K as a matrix (B, m, n)."""
+    """Gains with the feedback K as a matrix, (B, m, n)."""
 
     K: Tensor
 
     def feedback(self, dx: Tensor) -> Tensor:
-        """Returns K dx for flat deviations dx, (B, n)."""
         return matvec(self.K, dx)
 
 
@@ -71,12 +68,10 @@ class DenseValue:
     def step_back(self, e: Expansion, a: Tensor, update: str) -> tuple[Gains, DenseValue]:
         r"""Returns the gains of a step and the value at its state, from the one at the next.
 
-        Args:
-            e: the expansion at this step.
-            a: Tikhonov's constants, added to the diagonal of Quu for the gains, (B,), a >= 0.
-            update: "paper" for Eqs. 48 and 49, which drop terms that cancel only for the
-                unregularised gains; "full" for the value of the policy (k, K) whatever made it
-                (Tassa et al. 2012, doi:10.1109/IROS.2012.6386025, Eq. 11).
+        For the gains Tikhonov's constants a, (B,), a >= 0, are added to Quu's diagonal. The update
+        "paper" is Eqs. 48 and 49, which drop terms that cancel only for the unregularised gains;
+        "full" is the value of the policy (k, K) whatever made it (Tassa et al. 2012,
+        doi:10.1109/IROS.2012.6386025, Eq. 11).
         """
         fxT, fuT = e.fx.mT, e.fu.mT
         Qx = e.lx + matvec(fxT, self.Vx)  # Eq. 40
@@ -114,31 +109,21 @@ class Dense(Derivatives):
     def step(
         self, problem: ControlProblem, i: int, x: Tensor, u: Tensor
     ) -> tuple[Tensor, Callable[[], Expansion]]:
-        """Returns the next states, and what expands this step."""
         self.counts.evaluations += 1
         y = problem.dynamics(i, x, u)
         return y, lambda: expand_step(problem.dynamics, problem.running_cost, i, x, u)
 
     def terminal(self, problem: ControlProblem, x: Tensor, rank: int | None) -> DenseValue:
-        """Returns the value at the final states, see :func:`terminal_value`."""
         return terminal_value(problem.terminal_cost, x, rank)
 
     def gradients(self, expansions: list[Expansion], value: DenseValue) -> list[Tensor]:
-        """Returns the derivatives of the total cost in the controls of every step, (B, m) each."""
         return list(control_gradient(expansions, value.Vx))
 
 
 def expand_step(
-    dynamics: Callable[[int, Tensor, Tensor], Tensor],
-    running_cost: Callable[[int, Tensor, Tensor], Tensor],
-    i: int,
-    x: Tensor,
-    u: Tensor,
+    dynamics: StepFunction, running_cost: StepFunction, i: int, x: Tensor, u: Tensor
 ) -> Expansion:
-    """Returns the expansion of dynamics and running cost at step `i`, states and controls (B, ...).
-
-    Both callables take (i, x, u), as those of :class:`diffoc.system.ControlProblem`.
-    """
+    """Returns the expansion of dynamics and running cost at step i, states x and controls u."""
     inputs = x.detach().requires_grad_(), u.detach().requires_grad_()
     with torch.enable_grad():
         fx, fu = _jacobians(dynamics(i, *inputs).flatten(1), inputs)
@@ -152,9 +137,8 @@ def terminal_value(
 ) -> DenseValue:
     """Returns gradient and Hessian of the terminal cost at the final states, (B, ...).
 
-    The cost maps states to (B,). Of the Hessian only the `rank` eigenvalues that are largest in
-    magnitude are kept; None keeps all, and 0 makes the recursion first order. A ValueError refuses
-    a rank that is not between 0 and n.
+    Of the Hessian only the `rank` eigenvalues that are largest in magnitude are kept; None keeps
+    all, and 0 makes the recursion first order.
     """
     inputs = (x.detach().requires_grad_(),)
     with torch.enable_grad():

@@ -19,34 +19,33 @@ from torch.optim.adam import adam
 
 from diffoc.checks import as_numbers, check_above, check_at_least, check_whole
 
+PerStep = list[Tensor]
+"""A tensor for each step of the trajectory."""
+
 
 class Direction(NamedTuple):
-    r"""The change of the controls that a rule tries first.
+    r"""The change of the controls that a rule tries first, (B, m) for each step.
 
-    Attributes:
-        change: of the controls of every step, (B, m) each.
-        slope, curvature: s and c of the cost's expected change :math:`\epsilon s + \epsilon^2 c
-            / 2` after a step :math:`\epsilon`, (B,) each.
+    After a step :math:`\epsilon` in it the cost is expected to change by :math:`\epsilon s +
+    \epsilon^2 c / 2`, with the slope s and the curvature c, (B,) each.
     """
 
-    change: list[Tensor]
+    change: PerStep
     slope: Tensor
     curvature: Tensor
 
     def decrease(self, step: float) -> Tensor:
-        """Returns the decrease of the cost that a step is expected to bring, (B,)."""
         return -(step * self.slope + step**2 * self.curvature / 2)
 
 
 @dataclass(frozen=True)
 class Rule:
-    """Takes every full step, whatever it costs, as long as the cost is finite.
+    """What the rules are made of, by changing some of its answers.
 
-    The other rules are made of it by changing some of its answers. `trials` steps are tried, from 1
-    down, each `contraction` times the one before. A rule `searches` if it may refuse trials whose
-    cost is finite; it `keeps_best` if the cheapest iterate is the result, because costs go up and
-    down; it `adapts` if `direction` uses the gradients, and `retry` may find another one for the
-    same expansion.
+    `trials` steps are tried, from 1 down, each `contraction` times the one before. A rule
+    `searches` if it may refuse trials whose cost is finite; it `keeps_best` if the cheapest iterate
+    is the result, because costs go up and down; it `adapts` if `direction` uses the gradients, and
+    `retry` may find another one for the same expansion.
     """
 
     trials = 1
@@ -56,16 +55,16 @@ class Rule:
     adapts = False
 
     def start(self, horizon: int) -> Any:
-        """Returns the memory of a run over T steps; a ValueError if the rule is for another T."""
+        """Returns the memory of a run over T steps."""
 
     def direction(
-        self, memory: Any, newton: Direction, gradients: list[Tensor], controls: list[Tensor]
+        self, memory: Any, newton: Direction, gradients: PerStep, controls: PerStep
     ) -> Direction:
         """Returns the change to try first, and may change the memory.
 
-        `newton` has the feedforward gains k and what a full step of them is expected to bring. The
-        gradients are those of the total cost in the controls of every step, (B, m) each, none
-        unless the rule adapts; the controls are where they were taken, (B, ...) each.
+        `newton` is made of the feedforward gains k. The gradients are the total cost's in the
+        controls, (B, m) each, none unless the rule adapts; the controls are where they were taken,
+        (B, ...) each.
         """
         return newton
 
@@ -80,7 +79,7 @@ class Rule:
     def retry(self, memory: Any, refused: Tensor) -> Tensor:
         """Prepares another direction for the problems that refused all trials, (B,) bool.
 
-        Returns those of them for which nothing is left to try, (B,) bool.
+        It returns those of them for which nothing is left to try, (B,) bool.
         """
         return refused
 
@@ -94,7 +93,8 @@ class FullStep(Rule):
 class LineSearch(Rule):
     """Backtracks: takes the first of `trials` steps whose decrease is a 1e-4 of the expected.
 
-    Each step is `contraction`, in ]0, 1[, times the one before; a ValueError refuses others.
+    Where that drowns in rounding, it takes the first that is no increase. Each step is
+    `contraction`, in ]0, 1[, times the one before.
     """
 
     contraction: float = 0.5
@@ -109,7 +109,6 @@ class LineSearch(Rule):
         check_whole(1, trials=self.trials)
 
     def accept(self, decrease: Tensor, expected: Tensor, negligible: Tensor) -> Tensor:
-        """Takes a sufficient decrease; where the expected one drowns in rounding, no increase."""
         return ((decrease >= 1e-4 * expected) | negligible) & (decrease >= 0)
 
 
@@ -128,9 +127,6 @@ class Adam(Rule):
             AdamW does; not negative.
         keeps_best: whether the cheapest iterate is the result, or the last whatever it costs.
 
-    Raises:
-        ValueError: if one is out of its range.
-
     Source: Kingma & Ba 2015, arXiv:1412.6980; Loshchilov & Hutter 2019, arXiv:1711.05101.
     """
 
@@ -142,18 +138,12 @@ class Adam(Rule):
         check_above(0, rate=self.rate)
         check_at_least(0, weight_decay=self.weight_decay)
 
-    def start(self, horizon: int) -> list[list[Tensor]]:
-        """Remembers the two means and the count of every step, once there are gains."""
-        return []
+    def start(self, horizon: int) -> list[PerStep]:
+        return []  # the two means and the counts, once there are gains
 
     def direction(
-        self,
-        memory: list[list[Tensor]],
-        newton: Direction,
-        gradients: list[Tensor],
-        controls: list[Tensor],
+        self, memory: list[PerStep], newton: Direction, gradients: PerStep, controls: PerStep
     ) -> Direction:
-        """Preconditions the gains; what they were expected to bring says nothing of that."""
         gains = newton.change
         if not memory:
             memory += [[torch.zeros_like(k) for k in gains] for _ in range(2)]
@@ -167,7 +157,7 @@ class Adam(Rule):
         if decay := self.rate * self.weight_decay:
             for change, u in zip(changes, controls, strict=True):
                 change.sub_(u.flatten(1), alpha=decay)
-        return newton._replace(change=changes)
+        return newton._replace(change=changes)  # the expected decrease stays the gains' own
 
 
 MEMORY = 50
@@ -190,9 +180,6 @@ class LBFGS(LineSearch):
         units: of the controls of each step, T numbers above 0, or None for 1. A control is
             measured in units of its step, in `first` as well: until something is learnt, that is a
             change of variables. It does not move the optimum.
-
-    Raises:
-        ValueError: if one is out of its range.
 
     Source: Nocedal & Wright 2006 (doi:10.1007/978-0-387-40065-5), Algorithm 7.4.
     """
@@ -219,19 +206,13 @@ class LBFGS(LineSearch):
         return 1e-3 if self.units is None else 1e-2
 
     def start(self, horizon: int) -> LBFGSMemory:
-        """Remembers changes of controls and gradients."""
         if self.units is not None and len(self.units) != horizon:
             raise ValueError(f"rule has {len(self.units)} units, expected {horizon}")
         return LBFGSMemory(self)
 
     def direction(
-        self,
-        memory: LBFGSMemory,
-        newton: Direction,
-        gradients: list[Tensor],
-        controls: list[Tensor],
+        self, memory: LBFGSMemory, newton: Direction, gradients: PerStep, controls: PerStep
     ) -> Direction:
-        """Returns the quasi-Newton direction of all controls together."""
         gradient = torch.cat(gradients, dim=1)
         if gradient.isnan().any():
             raise ValueError(
@@ -243,7 +224,6 @@ class LBFGS(LineSearch):
         return Direction(list(changes), slope, 0 * slope)
 
     def retry(self, memory: LBFGSMemory, refused: Tensor) -> Tensor:
-        """Forgets what it remembers; who had nothing to forget has nothing left."""
         return memory.forget(refused)
 
 
@@ -316,10 +296,9 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Damping:
-    """Keeps Tikhonov's constants as they are: one for all steps, or one for each, (T,).
+    """Keeps Tikhonov's constants as they are: one for all steps, or one for each, (T,); a >= 0.
 
-    The controller holds the constants a, (T, B), and the factor of their next change, (B,). A
-    ValueError refuses constants that are negative or not finite.
+    The controller holds the constants a, (T, B), and the factor of their next change, (B,).
     """
 
     value: float | Tensor = 0.0
@@ -339,12 +318,10 @@ class Damping:
         return a.expand(horizon, len(x)), x.new_ones(len(x))
 
     def grow(self, a: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the next constants and factors after a failure."""
+        """Returns the next constants and factors after a failure, as `shrink` after a success."""
         return a, delta
 
-    def shrink(self, a: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the next constants and factors after a success."""
-        return a, delta
+    shrink = grow
 
     def exhausted(self, a: Tensor) -> Tensor:
         """Returns the problems whose constants cannot grow, (B,) bool."""
@@ -365,16 +342,13 @@ class Tikhonov(Damping):
     adapts = True
 
     def exhausted(self, a: Tensor) -> Tensor:
-        """Returns the problems whose constants are the greatest, (B,) bool."""
         return (a >= GREATEST).all(dim=0)
 
     def shrink(self, a: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
-        """Divides a by a factor that grows with every success."""
         delta = (delta / FACTOR).clamp(max=1 / FACTOR)
         a = a * delta
         return torch.where(a >= SMALLEST, a, 0), delta
 
     def grow(self, a: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
-        """Multiplies a by a factor that grows with every failure."""
         delta = (delta * FACTOR).clamp(min=FACTOR)
         return (a * delta).clamp(SMALLEST, GREATEST), delta

@@ -1,8 +1,4 @@
-r"""The controller on images: steer a prior's reverse process so that its image explains something.
-
-An iteration costs :math:`T (F + (1 + k) B)` with the activations kept, F being one evaluation of
-the denoiser, B one vector-Jacobian product, k the rank of the terminal Hessian.
-"""
+"""The controller on images: it steers a reverse process so that its image explains something."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -39,33 +35,25 @@ def solve(
     progress: bool = False,
     callback: Callable[[int, Tensor, Tensor], None] | None = None,
 ) -> Result:
-    r"""Minimises the terminal cost of the process's image, plus the controls' own cost.
+    """Minimises the terminal cost of the process's image, plus the controls' own cost.
 
     >>> process = ReverseProcess(prior, 10)
     >>> x = process.initial_state((1, 3, 64, 64), generator).float()
     >>> solve(process, GaussianLikelihood(operator, y, 0.05), x, rule=LBFGS()).x0
 
-    What is not listed is as in :func:`diffoc.ilqr.ilqr`.
+    The result is without the gains, which take memory. What is not listed, errors included, is as
+    in :func:`diffoc.ilqr.ilqr`.
 
     Args:
         process: of any azula prior, in "input" or "output" mode.
         cost: maps images (B, C, H, W) to costs (B,), such as a
             :class:`diffoc.costs.GaussianLikelihood`.
-        x: initial states at time 1, (B, C, H, W), as :meth:`ReverseProcess.initial_state` draws
-            them; their dtype and device are those of the computation.
-        controls: the first guess, (T, B, C, H, W), such as :func:`diffoc.greedy.greedy_controls`;
-            zeros by default.
-        control_cost: weights of :math:`\frac12 r_i \|u_i\|^2`.
+        x: initial states at time 1, as :meth:`ReverseProcess.initial_state` draws them; their dtype
+            and device are those of the computation.
+        controls: zeros by default, or a guess such as :func:`diffoc.greedy.greedy_controls` makes.
+        control_cost: as :class:`diffoc.costs.ControlCost`, or its weights.
         derivatives: `MatrixFree(keep_activations=False)` needs less memory, and more time.
-        rank: k of the terminal Hessian, at least 0, which is the first order.
         progress: whether to show a bar.
-
-    Returns:
-        The plan and how it was found, without the gains, which take memory.
-
-    Raises:
-        ValueError: if an argument is wrong.
-        diffoc.result.DivergenceError: if the cost is not finite any more; it has the best iterate.
     """
     check_kind(ReverseProcess, process=process)
     check_kind(Callable, cost=cost)

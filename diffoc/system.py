@@ -17,20 +17,23 @@ from torch import Tensor
 
 from diffoc.checks import check_kind, check_size
 
+StepFunction = Callable[[int, Tensor, Tensor], Tensor]
+"""A differentiable function of a step's number i, of states x and of controls u, (B, ...) each."""
+
 
 @dataclass(frozen=True)
 class ControlProblem:
     """A controlled system with costs; every callable is batched and differentiable.
 
     Attributes:
-        dynamics: maps (i, x, u) to the next states; x is (B, ...), u is (B, ...).
+        dynamics: maps (i, x, u) to the next states.
         running_cost: maps (i, x, u) to costs (B,), not necessarily dependent on x.
         terminal_cost: maps final states to costs (B,).
         horizon: the number T of steps.
     """
 
-    dynamics: Callable[[int, Tensor, Tensor], Tensor]
-    running_cost: Callable[[int, Tensor, Tensor], Tensor]
+    dynamics: StepFunction
+    running_cost: StepFunction
     terminal_cost: Callable[[Tensor], Tensor]
     horizon: int
 
@@ -61,7 +64,7 @@ class ControlProblem:
 
 
 def _costs(name: str, costs: Tensor, x: Tensor) -> Tensor:
-    """Returns costs; raises an error unless there is one for each state, of its precision."""
+    """Returns costs, once there is one for each state, of its precision."""
     check_kind(Tensor, **{f"the {name}": costs})
     if costs.shape != (len(x),) or costs.dtype != x.dtype:
         raise ValueError(
@@ -77,9 +80,8 @@ class Counts:
 
     Attributes:
         evaluations: of the dynamics.
-        products: vector-Jacobian products of the dynamics.
-        tangents: Jacobian-vector products of the dynamics, which only
-            :class:`diffoc.theory.projected.Projected` takes.
+        products, tangents: vector-Jacobian and Jacobian-vector products of the dynamics, of which
+            only :class:`diffoc.theory.projected.Projected` takes the latter.
     """
 
     evaluations: int = 0
@@ -118,25 +120,24 @@ class Value(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Derivatives:
-    """How derivatives are represented, which is what the controller asks of it.
+    """How derivatives are represented; the counts are those of the work done with this object.
 
-    It only passes on what the methods return, steps, expansions and values, each to its source.
-    The counts are those of the work done with this object.
+    The controller only passes on what the methods return: steps, expansions and values.
     """
 
     counts: Counts = field(default_factory=Counts)
 
     def step(
         self, problem: ControlProblem, i: int, x: Tensor, u: Tensor
-    ) -> tuple[Tensor, Callable[[], Any]]:
-        """Returns the next states, and a function that expands this step."""
+    ) -> tuple[Tensor, Callable[..., Any]]:
+        """Returns the next states, and a function that expands this step, for `expand` to call."""
         raise NotImplementedError
 
     def terminal(self, problem: ControlProblem, x: Tensor, rank: int | None) -> Any:
         """Returns the :class:`Value` at the final states, its Hessian truncated to a rank."""
         raise NotImplementedError
 
-    def expand(self, steps: list[Callable[[], Any]], value: Any) -> list[Any]:
+    def expand(self, steps: list[Callable[..., Any]], value: Any) -> list[Any]:
         """Returns the trajectory's expansions from its steps and the value at its end."""
         return [step() for step in steps]
 
@@ -157,7 +158,7 @@ class Trajectory:
 
     x: list[Tensor]
     u: list[Tensor]
-    steps: list[Callable[[], Any]]
+    steps: list[Callable[..., Any]]
 
     @property
     def states(self) -> Tensor:
@@ -186,8 +187,8 @@ def backward_sweep(
 ) -> tuple[list[StepGains], Value]:
     """Returns the gains of all steps and the value at the initial state.
 
-    `value` is the one at the final state, `a` has Tikhonov's constants, (T, B), and `update` is a
-    member of :data:`diffoc.riccati.VALUE_UPDATES`.
+    `value` is the one at the final state, `a` has Tikhonov's constants, (T, B), and `update` is as
+    for :meth:`diffoc.riccati.DenseValue.step_back`.
     """
     gains: list[StepGains] = []
     for e, a_i in zip(reversed(expansions), a.flip(0), strict=True):
@@ -205,11 +206,12 @@ def forward_sweep(
 ) -> Trajectory:
     r"""Returns the trajectory under the new controls, Eqs. 15 and 16.
 
+    .. math:: u_i^* = u_i + \epsilon k_i + K_i (x_i^* - x_i) , \quad x_{i+1}^* = f(i, x_i^*, u_i^*)
+
     The gains belong to the `nominal` trajectory; each problem has a step of its own, (B,).
     """
     new = Trajectory([nominal.x[0]], [], [])
     for i, (u, g) in enumerate(zip(nominal.u, gains, strict=True)):
-        # du = step k + K dx
         du = step[:, None] * g.k + g.feedback((new.x[i] - nominal.x[i]).flatten(1))
         new.advance(problem, u + du.reshape(u.shape), derivatives)
     return new

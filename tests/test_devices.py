@@ -112,7 +112,7 @@ def pipeline(
         process,
         GaussianLikelihood(operator, y, 0.5),
         x,
-        control_cost=snr_weights(prior.schedule, process.times, 1e-2)[0].item(),
+        control_cost=1e-2 * snr_weights(prior.schedule, process.times)[0].item(),
         rank=rank,
         rule=rule,
         regularization=Tikhonov() if isinstance(rule, LineSearch) else 1.0,

@@ -7,7 +7,8 @@ Every method is called as ::
 and gets these six as one value, :class:`Given`. It returns images (B, ...), not clipped; with a
 :class:`diffoc.priors.latent.LatentPrior` they are decoded. No problem of a batch depends on
 another, but for the noise that they draw from one generator. Keyword arguments are the method's
-settings, in the notation of the notebooks. A method raises an
+settings, in the notation of the notebooks; `steps` is the number T of steps, at least 1, and the
+end of a file says what they cost. A method raises an
 :class:`diffoc.problems.tasks.UnsupportedTask` for a task that it cannot do, and a ValueError that
 names a setting out of its range. Times run from 1 (noise) to 0, :math:`x_t = \alpha_t x_0 +
 \sigma_t z`, and :math:`m(x, t)` is the posterior mean that the prior returns.
@@ -66,16 +67,12 @@ class Method:
         settings: maps a task's name and a budget of evaluations to keyword arguments; it raises a
             ValueError for a budget that the method cannot have.
         work: maps keyword arguments to the evaluations and products of an image.
-        tuned: the values to try of the one to three keywords that are tuned for a task; all their
-            pairs are tried.
+        tuned: the values to try, in all combinations, of one to three keywords tuned for a task.
         largest: the largest value that the first of them may have.
         per_step: the evaluations that each of its `steps` needs at least; trials with a small
             budget have fewer steps.
         latent: whether the method needs a :class:`diffoc.priors.latent.LatentPrior`.
         recipe: of the controller, which `run` puts the settings into; None for other methods.
-
-    Raises:
-        ValueError: if there are fewer or more trials than other methods have.
     """
 
     label: str
@@ -108,12 +105,9 @@ class Method:
     def trials_near(self, best: int, nfe: int) -> list[dict]:
         """Returns the settings that are tried for a budget once another has been tuned.
 
-        The first keyword moves half a step of its values to either side of the best one, and one
-        and a half; steps are factors, or differences where one of the values is 0.
-
-        Args:
-            best: the place in :meth:`trials` of what was best for the other budget.
-            nfe: the budget.
+        The first keyword moves half a step of its values to either side of the other's best one,
+        `trials(nfe)[best]`, and one and a half; steps are factors, or differences where one of the
+        values is 0.
         """
         centre, keyword = self.trials(nfe)[best], next(iter(self.tuned or {}))
         values = sorted({trial[keyword] for trial in self.trials(nfe)})
@@ -146,24 +140,14 @@ def no_products(settings: dict) -> tuple[int, int]:
 
 def methods() -> dict[str, Method]:
     """Returns the methods of this package by their files' names."""
-    modules = (
-        importlib.import_module(f"{__name__}.{found.name}")
-        for found in pkgutil.iter_modules(__path__)
-    )
-    return {
-        module.__name__.rpartition(".")[2]: module.METHOD
-        for module in modules
-        if hasattr(module, "METHOD")
-    }
+    names = [found.name for found in pkgutil.iter_modules(__path__)]
+    modules = {name: importlib.import_module(f"{__name__}.{name}") for name in names}
+    return {name: module.METHOD for name, module in modules.items() if hasattr(module, "METHOD")}
 
 
 @contextmanager
 def global_generator(generator: torch.Generator) -> Iterator[None]:
-    """Seeds torch's global generator, for libraries that draw from it, and puts it back afterwards.
-
-    Args:
-        generator: gives the seed; what it gives next depends on that.
-    """
+    """Seeds torch's global generator, which libraries draw from, by another, and restores it."""
     seed = torch.randint(2**62, (), generator=generator, device=generator.device).item()
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -210,8 +194,7 @@ def method(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Turns a function of :class:`Given` and settings into a method that is called as above.
 
     What is no measurement of such images is refused before it runs, because many would draw a
-    sample of the prior all the same: a ValueError says if `y` or `x` is not finite or does not fit
-    the physics, or `noise_std` is not finite or negative.
+    sample of the prior all the same.
     """
 
     @wraps(run)

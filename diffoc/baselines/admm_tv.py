@@ -25,7 +25,6 @@ def admm_tv(
     r"""Returns images (B, C, H, W) by ADMM-TV, which uses no prior and draws nothing.
 
     Args:
-        steps: iterations, none of which costs an evaluation.
         weight: :math:`\lambda`, above 0, which has to be tuned to the noise.
         stepsize: :math:`\gamma`, above 0; it only changes how fast the iteration converges.
     """

@@ -47,8 +47,7 @@ def d_flow(
     r"""Returns images (B, ...) by D-Flow; N or :math:`\lambda` has to be tuned to the noise.
 
     Args:
-        steps: T, at least 1.
-        iterations: N, at least 1; each costs T evaluations and T products.
+        iterations: N, at least 1.
         regularization: :math:`\lambda`, not negative.
         blend: :math:`\beta` in [0, 1]; the inversion costs T evaluations more if it is above 0 and
             the operator is linear. Otherwise there is none, and :math:`\beta` is 0.
@@ -64,7 +63,7 @@ def d_flow(
         x = blend**0.5 * _inversion(process, pseudo_inverse(physics, y)) + (1 - blend) ** 0.5 * x
 
     def evaluate(flat: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Costs (B,), their gradients (B, n) and the images (B, ...)."""
+        """Returns costs (B,), their gradients (B, n) and the images (B, ...)."""
         flat = flat.detach().requires_grad_()
         with torch.enable_grad():
             x0 = process.rollout(flat.view_as(x))[-1]

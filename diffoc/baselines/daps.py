@@ -66,11 +66,10 @@ def daps(
     r"""Returns images (B, ...) by DAPS; its last settings have to be tuned to the noise.
 
     Args:
-        steps: annealing levels T, at least 1; each costs `ode_steps` evaluations, and no product.
-            200 in the released code.
-        ode_steps: steps of the flow for each annealing level, at least 1.
-        langevin_steps: N, for each annealing level, not negative. Operators that are not linear,
-            or not decomposed (see :mod:`diffoc.baselines.decomposition`), pay for each.
+        steps: annealing levels T.
+        ode_steps: steps of the flow for each of them, at least 1.
+        langevin_steps: N, not negative. Operators that are not linear, or not decomposed (see
+            :mod:`diffoc.baselines.decomposition`), pay for each.
         step_size: of Langevin at the first level, above 0; unstable from
             :math:`2 / (\|A\|^2 / \tau^2 + 1 / r^2)` on.
         likelihood_std: :math:`\tau`, above 0; 0.01 in the released code.
@@ -112,7 +111,7 @@ def daps(
 
 
 def _polynomial(first: Tensor, last: float, steps: int) -> Tensor:
-    """Levels from `first` (...) to `last`, shape (..., steps + 1), uniform in their 7th root."""
+    """Returns levels from `first` (...) to `last`, (..., steps + 1), uniform in their 7th root."""
     share = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
     root = first[..., None] ** (1 / 7)
     return (root + share * (last ** (1 / 7) - root)) ** 7
@@ -143,7 +142,6 @@ def _chain(physics: Physics, y: Tensor) -> Langevin:
 
 
 def _end_of_chain(svd: DecomposablePhysics, y: Tensor) -> Langevin:
-    """Goes there at once, see the module."""
     measured = svd.U_adjoint(y)
     # In single precision 1 - k^2 is lost where neither measurements nor level say anything.
     singular = svd.mask.double()

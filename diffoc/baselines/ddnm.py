@@ -35,12 +35,7 @@ from diffoc.checks import check_above, check_steps, check_within
 @method
 @torch.no_grad()
 def ddnm(given: Given, *, steps: int = 100, eta: float = 0.85) -> Tensor:
-    r"""Returns images (B, ...) by DDNM+.
-
-    Args:
-        steps: their number; each costs an evaluation.
-        eta: :math:`\eta`, in ]0, 1]; 0.85 in the released code.
-    """
+    r"""Returns images by DDNM+; :math:`\eta` is in ]0, 1], and 0.85 in the released code."""
     check_steps(steps=steps)
     check_above(0, eta=eta)
     check_within(0, 1, eta=eta)

@@ -29,13 +29,7 @@ from diffoc.checks import check_steps, check_within
 @method
 @torch.no_grad()
 def ddrm(given: Given, *, steps: int = 20, eta: float = 0.85, eta_b: float = 1.0) -> Tensor:
-    r"""Returns images (B, ...) by DDRM.
-
-    Args:
-        steps: their number; each costs an evaluation.
-        eta: :math:`\eta`, in [0, 1].
-        eta_b: :math:`\eta_b`, in [0, 1].
-    """
+    r"""Returns images by DDRM; :math:`\eta` and :math:`\eta_b` are in [0, 1]."""
     check_steps(steps=steps)
     check_within(0, 1, eta=eta, eta_b=eta_b)
     prior, x, noise_std = given.prior, given.x, given.noise_std

@@ -4,13 +4,14 @@ r"""Exact singular value decompositions of linear tasks, for the methods that wo
 
 V is orthogonal on all of image space. U has a column for every column of V, zero where a singular
 value has no measurement, so that coefficients of images and measurements share one shape. Operators
-act on every channel alike; one channel is decomposed. There are three ways:
+act on every channel alike; one channel is decomposed. There are three ways, and an UnsupportedTask
+for other operators:
 
 - inpainting: U = V = I, and the mask has the singular values;
 - :math:`A(X) = L X R^T`, what bicubic down-sampling and a Gaussian blur do: Kronecker products of
   the factors of L and R, which are those of a blur's kernel, or else found by probing A with
   images of rank one;
-- else the dense matrix of one channel, if that is small.
+- else the dense matrix of one channel, if that has at most 4096 numbers.
 
 Factors are decomposed in double precision, and only what comes of it is rounded. The operator
 itself is asked in the precision of the images, without the shortened products of a GPU.
@@ -36,7 +37,7 @@ _known: WeakKeyDictionary[Physics, dict] = WeakKeyDictionary()
 
 
 def require_linear(physics: Physics) -> LinearPhysics:
-    """Returns the physics itself; an UnsupportedTask refuses one without an adjoint."""
+    """Returns the physics itself, if it has an adjoint."""
     if not isinstance(physics, LinearPhysics):
         kind = type(physics).__name__
         raise UnsupportedTask(f"the method needs a linear operator and its adjoint, not a {kind}")
@@ -62,9 +63,7 @@ def decompose(physics: Physics, x: Tensor) -> DecomposablePhysics:
     """Returns the operator with `U`, `U_adjoint`, `V`, `V_adjoint`, and its values in `mask`.
 
     It is decomposed once for every shape, dtype and device of images (B, C, H, W), or flat states
-    (B, n), like `x`, and must not change after. An UnsupportedTask refuses an operator that is not
-    linear, mixes channels, or is neither inpainting nor separable and has more than 4096 numbers in
-    a channel.
+    (B, n), like `x`, and must not change after.
     """
     require_linear(physics)
     if isinstance(physics, Inpainting):
@@ -119,10 +118,12 @@ def _decompose(physics: LinearPhysics, x: Tensor) -> DecomposablePhysics:
 
     probe = random(2, *x.shape[1:]) - 1
     expected = A(probe)
+    # Rounding of A(x) grows like a side's root in float32.
+    tolerance = max(_TOLERANCE, 8 * torch.finfo(x.dtype).eps * max(x.shape[1:]) ** 0.5)
 
     def is_right(candidate: DecomposablePhysics) -> bool:
         error = torch.linalg.vector_norm(candidate.A(probe) - expected)
-        return bool(error <= _tolerance(x) * torch.linalg.vector_norm(expected))
+        return bool(error <= tolerance * torch.linalg.vector_norm(expected))
 
     if x.ndim == 4 and expected.ndim == 4:
         if isinstance(physics, Blur):
@@ -145,11 +146,6 @@ def _decompose(physics: LinearPhysics, x: Tensor) -> DecomposablePhysics:
     if not is_right(dense):
         raise UnsupportedTask("the operator does not act on every channel alike")
     return dense
-
-
-def _tolerance(x: Tensor) -> float:
-    """Returns a relative one of A(x), whose rounding grows like a side's root in float32."""
-    return max(_TOLERANCE, 8 * torch.finfo(x.dtype).eps * max(x.shape[1:]) ** 0.5)
 
 
 def _factors_of_blur(blur: Blur, x: Tensor) -> tuple[Tensor, Tensor]:

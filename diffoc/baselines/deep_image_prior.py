@@ -11,7 +11,6 @@ from itertools import cycle
 
 import torch
 from deepinv.models import ConvDecoder
-from deepinv.physics import Physics
 from torch import Tensor
 
 from diffoc.baselines import Given, Method, global_generator, method
@@ -26,8 +25,7 @@ def deep_image_prior(
     """Returns images (B, C, H, W), made one after the other, without the prior.
 
     Args:
-        iterations: their largest number; each is a forward and a backward pass of the decoder, and
-            costs no evaluation of a prior.
+        iterations: at most; each is a forward and a backward pass of the decoder.
         channels: the width of the decoder's seven layers, at least 1.
         rate: Adam's, above 0.
     """
@@ -38,36 +36,23 @@ def deep_image_prior(
     check_above(0, rate=rate)
     targets = (given.noise_std**2 * measured(physics, y).flatten(1).mean(dim=1)).tolist()
     images = []
-    with global_generator(given.generator):
+    with global_generator(given.generator), torch.enable_grad():
         # One by one: the decoder normalises over the batch.
         parts = cycle(parts_of(physics))
         for each, operator, target in zip(y.split(1), parts, targets, strict=False):
             decoder = ConvDecoder(tuple(x.shape[1:]), channels=channels).to(x)
             z = torch.randn(1, channels, 4, 4, device=x.device, dtype=x.dtype)
-            images.append(_fit(decoder, z, operator, each, target, iterations, rate))
+            optimizer = torch.optim.Adam(decoder.parameters(), lr=rate)
+            for _ in range(iterations):
+                image = decoder(z)
+                loss = (operator.A(image) - each).square().mean()
+                if loss.item() < target:
+                    break
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+            images.append(image.detach())
     return torch.cat(images)
-
-
-@torch.enable_grad()
-def _fit(
-    decoder: ConvDecoder,
-    z: Tensor,
-    physics: Physics,
-    y: Tensor,
-    target: float,
-    iterations: int,
-    rate: float,
-) -> Tensor:
-    optimizer = torch.optim.Adam(decoder.parameters(), lr=rate)
-    for _ in range(iterations):
-        image = decoder(z)
-        loss = (physics.A(image) - y).square().mean()
-        if loss.item() < target:
-            break
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return image.detach()
 
 
 METHOD = Method("Deep image prior", deep_image_prior, lambda task, nfe: {}, lambda settings: (0, 0))

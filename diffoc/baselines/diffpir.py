@@ -35,8 +35,7 @@ def diffpir(
     r"""Returns images (B, ...) by DiffPIR, for a noise above 0.
 
     Args:
-        steps: their number; each costs an evaluation, and no product.
-        strength: :math:`\lambda` of the prior, above 0; 1/4 in the released code.
+        strength: :math:`\lambda` of the prior, above 0.
         renewal: :math:`\zeta`, the share of the noise that is drawn anew, in [0, 1]; in the
             released code 0.1 for deblurring and super-resolution, and 1 for inpainting, where
             predicted noise would keep what was dropped as it was guessed first.
@@ -59,7 +58,6 @@ def diffpir(
 
 
 def _settings(task: str, nfe: int) -> dict:
-    # The released code's shares of new noise.
     return {"steps": nfe, "renewal": 1.0 if task.endswith("inpainting") else 0.1}
 
 
@@ -68,6 +66,5 @@ METHOD = Method(
     diffpir,
     _settings,
     no_products,
-    # In the released code 0.25.
     tuned={"strength": (0.1, 0.25, 0.8, 2.0), "renewal": (0.1, 1.0)},
 )

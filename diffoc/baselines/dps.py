@@ -22,19 +22,14 @@ from diffoc.checks import check_at_least, check_steps
 
 @method
 def dps(given: Given, *, steps: int = 1000, guidance: float = 1.0) -> Tensor:
-    r"""Returns images (B, ...) by DPS.
-
-    Args:
-        steps: their number; each costs an evaluation and a product.
-        guidance: :math:`\zeta`, not negative, which has to be tuned to the noise.
-    """
+    r"""Returns images by DPS; `guidance`, :math:`\zeta \geq 0`, has to be tuned to the noise."""
     sampler = dps_sampler(given, steps, guidance)
     with global_generator(given.generator):
         return sampler(given.x)
 
 
 def dps_sampler(given: Given, steps: int, guidance: float, **options: object) -> DPSSampler:
-    """Returns azula's sampler; arguments are those of :func:`dps`, and azula's `options`."""
+    """Returns azula's sampler with the arguments of :func:`dps`, and azula's `options`."""
     check_steps(steps=steps)
     check_at_least(0, guidance=guidance)
 

@@ -10,16 +10,15 @@ much louder than its signal as that,
 so that easy measurements cost few steps, and goes on as :mod:`diffoc.baselines.psld` does.
 """
 
-import math
 from dataclasses import replace
 
 import torch
-from azula.denoise import Denoiser
 from deepinv.physics import Physics
 from torch import Tensor
 
 from diffoc.baselines import Given, Method, method
 from diffoc.baselines.decomposition import require_linear
+from diffoc.baselines.noise_level import times_of_levels
 from diffoc.baselines.psld import check_guided, guided_step
 from diffoc.checks import check_above
 from diffoc.priors.latent import latent_prior
@@ -47,9 +46,6 @@ def flash_diffusion(
         correction: c, positive.
         encoder: the severity encoder, by default that of "faces64_latent"; the noise of
             measurements is what it was trained for.
-
-    Raises:
-        ValueError: for a prior of images, or one that the encoder is not for.
     """
     check_guided(steps, guidance, gluing, eta)
     check_above(0, correction=correction)
@@ -65,9 +61,11 @@ def flash_diffusion(
         raise ValueError(
             f"prior has latents {tuple(x.shape)}, the severity encoder {tuple(estimate.shape)}"
         )
-    start = time_of_ratio(given.prior, correction * log_severity.exp())
-    alpha, sigma = (a.reshape(-1, *(1,) * (x.ndim - 1)) for a in given.prior.schedule(start))
-    _, sigma_1 = given.prior.schedule(torch.ones_like(start[0]))
+    schedule = given.prior.schedule
+    alpha_1, sigma_1 = (scale.item() for scale in schedule(torch.ones((), dtype=torch.float64)))
+    ratio = (correction * log_severity.exp()).cpu().clamp(max=sigma_1 / alpha_1)
+    start = times_of_levels(schedule, ratio).to(log_severity)
+    alpha, sigma = (a.reshape(-1, *(1,) * (x.ndim - 1)) for a in schedule(start))
     z = alpha * estimate + sigma * x / sigma_1
     counts = (start * steps).ceil().clamp(min=1)
     for left in range(int(counts.max()), 0, -1):
@@ -84,20 +82,6 @@ def _of(given: Given, active: Tensor) -> Physics:
     if len(parts) == 1 or active.all():
         return given.physics
     return for_each([part for part, goes_on in zip(parts, active, strict=True) if goes_on])
-
-
-def time_of_ratio(prior: Denoiser, ratio: Tensor) -> Tensor:
-    """Returns the times in [0, 1] at which sigma / alpha, which must increase, has values (B,).
-
-    What lies outside its range gets the nearer end.
-    """
-    low, high = torch.zeros_like(ratio), torch.ones_like(ratio)
-    for _ in range(1 - math.floor(math.log2(torch.finfo(ratio.dtype).eps))):
-        middle = (low + high) / 2
-        alpha, sigma = prior.schedule(middle)
-        above = sigma > ratio * alpha
-        low, high = torch.where(above, low, middle), torch.where(above, middle, high)
-    return (low + high) / 2
 
 
 METHOD = Method(

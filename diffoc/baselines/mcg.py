@@ -21,13 +21,11 @@ def mcg(given: Given, *, steps: int = 1000, guidance: float = 0.2, strength: flo
     r"""Returns images (B, ...) by MCG, which takes measurements to be exact.
 
     Args:
-        steps: their number; each costs an evaluation and a product.
         guidance: :math:`\zeta`, not negative.
         strength: :math:`\lambda` of the step towards the measurements, in [0, 1].
     """
-    return sample_projected(
-        dps_sampler(given, steps, guidance, dtype=given.x.dtype), given, strength
-    )
+    sampler = dps_sampler(given, steps, guidance, dtype=given.x.dtype)
+    return sample_projected(sampler, given, strength)
 
 
 METHOD = Method(

@@ -26,8 +26,7 @@ def mmps(given: Given, *, steps: int = 100, iterations: int = 3, eta: float = 1.
     r"""Returns images (B, ...) by MMPS, for a noise above 0.
 
     Args:
-        steps: their number; each costs an evaluation and `iterations` + 1 products.
-        iterations: those of GMRES, at least 1.
+        iterations: those of GMRES, at least 1; a step costs a product more than these.
         eta: the noise of DDIM in [0, 1].
     """
     check_above(0, noise_std=given.noise_std)

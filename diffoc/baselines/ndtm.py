@@ -56,7 +56,6 @@ def ndtm(
     The defaults are those of the released code for super-resolution of faces, but for `start`.
 
     Args:
-        steps: T, at least 1; each costs N + 1 evaluations and N products.
         iterations: N, at least 1.
         guidance: w, not negative.
         control_cost, score_cost: the factors of :math:`\kappa_t` and :math:`\tau_t`, not negative.

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 def times_of_levels(schedule: Schedule, sigmas: Tensor) -> Tensor:
     r"""Returns the times in [0, 1] at which :math:`\sigma_t / \alpha_t` are `sigmas`, in float64.
 
-    The ratio grows with the time; below the schedule's least level the time is 0. A ValueError
-    refuses levels that are negative, not finite, or above the one at time 1.
+    The ratio grows with the time. Levels must not be above the one at time 1; below the least, the
+    time is 0.
     """
     sigmas = sigmas.double()
     if not (sigmas.isfinite() & (sigmas >= 0)).all():
@@ -34,14 +34,13 @@ def times_of_levels(schedule: Schedule, sigmas: Tensor) -> Tensor:
 
 
 class NoiseLevelDenoiser(nn.Module):
-    """A prior, any azula denoiser, as the module's denoiser."""
+    """A prior, any azula denoiser, as the module's denoiser; all images have one noise level."""
 
     def __init__(self, prior: Denoiser) -> None:
         super().__init__()
         self.prior = prior
 
     def forward(self, x: Tensor, sigma: float) -> Tensor:
-        """Returns denoised images of the shape of x (B, ...), all with one noise level."""
         t = times_of_levels(self.prior.schedule, torch.tensor(float(sigma), dtype=torch.float64))
         alpha, _ = self.prior.schedule(t)
         return self.prior(alpha.item() * x, t.to(x)).mean

@@ -29,7 +29,6 @@ def ours(
 
     Args:
         budget: how many evaluations each image has, at least 4 T.
-        steps: T, at least 1.
         weight: w, positive.
         smoothness: of the guess's errors, not negative.
         iterations: of the plan, at most; 0 leaves the guess as it is, None is no limit.

@@ -3,8 +3,8 @@ r"""The controller as the paper describes it, Section 6 and Appendix D, with Tab
 Adam (Eq. 80) in input mode along the deterministic process from a random state, with the likelihood
 as terminal cost and a terminal Hessian of rank 1. Where the text is silent, on Adam's rate and the
 control cost, the numbers are those of the released code; by Table 5 any regularization does but
-none, and ours is well above the rounding of 1 / s^2 = 400. What that code does otherwise is
-:data:`diffoc.baselines.released.RELEASED`.
+none, and ours is well above the rounding of 1 / s^2 = 400. What that code does otherwise is told in
+:mod:`diffoc.baselines.released`.
 """
 
 from collections.abc import Callable
@@ -18,24 +18,21 @@ from diffoc.baselines import Given, Method, method
 from diffoc.checks import check_at_least
 from diffoc.lowrank import MatrixFree
 from diffoc.process import drift_and_diffusion
-from diffoc.recipe import Recipe
+from diffoc.recipe import TASKS, Recipe
 from diffoc.rules import Adam
 from diffoc.theory.projected import Projected
 
 
-def snr_weights(schedule: Schedule, times: Tensor, scale: float = 1e-6) -> Tensor:
+def snr_weights(schedule: Schedule, times: Tensor) -> Tensor:
     r"""Returns weights of the control cost by the signal-to-noise ratio, (T,), for T + 1 times.
 
-    .. math:: r_i = s \, \frac{\alpha_i}{\sigma_i} \frac{1}{dt^2}, \qquad dt = 1 / T
+    .. math:: r_i = \frac{\alpha_i}{\sigma_i} \frac{1}{dt^2}, \qquad dt = 1 / T
 
-    The ratio is the one at the state that the control acts on, `times[i]`. The authors' released
-    code has this formula with the ratio of a single noising step in place of all: its weights,
-    :func:`diffoc.baselines.released.released_weights`, are hundreds of times these in the first of
-    20 steps and five to ten times in the last.
+    The ratio is the one at the state that the control acts on, `times[i]`; compare
+    :func:`diffoc.baselines.released.released_weights`.
     """
     alpha, sigma = schedule(times[:-1])
-    steps = len(times) - 1
-    return scale * alpha / sigma * steps**2
+    return alpha / sigma * (len(times) - 1) ** 2
 
 
 def guidance_regularization(schedule: Schedule, times: Tensor) -> Tensor:
@@ -47,10 +44,6 @@ def guidance_regularization(schedule: Schedule, times: Tensor) -> Tensor:
     return 2 / (g2 * -times.diff())
 
 
-def _weights(schedule: Schedule, times: Tensor) -> Tensor:
-    return snr_weights(schedule, times, 1.0)
-
-
 PAPER = Recipe(
     "paper",
     steps=50,
@@ -60,7 +53,7 @@ PAPER = Recipe(
     derivatives=MatrixFree(keep_activations=False, hessian="gauss_newton"),
     regularization=1e-3,
     weight=1e-6,
-    weights=_weights,
+    weights=snr_weights,
     from_noise=True,
     by_task={
         ("super_resolution", 2500): {"iterations": 50},
@@ -86,26 +79,21 @@ def paper(
     projected: bool = False,
     keep_activations: bool = False,
 ) -> Tensor:
-    """Returns images (B, ...) by :data:`PAPER`.
+    r"""Returns images by :data:`PAPER`.
 
     With rank 0 the gains are :math:`-Q_u / (r_i + a)`, and Adam, which divides every number by its
     own size, undoes the factor: a constant a changes nothing then.
 
     Args:
-        steps, iterations: T and their number: evaluations are T (1 + 2 iterations), or
-            T (1 + iterations) with `keep_activations`, and products T (1 + rank) iterations.
         rank: k of the terminal Hessian.
         rate: Adam's.
-        weight_scale: s of the control cost, see :func:`snr_weights`.
+        weight_scale: a factor of :func:`snr_weights`.
         regularization: Tikhonov's constant a, or "lemma_4_2" for that of
             :func:`guidance_regularization`.
         projected: whether Jacobians too are of that rank, by the projections of Appendix D.1 as
             the paper writes them, see :mod:`diffoc.theory.projected`. Its Jacobian-vector products,
             T rank iterations of them, count as one evaluation for each step and iteration.
         keep_activations: whether activations are kept, for speed, or recomputed, for memory.
-
-    Raises:
-        diffoc.riccati.SingularControlHessianError: if `regularization` is too small.
     """
     damping: float | Callable[[Schedule, Tensor], Tensor] = guidance_regularization
     if regularization != "lemma_4_2":
@@ -141,10 +129,7 @@ def _table_2(task: str) -> dict[str, Any]:
     }
 
 
-_LINEAR = ("super_resolution", "random_inpainting", "box_inpainting", "gaussian_blur")
-TABLE_2 = {
-    task: _table_2(task) for task in (*_LINEAR, "motion_blur", "nonlinear_blur", "phase_retrieval")
-}
+TABLE_2 = {task: _table_2(task) for task in TASKS}
 """The paper's hyper-parameters for what it calls NFE 2500."""
 
 

@@ -29,7 +29,6 @@ def pgdm(given: Given, *, steps: int = 100, eta: float = 1.0, guidance: float = 
     r"""Returns images (B, ...) by PiGDM, for a noise above 0.
 
     Args:
-        steps: their number; each costs an evaluation and a product.
         eta: the noise of DDIM in [0, 1]; 1 in the paper.
         guidance: a factor of :math:`g_t`, not negative; 1 in the paper.
     """

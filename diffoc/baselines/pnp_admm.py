@@ -47,7 +47,6 @@ def pnp_admm(
     r"""Returns images (B, ...) by PnP-ADMM, which draws nothing and starts from A^T y.
 
     Args:
-        steps: iterations; each costs an evaluation.
         first_std, last_std: :math:`\sigma` in the first and last iteration, above 0.
         weight: :math:`\lambda`, above 0.
     """

@@ -28,8 +28,6 @@ def psld(
     r"""Returns images (B, C, H, W) by PSLD, for a :class:`diffoc.priors.latent.LatentPrior`.
 
     Args:
-        steps: their number; each costs an evaluation and a product, and passes through the decoder
-            and, unless `gluing` is 0, the encoder.
         guidance: :math:`\zeta`, not negative, which has to be tuned to the noise.
         gluing: :math:`\gamma`, not negative.
         eta: the noise of DDIM, in [0, 1]; 1 is DDPM.

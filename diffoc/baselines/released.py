@@ -1,17 +1,29 @@
-r"""The process and the control cost of the authors' released code, which are not the paper's.
+r"""The controller as the authors' released code has it, which is not the paper's.
 
-The paper steps along the probability-flow ODE (Eq. 3). The code that its authors released
-(github.com/lihenryhfl/diffusion_optimal_control) takes ancestral steps of DDPM with frozen noise,
-and clips the estimate of the image to [-1, 1] in each of them:
+=============  ===================================  ===========================================
+.              the paper                            the released code
+=============  ===================================  ===========================================
+process        T deterministic steps (Eq. 3)        T - 1 ancestral ones with frozen noise and
+                                                    clipped image
+terminal cost  half the squared residual over s^2   the norm of the residual
+control cost   none (Eq. 28)                        :func:`released_weights`
+derivatives    rank 1                               rank 0, so that all feedback vanishes
+update         Adam on the gains                    AdamW on the gains, weight decay 0.01
+result         not said                             the last iterate
+=============  ===================================  ===========================================
 
-.. math:: x_{i+1} = a_i x + b_i \, \mathrm{clip}(m(x)) + c_i \, \varepsilon_i , \quad x = x_i + u_i.
+A step of the process is, at the levels of noise of :func:`respaced_levels`,
 
-The levels of noise are those of DDPM's 1000 linear steps, respaced by even strides. With them
-:class:`AncestralProcess` is to :class:`diffoc.process.ReverseProcess` what the released process is
-to the paper's: the controller takes either.
+.. math:: x_{i+1} = a_i x + b_i \, \mathrm{clip}(m(x)) + c_i \, \varepsilon_i , \quad x = x_i + u_i,
 
-Source: Ho et al. 2020 (arXiv:2006.11239); Nichol & Dhariwal 2021 (arXiv:2102.09672) for respacing
-and for the learned variance.
+and its gain is :math:`k = -Q_u / (r + 0.001)`. Adam divides that by its own size, so that only the
+direction of :math:`Q_u = r u + f_u^T p` counts. What the code's inverse takes from the gain is left
+out by default, see :class:`ShrinkingValue`. The code also evaluates the prior three times in each
+step of an iteration, of which ours needs one.
+
+Source: github.com/lihenryhfl/diffusion_optimal_control, commit f20ebff; Ho et al. 2020
+(arXiv:2006.11239); Nichol & Dhariwal 2021 (arXiv:2102.09672) for respacing and for the learned
+variance.
 """
 
 from collections.abc import Callable, Sequence
@@ -54,26 +66,21 @@ def respaced_levels(steps: int) -> Tensor:
 
 
 class AncestralProcess(ReverseProcess):
-    r"""The released code's process: T - 1 ancestral steps with frozen noise and a clipped image.
+    r"""The released code's process, in input mode (Eq. 17), for any prior.
 
     Its T points in time give T - 1 steps, the first of which is for the second noisiest level: the
-    noisiest is never used. The last step returns the clipped image and adds no noise. Controls are
-    added to the state before the step (input mode, Eq. 17), and the state has unit variance at
-    every level whatever the prior's schedule: :attr:`scales` converts.
+    noisiest is never used. The last step returns the clipped image and adds no noise. The state has
+    unit variance at every level whatever the prior's schedule: :attr:`scales` converts.
 
     Args:
-        denoiser: the prior, an azula denoiser.
-        steps: T as the released code counts, 2 to 1000; the horizon is T - 1.
+        denoiser: the prior.
+        steps: T, 2 to 1000; the horizon is T - 1.
         noise: the frozen standard normal noise, (T - 1, B, ...), see
             :func:`diffoc.process.draw_noise`; the last step's is not used.
         learned_variance: whether the variance of a step is that of the prior's own head, between
             the smallest and the largest possible one; by default it is the smallest. The prior must
             then be an azula `AblatedDenoiser` with `learn_var`, whose posterior has the variance
             :math:`(1 - \bar\alpha) e^v` for the head's output v.
-
-    Raises:
-        ValueError: if an argument is out of its range, the noise does not fit, or the prior's
-            schedule ends below the noisiest level; in a step, if the prior has no such head.
     """
 
     noise: Tensor
@@ -109,13 +116,10 @@ class AncestralProcess(ReverseProcess):
         self._largest = (1 - bar[:-1] / bar[1:]).sqrt().tolist()
 
     def initial_state(self, shape: Sequence[int], generator: torch.Generator) -> Tensor:
-        """Draws a state from N(0, I), float64 on the generator's device; `shape` is (B, ...)."""
-        return torch.randn(
-            *shape, generator=generator, dtype=torch.float64, device=generator.device
-        )
+        """Draws a state from N(0, I), of a shape (B, ...), in float64 on the generator's device."""
+        return draw_noise(1, shape, generator)[0]
 
     def step(self, i: int, x: Tensor, u: Tensor | None = None) -> Tensor:
-        """Takes one step, see :meth:`diffoc.process.ReverseProcess.step`."""
         if u is not None:
             x = x + u
         t = self.times[i].to(dtype=x.dtype, device=x.device)
@@ -138,22 +142,23 @@ class AncestralProcess(ReverseProcess):
         return smallest * (self._largest[i] / smallest) ** ((v + 1) / 2)
 
 
-def released_weights(steps: int, scale: float = 1e-6) -> Tensor:
+def released_weights(steps: int) -> Tensor:
     r"""Returns weights of the control cost as in the released code, (T - 1,), float64, T >= 2.
 
-    .. math:: r_i = \frac{s}{dt^2} \sqrt{\frac{1 - \beta_i}{\beta_i + 10^{-7}}}, \qquad
+    .. math:: r_i = \frac{1}{dt^2} \sqrt{\frac{1 - \beta_i}{\beta_i + 10^{-7}}}, \qquad
               dt = \frac{1 - 10^{-3}}{T}
 
     :math:`\beta_i` is one of DDPM's 1000 steps, at the time :math:`t_i` of the T from 1 to 0.001.
-    What its root is called there is a signal-to-noise ratio, which would have the product of all
-    steps in place of the one: see :func:`diffoc.baselines.paper.snr_weights`.
+    What the root is called there is a signal-to-noise ratio, which would have the product of all
+    steps in place of the one. With that, :func:`diffoc.baselines.paper.snr_weights`, weights are
+    hundreds of times less in the first of 20 steps, and five to ten times in the last.
     """
     check_whole(2, steps=steps)
     # In single precision, as there: the index is a product that is cut off.
     index = (torch.linspace(1, 1e-3, steps)[:-1] * (LEVELS - 1)).long()
     beta = torch.linspace(1e-4, 0.02, LEVELS, dtype=torch.float64)[index]
     dt = (1 - 1e-3) / steps
-    return scale / dt**2 * ((1 - beta) / (beta + 1e-7)).sqrt()
+    return 1 / dt**2 * ((1 - beta) / (beta + 1e-7)).sqrt()
 
 
 @dataclass(frozen=True)
@@ -192,7 +197,7 @@ def released_process(
 
 
 def _weights(schedule: Schedule, times: Tensor) -> Tensor:
-    return released_weights(len(times), 1.0)
+    return released_weights(len(times))
 
 
 def _cost(problem: Problem) -> ResidualNorm:
@@ -221,45 +226,22 @@ RELEASED = Recipe(
         ("phase_retrieval", 1000): {"rule": _adam_w(1e-2)},
     },
 )
-r"""What the authors' released code does by default, "NFE 1000"; the paper differs.
-
-=============  ===================================  ===========================================
-.              the paper                            the released code
-=============  ===================================  ===========================================
-process        T deterministic steps                T - 1 ancestral ones with frozen noise and
-                                                    clipped image
-terminal cost  half the squared residual over s^2   the norm of the residual
-control cost   none (Eq. 28)                        :func:`released_weights`
-derivatives    rank 1                               rank 0, so that all feedback vanishes
-update         Adam on the gains                    AdamW on the gains, weight decay 0.01
-result         not said                             the last iterate
-=============  ===================================  ===========================================
-
-A step's gain is :math:`k = -Q_u / (r + 0.001)`; Adam divides it by its own size, so that only the
-direction of :math:`Q_u = r u + f_u^T p` counts. The released code inverts the matrix :math:`r I` of
-rank 0 by Woodbury's identity with 0 + 0.001 I for the part of rank 16, on a random subspace of that
-dimension: there it takes from the gain the share
-
-.. math:: \Big(1 + \frac{\rho}{0.001} + 0.001 \rho\Big)^{-1}, \qquad \rho = r + 0.001 ,
-
-a fifth in the first step and a fourteenth in the last of T = 20; each step of each iteration draws
-its own. This is left out by default, see :class:`Shrinking`. It also evaluates the prior three
-times in each step of an iteration, of which ours needs one.
-
-Source: github.com/lihenryhfl/diffusion_optimal_control, commit f20ebff.
-"""
+"""What the authors' released code does by default, "NFE 1000"."""
 
 
 @dataclass(frozen=True)
 class ShrinkingValue(LowRankValue):
-    r"""A value of rank 0 whose gains lose a share in a random subspace Q, see :data:`RELEASED`.
+    r"""A value of rank 0 whose gains lose a share in a random subspace Q.
+
+    The released code inverts the matrix :math:`r I` of rank 0 by Woodbury's identity with
+    0 + 0.001 I for the part of rank 16, on a random subspace of that `dimension`, so that
 
     .. math::
-        k = -\frac{1}{\rho} \Big(I - \frac{Q Q^T}{1 + \rho / e + e \rho}\Big) Q_u , \quad e = 0.001
+        k = -\frac{1}{\rho} \Big(I - \frac{Q Q^T}{1 + \rho / e + e \rho}\Big) Q_u , \quad
+        \rho = r + e , \quad e = 0.001 .
 
-    Attributes:
-        dimension: of the subspace.
-        generator: draws it, the same for all images.
+    The share lost is a fifth in the first step and a fourteenth in the last of T = 20. Each step of
+    each iteration draws its own Q, the same for all images.
     """
 
     dimension: int = 16
@@ -268,7 +250,6 @@ class ShrinkingValue(LowRankValue):
     def step_back(
         self, e: LowRankExpansion, a: Tensor, update: str
     ) -> tuple[LowRankGains, LowRankValue]:
-        """Does as :meth:`diffoc.lowrank.LowRankValue.step_back`, with the gains that are left."""
         gains, value = super().step_back(e, a, update)
         k, rho = gains.k, (e.r + a)[:, None]
         drawn = torch.randn(k.shape[1], self.dimension, generator=self.generator)
@@ -279,18 +260,12 @@ class ShrinkingValue(LowRankValue):
 
 @dataclass(frozen=True)
 class Shrinking(MatrixFree):
-    """Derivatives of rank 0 with the side effect of the released code's inverse, off by default.
-
-    Attributes:
-        dimension: of the random subspace, 16 in the released code.
-        generator: draws it.
-    """
+    """Derivatives of rank 0 whose values are :class:`ShrinkingValue`."""
 
     dimension: int = 16
     generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
 
     def terminal(self, problem: ControlProblem, x: Tensor, rank: int | None) -> LowRankValue:
-        """Does as :meth:`diffoc.lowrank.MatrixFree.terminal`; a ValueError refuses another rank."""
         if rank != 0:
             raise ValueError(f"rank is {rank}, expected 0: the side effect is that of no factor")
         v = super().terminal(problem, x, rank)
@@ -309,18 +284,16 @@ def released(
     keep_activations: bool = True,
     side_effect: bool = False,
 ) -> Tensor:
-    r"""Returns images (B, ...) by :data:`RELEASED`, which does not use the noise's level.
+    """Returns images by :data:`RELEASED`, which does not use the noise's level.
 
     Args:
         steps: T, 2 to 1000; at most 22 where the prior's schedule ends at 100 times as much noise
             as image.
-        iterations: their number: evaluations are (T - 1)(1 + iterations), products (T - 1)
-            iterations.
         rate: AdamW's.
-        weight_scale: s of the control cost.
+        weight_scale: a factor of :func:`released_weights`.
         learned_variance: whether a step's variance is that of the prior's own head.
         keep_activations: whether activations are kept, for speed, or recomputed, for memory.
-        side_effect: whether gains shrink in a random subspace, see :class:`Shrinking`.
+        side_effect: whether gains shrink in a random subspace, see :class:`ShrinkingValue`.
     """
     recipe = replace(
         RELEASED,

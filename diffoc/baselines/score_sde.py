@@ -23,11 +23,9 @@ from diffoc.problems.tasks import parts_of
 
 @method
 def score_sde(given: Given, *, steps: int = 1000, strength: float = 1.0) -> Tensor:
-    r"""Returns images (B, ...) by Score-SDE, which takes measurements to be exact.
+    r"""Returns images by Score-SDE, which takes measurements to be exact.
 
-    Args:
-        steps: their number; each costs an evaluation.
-        strength: :math:`\lambda`, in [0, 1].
+    The `strength` of the steps towards them is :math:`\lambda`, in [0, 1].
     """
     check_steps(steps=steps)
     sampler = DDPMSampler(given.prior, steps=steps, silent=True, dtype=given.x.dtype)
@@ -36,10 +34,7 @@ def score_sde(given: Given, *, steps: int = 1000, strength: float = 1.0) -> Tens
 
 @torch.no_grad()
 def sample_projected(sampler: DDPMSampler, given: Given, strength: float) -> Tensor:
-    r"""Returns what a sampler makes of x, with a step towards y after each of its own.
-
-    The step's length is :math:`\lambda`, `strength`, in [0, 1].
-    """
+    """Returns what a sampler makes of x, with a step towards y after each of its own."""
     physics = require_linear(given.physics)
     check_within(0, 1, strength=strength)
     x = given.x

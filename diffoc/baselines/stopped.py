@@ -13,7 +13,6 @@ def stopped(given: Given, *, steps: int, budget: int, weight: float = STOPPED.we
     """Returns images (B, ...) by :data:`diffoc.recipe.STOPPED`.
 
     Args:
-        steps: T, at least 1.
         budget: how many evaluations each image has, at least 4 T.
         weight: r of the control cost, not negative.
     """

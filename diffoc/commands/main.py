@@ -258,7 +258,6 @@ def _setting(text: str) -> tuple[str, object]:
 
 
 def _shard(text: str) -> tuple[int, int]:
-    """Reads I/N, with 1 <= I <= N."""
     try:
         i, n = map(int, text.split("/"))
     except ValueError:
@@ -269,7 +268,6 @@ def _shard(text: str) -> tuple[int, int]:
 
 
 def _crop(text: str) -> tuple[int, int, int]:
-    """Reads X,Y,SIDE."""
     try:
         left, top, side = map(int, text.split(","))
     except ValueError as error:
@@ -302,7 +300,6 @@ def _check_words(words: Sequence[str]) -> None:
 
 
 def _check_numbers(args: argparse.Namespace) -> None:
-    """Raises a ValueError for a number that none of the commands can use."""
     for name, given in vars(args).items():
         for value in given if isinstance(given, list) else [given]:
             if isinstance(value, bool) or not isinstance(value, int | float):
@@ -319,7 +316,6 @@ def _check_numbers(args: argparse.Namespace) -> None:
 
 
 def _check_device(name: str) -> None:
-    """Raises a ValueError unless torch can compute there."""
     wrong = f"device is {name!r}, expected cpu, cuda or such as cuda:1"
     try:
         device = torch.device(name)

@@ -70,21 +70,15 @@ def train(args: argparse.Namespace) -> int:
     if isinstance(run.average, Autoencoder):
         run.average.standardise(data.as_states(images))
     lost = before - evaluation.worth(run.average, held_out, truth)
-    print(
-        evaluation.write_unless_worse(
-            partial(weights.write_weights, run.average, name), args.out, lost
-        )
-    )
+    write = partial(weights.write_weights, run.average, name)
+    print(evaluation.write_unless_worse(write, args.out, lost))
     return 0
 
 
 def _training_data(
     name: str, folder: Path
 ) -> tuple[Labelled, Labelled, Callable[[torch.Tensor], torch.Tensor]]:
-    """Returns what a network is trained on, what is held out, and what makes images of samples.
-
-    Labels are there where the network is a classifier.
-    """
+    """Returns what a network is trained on, what is held out, and what makes images of samples."""
     as_they_are = torch.nn.Identity()
     if name == "mnist":  # not the first ones: the set may be sorted by class
         return (data.mnist("train")[0], None), (data.mnist("test")[0][::40], None), as_they_are

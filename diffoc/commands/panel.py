@@ -93,9 +93,8 @@ class Panel:
         """Measures the chosen image and reconstructs it, showing every iteration.
 
         The bar is the share of the budget that is spent, and a link under the picture downloads
-        the reconstruction as PNG.
-
-        *Cancel* ends it after the iteration that is going on; the last picture stays.
+        the reconstruction as PNG. *Cancel* ends it after the iteration that is going on; the last
+        picture stays.
         """
         self.button.disabled = True
         self._cancelled.clear()
@@ -149,7 +148,6 @@ def _link(x0: Tensor) -> str:
 
 
 def _draw(truth: Tensor, measurement: Tensor, x0: Tensor, costs: list[float]) -> bytes:
-    """Returns three images and the cost so far, as PNG."""
     figure = Figure(figsize=(9.5, 2.6), layout="constrained")
     axes = figure.subplots(1, 4, width_ratios=[1, 1, 1, 1.3])
     pictures = {"truth": truth, "measurement": measurement, "reconstruction": x0}

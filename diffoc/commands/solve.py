@@ -15,7 +15,7 @@ from deepinv.physics import Inpainting, Physics
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from diffoc.baselines.flash_diffusion import time_of_ratio
+from diffoc.baselines.noise_level import times_of_levels
 from diffoc.baselines.paper import PAPER
 from diffoc.baselines.released import RELEASED
 from diffoc.checks import check_member
@@ -63,9 +63,6 @@ class Settings:
             the place of the recipe's iterations, too; where both are given, both are limits.
         starts: see :func:`diffoc.reconstruct.reconstruct`; the cheapest image is written.
         seed: of mask, kernel, noise and whatever else is random.
-
-    Raises:
-        ValueError: for another recipe, or a value that it cannot have.
     """
 
     task: str
@@ -170,7 +167,7 @@ def unfamiliar(prior: Denoiser, settings: Settings, truth: Tensor) -> list[str]:
     """
     noise = torch.randn(truth.shape, generator=torch.Generator().manual_seed(0))
     for ratio, least in FAMILIAR.get(settings.prior, {}).items():
-        t = time_of_ratio(prior, torch.tensor([ratio]))
+        t = times_of_levels(prior.schedule, torch.tensor([ratio])).to(truth)
         alpha, _ = prior.schedule(t)
         error = prior(alpha.reshape(-1, 1, 1, 1) * (truth + ratio * noise), t).mean - truth
         psnr = 10 * math.log10(4 / error.square().mean().item())
@@ -199,8 +196,7 @@ def from_measurement(path: Path, shape: tuple[int, int, int], settings: Settings
 
     It is a measurement.npz that an earlier run wrote, whose task and seed must be those of the
     settings; or a picture, for the tasks of :data:`FROM_PICTURES`. Inpainting takes one whose
-    dropped pixels are transparent. A FileNotFoundError says that there is no such file, a
-    ValueError that the measurement does not fit task and prior.
+    dropped pixels are transparent.
     """
     generator = torch.Generator().manual_seed(settings.seed)
     physics = task(settings.task, shape, generator)
@@ -250,11 +246,7 @@ def _read_measurement(path: Path, shape: torch.Size, settings: Settings) -> Tens
 def run(
     case: Case, prior: Denoiser, settings: Settings, device: str = "cpu", progress: bool = True
 ) -> tuple[Result, dict]:
-    """Reconstructs a case, with a bar for the progress, and measures what came out.
-
-    It returns the result, whose only image is the cheapest of all starts, and a report that can be
-    written as JSON.
-    """
+    """Returns a case's result, whose image is the cheapest of all starts, and a report for JSON."""
     problem = Problem(case.physics.to(device), case.y.to(device), settings.noise_std)
     began = time.perf_counter()
     result = reconstruct(

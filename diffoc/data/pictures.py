@@ -82,8 +82,7 @@ def read_picture(
 def read_transparency(path: Path) -> Tensor:
     """Returns 1 where a picture is opaque and 0 where it is transparent, (1, 1, H, W).
 
-    A ValueError refuses a picture that has none of either, or half transparent pixels; others as
-    :func:`read_picture`.
+    A ValueError refuses a picture that has none of either, or half transparent pixels.
     """
     picture, _ = open_picture(path)
     opacity = np.array(picture.convert("RGBA"))[..., 3]
@@ -101,7 +100,7 @@ def read_transparency(path: Path) -> Tensor:
 
 
 def picture_size(path: Path) -> tuple[int, int]:
-    """Returns height and width of a picture in pixels; errors as for :func:`read_picture`."""
+    """Returns height and width of a picture in pixels."""
     width, height = open_picture(path)[0].size
     return height, width
 
@@ -177,11 +176,7 @@ def _window(
 
 
 def open_picture(path: Path) -> tuple[Image.Image, list[str]]:
-    """Returns a picture, upright, and what of its file is left out.
-
-    Pillow's colour pictures have 8 bits; where a file has more, its tiles say so. Errors are those
-    of :func:`read_picture`.
-    """
+    """Returns a picture, upright, and what of its file is left out."""
     if not path.is_file():
         what = "is no file" if path.exists() else "is missing"
         raise FileNotFoundError(f"{path} {what}: expected a picture there")
@@ -190,6 +185,7 @@ def open_picture(path: Path) -> tuple[Image.Image, list[str]]:
             notes = []
             if (frames := getattr(picture, "n_frames", 1)) > 1:
                 notes.append(f"the first of {frames} pictures in the file")
+            # Pillow's colour pictures have 8 bits; where a file has more, its tiles say so.
             if re.search(r";16|\b65535\b", str(picture.tile)) and not picture.mode.startswith("I"):
                 notes.append("16 bits a channel cut to 8, which Pillow's colour pictures have")
             return ImageOps.exif_transpose(picture), notes

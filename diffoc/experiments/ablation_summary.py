@@ -12,16 +12,10 @@ from collections.abc import Callable, Iterator, Sequence
 import pandas as pd
 
 from diffoc.experiments import ablations
-from diffoc.experiments.ablations import (
-    NO_COST,
-    NOISE_LEVELS,
-    REGULARIZATIONS,
-    TASKS,
-    Choice,
-)
+from diffoc.experiments.ablations import NO_COST, NOISE_LEVELS, REGULARIZATIONS, TASKS, Choice
 from diffoc.experiments.inaccurate import IDENTITY, RANDOM, UNTRAINED, accurate_name
 from diffoc.experiments.records import as_json
-from diffoc.experiments.summary import Curve, curves, labels, select
+from diffoc.experiments.summary import Curve, by_budget, curves, labels, select
 
 Panels = dict[str, dict[str, Curve]]
 
@@ -42,21 +36,18 @@ ROUGH = ", no smoothness"
 
 def equal_budgets(rows: pd.DataFrame, metric: str) -> Panels:
     """Draws DPS and ours over the budget of evaluations, each as tuned for it, task by task."""
-    return _over(_of_grid(rows, ablations.equal_budgets), "nfe", metric)
+    return by_budget(_of_grid(rows, ablations.equal_budgets), metric)
 
 
 def equal_horizons(rows: pd.DataFrame, metric: str) -> Panels:
     """Draws DPS and ours over T, task by task; DPS has T evaluations, ours 300, or 4 T if more."""
     rows = _of_grid(rows, ablations.equal_horizons)
     place = rows["steps"].where(rows["method"] != "dps", rows["nfe"])
-    return _over(rows.assign(place=place), "place", metric)
+    return curves(rows.assign(place=place, label=labels(rows)), "task", "label", "place", metric)
 
 
 def by_rank(rows: pd.DataFrame, metric: str) -> Panels:
-    """Draws the exact recursion and Appendix D.1 over the rank, task by task.
-
-    Rank 0 is in both.
-    """
+    """Draws the exact recursion and Appendix D.1 over the rank, task by task; rank 0 is in both."""
     rows = select(rows, method="paper", regularization=1e-3)
     rows = rows[rows["weight_scale"] > 0]
     kinds = [
@@ -76,10 +67,7 @@ def by_constant(rows: pd.DataFrame, metric: str) -> Panels:
 
 
 def by_part(rows: pd.DataFrame) -> dict[str, dict[str, pd.DataFrame]]:
-    """Maps a task and what was taken away to the rows of the grid `parts`.
-
-    Where nothing was taken away, that is :data:`WHOLE`.
-    """
+    """Maps a task and what was taken away, or :data:`WHOLE`, to the rows of the grid `parts`."""
     parts = [_part(json.loads(text)) for text in rows["settings"]]
     ours = select(rows.assign(part=parts), method="ours").groupby("task", sort=False)
     return {task: dict(list(some.groupby("part", sort=False))) for task, some in ours}
@@ -112,10 +100,6 @@ def _of_grid(rows: pd.DataFrame, grid: Callable[..., Iterator[Choice]]) -> pd.Da
     keys = rows[["prior", "task", "method", "nfe", "settings"]].itertuples(index=False, name=None)
     place = pd.Series([cells.get(key, -1) for key in keys], rows.index)
     return rows.loc[place[place >= 0].sort_values(kind="stable").index]
-
-
-def _over(rows: pd.DataFrame, abscissa: str, metric: str) -> Panels:
-    return curves(rows.assign(label=labels(rows)), "task", "label", abscissa, metric)
 
 
 def _part(settings: dict) -> str:

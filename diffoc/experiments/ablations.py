@@ -78,8 +78,8 @@ def rank(prior: str, tasks: Sequence[str]) -> Iterator[Choice]:
 
     The terminal Hessian of rank k, propagated exactly or by the projections of Appendix D.1, and
     Tikhonov's constant a. With a = 0 and no control cost, Eq. 28, Quu has the rank k alone: that
-    cell fails, as the paper says. With the control cost Quu stays regular. The
-    first order has nothing to project, and Adam makes its constant irrelevant, see
+    cell fails, as the paper says. With the control cost Quu stays regular. The first order has
+    nothing to project, and Adam makes its constant irrelevant, see
     :func:`diffoc.baselines.paper.paper`.
     """
     steps, iterations = 10, 20
@@ -182,8 +182,7 @@ def ablation_cells(
 
     The tasks are some that are tuned for 300 evaluations, the methods those to keep, by default
     all. Only `robustness` can do without trained weights, and takes a budget, where 300 evaluations
-    take too long. The rest is as for :func:`diffoc.experiments.cells.cells_of`. A ValueError says
-    that an argument is out of its range.
+    take too long. The rest is as for :func:`diffoc.experiments.cells.cells_of`.
     """
     check_member(ABLATIONS, table=table)
     if not trained and table != "robustness":
@@ -192,8 +191,7 @@ def ablation_cells(
         check_member(ALL_TASKS, tasks=name)
     if nfe is not None and (table != "robustness" or nfe < 4):
         raise ValueError(f"nfe is {nfe}: only robustness takes a budget, of at least 4")
-    options: dict = {} if trained else {"trained": False}
-    options |= {} if nfe is None else {"nfe": nfe}
+    options = {"trained": trained, "nfe": nfe or TUNED[1]} if table == "robustness" else {}
     choices = list(ABLATIONS[table](prior, tasks, **options))
     known = {choice[2] for choice in choices}
     if methods is not None and not set(methods) <= known:

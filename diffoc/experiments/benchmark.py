@@ -40,8 +40,7 @@ class Row:
         shape: the states', (B, C, H, W).
         steps, rank, keep_activations: T, k, and whether activations are kept.
         evaluations, products: how many an image takes.
-        bare_seconds, seconds: the time of the bare network's :math:`T (F + (1 + k) B)`, or
-            :math:`T (2 F + (1 + k) B)`, and of the controller.
+        bare_seconds, seconds: the time of the bare network, and of the controller.
         bare_bytes, bytes: the most memory of both beyond the weights; the bare network's has the
             activations of all steps if they are kept, else of one.
         ratio: the controller's time in units of the bare network's.
@@ -63,7 +62,7 @@ class Row:
 
 
 def bare_iteration(process: ReverseProcess, x: Tensor, rank: int, keep_activations: bool) -> None:
-    """Makes the evaluations and products of an iteration, of the denoiser alone, at states x."""
+    """Makes an iteration's evaluations and products by the denoiser alone, at states x."""
     for t in process.times[:-1].to(x):
         if not keep_activations:
             with torch.no_grad():
@@ -151,13 +150,7 @@ def flop(prior: Denoiser, shape: Sequence[int]) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Projection:
-    """What Table 1 would take for a network: computed from its FLOP, not measured.
-
-    Attributes:
-        rank, keep_activations: settings of the controller.
-        nfe: T times the number of iterations.
-        seconds, gpu_hours: what one image takes, and all of the table's.
-    """
+    """What Table 1 would take, by a network's FLOP: seconds an image, and GPU-hours for all."""
 
     rank: int
     keep_activations: bool
@@ -169,10 +162,10 @@ class Projection:
 def project(
     forward: float, product: float, ranks: Sequence[int], teraflops: float
 ) -> list[Projection]:
-    r"""Projects Table 1's cost, :math:`NFE \, (F + (1 + k) B)` an image, or 2 F in place of F.
+    """Projects Table 1's cost on a device that sustains so many `teraflops`.
 
-    `forward` and `product` are FLOP of F and of B. For each of the ranks k activations are kept and
-    recomputed. The device sustains so many `teraflops`, above 0.
+    `forward` and `product` are FLOP of F and of B; NFE takes the place of T, see the module. For
+    each of the ranks k activations are kept and recomputed.
     """
     check_above(0, teraflops=teraflops)
     rows = []

@@ -31,7 +31,7 @@ from diffoc.data.provenance import digest, short
 from diffoc.experiments.inaccurate import accurate_name, is_inaccurate, load_inaccurate
 from diffoc.experiments.memory import clock
 from diffoc.experiments.methods import METHODS, equal_work, prior_of, settings_of
-from diffoc.experiments.protocol import ONE_OPERATOR, Protocol, protocol_of
+from diffoc.experiments.protocol import COLOUR_FACES, Protocol, protocol_of
 from diffoc.experiments.records import COUNTS, METRICS, Cell, Row, as_json, in_batches
 from diffoc.experiments.runs import method_errors, whole_products
 from diffoc.priors.counting import CountedPrior
@@ -42,13 +42,10 @@ from diffoc.problems.metrics import image_metrics
 from diffoc.problems.perceptual import LPIPS, SMALLEST, perceptual_metrics
 from diffoc.problems.tasks import TASKS, UnsupportedTask, for_each, measure
 
-TABLES = {"table1": tuple(TASKS)[:5]}
-"""The tasks of the paper's tables; the records of Table 1 have the metrics of Table 3 too."""
-
 
 def few_faces() -> list[str]:
     """Returns eight of the held-out faces, every fourth, for what takes many runs."""
-    return list(ONE_OPERATOR.held_out[::4])
+    return list(COLOUR_FACES.held_out[::4])
 
 
 @dataclass(frozen=True)
@@ -66,11 +63,7 @@ class Computer:
     protocol: Protocol | None = None
 
     def __call__(self, cell: Cell) -> tuple[list[Row], Tensor]:
-        """Returns a row for every image, and the reconstructions on the CPU.
-
-        An :class:`diffoc.problems.tasks.UnsupportedTask` says that the method cannot do the task, a
-        :class:`diffoc.experiments.runs.MethodError` that it fails.
-        """
+        """Returns a row for every image, and the reconstructions on the CPU."""
         method, protocol = METHODS[cell.method], self.protocol or protocol_of(cell.prior)
         prior, weights = load_once(cell.prior, self.device)
         if method.latent and not isinstance(prior, LatentPrior):
@@ -101,16 +94,12 @@ class Computer:
             metrics = metrics_of(x0.float(), truth.to(self.device))
         problem = Problem(physics, y, noise_std)
         metrics["residual_over_noise"] = problem.residual_over_noise(x0)
-        common = {"weights_sha256": weights, "protocol": protocol.name}
+        rows, common = [], {"weights_sha256": weights, "protocol": protocol.name}
         common["seconds"] = f"{seconds:.3f}"
-        rows = []
         work = counted.work(len(truth))
         for i, (h, A, spent) in enumerate(zip(hashes, parts, work, strict=True)):
-            buffers = digest(dict(A.named_buffers()))
-            row = {
-                "image_sha256": h,
-                "operator": as_json({"noise_std": noise_std, "sha256": buffers}),
-            }
+            operator = {"noise_std": noise_std, "sha256": digest(dict(A.named_buffers()))}
+            row = {"image_sha256": h, "operator": as_json(operator)}
             # Nine digits tell all numbers of float32 apart.
             row |= {key: f"{values[i].item():.9g}" for key, values in metrics.items()}
             row |= {key: f"{count:g}" for key, count in zip(COUNTS, spent, strict=True)}
@@ -119,12 +108,7 @@ class Computer:
 
 
 def check_inputs(cells: Sequence[Cell], computer: Computer) -> None:
-    """Loads what cells need, each prior and picture once, before the first of them is computed.
-
-    A ValueError says that a method does not have a setting or cannot have its value, that it does
-    not take the prior, or that a picture does not fit that; an OSError that weights or pictures are
-    missing.
-    """
+    """Loads what cells need, each prior and picture once, before the first of them is computed."""
     for method, settings in dict.fromkeys((cell.method, cell.settings) for cell in cells):
         check_settings(method, json.loads(settings))
     for prior in dict.fromkeys(cell.prior for cell in cells):
@@ -180,7 +164,6 @@ class _NoOperator(LinearPhysics):
     """What a method gets in place of an operator, likewise."""
 
     def A(self, *args: object, **options: object) -> NoReturn:
-        """Tells it."""
         raise _Begun
 
     A_adjoint = A
@@ -198,11 +181,7 @@ def metrics_of(x0: Tensor, truth: Tensor) -> dict[str, Tensor]:
 
 
 def read_images(names: Sequence[str], shape: Sequence[int], folder: Path | None) -> Tensor:
-    """Returns images by name, (B, C, H, W) in [-1, 1]: of a folder, or of the test set of faces.
-
-    A FileNotFoundError says that one is missing, a ValueError that pictures have another size than
-    `shape`, or that faces are not what is asked for.
-    """
+    """Returns images by name, (B, C, H, W) in [-1, 1]: of a folder, or of the test set of faces."""
     if folder is None:
         if tuple(shape) != (3, 64, 64):
             raise ValueError(f"images is missing: the prior's images are {tuple(shape)}, no faces")
@@ -220,11 +199,8 @@ def read_images(names: Sequence[str], shape: Sequence[int], folder: Path | None)
 def _operator(
     protocol: Protocol, name: str, shape: tuple[int, ...], seed: int, image: str | None, device: str
 ) -> Physics:
-    """Returns the operator of an image, or of all images for None, on a device.
-
-    Some methods decompose it, which takes long: it is the same object for cells in a row, and
-    nothing changes it.
-    """
+    # Some methods decompose an operator, which takes long: cells in a row share it, and nothing
+    # changes it. One for all images has the image None.
     drawn = (seed, name) if image is None else (seed, name, image, "operator")
     return protocol.operator(name, shape, _generator(*drawn)).to(device)
 
@@ -268,8 +244,7 @@ def cells_of(
     evaluations; a cell has `batch` images. The precision is "bfloat16" or "float32". The overrides
     are keyword arguments in place of the methods' own; METHOD.KEY is one's alone. With a
     `product_cost` each method has the evaluations that make its work equal, see
-    :func:`diffoc.experiments.methods.equal_work`. A ValueError says that there is no such task or
-    method, the method was not tuned, or a number is out of its range.
+    :func:`diffoc.experiments.methods.equal_work`.
     """
     _check_grid(tasks, budgets)
     cells = []
@@ -292,10 +267,7 @@ def tuning_cells(
     precision: str,
     images: Sequence[str] | None = None,
 ) -> list[Cell]:
-    """Returns a cell of all tuning images, or of others, for each of the settings to try, in order.
-
-    A ValueError says that the protocol has no tuning images; others are as for :func:`cells_of`.
-    """
+    """Returns a cell of the tuning images, or of others, for each of the settings to try."""
     _check_grid([task], [nfe])
     usual, images = METHODS[method].settings(task, nfe), images or protocol_of(prior).tuning
     if not images:
@@ -323,10 +295,7 @@ def _check_grid(tasks: Sequence[str], budgets: Sequence[int]) -> None:
 
 
 def folder_of(cell: Cell) -> str:
-    """Returns where a cell's images are kept: task/method-nfe-seed-digest, of prior and settings.
-
-    It is the same for all tables that have them, and another for other settings.
-    """
+    """Returns where a cell's images are kept; the digest in the name is of prior and settings."""
     other = hashlib.sha256(f"{cell.prior} {cell.settings}".encode()).hexdigest()[:8]
     return f"{cell.task}/{cell.method}-{cell.nfe}-{cell.seed}-{other}"
 
@@ -352,16 +321,13 @@ def work_of(cell: Cell) -> tuple[int, int]:
 def time_prior(
     prior: str, batch: int, precision: str, device: str, repeats: int = 3
 ) -> tuple[float, float]:
-    """Returns the seconds of an evaluation and of a product of a prior, by image of a batch.
-
-    They are the medians of some repeats, after one that warms up.
-    """
+    """Returns median seconds of an evaluation and of a product of a prior, by image of a batch."""
     whole_products()
     network, _ = load_once(prior, device)
     counted = CountedPrior(network, None if precision == "float32" else precision)
     x = torch.zeros(batch, *network.image_shape, device=device, requires_grad=True)
     times = []
-    for _ in range(1 + repeats):
+    for _ in range(1 + repeats):  # the first warms up
         began = clock(device)
         mean = counted(x, torch.tensor(0.5, device=device)).mean
         between = clock(device)

@@ -51,15 +51,7 @@ NOISE_STD = 0.05
 
 @dataclass(frozen=True)
 class Case:
-    """A measured image, and one run's chain.
-
-    Attributes:
-        prior: the denoiser.
-        physics: linear.
-        y: (1, ...).
-        x: the start, (1, C, H, W).
-        noise: of the T steps, (T, 1, C, H, W).
-    """
+    """A measured image y (1, ...), and a chain from x (1, C, H, W) with noise (T, 1, C, H, W)."""
 
     prior: Denoiser
     physics: LinearPhysics
@@ -161,7 +153,7 @@ def paper(case: Case, iterations: int = 20) -> Guidance:
         case.means,
         case.cost,
         case.x,
-        control_cost=ControlCost(1e-6 * snr_weights(case.prior.schedule, times, 1.0)),
+        control_cost=ControlCost(1e-6 * snr_weights(case.prior.schedule, times)),
         rule=Adam(5e-3),
         regularization=1e-3,
         rank=0,

@@ -51,10 +51,7 @@ to the controls that the gradient asks for."""
 
 
 def noise_weights(process: ReverseProcess) -> Tensor:
-    """Returns the weights :math:`1 / c_i^2` of the control cost, (T,), see the module.
-
-    A ValueError refuses a process that is not ancestral, "ddpm", in input mode.
-    """
+    """Returns the weights :math:`1 / c_i^2` of the control cost, (T,); the process is ancestral."""
     if process.method != "ddpm" or process.mode != "input":
         raise ValueError(
             f"process is {process.method} in {process.mode} mode, expected ddpm in input mode"
@@ -107,13 +104,7 @@ def planned(
 
 @dataclass(frozen=True)
 class Way:
-    """A way to make digits from a label.
-
-    Attributes:
-        steps: T.
-        strength: of the guidance; None for samples of the prior.
-        plan: whether guidance is the first guess of a plan.
-    """
+    """A way to make digits: T steps, guidance's strength or None, and whether it begins a plan."""
 
     steps: int
     strength: float | None
@@ -137,10 +128,7 @@ COLUMNS = (
 
 
 def make(way: Way, prior: Denoiser, label: int, images: int, first: int = 0) -> Tensor:
-    """Returns `images` digits of a label, 0 to 9, (images, 1, 28, 28), for a prior of digits.
-
-    The first of them has the number `first`, see :func:`ancestral`.
-    """
+    """Returns digits of a label, (images, 1, 28, 28), numbered from `first`: see `ancestral`."""
     labels = torch.full((images,), label)
     process, x = ancestral(prior, way.steps, labels, first)
     if way.strength is None:
@@ -176,9 +164,7 @@ def record(path: Path, folder: Path, images: int = 100, labels: Sequence[int] = 
     """Makes digits of labels in all ways, and appends a row for each to a table, a CSV file.
 
     Rows that the table has are not made again. The digits, `images` of each way and label, at least
-    2, go to a folder as `WAY_LABEL.safetensors`. A FileNotFoundError says that MNIST's test digits
-    are missing and cannot be downloaded, a ValueError that the table is of another version or that
-    another process writes it.
+    2, go to a folder as `WAY_LABEL.safetensors`.
     """
     prior = load_prior("mnist")
     digits, classes = mnist("test")
@@ -222,19 +208,17 @@ def read(path: Path) -> list[dict[str, str]]:
 def guidance_controls(
     process: ReverseProcess, cost: Callable[[Tensor], Tensor], x: Tensor, strength: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    r"""Returns the controls of guidance with any terminal cost; T evaluations and T products.
+    r"""Returns guidance's controls, (T, B, ...), and the images that they lead to, (B, ...).
 
     The posterior mean that a step uses is moved to that of the conditional score, where the cost
     is a negative log-likelihood and its value at Tweedie's estimate stands for that of x_t:
 
     .. math:: u = -w \, b_t \, \frac{\sigma_t^2}{\alpha_t} \nabla_{x_t} J(m(x_t, t)) .
 
-    The last step's would act on the image itself, which no control of this mode does.
-
-    It returns them, (T, B, ...), and the images that they lead to, (B, ...). The process is in
-    input mode. The cost J maps images (B, ...) to costs (B,), no image having a part in another's.
-    The strength is w; 1 for the score, 0 for no guidance. A ValueError says that it is negative, it
-    or the initial states (B, ...) are not finite, or the process is in output mode.
+    The process is in input mode: the last step's would act on the image itself, which no control
+    does. The cost J is any that maps images (B, ...) to costs (B,), no image having a part in
+    another's. The strength is w; 1 for the score, 0 for no guidance. It takes T evaluations and T
+    products.
 
     Source: Dhariwal & Nichol 2021, arXiv:2105.05233; at Tweedie's estimate, Chung et al. 2022,
     arXiv:2209.14687.

@@ -17,8 +17,7 @@ class Difference:
     Attributes:
         task, method, nfe: the names and the budget of the other row.
         images: how many both have.
-        mean: the mean difference.
-        half: half the width of its 95 % interval.
+        mean, half: the mean difference, and half the width of its 95 % interval.
         p, corrected: the p-value of a paired t-test, and as :func:`holm` corrects it over the whole
             table. Like `half` they are not numbers for one image.
     """
@@ -56,8 +55,7 @@ def differences(
     """Returns what a method is ahead of every other row of a table by, task by task.
 
     Seeds of an image are averaged first, and rows without a result are left out. Intervals and
-    p-values are those of a paired t-test, and Holm's correction is over all that is returned. A
-    ValueError says that the table has no row of that method and budget with that metric.
+    p-values are those of a paired t-test, and Holm's correction is over all that is returned.
 
     >>> [found for found in differences(rows, "ours", 300) if found.corrected < 0.05]
     """

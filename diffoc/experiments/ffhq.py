@@ -55,7 +55,6 @@ class Line:
         method, nfe: the method's name, "" for one that cannot run, and its budget.
         changes: settings in place of the method's own.
         note: where the settings are from, or why it cannot run.
-        paper: whether the paper has the row.
         may_fail: whether it fails in the paper, too.
     """
 
@@ -64,7 +63,6 @@ class Line:
     nfe: int = NFE
     changes: Mapping[str, Any] = field(default_factory=dict)
     note: str = ""
-    paper: bool = True
     may_fail: bool = False
 
 
@@ -107,7 +105,7 @@ def published(method: str, task: str) -> tuple[dict[str, Any], str]:
 
 
 def lines(table: str) -> list[Line]:
-    """Returns the rows of one of :data:`TABLES`; a ValueError refuses others."""
+    """Returns the rows of one of :data:`TABLES`."""
     check_member(TABLES, table=table)
     rows, ours = paper_numbers(table), method_of(PAPER)
     if table in VARIED:
@@ -128,7 +126,7 @@ def lines(table: str) -> list[Line]:
     return [
         Line("Ours (NFE = 2500)", ours, 2500, note="Table 2; NFE counts T times 50"),
         Line("Ours (NFE = 1000)", ours, 1000, note="Table 2, T = 20, 50 iterations"),
-        Line("Released code", method_of(RELEASED), 1000, paper=False),
+        Line("Released code", method_of(RELEASED), 1000),
         Line("PSLD (NFE = 1000)", "" if missing else "psld", note=missing),
         Line("Flash-Diffusion* (NFE = varies)", "", note=severity),
         *others,
@@ -162,8 +160,7 @@ def cells_by_line(
     """Returns the cells of one of :data:`TABLES`, each with its row.
 
     Arguments are those of :func:`diffoc.experiments.cells.cells_of`. The tasks are some of the
-    table's, by default all, and a ValueError refuses others; for a rehearsal every method takes the
-    `smallest` number of steps.
+    table's, by default all; for a rehearsal every method takes the `smallest` number of steps.
     """
     if tasks and (other := [task for task in tasks if task not in tasks_of(table)]):
         raise ValueError(f"tasks has {other[0]}, {table} has {', '.join(tasks_of(table))}")
@@ -178,30 +175,21 @@ def cells_by_line(
                 changes = published(line.method, task)[0] | changes
             if smallest:
                 changes |= _smallest(line, task)
+            used = LATENT_PRIOR if latent else prior
             cells = cells_of(
-                LATENT_PRIOR if latent else prior,
-                [task],
-                [line.method],
-                [line.nfe],
-                [0],
-                images,
-                batch,
-                precision,
-                changes,
+                used, [task], [line.method], [line.nfe], [0], images, batch, precision, changes
             )
             found |= dict.fromkeys(cells, line)
     return found
 
 
 def _smallest(line: Line, task: str) -> dict[str, Any]:
-    """Returns two steps and one iteration, of methods that have them; of Table 6 two to five steps.
-
-    With random weights two steps make values so large that rounding makes Quu indefinite:
-    Tikhonov's constants are raised above it, in proportion.
-    """
+    """Returns two steps and one iteration, for methods that have them; for Table 6 2 to 5 steps."""
     settings = METHODS[line.method].settings(task, line.nfe) | dict(line.changes)
     steps = 2 + (HORIZONS.index(line.changes["steps"]) if "steps" in line.changes else 0)
     found = {key: n for key, n in (("steps", steps), ("iterations", 1)) if key in settings}
+    # With random weights two steps make values so large that rounding makes Quu indefinite:
+    # Tikhonov's constants are raised above it, in proportion.
     constant = settings.get("regularization", "")
     return found | ({} if isinstance(constant, str) else {"regularization": 1e8 * constant})
 

@@ -50,7 +50,6 @@ class IdentityDenoiser(Denoiser):
         self.image_shape = shape
 
     def forward(self, x_t: Tensor, t: Tensor, **kwargs: object) -> DiracPosterior:
-        """Returns the state (B, C, H, W) itself, at any time t."""
         return DiracPosterior(x_t.clone())  # another tensor, to which gradients can be hooked
 
 
@@ -68,11 +67,7 @@ def accurate_name(name: str) -> str:
 
 
 def load_inaccurate(name: str) -> Denoiser:
-    """Returns a prior that is wrong, the same at every call, on the CPU and in evaluation mode.
-
-    The module has the names; a ValueError refuses others, and a FileNotFoundError says that the
-    weights that get noise are missing.
-    """
+    """Returns a prior of the module's names, always the same, on the CPU and in evaluation mode."""
     if found := _NOISE.fullmatch(name):
         return add_noise(load_prior(found[1]), float(found[2]))
     base = accurate_name(name)
@@ -122,7 +117,6 @@ class _SameDraws(TorchDispatchMode):
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Draws `x.uniform_(low, high)` and `x.normal_(mean, std)` from float64 or [0, 1[."""
         kwargs = kwargs or {}
         if func not in (torch.ops.aten.uniform_.default, torch.ops.aten.normal_.default):
             return func(*args, **kwargs)
@@ -147,10 +141,7 @@ def _untrained(name: str) -> Denoiser:
 
 
 def sizes_of(name: str) -> tuple[str, int | None, int | None]:
-    """Returns network, channels and side of "ffhq256/32/64"; None for what is the network's own.
-
-    A ValueError says that no network has such sizes.
-    """
+    """Returns network, channels and side of "ffhq256/32/64"; None for what is the network's own."""
     network, *given = name.split("/")
     # ADM's norms have 32 groups of channels, and its network halves the sides five times.
     steps = (32, 2**5)

@@ -20,13 +20,14 @@ from diffoc.data import manifest
 from diffoc.ilqr import ilqr
 from diffoc.priors.counting import CountedPrior
 from diffoc.priors.gaussian import GaussianMixturePrior, GaussianPosterior, GaussianPrior
-from diffoc.priors.mixture import GaussianMixture, MixturePosterior, mixture_from_loadings
+from diffoc.priors.mixture import MixturePosterior, mixture_from_loadings
 from diffoc.problems.operators import LinearMeasurement, as_matrix, average_pool
 from diffoc.problems.tasks import UnsupportedTask
 from diffoc.process import ReverseProcess, draw_noise
 from diffoc.system import ControlProblem
 from diffoc.theory.linear_gaussian import LinearGaussian, exact_kernel_problem
 
+Prior = GaussianPrior | GaussianMixturePrior
 Posterior = GaussianPosterior | MixturePosterior
 
 
@@ -38,7 +39,7 @@ class Problem:
     """
 
     name: str
-    prior: GaussianPrior | GaussianMixturePrior
+    prior: Prior
     physics: Physics
     measurement: LinearMeasurement
     posterior: Posterior
@@ -73,21 +74,12 @@ def small_problems(seed: int = 0) -> list[Problem]:
 
 
 def ring_prior() -> GaussianMixturePrior:
-    """Returns eight modes on a circle in the plane, of which the three above the axis weigh twice.
-
-    The radius is 0.8, the standard deviation of a mode 0.1; all is float64.
-    """
+    """Returns modes on a ring, see :func:`small_problems`: radius 0.8, standard deviation 0.1."""
     angle = torch.arange(8, dtype=torch.float64) * torch.pi / 4
     means = 0.8 * torch.stack([angle.cos(), angle.sin()], dim=1)
     weights = torch.where(means[:, 1] > 1e-6, 2.0, 1.0).double()
-    variance = torch.full((8,), 0.1**2, dtype=torch.float64)
-    mixture = GaussianMixture(
-        (weights / weights.sum()).log()[None],
-        means[None],
-        torch.eye(2, dtype=torch.float64)[:, :1].expand(8, 2, 1),
-        variance[:, None],
-        variance,
-    )
+    none, variance = weights.new_zeros(8, 2, 1), weights.new_full((8,), 0.1**2)
+    mixture = mixture_from_loadings(weights.log(), means, none, variance)
     return GaussianMixturePrior(mixture, VPSchedule())
 
 
@@ -101,13 +93,7 @@ def digit_problem(seed: int = 0) -> Problem:
     return problem("digit", prior, A, A @ truth + 0.05 * noise, 0.05)
 
 
-def problem(
-    name: str,
-    prior: GaussianPrior | GaussianMixturePrior,
-    matrix: Tensor,
-    y: Tensor,
-    noise_std: float,
-) -> Problem:
+def problem(name: str, prior: Prior, matrix: Tensor, y: Tensor, noise_std: float) -> Problem:
     """Returns a problem from a matrix A (m, n) and one measurement y (m,)."""
     measurement = LinearMeasurement(matrix, y[None], noise_std)
     physics = LinearPhysics(A=lambda x: x @ matrix.mT, A_adjoint=lambda z: z @ matrix)
@@ -147,9 +133,9 @@ def control_frozen_noise(given: Given, *, steps: int = 10, iterations: int = 10)
 def exact_kernels(given: Given, *, steps: int = 10) -> Tensor:
     r"""Returns posterior samples (B, n) by control of the exact reverse kernels in T steps.
 
-    Their noise is frozen and y is perturbed. For a Gaussian prior the optimal control's end is an
+    Their noise is frozen and y is perturbed. The prior is Gaussian; the optimal control's end is an
     exact sample of :math:`p(x_0 \mid x_1, y)`, see
-    :func:`diffoc.theory.linear_gaussian.exact_kernel_problem`; an UnsupportedTask refuses others.
+    :func:`diffoc.theory.linear_gaussian.exact_kernel_problem`.
     """
     known = _known(given.prior, GaussianPrior)
     A = as_matrix(given.physics.A, given.x.shape[1:], given.x.dtype)

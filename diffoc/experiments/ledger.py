@@ -9,7 +9,8 @@ has one source:
 - `records`: the mean over images of a column of a table, over the rows that agree with `where`, or
   with `minus` of its differences to the rows that agree with that;
 - `recompute`: the function of that name in :mod:`diffoc.theory.claims` or
-  :mod:`diffoc.experiments.paper_tables`.
+  :mod:`diffoc.experiments.paper_tables`, or else the group of that name in
+  :mod:`diffoc.theory.identities`, which stands for its largest error.
 
 A value from records, or recomputed, may be off by as much as `within`. By how much rounding on
 another CPU moves a mean of records is in :mod:`diffoc.experiments.spread`; a difference that is
@@ -21,12 +22,13 @@ import json
 import re
 import textwrap
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import MISSING, dataclass, fields, replace
-from functools import cache
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import yaml
 
@@ -35,7 +37,8 @@ from diffoc.data.provenance import ROOT
 from diffoc.experiments import paper_tables
 from diffoc.experiments.spread import of_mean
 from diffoc.experiments.summary import by_image, paired, select
-from diffoc.theory import claims
+from diffoc.theory import claims, identities
+from diffoc.theory.identity import Identity
 
 LEDGER = ROOT / "data" / "claims.yaml"
 NOTEBOOKS = ROOT / "notebooks"
@@ -119,11 +122,7 @@ class Claim:
 
 
 def read(path: Path = LEDGER) -> list[Claim]:
-    """Returns the claims of a ledger, in its order.
-
-    A FileNotFoundError says that there is none, a ValueError, which names the claim, that it is not
-    as the module describes.
-    """
+    """Returns the claims of a ledger, in its order; a ValueError names one that is malformed."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: expected the ledger there")
     try:
@@ -137,7 +136,7 @@ def read(path: Path = LEDGER) -> list[Claim]:
         name = entry.get("id", position) if isinstance(entry, dict) else position
         try:
             ledger.append(_claim(entry))
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             raise ValueError(f"{path.name}, claim {name}: {error}") from None
     name, uses = Counter(claim.id for claim in ledger).most_common(1)[0]
     if uses > 1:
@@ -194,12 +193,18 @@ def rounding(source: Recorded) -> float | None:
 @cache
 def recomputable() -> dict[str, Callable[[], float]]:
     """Returns the functions that a number may name, by name."""
-    return {
+    groups = {group.__name__: partial(_largest_error, group) for group in identities.IDENTITIES}
+    functions = {
         name: function
         for module in (claims, paper_tables)
         for name, function in inspect.getmembers(module, inspect.isfunction)
         if function.__module__ == module.__name__ and not name.startswith("_")
     }
+    return {**groups, **functions}
+
+
+def _largest_error(group: Callable[[], Iterator[Identity]]) -> float:
+    return float(np.max([row.error for row in group()]))  # nan if one is
 
 
 def counts(ledger: list[Claim]) -> dict[str, int]:
@@ -213,7 +218,7 @@ def run(
 ) -> int:
     """Prints the ledger, and what disagrees with its source: returns 1 if anything does, else 0.
 
-    Other arguments are as for :func:`check`; it raises what :func:`read` does.
+    Other arguments are as for :func:`check`.
     """
     ledger = read(path)
     print(f"{len(ledger)} claims")
@@ -243,13 +248,9 @@ def run(
     return int(bool(wrong))
 
 
-def _claim(entry: object) -> Claim:
-    claim = _build(Claim, entry)
-    for key in ("id", "place", "says", "reason", "planned"):
-        _check_text(key, getattr(claim, key), optional=key == "planned")
+def _claim(entry: Any) -> Claim:
+    claim = Claim(**entry)
     check_member(VERDICTS, verdict=claim.verdict)
-    if not isinstance(claim.numbers, list | tuple):
-        raise ValueError("numbers must be a list")
     if claim.verdict == NOT_RUN and (claim.numbers or not claim.planned):
         raise ValueError("what was not run has planned, and no numbers")
     if claim.verdict != NOT_RUN and (claim.planned or not claim.numbers):
@@ -257,54 +258,26 @@ def _claim(entry: object) -> Claim:
     return replace(claim, numbers=tuple(map(_number, claim.numbers)))
 
 
-def _number(entry: object) -> Number:
-    if not isinstance(entry, dict):
-        raise ValueError(f"{entry!r} is no number with what, unit and a source")
-    kinds = {"notebook": Printed, "records": Recorded, "recompute": Computed}
+def _number(entry: Any) -> Number:
+    kinds: dict[str, Any] = {"notebook": Printed, "records": Recorded, "recompute": Computed}
     given = [kind for kind in kinds if kind in entry]
     if len(given) != 1:
         raise ValueError("a number needs one source: notebook, records or recompute")
-    kind = given[0]
-    content = {"name": entry[kind]} if kind == "recompute" else entry[kind]
-    source = _build(kinds[kind], content)
-    for field in fields(source):
-        if field.name not in ("where", "minus"):
-            _check_text(field.name, getattr(source, field.name))
-        elif not isinstance(getattr(source, field.name) or {}, dict):
-            raise ValueError(f"{field.name} must have columns and their values")
-    if kind == "recompute" and source.name not in recomputable():
-        raise ValueError(f"recompute is {source.name!r}, which diffoc.theory.claims does not have")
-    rest = {key: value for key, value in entry.items() if key != kind}
-    number = _build(Number, rest | {"source": source})
+    kind, rest = given[0], dict(entry)
+    content = rest.pop(kind)
+    if kind == "recompute":
+        check_member(recomputable(), recompute=content)
+        content = {"name": content}
+    number = Number(source=kinds[kind](**content), **rest)
     for key in ("value", "at_most", "within"):
         value = getattr(number, key)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
-            # YAML takes 1e-12 for a text.
+        if value is not None and type(value) not in (int, float):  # YAML takes 1e-12 for a text
             raise ValueError(f"{key} is {value!r}, expected a number such as 1.0e-12")
     if (number.value is None) == (number.at_most is None):
         raise ValueError("a number is either a value or at_most something")
     if (number.within is not None) != (number.value is not None and kind != "notebook"):
         raise ValueError("within belongs to a value from records or recompute, and only there")
     return number
-
-
-def _build(kind: type, entry: object) -> Any:
-    """Returns an instance of a dataclass from a mapping, whose keys must be its fields."""
-    if not isinstance(entry, dict):
-        raise ValueError(f"{entry!r} is not a mapping")
-    known = {field.name: field.default is MISSING for field in fields(kind)}
-    missing = [name for name, needed in known.items() if needed and name not in entry]
-    unknown = [str(name) for name in entry if name not in known]
-    if missing:
-        raise ValueError(f"{', '.join(missing)} missing")
-    if unknown:
-        raise ValueError(f"{', '.join(unknown)} unknown, expected {', '.join(known)}")
-    return kind(**entry)
-
-
-def _check_text(key: str, value: object, optional: bool = False) -> None:
-    if not (value is None and optional) and not (isinstance(value, str) and value.strip()):
-        raise ValueError(f"{key} is {value!r}, expected a text")
 
 
 def _mean(source: Recorded, path: Path) -> float:

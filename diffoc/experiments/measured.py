@@ -48,8 +48,6 @@ SETS = ("png", "jpeg")
 
 Features = Callable[[Tensor], Tensor]
 _ZERO = torch.zeros((), dtype=torch.float64)
-
-
 MOST_FILES = 10**6
 """In a folder that is searched for pictures: more are those of a disk, not of a set."""
 
@@ -64,11 +62,7 @@ def _pictures(folder: Path) -> Iterator[Path]:
 
 
 def pictures_in(folder: Path) -> dict[str, Path]:
-    """Returns the pictures in a folder and all folders in it, by name without ending, in order.
-
-    A FileNotFoundError says that there is none, a ValueError that two have one name, or that there
-    are more than :data:`MOST_FILES` files.
-    """
+    """Returns the pictures in a folder and all folders in it, by name without ending, in order."""
     found: dict[str, Path] = {}
     for path in sorted(_pictures(folder), key=lambda path: (path.stem, str(path))):
         if path.stem in found:
@@ -80,10 +74,7 @@ def pictures_in(folder: Path) -> dict[str, Path]:
 
 
 def read_resized(path: Path, side: int, resize: str) -> Tensor:
-    """Returns a square picture as (3, side, side) uint8, resized by one of :data:`FILTERS`.
-
-    A ValueError refuses another filter, and a picture that is not square or is smaller.
-    """
+    """Returns a square picture as (3, side, side) uint8, made smaller by one of :data:`FILTERS`."""
     check_member(FILTERS, filter=resize)
     picture, _ = open_picture(path)
     if picture.width != picture.height or picture.width < side:
@@ -117,12 +108,7 @@ def metrics_of(images: Tensor, truth: Tensor) -> tuple[dict[str, Tensor], dict[s
 
 @dataclass
 class Moments:
-    """Sums of features, which add up over batches and shards.
-
-    Attributes:
-        count: n.
-        total, products: the sums of f (d,) and of :math:`f f^T` (d, d), float64.
-    """
+    """The number of features f (d,), their sum, and that of :math:`f f^T` (d, d), in float64."""
 
     count: int = 0
     total: Tensor = _ZERO
@@ -140,7 +126,7 @@ class Moments:
         self.products = self.products + other.products
 
     def gaussian(self) -> tuple[Tensor, Tensor]:
-        """Returns mean (d,) and covariance (d, d); a ValueError refuses fewer than two features."""
+        """Returns mean (d,) and covariance (d, d), see the module, of two features or more."""
         if self.count < 2:
             raise ValueError(f"features are of {self.count} images, expected at least 2")
         mean = self.total / self.count
@@ -164,7 +150,7 @@ class Measured:
     moments: dict[str, Moments] = field(default_factory=dict)
 
     def merge(self, other: Measured) -> None:
-        """Adds the pictures of another part; a ValueError refuses a picture that is in both."""
+        """Adds the pictures of another part; none may be in both."""
         if both := self.rows.keys() & other.rows.keys():
             raise ValueError(f"two parts have {min(both)}: remove the files of one")
         self.rows |= other.rows
@@ -199,8 +185,7 @@ def measure(
 
     Kept pictures and originals are given by name; the originals may be larger, and may be more.
     They are resized by one of :data:`FILTERS`. The network of FID maps 8-bit images (B, 3, H, W) to
-    features; with None there is no FID. A ValueError refuses a picture that has no original, or
-    does not fit it.
+    features; with None there is no FID.
     """
     if lost := [name for name in kept if name not in truth]:
         raise ValueError(f"images has no original of {lost[0]}: expected one picture of that name")
@@ -249,7 +234,7 @@ def write_part(path: Path, part: Measured) -> None:
 
 
 def read_part(path: Path) -> Measured:
-    """Returns what :func:`write_part` kept; a ValueError refuses what is damaged."""
+    """Returns what :func:`write_part` kept."""
     try:
         with safe_open(path, "pt") as file:
             text = file.metadata()

@@ -2,7 +2,8 @@
 
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,13 +23,7 @@ class LiveTensors(TorchDispatchMode):
         self.live = self.peak = 0
         self._alive: set[int] = set()
 
-    def __torch_dispatch__(
-        self,
-        func: Callable[..., object],
-        types: Sequence[type],
-        args: tuple = (),
-        kwargs: dict | None = None,
-    ) -> object:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         before = {id(s) for s in _storages((args, kwargs))}
         result = func(*args, **(kwargs or {}))
         for storage in _storages(result):
@@ -57,10 +52,8 @@ def peak_memory(run: Callable[[], object], device: torch.device) -> tuple[int, i
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         result = run()
-        most, after = (
-            measured(device) - before
-            for measured in (torch.cuda.max_memory_allocated, torch.cuda.memory_allocated)
-        )
+        most = torch.cuda.max_memory_allocated(device) - before
+        after = torch.cuda.memory_allocated(device) - before
     else:
         with LiveTensors() as tensors:
             result = run()

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,26 +43,24 @@ def read_tuned(path: Path | None = None) -> dict:
     path = path or data_folder() / "tuned.json"
     if not path.exists():
         return {}
+    damaged = f"{path} is damaged, restore it from git"
     try:
         tuned = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is damaged, restore it from git: {error}") from error
-    if place := _damaged(tuned, ("prior", "method", "task", "budget", "keyword")):
-        raise ValueError(f"{path} is damaged, restore it from git: {place}")
+        raise ValueError(f"{damaged}: {error}") from error
+    found = [tuned]
+    for level in ("prior", "method", "task", "budget", "keyword"):
+        for each in found:
+            if not isinstance(each, dict):
+                raise ValueError(f"{damaged}: expected values by {level} in place of {each!r}")
+            if level == "budget" and not all(map(str.isdigit, each)):
+                raise ValueError(f"{damaged}: budgets are {[*each]}, expected whole numbers")
+        found = [value for each in found for value in each.values()]
+    for value in found:
+        number = isinstance(value, int | float) and math.isfinite(value)
+        if not number and not isinstance(value, str):
+            raise ValueError(f"{damaged}: a value is {value!r}, expected a finite number")
     return tuned
-
-
-def _damaged(found: object, levels: Sequence[str]) -> str | None:
-    """Returns what is wrong with values nested by the levels, numbers below; None if nothing."""
-    if not levels:
-        if isinstance(found, str) or (isinstance(found, int | float) and math.isfinite(found)):
-            return None
-        return f"a value is {found!r}, expected a finite number"
-    if not isinstance(found, dict):
-        return f"expected values by {levels[0]} in place of {found!r}"
-    if levels[0] == "budget" and (bad := [key for key in found if not key.isdigit()]):
-        return f"budget is {bad[0]!r}, expected a whole number"
-    return next((w for each in found.values() if (w := _damaged(each, levels[1:]))), None)
 
 
 def write_tuned(tuned: dict, path: Path | None = None) -> None:
@@ -75,12 +73,7 @@ def write_tuned(tuned: dict, path: Path | None = None) -> None:
 def settings_of(
     prior: str, method: str, task: str, nfe: int, overrides: dict, tuned: dict | None = None
 ) -> dict:
-    """Returns all keyword arguments of a method: by its budget, tuned, and overridden.
-
-    The `overrides` count more than all others, see :func:`of_method`; the tuned ones are by default
-    those of :func:`read_tuned`. A ValueError says that there is no such method, or that it was not
-    tuned for this and has no settings of its own, as the paper's has.
-    """
+    """Returns all settings of a method: by budget, as tuned (:func:`read_tuned`), overridden."""
     check_member(METHODS, method=method)
     overrides = of_method(overrides, method)
     found = METHODS[method].settings(task, nfe) | overrides

@@ -10,8 +10,8 @@ spread:
     \frac{\mathrm{tr}\, C}{\mathrm{tr}\, C^*}, \qquad
     \frac{W_2}{\sqrt{\mathrm{tr}\, C^*}}
 
-with the Wasserstein distance between the Gaussians of these moments (Bures), and the sliced one:
-the root mean square, over random unit vectors, of the one-dimensional distances, relative to
+with the Wasserstein distance between the Gaussians of these moments (Bures), and the sliced one
+(:func:`shadow_distance`), over random unit vectors, relative to
 :math:`\sqrt{\mathrm{tr}\, C^* / n}`, the posterior's root mean square along such a vector. Only the
 last one sees more than moments, so it alone notices a missing mode that they hide.
 
@@ -44,7 +44,6 @@ def posterior_distances(
 
     The posterior is that of one measurement, B = 1. The sliced distance takes exact samples (M, n)
     as reference, M a multiple of N, and directions (n, P) as :func:`random_directions` draws them.
-    A ValueError refuses other shapes, and samples that are not finite.
     """
     mean, covariance = moments(samples, "samples")
     if len(posterior.mean) != 1 or samples.shape[1] != posterior.mean.shape[1]:
@@ -57,7 +56,7 @@ def posterior_distances(
     exact = posterior.covariance.double().cpu().reshape(n, n)
     total = exact.trace()
     squared = frechet_between((mean, covariance), (exact_mean, exact))
-    sliced = sliced_wasserstein(samples, reference, directions)
+    sliced = shadow_distance(shadows(samples, directions), shadows(reference, directions))
     return {
         "mean": ((mean - exact_mean).norm() / total.sqrt()).item(),
         "covariance": ((covariance - exact).norm() / exact.norm()).item(),
@@ -67,24 +66,19 @@ def posterior_distances(
     }
 
 
-def sliced_wasserstein(samples: Tensor, reference: Tensor, directions: Tensor) -> float:
-    """Returns the root mean square over directions of W_2 between projections, coupled by order.
-
-    Each of the samples (N, n) is coupled to M / N of the reference (M, n); a ValueError refuses an
-    M that is no multiple of N. Directions are unit vectors, (n, P).
-
-    Source: Bonneel et al. 2015, doi:10.1007/s10851-014-0506-3.
-    """
-    return shadow_distance(shadows(samples, directions), shadows(reference, directions))
-
-
 def shadows(points: Tensor, directions: Tensor) -> Tensor:
     """Returns the projections of points (N, n) on unit vectors (n, P), sorted in each, (N, P)."""
     return (points.double() @ directions.double()).sort(dim=0).values
 
 
 def shadow_distance(ours: Tensor, theirs: Tensor) -> float:
-    """Returns :func:`sliced_wasserstein` of two sets by their shadows, (N, P) and (M, P)."""
+    """Returns the sliced Wasserstein distance of two sets by their shadows, (N, P) and (M, P).
+
+    It is the root mean square over directions of W_2 between projections, coupled by order: each
+    of ours to M / N of theirs. M is a multiple of N.
+
+    Source: Bonneel et al. 2015, doi:10.1007/s10851-014-0506-3.
+    """
     copies, rest = divmod(len(theirs), len(ours))
     if rest or not copies:
         raise ValueError(f"reference has {len(theirs)} rows, no multiple of {len(ours)}")
@@ -155,7 +149,6 @@ def distance_table(
 
 
 def _row(problem: str, method: str, settings: Mapping[str, object]) -> dict[str, object]:
-    """Returns a row without numbers."""
     return {
         "problem": problem,
         "method": method,

@@ -76,7 +76,7 @@ def check_metrics(report: Report) -> None:
 
 
 def check_images(paths: Sequence[Path], side: int, report: Report) -> None:
-    """Sizes and kinds of the pictures."""
+    """Reports sizes and kinds of the pictures."""
     sizes: Counter[tuple[str, str]] = Counter()
     for path in paths:
         try:

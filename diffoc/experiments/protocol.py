@@ -53,15 +53,13 @@ ONE_OPERATOR = Protocol(
     name="images clipped to [-1, 1], not rounded; PSNR and MSE on [-1, 1]; SSIM on "
     "[0, 1], Gaussian 11x11 windows within the image; LPIPS 0.1 on [-1, 1], _01 on [0, 1]",
     operator_per_image=(),
-    held_out=tuple(str(i) for i in range(0, 512, 16)),
-    tuning=tuple(str(i) for i in range(8, 512, 64)),
 )
 """Of pictures from a folder, and of the other priors."""
 
 COLOUR_FACES = Protocol(
     name="colour faces, an operator per image, 1",
-    held_out=ONE_OPERATOR.held_out,
-    tuning=ONE_OPERATOR.tuning,
+    held_out=tuple(str(i) for i in range(0, 512, 16)),
+    tuning=tuple(str(i) for i in range(8, 512, 64)),
     precision="float32",
     product_cost=0.9,
 )

@@ -203,12 +203,7 @@ def describe(cell: Cell) -> str:
 
 @contextmanager
 def writing(path: Path) -> Iterator[Callable[[list[Row]], None]]:
-    """Opens a file for cells, and gives a function that appends all rows of one, or none.
-
-    The beginning of a cell at the file's end is first moved to a file beside it, see
-    :func:`diffoc.data.files.appending`, which also says what is raised. A ValueError refuses a file
-    that is no table of this version, is damaged, or is being written by another process.
-    """
+    """Opens a file for cells, and gives a function that appends all rows of one, or none."""
     with appending(path, lambda content: _parse(path, content)[1]) as append:
 
         def append_cell(rows: list[Row]) -> None:

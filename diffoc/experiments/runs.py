@@ -47,8 +47,8 @@ def run_cells(
     """Computes cells and appends them to a table; those that it has are skipped.
 
     A cell whose method fails is recorded with its error, and the others go on; any other error, of
-    the machine, the data or the code, ends the run and is no record. Of the whole grid images that
-    have a record, in whatever batch, are left out, unless they failed and are to be tried again.
+    the machine, the data or the code, ends the run and is no record. Images that have a record, in
+    whatever batch, are left out, unless they failed and are to be tried again.
 
     With several jobs `compute` is pickled, and workers have one thread each; one job computes here,
     with torch's threads. The backend is joblib's "loky", or "ray" for a cluster. With the device
@@ -57,10 +57,7 @@ def run_cells(
     here, before its rows are written; `work` gives the evaluations of a cell as planned, from which
     the bar tells the time left.
 
-    It returns how many cells of the shard there are now by status; one is "failed" if any of its
-    images is. A ValueError says that an argument is out of its range, or that the table is
-    another's or damaged, an OSError that memory or the disk is full; what was recorded before is
-    complete. An ImportError says that "ray" is not installed.
+    It returns how many cells of the shard there are by status; one with a failed image has failed.
     """
     check_at_least(1, jobs=jobs)
     check_member(("loky", "ray"), backend=backend)
@@ -96,11 +93,7 @@ def unfinished(
     shard: tuple[int, int] | None = None,
     retry_failed: bool = False,
 ) -> list[Cell]:
-    """Returns the cells that :func:`run_cells` would compute; arguments are as there.
-
-    Images that were in a batch of another size are left out, so that a table goes on when the batch
-    is changed.
-    """
+    """Returns the cells that :func:`run_cells` would compute; arguments are as there."""
     known = recorded(path)
     had = {one for one, row in known.items() if not (retry_failed and row["status"] == "failed")}
     left = [
@@ -236,13 +229,10 @@ def _end_with(parent: int) -> None:
 
 @dataclass(frozen=True)
 class Checked:
-    """What :func:`check` found.
+    """What :func:`check` found: counts of rows, and a line for each number that does not agree.
 
-    Attributes:
-        rows, exact: how many rows were computed again, and how many of these had to agree to the
-            last digit.
-        differences: one line for each number that does not agree.
-        tolerances: what PSNR may be off by elsewhere, by method, task and precision.
+    Of the rows `exact` had to agree to the last digit. Tolerances are what PSNR may be off by
+    elsewhere, by method, task and precision.
     """
 
     rows: int
@@ -265,9 +255,7 @@ def check(
     to the last digit; elsewhere, and on a GPU, whose sums have no fixed order, metrics have to be
     within the tolerance that was measured for method, task and precision, see
     :mod:`diffoc.experiments.spread`. All rows of the cells of the chosen rows are compared, `only`
-    of cells that it allows, such as those that are soon computed. A FileNotFoundError says that the
-    table is missing, a ValueError that it has no row that can be checked, or that `rows` is below
-    1.
+    of cells that it allows, such as those that are soon computed.
     """
     check_at_least(1, rows=rows)
     found = records.read(path).items()

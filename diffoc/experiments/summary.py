@@ -100,10 +100,7 @@ def _with_budget(rows: pd.DataFrame) -> pd.Series:
 
 
 def paired(first: pd.DataFrame, second: pd.DataFrame, metric: str) -> tuple[float, float]:
-    """Returns the mean difference, first minus second, on the images of both, and its interval.
-
-    A ValueError says that they have no image in common.
-    """
+    """Returns the mean difference, first minus second, on the images of both, and its interval."""
     gap = (by_image(first, metric) - by_image(second, metric)).dropna()
     if gap.empty:
         raise ValueError("first and second have no image in common")

@@ -79,13 +79,10 @@ def use_style() -> None:
 
 
 def save(figure: Figure, name: str) -> Path:
-    """Writes a figure as NAME.png into :func:`figure_folder`, and returns its path.
-
-    The file has no date or version in it, so that equal figures are equal files.
-    """
+    """Writes a figure as NAME.png into :func:`figure_folder`, and returns its path."""
     path = figure_folder() / f"{name}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as part:
+    with replacing(path) as part:  # without date and version equal figures are equal files
         figure.savefig(part, dpi=150, metadata={"Software": None})
     return path
 
@@ -96,8 +93,8 @@ def save_for_print(
     """Writes a figure at its own size as PDF and PNG, and returns the two paths.
 
     The files' metadata say where it comes from: their name, without ending, is also their title,
-    and the sources name records, or what was computed instead. The folder is made if it is missing;
-    it is by default `print` where :func:`save` writes.
+    and the sources name records, or what was computed instead. The folder is by default `print`
+    where :func:`save` writes.
     """
     folder = folder or figure_folder() / "print"
     folder.mkdir(parents=True, exist_ok=True)
@@ -106,7 +103,6 @@ def save_for_print(
     of_pdf = {"Title": name, "Subject": origin, "CreationDate": None}
     of_png = {"Title": name, "Description": origin, "Software": None}
     with mpl.rc_context(PRINT):
-        # Without a date, equal figures are equal files.
         with replacing(pdf) as part:
             figure.savefig(part, metadata=of_pdf)
         with replacing(png) as part:

@@ -19,7 +19,7 @@ from diffoc.experiments.records import rows_of
 from diffoc.experiments.summary import by_budget, by_method, by_setting
 from diffoc.figures import plots, save_for_print
 from diffoc.ilqr import ilqr
-from diffoc.priors.gaussian import GaussianMixturePrior, GaussianPrior
+from diffoc.priors.gaussian import GaussianMixturePrior
 from diffoc.priors.mixture import mixture_from_loadings
 from diffoc.priors.pretrained import load_prior
 from diffoc.problem import Problem
@@ -31,7 +31,8 @@ from diffoc.recipe import OURS
 from diffoc.reconstruct import reconstruct
 from diffoc.riccati import Dense, terminal_value
 from diffoc.system import ControlProblem, backward_sweep, roll_out
-from diffoc.theory.linear_gaussian import linear_gaussian, relative_error
+from diffoc.theory.identities import rollout_gradients, uncontrolled
+from diffoc.theory.linear_gaussian import relative_error, standard_normal
 
 Made = tuple[str, Figure, tuple[str, ...]]
 """A figure's name, the figure, and the records or computations that it shows."""
@@ -43,10 +44,7 @@ METRICS = {"psnr": PSNR, "ssim": "SSIM", "lpips_alex": "LPIPS (AlexNet)"}
 
 
 def write_all(folder: Path | None = None, records: Path = ROOT / "data" / "records") -> list[Path]:
-    """Draws and writes every figure whose data exist; returns the files in the order of writing.
-
-    They go to a folder as :func:`diffoc.figures.save_for_print` says; `records` has the tables.
-    """
+    """Draws and writes every figure whose data exist; returns the files in the order of writing."""
     paths: list[Path] = []
     made = [*from_records(records), *from_ablations(records), *from_paper(), *computed()]
     for name, figure, sources in made:
@@ -55,10 +53,7 @@ def write_all(folder: Path | None = None, records: Path = ROOT / "data" / "recor
 
 
 def from_records(folder: Path) -> Iterator[Made]:
-    """Yields methods by tasks, quality over the budget, and tuning, of what has been run.
-
-    The folder has `table1_*.csv` and `tuning_*.csv`; each may be missing.
-    """
+    """Yields methods by tasks, quality over the budget, and tuning, of what has been run."""
     for path, rows in _tables(folder, "table1"):
         for metric, label in METRICS.items():
             if values := by_method(rows, metric):
@@ -74,10 +69,7 @@ def from_records(folder: Path) -> Iterator[Made]:
 
 
 def from_ablations(folder: Path) -> Iterator[Made]:
-    """Yields Figures 3 and 6 and Tables 4 to 6, of what has been run: names, figures, records.
-
-    The folder has `few_steps_*.csv`, `rank_*.csv` and `robustness_*.csv`; each may be missing.
-    """
+    """Yields Figures 3 and 6 and Tables 4 to 6, of what has been run: names, figures, records."""
     for path, rows in _tables(folder, "few_steps"):
         for name, panels, xlabel in (
             ("budget", summary.equal_budgets(rows, "psnr"), "evaluations"),
@@ -228,24 +220,20 @@ def _reconstructions() -> Iterator[tuple[str, Figure]]:
 
 
 def _theorem_errors() -> Figure:
-    setting, steps = linear_gaussian(), 50
-    x = torch.randn(1, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    steps = 50
     constants = [10.0**exponent for exponent in range(0, 19, 3)]
     errors = {}
     for mode, theorem in {"output": "Theorem 4.1", "input": "Theorem 4.3"}.items():
-        process = ReverseProcess(setting.prior, steps, "euler", mode)
+        setting, process, path = uncontrolled(mode, steps)
+        gradients = rollout_gradients(setting, process, path)
         problem = ControlProblem(process.step, ControlCost(0.0), setting.likelihood, steps)
-        path = process.rollout(x)
-        # An output control acts after the step, an input control before it.
-        places = range(1, steps + 1) if mode == "output" else range(steps)
-        gradients = torch.stack([setting.gradient(process, i, path[i]) for i in places])
         # Around the uncontrolled path; no constant and no rank has a part in the expansion.
-        trajectory = roll_out(problem, x, x.new_zeros(steps, *x.shape), Dense())
+        trajectory = roll_out(problem, path[0], torch.zeros_like(path[1:]), Dense())
         expansions = [expand() for expand in trajectory.steps]
         for rank, terms in {None: "second-order terms kept", 0: "dropped"}.items():
             value = terminal_value(setting.likelihood, path[-1], rank)
             gains = [
-                backward_sweep(expansions, value, x.new_full((steps, 1), a), "full")[0]
+                backward_sweep(expansions, value, path.new_full((steps, 1), a), "full")[0]
                 for a in constants
             ]
             errors[f"{theorem}, {terms}"] = [
@@ -256,8 +244,7 @@ def _theorem_errors() -> Figure:
 
 
 def _scores() -> Figure:
-    one, y, noise_std, x = torch.ones(1, 1, dtype=torch.float64), 0.7, 0.1, 0.3
-    prior = GaussianPrior(torch.zeros(1, dtype=torch.float64), one, VPSchedule(sigma_min=0.0))
+    (prior, one), y, noise_std, x = standard_normal(), 0.7, 0.1, 0.3
     measured = LinearMeasurement(one, y * one, noise_std)
     times = torch.linspace(0.005, 1, 100, dtype=torch.float64)
     exact = [prior.conditional_score(x * one, t, measured).item() for t in times]

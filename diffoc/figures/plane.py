@@ -10,10 +10,8 @@ from diffoc.theory.rollouts import PlanarMixture
 def draw_prior(axis: Axes, setting: PlanarMixture, side: tuple[float, float] = (-3, 4.2)) -> None:
     """Draws the density of x_0 in grey and the measurement as a band, with equal units.
 
-    Args:
-        axis: to draw on; its limits are left to the caller.
-        setting: prior and measurement of the horizontal coordinate.
-        side: the first and the last coordinate of the density's grid, in both directions.
+    The density's grid has `side` for its first and last coordinate, in both directions; the limits
+    of the axis are left to the caller.
     """
     v = torch.linspace(*side, 180, dtype=torch.float64)
     grid = torch.cartesian_prod(v, v)

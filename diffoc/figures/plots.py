@@ -68,8 +68,7 @@ def predicted_x0(
     """Draws the image that a state stands for, by Tweedie's formula and by rollout: Figure 2.
 
     The K states (K, C, H, W) are at times from 1, noise, to 0. The two predictions of x_0 from them
-    have their shape; the truth is (C, H, W). What is shown lies in [-1, 1]. A ValueError says that
-    the numbers of images differ.
+    have their shape; the truth is (C, H, W). What is shown lies in [-1, 1].
     """
     rows = {"$x_t$": states, "Tweedie": tweedie, "rollout": rollout}
     for name, images in rows.items():
@@ -94,9 +93,8 @@ def reconstructions(
 ) -> Figure:
     """Draws truth, measurement and reconstructions side by side: Figures 3 and 4.
 
-    Columns have titles and images from top to bottom, (C, H, W) each, of one size or several,
-    clipped to [-1, 1], and perhaps a caption for each, which may be empty. A ValueError says that a
-    column has not one image for each of the rows, whose names are given.
+    Columns have titles and images from top to bottom, one for each of the named rows, (C, H, W), of
+    one size or several, clipped to [-1, 1], and perhaps a caption for each, which may be empty.
     """
     for name, images in columns.items():
         if len(images) != len(rows):
@@ -122,7 +120,7 @@ def metric_by_method(
 
     Methods whose names begin with "Ours" are vermilion squares, the others blue dots. The values
     map a method to a task to mean and half-width of its interval; nan is no interval, and what is
-    missing has no dot. The label is the metric and its unit. A ValueError refuses no values.
+    missing has no dot. The label is the metric and its unit.
     """
     tasks = list(dict.fromkeys(task for found in values.values() for task in found))
     if not tasks:
@@ -158,7 +156,7 @@ def quality_curves(
     The panels map a title to lines' labels to their curves, as
     :func:`diffoc.experiments.summary.by_budget` does; a half-width of nan is none. The abscissa is
     logarithmic, or its places are equally far apart; with `ticks` these are 0, 1, ... and have such
-    names. Labels have units. A ValueError refuses no panels.
+    names. Labels have units.
     """
     if not panels:
         raise ValueError("panels is empty, expected at least one")
@@ -227,10 +225,7 @@ def theorem_errors(
 
 @mpl.rc_context(PRINT)
 def sizes_over_time(times: Sequence[float], sizes: Mapping[str, Sequence[float]]) -> Figure:
-    """Draws lengths of scores, by label, from noise to image, on a logarithmic axis.
-
-    The times lie in [0, 1], in any order.
-    """
+    """Draws lengths of scores, by label, over times in [0, 1], on a logarithmic axis."""
     figure = Figure(figsize=(WIDTH, 2.0))
     ax = figure.subplots()
     styles = ("-", "--", "-.", ":")

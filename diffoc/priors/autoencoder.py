@@ -27,9 +27,8 @@ NOISE_STD = 0.01  # s, of the decoder
 
 
 class Autoencoder(nn.Module):
-    """Maps images (B, colours, H, W) in [-1, 1] to latents and back.
+    """Maps images (B, colours, H, W) to latents (B, channels, H / fold, W / fold), and back.
 
-    Latents are (B, channels, H / fold, W / fold). Squares of `fold` pixels a side become channels.
     The hidden layers are `width` channels wide, a multiple of 32.
     """
 
@@ -103,10 +102,7 @@ def autoencoding_loss(network: Autoencoder, x: Tensor, generator: torch.Generato
 
 @torch.no_grad()
 def reconstruction_psnr(network: Autoencoder, images: np.ndarray) -> float:
-    """Returns the mean PSNR in dB (peak 2) of images that went through an autoencoder.
-
-    They are given as :func:`diffoc.data.images.as_states` takes them.
-    """
+    """Returns the mean PSNR in dB (peak 2) of encoded and decoded images, given as to `encoded`."""
     device, errors = next(network.parameters()).device, []
     for part in np.array_split(images, -(-len(images) // 64)):
         x = as_states(part).to(device)
@@ -133,9 +129,8 @@ def load_autoencoder(name: str = "faces64_autoencoder", folder: Path | None = No
 def _lowest_cosines(side: int, colours: int) -> Tensor:
     """Returns the orthonormal cosine transform of squares and colours, low rows first.
 
-    It is (n, n), n = colours * side^2, for vectors in the order of a pixel-unshuffle. Along three
-    colours it gives their mean and two differences; a difference counts as a frequency between the
-    squares' third and fourth.
+    It is (n, n), n = colours * side^2, for vectors in the order of a pixel-unshuffle. A difference
+    of colours counts as a frequency between the squares' third and fourth.
     """
     space, colour = (
         torch.from_numpy(dct(np.eye(n), axis=0, norm="ortho")) for n in (side, colours)

@@ -6,7 +6,6 @@ weights are those averaged over the training, which its samplers take.
 """
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from azula.noise import Schedule
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from diffoc.data.downloads import read_torch_file
 from diffoc.priors.latent import DiffusersAutoencoder, LatentPrior
-from diffoc.priors.pipelines import DiffusersDenoiser
+from diffoc.priors.pipelines import DiffusersDenoiser, Sampled
 from diffoc.priors.weights import load_into
 
 SIDE = 64  # of the latents
@@ -27,8 +26,7 @@ _LEVELS, _FIRST_STAGE_LEVELS = (1, 2, 3, 4), (1, 2, 4)  # widths, in those of th
 def load_compvis(path: Path, schedule: Schedule | None) -> LatentPrior:
     """Returns the prior of a checkpoint, for images (3, 256, 256); no code in the file is run.
 
-    The widths of both networks are those of the weights. A ValueError says that the file is
-    damaged, or another's.
+    The widths of both networks are those of the weights.
     """
     state = read_torch_file(path, stand_ins=True).get("state_dict")
     if not isinstance(state, dict):
@@ -49,17 +47,6 @@ def alphas_cumprod() -> Tensor:
     return (1 - roots**2).cumprod(0)
 
 
-class _Sampled(nn.Module):
-    """A network that is called as one of `diffusers` is."""
-
-    def __init__(self, network: UNetModel) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, x: Tensor, timestep: Tensor) -> SimpleNamespace:
-        return SimpleNamespace(sample=self.network(x, timestep))
-
-
 def _network(state: dict[str, Tensor], path: Path) -> nn.Module:
     trained = _part(state, "model.diffusion_model.")
     network = UNetModel(
@@ -75,7 +62,7 @@ def _network(state: dict[str, Tensor], path: Path) -> nn.Module:
     # The names of the averaged ones are without the points.
     averaged = {name: f"model_ema.diffusion_model{name.replace('.', '')}" for name in trained}
     load_into(network, {k: state.get(v, trained[k]) for k, v in averaged.items()}, path)
-    return _Sampled(network)
+    return Sampled(network)
 
 
 def _autoencoder(state: dict[str, Tensor], path: Path) -> VQModel:

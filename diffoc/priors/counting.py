@@ -33,7 +33,6 @@ class CountedPrior(Denoiser):
         self.evaluations = self.products = 0
 
     def forward(self, x_t: Tensor, t: Tensor, **kwargs: object) -> Posterior:
-        """Returns the posterior's mean, and its variance if known, in the precision of `x_t`."""
         self.evaluations += len(x_t)
         half = self.precision == "bfloat16"
         with torch.autocast(x_t.device.type, torch.bfloat16) if half else nullcontext():

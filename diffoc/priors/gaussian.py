@@ -16,14 +16,13 @@ A mixture adds responsibilities, computed as differences of log-densities.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from azula.denoise import Denoiser, DiracPosterior
-from azula.linalg.covariance import Covariance, FullCovariance, IsotropicCovariance
+from azula.linalg.covariance import FullCovariance, IsotropicCovariance
 from azula.noise import Schedule
 from torch import Tensor
 
@@ -35,50 +34,33 @@ from diffoc.problems.operators import LinearMeasurement
 class GaussianPrior(Denoiser):
     r"""The prior :math:`x_0 \sim N(\mu, \Sigma)` of flat states (B, n), with its oracles.
 
-    Args:
-        mean: :math:`\mu`, shape (n,).
-        covariance: :math:`\Sigma`, a positive definite matrix (n, n), or one of azula's
-            structured covariances over (n,), such as `DPLRCovariance` (diagonal + low rank).
-        schedule: the noise schedule.
-
-    Raises:
-        ValueError: if the shapes disagree, or a matrix is not symmetric and positive definite.
+    The mean is (n,), the covariance (n, n), symmetric and positive definite. Times are scalars.
     """
 
-    def __init__(self, mean: Tensor, covariance: Tensor | Covariance, schedule: Schedule) -> None:
+    def __init__(self, mean: Tensor, covariance: Tensor, schedule: Schedule) -> None:
         super().__init__()
         check_tensor("mean", mean)
         if mean.ndim != 1:
             raise ValueError(f"mean has shape {tuple(mean.shape)}, expected (n,)")
-        if isinstance(covariance, Tensor):
-            check_tensor("covariance", covariance)
-            check_alike(mean=mean, covariance=covariance)
-            n = len(mean)
-            if covariance.shape != (n, n):
-                raise ValueError(
-                    f"covariance has shape {tuple(covariance.shape)}, expected ({n}, {n})"
-                )
-            if not (covariance - covariance.mT).abs().max() <= 1e-5 * covariance.abs().max():
-                raise ValueError("covariance is not symmetric")
-            L, Q = torch.linalg.eigh(covariance)
-            if not L[0] > 0:
-                raise ValueError(f"covariance has the eigenvalue {L[0]:g}, expected above 0")
-            covariance = FullCovariance(Q, L)
-        elif not isinstance(covariance, IsotropicCovariance) and covariance.shape != mean.shape:
-            raise ValueError(
-                f"covariance is over {tuple(covariance.shape)}, mean over {tuple(mean.shape)}"
-            )
+        check_tensor("covariance", covariance)
+        check_alike(mean=mean, covariance=covariance)
+        n = len(mean)
+        if covariance.shape != (n, n):
+            raise ValueError(f"covariance has shape {tuple(covariance.shape)}, expected ({n}, {n})")
+        if not (covariance - covariance.mT).abs().max() <= 1e-5 * covariance.abs().max():
+            raise ValueError("covariance is not symmetric")
+        L, Q = torch.linalg.eigh(covariance)
+        if not L[0] > 0:
+            raise ValueError(f"covariance has the eigenvalue {L[0]:g}, expected above 0")
         self.mean = mean
-        self.covariance = covariance
+        self.covariance = FullCovariance(Q, L)
         self.schedule = schedule
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GaussianPrior:
         # What .to(), .float() and .cuda() call: the covariance's tensors are no buffers.
         super()._apply(fn, recurse=recurse)
         self.mean = fn(self.mean)
-        moved = {k: fn(v) for k, v in vars(self.covariance).items() if isinstance(v, Tensor)}
-        self.covariance = copy.copy(self.covariance)
-        vars(self.covariance).update(moved)
+        self.covariance = FullCovariance(fn(self.covariance.Q), fn(self.covariance.L))
         return self
 
     def _centred(self, x_t: Tensor, alpha: Tensor) -> Tensor:
@@ -87,27 +69,26 @@ class GaussianPrior(Denoiser):
             raise ValueError(f"x_t has shape {tuple(x_t.shape)}, expected (B, {len(self.mean)})")
         return x_t - alpha * self.mean
 
-    def _marginal(self, t: Tensor) -> tuple[Tensor, Tensor, Covariance]:
+    def _marginal(self, t: Tensor) -> tuple[Tensor, Tensor, FullCovariance]:
         """Returns alpha, sigma and the covariance of x_t."""
         alpha, sigma = self.schedule(torch.as_tensor(t, dtype=self.mean.dtype))
         scaled = IsotropicCovariance(alpha**2) * self.covariance
         return alpha, sigma, scaled + IsotropicCovariance(sigma**2)
 
     def forward(self, x_t: Tensor, t: Tensor, **kwargs: object) -> DiracPosterior:
-        """Returns the posterior mean of x_0 given x_t (B, n) at time t, a scalar."""
         alpha, _, cov_t = self._marginal(t)
         whitened = cov_t.inv(self._centred(x_t, alpha))
         return DiracPosterior(self.mean + alpha * self.covariance(whitened))
 
     def log_prob(self, x_t: Tensor, t: Tensor) -> Tensor:
-        """Returns log p(x_t), (B,), for x_t (B, n) at time t, a scalar."""
+        """Returns log p(x_t), (B,)."""
         alpha, _, cov_t = self._marginal(t)
         d = self._centred(x_t, alpha)
         constant = d.shape[-1] * math.log(2 * math.pi) + cov_t.logdet()
         return -((d * cov_t.inv(d)).sum(-1) + constant) / 2
 
     def score(self, x_t: Tensor, t: Tensor) -> Tensor:
-        """Returns grad log p(x_t), (B, n), for x_t (B, n) at time t, a scalar."""
+        """Returns grad log p(x_t), (B, n)."""
         alpha, _, cov_t = self._marginal(t)
         return -cov_t.inv(self._centred(x_t, alpha))
 
@@ -158,7 +139,7 @@ class GaussianPrior(Denoiser):
         return alpha_s * self.mean + (self._centred(x, alpha_t) @ Q * scale) @ Q.mT
 
     def reverse_kernel(self, t: float, s: float) -> tuple[Tensor, Tensor, Tensor]:
-        r"""Returns the exact transition :math:`x_s | x_t \sim N(F x_t + b, C)` of the reverse SDE.
+        r"""Returns F, b and C of the reverse SDE's exact :math:`x_s | x_t \sim N(F x_t + b, C)`.
 
         The forward chain gives :math:`x_t = a x_s + N(0, q I)` with
         :math:`a = \alpha_t / \alpha_s` and :math:`q = \sigma_t^2 - a^2 \sigma_s^2`; Bayes' rule
@@ -166,8 +147,6 @@ class GaussianPrior(Denoiser):
 
         .. math:: F = a \Sigma_s \Sigma_t^{-1}, \quad C = q \, \Sigma_s \Sigma_t^{-1}, \quad
                   b = \alpha_s \mu - F \alpha_t \mu .
-
-        It is returned as F (n, n), b (n,) and C (n, n).
         """
         L, Q, (alpha_t, sigma_t), (alpha_s, sigma_s) = self._eigen(t, s)
         a = alpha_t / alpha_s
@@ -182,10 +161,7 @@ class GaussianPrior(Denoiser):
 class GaussianPosterior:
     """The posterior of a Gaussian prior under a linear Gaussian measurement.
 
-    Attributes:
-        mean: (B, n).
-        covariance: the same for all measurements, (n, n).
-        log_evidence: log p(y), (B,).
+    Means are (B, n), the covariance of them all is (n, n), and log p(y) is (B,).
     """
 
     mean: Tensor
@@ -205,13 +181,8 @@ class GaussianPosterior:
 class GaussianMixturePrior(Denoiser):
     r"""A Gaussian mixture as a diffusion prior, exact at every noise level, with its oracles.
 
-    Args:
-        mixture: of flat vectors of n numbers, with B = 1.
-        schedule: the noise schedule.
-        shape: the shape of one state, of n numbers; (n,) by default.
-
-    Raises:
-        ValueError: if the shape does not have n numbers.
+    The mixture is of flat vectors of n numbers, with B = 1; the shape of one state, of n numbers,
+    is (n,) by default. Times are scalars.
     """
 
     def __init__(
@@ -240,23 +211,19 @@ class GaussianMixturePrior(Denoiser):
         return self.schedule(torch.as_tensor(t, dtype=self.means.dtype, device=self.means.device))
 
     def forward(self, x_t: Tensor, t: Tensor, **kwargs: object) -> DiracPosterior:
-        """Returns the posterior mean of x_0 given x_t (B, ...) at time t, a scalar."""
         mean = self.mixture.posterior_mean(self._flat(x_t), *self._scales(t))
         return DiracPosterior(mean.reshape(x_t.shape))
 
     def log_prob(self, x_t: Tensor, t: Tensor) -> Tensor:
-        """Returns log p(x_t), (B,), for x_t (B, ...) at time t, a scalar."""
+        """Returns log p(x_t), (B,)."""
         return self.mixture.log_prob(self._flat(x_t), *self._scales(t))
 
     def score(self, x_t: Tensor, t: Tensor) -> Tensor:
-        """Returns grad log p(x_t), shape of x_t (B, ...), at time t, a scalar."""
+        """Returns grad log p(x_t), (B, ...)."""
         return self.mixture.score(self._flat(x_t), *self._scales(t)).reshape(x_t.shape)
 
     def conditional_score(self, x_t: Tensor, t: Tensor, measurement: LinearMeasurement) -> Tensor:
-        r"""Returns the exact :math:`\nabla_{x_t} \log p(y | x_t)` of Eq. 7, shape of x_t (B, ...).
-
-        It is that of the evidence of y under p(x_0 | x_t), by automatic differentiation.
-        """
+        r"""Returns the exact :math:`\nabla_{x_t} \log p(y | x_t)` of Eq. 7, (B, ...)."""
         x = x_t.detach().requires_grad_()
         with torch.enable_grad():
             posterior = self.mixture.given_noisy(self._flat(x), *self._scales(t))

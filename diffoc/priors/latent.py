@@ -46,7 +46,6 @@ class LatentPrior(Denoiser):
         self.schedule = denoiser.schedule
 
     def forward(self, x_t: Tensor, t: Tensor, **kwargs: object) -> DiracPosterior:
-        """Returns the estimate of z_0 given z_t (B, c, h, w) at time t, () or (B,)."""
         return DiracPosterior(self.denoiser(x_t, t, **kwargs).mean)
 
     def encode(self, images: Tensor) -> Tensor:
@@ -59,7 +58,7 @@ class LatentPrior(Denoiser):
 
 
 def latent_prior(prior: Denoiser) -> LatentPrior:
-    """Returns the latent prior that `prior` is or counts; a ValueError refuses one of images."""
+    """Returns the latent prior that `prior` is or counts."""
     inner = prior.prior if isinstance(prior, CountedPrior) else prior
     if not isinstance(inner, LatentPrior):
         raise ValueError(
@@ -70,10 +69,9 @@ def latent_prior(prior: Denoiser) -> LatentPrior:
 
 
 class DiffusersAutoencoder(nn.Module):
-    r"""A `diffusers.AutoencoderKL` or `VQModel`, its latents scaled as its pipeline scales them.
+    """A `diffusers.AutoencoderKL` or `VQModel`, its latents scaled as its pipeline scales them.
 
-    A decoder of a VQModel moves latents to the nearest codewords, and passes gradients straight
-    through that.
+    The decoder of a VQModel moves latents to the nearest codewords, straight through for gradients.
     """
 
     def __init__(self, network: ModelMixin) -> None:
@@ -109,7 +107,6 @@ class EmptyPrompt(nn.Module):
         self.register_buffer("embedding", embedding, persistent=False)
 
     def forward(self, x: Tensor, timestep: Tensor) -> object:
-        """Returns the network's output, with its attribute `sample`."""
         return self.network(x, timestep, self.embedding.to(x).expand(len(x), -1, -1))
 
 
@@ -117,17 +114,13 @@ def load_pipeline(folder: Path, schedule: Schedule | None) -> LatentPrior:
     """Returns an unconditional `LDMPipeline`, or a `StableDiffusionPipeline` without a prompt.
 
     Latent diffusion on FFHQ, as PSLD uses it, comes in the first form (vqvae, unet, scheduler),
-    Stable Diffusion 1.5 in the second (vae, unet, scheduler, tokenizer, text_encoder). The folder
-    is as `save_pretrained` writes it. A FileNotFoundError says that a part is missing, a ValueError
-    that one is damaged or of another kind, a ModuleNotFoundError that Stable Diffusion needs the
-    package `transformers`.
+    Stable Diffusion 1.5 in the second (vae, unet, scheduler, tokenizer, text_encoder), which needs
+    the package `transformers`. The folder is as `save_pretrained` writes it.
     """
     import diffusers  # slow to import
 
-    first_stage, unet = (
-        folder / ("vqvae" if (folder / "vqvae").is_dir() else "vae"),
-        folder / "unet",
-    )
+    first_stage = folder / ("vqvae" if (folder / "vqvae").is_dir() else "vae")
+    unet = folder / "unet"
     network = load_network(first_stage, diffusers.VQModel, diffusers.AutoencoderKL)
     autoencoder = DiffusersAutoencoder(network)
     backbone = load_network(unet, diffusers.UNet2DModel, diffusers.UNet2DConditionModel)
@@ -151,7 +144,6 @@ def load_pipeline(folder: Path, schedule: Schedule | None) -> LatentPrior:
 
 @torch.no_grad()
 def _embed_nothing(folder: Path) -> Tensor:
-    """Returns the text encoder's output for an empty prompt, (1, tokens, features)."""
     try:
         from transformers import CLIPTextModel, CLIPTokenizer
     except ImportError as error:

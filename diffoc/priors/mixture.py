@@ -141,9 +141,10 @@ class GaussianMixture:
         L = torch.linalg.cholesky(with_noise(gain @ A.mT, measurement.noise_std))
         residual = measurement.y.unsqueeze(1) - self.means @ A.mT  # (B, K, m)
         log_joint = self.log_weights + log_normal(residual, L)
+        solved = torch.cholesky_solve(residual.movedim(0, -1), L)  # (K, m, B)
         return MixturePosterior(
             log_weights=log_joint.log_softmax(dim=1),
-            means=self.means + _correction(residual, L, gain),
+            means=self.means + torch.einsum("kmb,kmn->bkn", solved, gain),
             log_evidence=log_joint.logsumexp(dim=1),
             prior=self,
             measurement=measurement,
@@ -171,8 +172,6 @@ class MixturePosterior:
     Attributes:
         log_weights, means: those of the components, (B, K) and (B, K, n).
         log_evidence: log p(y), (B,).
-        prior: the mixture before the measurement.
-        measurement: what was measured.
         gain: A Sigma_k, (K, m, n).
         factor: Cholesky factor of A Sigma_k A^T + s^2 I, (K, m, m).
     """
@@ -234,7 +233,7 @@ def mixture_from_loadings(
     r"""Returns a mixture with :math:`\Sigma_k = W_k W_k^T + \psi_k I`, as in factor analysis.
 
     The log-weights (K,) are normalised here; the means are (K, n), the loadings W (K, n, r) with
-    r < n, and psi (K,). A ValueError refuses shapes that disagree, and a psi that is not positive.
+    r < n, and psi (K,), above 0.
     """
     given = {
         "loadings": loadings,
@@ -279,9 +278,3 @@ def log_normal(residual: Tensor, L: Tensor) -> Tensor:
     logdet = 2 * L.diagonal(dim1=-2, dim2=-1).log().sum(-1)
     constant = residual.shape[-1] * math.log(2 * math.pi)
     return -(whitened.square().sum(-2).movedim(-1, 0) + logdet + constant) / 2
-
-
-def _correction(residual: Tensor, L: Tensor, gain: Tensor) -> Tensor:
-    """Returns Sigma A^T S^-1 residual of every component, (B, K, n)."""
-    solved = torch.cholesky_solve(residual.movedim(0, -1), L)  # (K, m, B)
-    return torch.einsum("kmb,kmn->bkn", solved, gain)

@@ -25,8 +25,7 @@ class UNetBackbone(nn.Module):
     blocks it has each way; a level halves the resolution of the one before. `features` is the size
     of the noise level's embedding.
 
-    With `exact_means` the means of the channels of the denoiser's estimate are not the network's.
-    They are given in closed form, see :meth:`with_exact_means`.
+    With `exact_means` the means of the estimate's channels are those of :meth:`with_exact_means`.
     """
 
     mean: Tensor
@@ -149,7 +148,6 @@ class ResidualClassifier(nn.Module):
         self.head = nn.Linear(64, 10)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits (B, 10) of images (B, 1, 28, 28) in [-1, 1]."""
         return self.head(self.features(x))
 
 
@@ -170,7 +168,6 @@ class ResidualBlock(nn.Module):
         self.branch = nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps (B, channels, H, W) to the same shape."""
         return x + self.branch(x)
 
 

@@ -6,6 +6,7 @@ import inspect
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -52,6 +53,17 @@ UNSEEN = {
 }
 
 
+class Sampled(nn.Module):
+    """A network of images and timesteps, to be called as one of `diffusers` is."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor, timestep: Tensor) -> SimpleNamespace:
+        return SimpleNamespace(sample=self.network(x, timestep))
+
+
 class DiffusersDenoiser(Denoiser):
     r"""An unconditional `diffusers` network as azula denoiser.
 
@@ -66,9 +78,6 @@ class DiffusersDenoiser(Denoiser):
         prediction_type: "epsilon", "sample" (of x_0) or "v_prediction".
         schedule: of the noise, within the levels of `alphas_cumprod`, beyond which the network was
             not trained; None for :func:`schedule_within`.
-
-    Raises:
-        ValueError: for another prediction type, or a schedule that goes beyond.
     """
 
     def __init__(
@@ -84,7 +93,13 @@ class DiffusersDenoiser(Denoiser):
         self.prediction_type = prediction_type
         bar = alphas_cumprod.double().clamp(min=2**-24)
         self.schedule = schedule or schedule_within(bar)
-        _check_within(self.schedule, bar)
+        (first, last), (least, most) = _ratios_of(self.schedule), _ratios(bar)
+        # The usual schedules differ from the usual betas by less than a hundredth.
+        if first < 0.99 * least or last > 1.01 * most:
+            raise ValueError(
+                f"schedule has sigma / alpha from {first:.3g} to {last:.3g}, but the network was "
+                f"trained from {least:.3g} to {most:.3g}: leave schedule out, or take one within"
+            )
         self.register_buffer("log_snr", (bar / (1 - bar)).log(), persistent=False)
 
     def timestep(self, log_snr: Tensor) -> Tensor:
@@ -96,7 +111,6 @@ class DiffusersDenoiser(Denoiser):
         return len(increasing) - 1 - (index - 1 + fraction)
 
     def forward(self, x_t: Tensor, t: Tensor, **kwargs: object) -> DiracPosterior:
-        """Returns the estimate of x_0 given x_t (B, C, H, W) at time t, () or (B,)."""
         alpha, sigma = scales_of_images(self.schedule, t, x_t)
         scale = torch.rsqrt(alpha**2 + sigma**2)
         signal, noise, x = scale * alpha, scale * sigma, scale * x_t
@@ -149,18 +163,8 @@ def _ratios(alphas_cumprod: Tensor) -> tuple[float, float]:
     return ratios[0].item(), ratios[1].item()
 
 
-def _check_within(schedule: Schedule, alphas_cumprod: Tensor) -> None:
-    (first, last), (least, most) = _ratios_of(schedule), _ratios(alphas_cumprod)
-    # The usual schedules differ from the usual betas by less than a hundredth.
-    if first < 0.99 * least or last > 1.01 * most:
-        raise ValueError(
-            f"schedule has sigma / alpha from {first:.3g} to {last:.3g}, but the network was "
-            f"trained from {least:.3g} to {most:.3g}: leave schedule out, or take one within"
-        )
-
-
 def from_hub(name: str) -> Path:
-    """Returns the folder of a model "owner/name", downloaded if need be; raises as `load_prior`."""
+    """Returns the folder of a model "owner/name", downloaded if need be."""
     folder = cache_folder() / "hub"
     try:
         return Path(
@@ -186,10 +190,7 @@ def from_hub(name: str) -> Path:
 
 
 def load_pixel_model(folder: Path, schedule: Schedule | None) -> DiffusersDenoiser:
-    """Returns the unconditional `UNet2DModel` of a folder, or of the pipeline in it.
-
-    Raises as `load_prior`.
-    """
+    """Returns the unconditional `UNet2DModel` of a folder, or of the pipeline in it."""
     from diffusers import UNet2DModel  # slow to import
 
     unet = folder / "unet" if (folder / "unet").is_dir() else folder
@@ -201,11 +202,7 @@ def load_pixel_model(folder: Path, schedule: Schedule | None) -> DiffusersDenois
 
 @torch.no_grad()
 def try_network(network: Any, channels: int, folder: Path) -> None:
-    """Evaluates a UNet at its smallest size: some wrong settings show nowhere before.
-
-    A ValueError that names its folder says if it fails, or makes no prediction of images with so
-    many channels.
-    """
+    """Evaluates a UNet at its smallest size: some wrong settings show nowhere before."""
     try:
         side = 2 ** len(network.config.block_out_channels)
         output = network(torch.zeros(1, channels, side, side), torch.ones(1)).sample
@@ -223,13 +220,7 @@ def try_network(network: Any, channels: int, folder: Path) -> None:
 
 
 def load_network(folder: Path, *kinds: type[ModelMixin]) -> ModelMixin:
-    """Returns a network of `diffusers`, of one of these kinds, of a folder, whose code never runs.
-
-    Raises:
-        FileNotFoundError: if the weights are missing.
-        ValueError: if they are damaged, settings or weights are those of another network, or it
-            needs more than images and timesteps.
-    """
+    """Returns a folder's network of `diffusers`, of one of these kinds; code in it never runs."""
     config = read_json(folder / "config.json")
     found = config.get("_class_name")
     kind = next((kind for kind in kinds if kind.__name__ == found), None)
@@ -281,10 +272,7 @@ def load_network(folder: Path, *kinds: type[ModelMixin]) -> ModelMixin:
 
 
 def sides_of(network: ModelMixin) -> tuple[int, int]:
-    """Returns height and width of what a network of `diffusers` was made for.
-
-    A ValueError says that its settings do not say.
-    """
+    """Returns height and width of what a network of `diffusers` was made for."""
     size = network.config.sample_size
     sides = tuple(size) if isinstance(size, list | tuple) else (size, size)
     if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
@@ -296,10 +284,7 @@ def sides_of(network: ModelMixin) -> tuple[int, int]:
 
 
 def alphas_cumprod_of(folder: Path) -> tuple[Tensor, str]:
-    """Returns what a pipeline's scheduler says: the levels (steps,), and the prediction type.
-
-    It raises as :func:`load_prior`.
-    """
+    """Returns what a pipeline's scheduler says: the levels (steps,), and the prediction type."""
     import diffusers
 
     home = folder / "scheduler" if (folder / "scheduler").is_dir() else folder
@@ -330,7 +315,7 @@ def alphas_cumprod_of(folder: Path) -> tuple[Tensor, str]:
 
 
 def read_json(path: Path) -> dict:
-    """Returns the content of one of a pipeline's json files; raises as :func:`load_prior`."""
+    """Returns the content of one of a pipeline's json files."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: expected a diffusers model or pipeline there")
     try:

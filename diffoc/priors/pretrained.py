@@ -33,11 +33,7 @@ from diffoc.priors.pipelines import (
 )
 from diffoc.priors.weights import difference, load_into, read_checkpoint
 
-SHIPPED = {
-    "mnist": (1, 28, 28),
-    "faces64": (3, 64, 64),
-    "faces64_latent": (6, 16, 16),
-}
+SHIPPED = {"mnist": (1, 28, 28), "faces64": (3, 64, 64), "faces64_latent": (6, 16, 16)}
 
 # Sizes: that of imagenet256 is exact, as its checksum is; those of ffhq256 and of the latent one,
 # which holds its network twice, are four bytes a parameter; ffhq64's is a rough one.
@@ -172,7 +168,9 @@ def load_prior(
             "of `python -m diffoc train`, ending in .pt"
         )
     if name in SHIPPED and name.endswith("_latent"):
-        prior = _with_autoencoder(prior, name)
+        images = name.removesuffix("_latent")
+        prior = LatentPrior(prior, load_autoencoder(f"{images}_autoencoder"))
+        prior.decoded_shape = SHIPPED[images]
     elif hasattr(prior, "image_shape"):
         shape = prior.image_shape
     if shape is None:
@@ -182,13 +180,6 @@ def load_prior(
 
 
 # --- ours -----------------------------------------------------------------------------------------
-
-
-def _with_autoencoder(denoiser: Denoiser, name: str) -> Denoiser:
-    images = name.removesuffix("_latent")
-    prior = LatentPrior(denoiser, load_autoencoder(f"{images}_autoencoder"))
-    prior.decoded_shape = SHIPPED[images]
-    return prior
 
 
 def _network_of_checkpoint(path: Path) -> tuple[nn.Module, str]:
@@ -278,7 +269,6 @@ class EDMDenoiser(Denoiser):
         self.schedule = schedule
 
     def forward(self, x_t: Tensor, t: Tensor, **kwargs: object) -> DiracPosterior:
-        """Returns the estimate of x_0 given x_t (B, C, H, W) at time t, () or (B,)."""
         alpha, sigma = scales_of_images(self.schedule, t, x_t)
         ratio = (sigma / alpha).flatten().expand(len(x_t))
         return DiracPosterior(self.backbone(x_t / alpha, ratio).to(x_t))

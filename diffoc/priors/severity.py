@@ -16,7 +16,7 @@ from diffoc.priors.weights import load_shipped
 
 
 class SeverityEncoder(nn.Module):
-    """Maps pictures (B, colours, H, W) in [-1, 1] to latents and severities.
+    """Maps pictures (B, colours, H, W) to estimates of latents, and log severities (B,).
 
     The latents are (B, latents, H / fold, W / fold). `channels` and `blocks` say how wide each
     level of the network is, and how many residual blocks it has each way.
@@ -37,7 +37,6 @@ class SeverityEncoder(nn.Module):
         )
 
     def forward(self, picture: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the latents' estimate (B, latents, h, w) and log severities (B,)."""
         output = self.unet(nn.functional.pixel_unshuffle(picture, self.fold))
         return output[:, :-1], output[:, -1].flatten(1).mean(1)
 

@@ -22,9 +22,8 @@ TRAINED_ON = dict.fromkeys(("mnist", "classifier", "judge"), "mnist") | {
 def write_weights(network: nn.Module, name: str, folder: Path) -> Path:
     """Writes a network's weights as `name`.safetensors, and its entry in the folder's manifest.
 
-    A ValueError refuses a name that is no key of :data:`TRAINED_ON`, and weights that are not
-    finite: nothing is written then. An OSError says that the file cannot be written; an older one
-    is then as it was. What was measured and not trained, the buffers, keeps its precision.
+    The name is a key of :data:`TRAINED_ON`. What was measured and not trained, the buffers, keeps
+    its precision. Where anything is wrong, an older file is left as it was.
     """
     check_member(TRAINED_ON, name=name)
     measured = {key for key, _ in network.named_buffers()}
@@ -35,10 +34,7 @@ def write_weights(network: nn.Module, name: str, folder: Path) -> Path:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Returns the float32 weights in a file of :func:`write_weights`, wherever it lies.
-
-    A FileNotFoundError says that there is none, a ValueError that it is damaged or of another kind.
-    """
+    """Returns the float32 weights in a file of :func:`write_weights`, wherever it lies."""
     if not path.is_file():
         raise FileNotFoundError(f"path {path} is no file: name the weights of an earlier training")
     try:
@@ -63,11 +59,7 @@ def difference(network: nn.Module, weights: Mapping[str, object]) -> str | None:
 
 
 def load_into(network: nn.Module, weights: Mapping[str, Any], place: Path | str) -> None:
-    """Gives a network its weights, all of its state, in its own precision.
-
-    A ValueError, which names the place that they are from, refuses weights of another network, or
-    that are not finite; the network is then as it was.
-    """
+    """Gives a network weights, all of its state, in its own precision; errors name their place."""
     if found := difference(network, weights):
         raise ValueError(f"{place} holds another network: {found}")
     for name, value in weights.items():
@@ -77,10 +69,7 @@ def load_into(network: nn.Module, weights: Mapping[str, Any], place: Path | str)
 
 
 def read_checkpoint(path: Path) -> dict:
-    """Returns what :func:`diffoc.training.trainer.save` wrote into a checkpoint, on the CPU.
-
-    A FileNotFoundError says that there is none, a ValueError that it is damaged or something else.
-    """
+    """Returns what :func:`diffoc.training.trainer.save` wrote into a checkpoint, on the CPU."""
     if not path.is_file():
         raise FileNotFoundError(f"path {path} is no checkpoint: call start() for a new run")
     state = read_torch_file(path)
@@ -100,12 +89,7 @@ Network = TypeVar("Network", bound=nn.Module)
 def load_shipped(
     builders: Mapping[str, Callable[[], Network]], name: str, folder: Path | None = None
 ) -> Network:
-    """Returns a trained network by name, of those that can be built, to evaluate in float32.
-
-    Its weights lie in a folder, by default the repository's `data/`. A ValueError refuses another
-    name and weights that are not those of the manifest; a FileNotFoundError says that they are
-    missing.
-    """
+    """Returns a trained network by name, in float32, to evaluate; the default folder is `data/`."""
     check_member(builders, name=name)
     network = builders[name]()
     load_into(network, load_weights(name, folder), f"{name}.safetensors")

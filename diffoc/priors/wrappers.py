@@ -1,7 +1,6 @@
 """A network of one's own as a prior."""
 
 from collections.abc import Callable, Sequence
-from types import SimpleNamespace
 
 import torch
 from azula.denoise import Denoiser
@@ -9,7 +8,7 @@ from azula.noise import Schedule
 from torch import Tensor, nn
 
 from diffoc.checks import as_numbers, check_kind, check_shape, one_line, shown
-from diffoc.priors.pipelines import DiffusersDenoiser, check_schedule
+from diffoc.priors.pipelines import DiffusersDenoiser, Sampled, check_schedule
 from diffoc.priors.pretrained import EDMDenoiser, default_schedule
 
 
@@ -24,7 +23,6 @@ class _Network(nn.Module):
         self.network = network
 
     def forward(self, x: Tensor, level: Tensor) -> Tensor:
-        """Returns the output, like `x`; a ValueError refuses one that is no prediction."""
         copy = x.clone()
         try:
             output = self.network(copy, level)
@@ -48,18 +46,6 @@ class _Network(nn.Module):
                 "leave out its no_grad() or detach()"
             )
         return output.to(x)
-
-
-class _Output(nn.Module):
-    """The same, for a network that is called as those of `diffusers`."""
-
-    def __init__(self, network: Callable[[Tensor, Tensor], Tensor]) -> None:
-        super().__init__()
-        self.network = _Network(network)
-
-    def forward(self, x: Tensor, timestep: Tensor) -> SimpleNamespace:
-        """Returns the output as attribute `sample`."""
-        return SimpleNamespace(sample=self.network(x, timestep))
 
 
 def wrap(
@@ -91,7 +77,7 @@ def wrap(
     Raises:
         ValueError: if an argument is out of its range.
     """
-    backbone = _Output(network)
+    backbone = Sampled(_Network(network))
     check_schedule(schedule)
     bar = as_numbers("alphas_cumprod", alphas_cumprod)
     if bar.ndim != 1 or len(bar) < 2 or not (bar.diff() < 0).all() or not 0 <= bar[-1] < bar[0] < 1:

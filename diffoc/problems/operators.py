@@ -16,10 +16,7 @@ Operator = Callable[[Tensor], Tensor]
 
 
 def average_pool(factor: int) -> Operator:
-    """Returns down-sampling to (B, C, H / factor, W / factor) by the mean over squares of pixels.
-
-    A ValueError refuses a factor below 1, and an image that it does not divide.
-    """
+    """Returns down-sampling to (B, C, H / factor, W / factor) by the mean of squares of pixels."""
     check_whole(1, factor=factor)
 
     def operator(x: Tensor) -> Tensor:
@@ -33,8 +30,7 @@ def average_pool(factor: int) -> Operator:
 def random_mask(shape: Sequence[int], dropped: float, generator: torch.Generator) -> Operator:
     """Returns random inpainting, (B, C, H, W) to (B, C, kept), by one mask (H, W) for all.
 
-    A fraction of the pixels is dropped, in [0, 1[. A ValueError refuses other fractions and shapes,
-    and an image of another size.
+    A fraction of the pixels is dropped, in [0, 1[.
     """
     if not 0 <= dropped < 1:
         raise ValueError(f"dropped is {dropped}, expected 0 <= dropped < 1")
@@ -57,8 +53,7 @@ def random_mask(shape: Sequence[int], dropped: float, generator: torch.Generator
 def as_matrix(operator: Operator, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Returns the matrix (m, n) of a linear operator, from its action on the n unit images.
 
-    The shape is that of one image. A ValueError refuses an operator that is seen not to be linear,
-    on zero and on a ramp.
+    The shape is that of one image. Linearity is tried on zero and on a ramp.
     """
     check_shape(shape, "n" * len(shape))
     ramp = torch.linspace(-1, 1, torch.Size(shape).numel(), dtype=dtype).reshape(1, *shape)
@@ -72,10 +67,7 @@ def as_matrix(operator: Operator, shape: Sequence[int], dtype: torch.dtype) -> T
 class LinearMeasurement:
     r"""Linear Gaussian measurements :math:`y \sim N(A x_0, s^2 I)` of flat states.
 
-    Attributes:
-        matrix: A, shape (m, n).
-        y: the measurements, shape (B, m).
-        noise_std: s > 0, in the units of the image.
+    The matrix A is (m, n), the measurements y are (B, m), and `noise_std` is s > 0.
     """
 
     matrix: Tensor

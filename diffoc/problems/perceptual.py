@@ -86,8 +86,7 @@ def perceptual_metrics(
     """Returns LPIPS of images, (B,) each on the CPU, and for other names why there is none.
 
     Images are (B, C, H, W), C 1 or 3, H and W at least 32, and are clipped to [-1, 1]; grey becomes
-    three channels. Names are keys of :data:`LPIPS`, and a network sees `batch` images at once. A
-    ValueError refuses other shapes or names, values that are not finite, and damaged weights.
+    three channels. Names are keys of :data:`LPIPS`, and a network sees `batch` images at once.
 
     Source: Zhang et al. 2018, arXiv:1801.03924, version 0.1 of the package.
     """
@@ -114,11 +113,7 @@ def perceptual_metrics(
 
 
 def lpips_network(net: str) -> nn.Module:
-    """Returns the package's LPIPS, of images (B, 3, H, W) in [-1, 1], by "alex" or "vgg".
-
-    A FileNotFoundError says which weights are missing, from where and where to; a ValueError that
-    they are damaged; a ModuleNotFoundError that the package is missing.
-    """
+    """Returns the package's LPIPS, of images (B, 3, H, W) in [-1, 1], by "alex" or "vgg"."""
     return _lpips_network(net, find(WEIGHTS[net], _hub_folder()))
 
 
@@ -143,8 +138,8 @@ def _lpips_network(net: str, path: Path) -> nn.Module:
 def inception() -> nn.Module:
     """Returns the network of FID: images (B, 3, H, W) uint8 to features (B, 2048).
 
-    It is torchmetrics', resizing to 299 x 299 as the original TensorFlow code does. It raises as
-    :func:`lpips_network`; torch-fidelity is the package that has the network.
+    It is torchmetrics', resizing to 299 x 299 as the original TensorFlow code does; torch-fidelity
+    is the package that has the network.
     """
     path = find(WEIGHTS["inception"], _hub_folder())
     read_torch_file(path)  # refuses a file with code in it, which torch-fidelity would run

@@ -30,11 +30,7 @@ class Reconstructor(deepinv.models.Reconstructor):
         self.prior, self.recipe, self.noise_std, self.seed = prior, recipe, noise_std, seed
 
     def forward(self, y: Tensor, physics: Physics, **kwargs: object) -> Tensor:
-        """Images (B, C, H, W) of measurements `y`, (B, ...).
-
-        Raises:
-            ValueError: as :func:`diffoc.reconstruct`, or if the noise's deviation is not known.
-        """
+        """Returns images (B, C, H, W) of measurements `y`, (B, ...)."""
         check_kind(Physics, physics=physics)
         check_whole(0, seed=self.seed)
         noise_std = self.noise_std

@@ -100,8 +100,7 @@ def random_inpainting(
 ) -> Inpainting:
     """Returns an operator on (C, H, W) that drops a fraction of the pixels, in [0, 1[, at random.
 
-    All channels and images drop the same, and A has zeros in their place. A ValueError refuses a
-    fraction that keeps no pixel.
+    All channels and images drop the same, and A has zeros in their place.
     """
     check_shape(shape, "CHW")
     _, height, width = shape
@@ -122,8 +121,7 @@ def box_inpainting(
     """Returns an operator on (C, H, W) that drops a square at a random place; A has zeros there.
 
     All channels and images drop the same. The side of the square is by default half of the image's
-    shorter side, its margin, the least distance to the border, a sixteenth of it, in pixels. A
-    ValueError refuses a square that does not fit with its margins.
+    shorter side, its margin, the least distance to the border, a sixteenth of it, in pixels.
     """
     check_shape(shape, "CHW")
     _, height, width = shape
@@ -205,10 +203,7 @@ TASKS: dict[str, Callable[[Sequence[int], torch.Generator], Physics]] = {
 
 
 def task(name: str, shape: Sequence[int], generator: torch.Generator) -> Physics:
-    """Returns a task of :data:`TASKS` for images (C, H, W); a ValueError refuses another name.
-
-    The generator, on the CPU, draws masks and kernels.
-    """
+    """Returns a task of :data:`TASKS` for images (C, H, W); the generator is on the CPU."""
     check_shape(shape, "CHW")
     check_member(TASKS, task=name)
     return TASKS[name](shape, generator)
@@ -222,7 +217,7 @@ class PerImage(Physics):
         self.parts = list(parts)
 
     def A(self, x: Tensor, **kwargs: object) -> Tensor:
-        """Returns measurements (B, ...); a ValueError refuses images of another batch size."""
+        """Returns measurements (B, ...) of images (B, C, H, W)."""
         return _each([part.A for part in self.parts], x)
 
 
@@ -287,7 +282,6 @@ def measure(
 
     The physics was made by a function of this module. The noise is Gaussian; where nothing is
     measured there is none unless it is asked for, `on_dropped` pixels; its generator is on the CPU.
-    A ValueError refuses images of a size that the physics is not for.
     """
     check_images("x", x)
     check_at_least(0, noise_std=noise_std)
@@ -328,8 +322,6 @@ def _blur(kernel: Tensor) -> Blur:
 
 
 class _CameraBlur(nn.Module):
-    """See :func:`nonlinear_blur`."""
-
     def __init__(self, kernel: Tensor) -> None:
         super().__init__()
         self.register_buffer("kernel", kernel[None, None].float())

@@ -23,13 +23,7 @@ from diffoc.process import ReverseProcess
 
 
 def believed_covariance(process: ReverseProcess, costs: Tensor, x: Tensor) -> Tensor:
-    """Returns S of a linear process of flat states, (n, n).
-
-    Args:
-        process: linear in state and control.
-        costs: r of every step, (T,), above 0.
-        x: any start, (1, n).
-    """
+    """Returns S of a linear process of flat states, (n, n), by any x and costs (T,) above 0."""
     controls = torch.zeros(process.horizon, *x.shape, dtype=x.dtype)
     J = torch.autograd.functional.jacobian(lambda u: process.rollout(x, u)[-1, 0], controls)
     J = J[:, :, 0]  # (n, T, n)
@@ -40,13 +34,10 @@ def believed_covariance(process: ReverseProcess, costs: Tensor, x: Tensor) -> Te
 def believed_draws(
     process: ReverseProcess, costs: Tensor, x: Tensor, generator: torch.Generator
 ) -> Tensor:
-    """Draws of the believed prior of any process: its ends under u_i ~ N(0, 1 / r_i), (B, ...).
+    """Returns draws of any process's believed prior: ends, (B, ...), under u_i ~ N(0, 1 / r_i).
 
-    Args:
-        process: deterministic, or with its noise frozen.
-        costs: r of every step, (T,), above 0.
-        x: the starts, (B, ...).
-        generator: of the controls.
+    The process is deterministic, or has its noise frozen. The costs are r of every step, (T,),
+    above 0; the starts are (B, ...).
     """
     controls = torch.randn(process.horizon, *x.shape, generator=generator, dtype=x.dtype)
     shape = (-1, *[1] * x.ndim)
@@ -65,15 +56,9 @@ def langevin(
     .. math:: x' = x + \tau \nabla \log \pi(x) + \sqrt{2 \tau} \, \epsilon , \quad \text{kept with}
               \quad \min\Big(1, \frac{\pi(x') q(x \mid x')}{\pi(x) q(x' \mid x)}\Big)
 
-    Args:
-        log_density: maps (B, n) to (B,), differentiable, up to a constant.
-        x: the starts, (B, n).
-        step: tau, above 0.
-        count: of steps.
-        generator: of proposals and decisions.
-
-    Returns:
-        The ends, (B, n), and the share of proposals that were kept.
+    The log-density, known up to a constant, maps (B, n) to (B,) and is differentiable; tau is
+    `step`. The ends of `count` steps from x, (B, n), are returned, and the share of proposals that
+    were kept.
 
     Source: Roberts & Tweedie 1996, doi:10.2307/3318418.
     """
@@ -106,11 +91,9 @@ def effective_draws(chains: Tensor) -> float:
 
     .. math:: \frac{L B}{1 + 2 \sum_k \rho_k}
 
-    with the autocorrelation :math:`\rho_k` of deviations from the mean of all, summed up to
-    where the sum of two that follow each other is negative (Geyer 1992, doi:10.1214/ss/1177011137).
-
-    Args:
-        chains: a number of the state, L times of B chains, (L, B), L at least 2.
+    The chains, (L, B), have a number of the state at L times, at least 2. The autocorrelation
+    :math:`\rho_k` is that of deviations from the mean of all, summed up to where the sum of two
+    that follow each other is negative (Geyer 1992, doi:10.1214/ss/1177011137).
     """
     deviations = (chains - chains.mean()).double()
     length = len(chains)

@@ -54,10 +54,7 @@ class Certificate:
 
     @property
     def mean_work(self) -> tuple[float, float]:
-        """Returns the expected work, by -log w, and its standard error, in nats.
-
-        This is what ranks methods on one chain.
-        """
+        """Returns the mean of -log w, the expected work, and its standard error, in nats."""
         count = len(self.log_weights)
         return -self.log_weights.mean().item(), self.log_weights.std().item() / count**0.5
 
@@ -78,8 +75,7 @@ class Certificate:
     def divergence(self, log_evidence: tuple[float, float]) -> tuple[float, float]:
         """Returns KL(guided paths || posterior's) in nats, with its standard error.
 
-        Args:
-            log_evidence: log Z and its standard error, best from a well guided run of the chain.
+        Log Z and its standard error are best those of a well guided run of the chain.
         """
         (work, work_error), (log_Z, error) = self.mean_work, log_evidence
         return work + log_Z, math.hypot(work_error, error)
@@ -89,16 +85,11 @@ class Certificate:
 def certify(
     process: ReverseProcess, cost: Callable[[Tensor], Tensor], guidance: Guidance, x: Tensor
 ) -> Certificate:
-    """Runs the guided chain and accounts for it.
+    """Runs a guided chain and accounts for it.
 
-    Args:
-        process: "ddpm", with the noise of all runs; its prior may be a network.
-        cost: l, maps x_0 (B, ...) to (B,).
-        guidance: the shifts; zero where the chain has no noise.
-        x: the starts, (B, ...), drawn as :meth:`ReverseProcess.initial_state` does.
-
-    Raises:
-        ValueError: if the process has no noise, or a step without noise is guided.
+    The process is "ddpm", with the noise of all runs; its prior may be a network. The cost l maps
+    x_0 (B, ...) to (B,). The guidance is zero where the chain has no noise. The starts x, (B, ...),
+    are drawn as :meth:`ReverseProcess.initial_state` does.
     """
     if process.noise is None:
         raise ValueError("process has no noise: a certificate needs method 'ddpm'")
@@ -126,11 +117,8 @@ def noise_priced(process: ReverseProcess, score: Score) -> Guidance:
     r"""Returns the shift :math:`c_i^2 \hat g(\mu_i(x), t_{i+1})` of an estimate of the score.
 
     It is what the quadratic price :math:`|u|^2 / (2 c^2)` makes of V = -log h to first order, with
-    the gradient taken where the control acts, as in Theorem 4.1's output mode.
-
-    Args:
-        process: the chain.
-        score: the estimate; it is not asked at time 0 if no noise is left there.
+    the gradient taken where the control acts, as in Theorem 4.1's output mode. The estimate is not
+    asked at time 0 if no noise is left there.
     """
 
     def guidance(i: int, x: Tensor, mean: Tensor) -> Tensor:

@@ -1,15 +1,13 @@
 r"""The paper's statements that take seconds to check, each as one number, in float64.
 
-`data/claims.yaml` names these functions; :mod:`diffoc.experiments.ledger` compares what they return
-with what is written there. Most are the distance between the controller and a computation that does
-not use it: gradients through whole rollouts, closed forms of Gaussians, a dense solve. Errors are
-relative.
+`data/claims.yaml` names these functions, and groups of :mod:`diffoc.theory.identities`;
+:mod:`diffoc.experiments.ledger` compares what they return with what is written there. Most are the
+distance between the controller and a computation that does not use it. Errors are relative.
 """
 
 from itertools import pairwise
 
 import torch
-from azula.noise import VPSchedule
 from torch import Tensor
 from torch.distributions import MultivariateNormal
 from torch.utils.flop_counter import FlopCounterMode
@@ -25,20 +23,14 @@ from diffoc.process import ReverseProcess, drift_and_diffusion
 from diffoc.rules import Adam, FullStep
 from diffoc.solve import solve
 from diffoc.system import ControlProblem
-from diffoc.theory.identities import (
-    first_order_errors,
-    posterior_by_control,
-    predictor_corrector_error,
-    second_order_slope,
-    standard_normal_scores,
-    uncontrolled,
-)
+from diffoc.theory.identities import second_order_slope, uncontrolled
 from diffoc.theory.linear_gaussian import (
     LinearGaussian,
     exact_kernel_problem,
     fitted_slope,
     linear_gaussian,
     relative_error,
+    standard_normal,
 )
 from diffoc.theory.rollouts import end_of_guided_flow, euler, one_sweep
 
@@ -48,29 +40,14 @@ STEPS = 20
 # Section 4
 
 
-def theorem_4_1() -> float:
-    """Returns the worst error of first-order output controls against gradients at h(x_t) / a."""
-    return max(first_order_errors("output", STEPS).values())
-
-
 def theorem_4_1_second_order() -> float:
     """Returns the slope of the error against a, in logarithms, V_xx kept, in output mode."""
     return second_order_slope("output", STEPS)
 
 
-def theorem_4_3() -> float:
-    """Returns the worst error of first-order input controls against gradients at x_t / a."""
-    return max(first_order_errors("input", STEPS).values())
-
-
 def theorem_4_3_second_order() -> float:
     """Does as :func:`theorem_4_1_second_order`, in input mode."""
     return second_order_slope("input", STEPS)
-
-
-def predictor_corrector() -> float:
-    """Returns the worst error of input-mode states against predictions and corrections."""
-    return predictor_corrector_error(100.0, STEPS)
 
 
 def lemma_4_2() -> float:
@@ -106,20 +83,10 @@ def kl_control() -> float:
     return max(errors)
 
 
-def posterior_of_exact_kernels() -> float:
-    """Returns the worst error of the moments that control with exact kernels ends in."""
-    return max(row.error for row in posterior_by_control())
-
-
-def scores_in_one_dimension() -> float:
-    """Returns the worst error of scores of N(0, 1): true, by rollout, by Tweedie (DPS)."""
-    return max(row.error for row in standard_normal_scores())
-
-
 def rollout_score_ratio() -> float:
     """Returns how much longer the rollout's gradient is than the score: N(0, 1), t = 1/2."""
     s, y, time = 0.1, 0.7, 0.5
-    prior, _ = _standard_normal()
+    prior, _ = standard_normal()
     x = torch.full((1, 1), 0.3, dtype=torch.float64, requires_grad=True)
     log_likelihood = -((y - prior.flow(x, time, 0.0)) ** 2).sum() / (2 * s**2)
     (gradient,) = torch.autograd.grad(log_likelihood, x)
@@ -135,15 +102,12 @@ def value_gradient() -> float:
     worst = 0.0
 
     def rest(i: int) -> ControlProblem:
-        """Returns the problem of the steps from i on."""
-
-        def dynamics(j: int, x: Tensor, u: Tensor) -> Tensor:
-            return problem.dynamics(i + j, x, u)
-
-        def running_cost(j: int, x: Tensor, u: Tensor) -> Tensor:
-            return problem.running_cost(i + j, x, u)
-
-        return ControlProblem(dynamics, running_cost, problem.terminal_cost, 10 - i)
+        return ControlProblem(
+            lambda j, x, u: problem.dynamics(i + j, x, u),
+            lambda j, x, u: problem.running_cost(i + j, x, u),
+            problem.terminal_cost,
+            10 - i,
+        )
 
     for i in range(10):
         h, eye = 1e-3, torch.eye(8, dtype=torch.float64)
@@ -209,7 +173,7 @@ def spread_of_guided_flow() -> float:
 
 def spread_of_posterior() -> float:
     """Returns the posterior's standard deviation in the setting of the guided flow."""
-    prior, one = _standard_normal()
+    prior, one = standard_normal()
     posterior = prior.posterior(LinearMeasurement(one, 0.7 * one, 0.5))
     return posterior.covariance.sqrt().item()
 
@@ -342,7 +306,7 @@ def range_of_low_rank() -> float:
 
 def evaluations_of_table_2() -> float:
     """Returns the evaluations of 100 iterations with T = 50, counted on a prior of one pixel."""
-    prior, one = _standard_normal()
+    prior, one = standard_normal()
     process = ReverseProcess(prior, 50)
 
     def evaluations(iterations: int) -> float:
@@ -364,14 +328,8 @@ def megabytes_of_an_image() -> float:
     return torch.empty(3, 256, 256).nbytes / 1e6
 
 
-def _standard_normal() -> tuple[GaussianPrior, Tensor]:
-    """Returns the prior N(0, 1), and the number one, (1, 1)."""
-    one = torch.ones(1, 1, dtype=torch.float64)
-    return GaussianPrior(torch.zeros(1, dtype=torch.float64), one, VPSchedule(sigma_min=0.0)), one
-
-
 def _guided_flow() -> tuple[float, float]:
-    prior, _ = _standard_normal()
+    prior, _ = standard_normal()
     return end_of_guided_flow(prior, lambda x, t: (0.7 - x) / 0.5**2, 1000)
 
 

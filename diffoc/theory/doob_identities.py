@@ -19,7 +19,7 @@ from diffoc.costs import ControlCost
 from diffoc.ilqr import ilqr
 from diffoc.lowrank import MatrixFree
 from diffoc.priors.gaussian import GaussianPrior
-from diffoc.priors.mixture import MixturePosterior, with_noise
+from diffoc.priors.mixture import with_noise
 from diffoc.problems.operators import LinearMeasurement
 from diffoc.process import ReverseProcess, drift_and_diffusion
 from diffoc.system import ControlProblem
@@ -28,11 +28,11 @@ from diffoc.theory.certificate import Guidance
 from diffoc.theory.identity import EXACT, QUADRATURE, SLOPE, Identity
 from diffoc.theory.line import LIKELIHOODS, PRIORS, LineProblem, linear
 from diffoc.theory.linear_gaussian import (
-    LinearGaussian,
-    as_mixture,
     fitted_slope,
     linear_gaussian,
+    posterior_from,
     relative_error,
+    reverse_kernels,
 )
 from diffoc.theory.most_likely_path import bimodal_prior
 from diffoc.theory.riccati_draws import ancestral_mean, low_rank_draw, noise_price, riccati_draws
@@ -40,7 +40,6 @@ from diffoc.theory.riccati_sampler import (
     ancestral_kernels,
     path_divergence,
     propagate,
-    reverse_kernels,
     riccati_policies,
 )
 
@@ -200,12 +199,6 @@ def draws_by_products() -> Iterator[Identity]:
     yield Identity("Draws by products: every weight is p(y|x_T)", where, error, EXACT)
 
 
-def posterior_from(setting: LinearGaussian, x: Tensor) -> MixturePosterior:
-    """Returns p(x_0 | x_1 = x, y) of a setting by conditioning a mixture of one, for x (1, n)."""
-    scales = setting.prior.schedule(torch.ones((), dtype=torch.float64))
-    return as_mixture(setting.prior).given_noisy(x, *scales).given(setting.measurement)
-
-
 def low_rank_error(m: int = 40, k: int = 5, r: float = 0.3) -> float:
     """Returns the error of the covariance of low-rank draws against a dense inverse."""
     g = torch.Generator().manual_seed(0)
@@ -303,7 +296,6 @@ def _path_law(process: ReverseProcess, guidance: Guidance) -> tuple[Tensor, Tens
 def believed_prior() -> Iterator[Identity]:
     """The plan ends in the posterior mean of the prior that its cost believes in."""
     setting = linear_gaussian(n=6, m=3)
-    A, y, s = setting.measurement.matrix, setting.measurement.y, setting.measurement.noise_std
     x = torch.randn(1, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     costs = torch.linspace(0.5, 3, 10, dtype=torch.float64)
     for mode in ("input", "output"):
@@ -312,7 +304,7 @@ def believed_prior() -> Iterator[Identity]:
         plan = ilqr(problem, x, regularization=0.0, iterations=1).states[-1]
         S = believed_covariance(process, costs, x)
         believed = GaussianPrior(process.rollout(x)[-1][0], S, setting.prior.schedule)
-        exact = believed.posterior(LinearMeasurement(A, y, s)).mean
+        exact = believed.posterior(setting.measurement).mean
         yield Identity(
             "The plan's end = posterior mean for N(x_0, sum J J' / r)",
             f"DDIM, {mode} mode, n = 6, T = 10",

@@ -11,7 +11,8 @@ With :math:`m = E[x_0 \mid x_t]`, its Jacobian J and Tweedie's covariance
         \big(E[x_0 \mid x_t, y] - m\big), \text{ by weighted draws of } x_0 \mid x_t .
 
 The second is exact for a Gaussian prior (arXiv:2405.13712). The last is the two Tweedie formulas
-subtracted, see notebook 14; its weights are the likelihoods of the draws.
+subtracted, see notebook 14; its weights are the likelihoods of the draws. A cost l maps x_0
+(B, ...) to -log p(y | x_0), (B,).
 """
 
 from collections.abc import Callable, Sequence
@@ -31,12 +32,7 @@ Score = Callable[[Tensor, Tensor], Tensor]
 
 
 def tweedie_score(prior: Denoiser, cost: Callable[[Tensor], Tensor]) -> Score:
-    """Returns the gradient of DPS, which takes x_0 for its mean.
-
-    Args:
-        prior: of states of any shape, a network too.
-        cost: maps x_0 (B, ...) to -log p(y | x_0), (B,).
-    """
+    """Returns the gradient of DPS, which takes x_0 for its mean; the prior may be a network."""
 
     def score(x: Tensor, t: Tensor) -> Tensor:
         x = x.detach().requires_grad_()
@@ -50,9 +46,7 @@ def tweedie_score(prior: Denoiser, cost: Callable[[Tensor], Tensor]) -> Score:
 def covariance_score(prior: Denoiser, measurement: LinearMeasurement) -> Score:
     """Returns the gradient that takes x_0 for a Gaussian of its mean and covariance.
 
-    Args:
-        prior: of states (B, n).
-        measurement: of m numbers, y (1, m); a call costs m vector-Jacobian products.
+    The states are (B, n), y is (1, m). A call costs m vector-Jacobian products.
     """
     A, y, s = measurement.matrix, measurement.y, measurement.noise_std
 
@@ -71,13 +65,7 @@ def covariance_score(prior: Denoiser, measurement: LinearMeasurement) -> Score:
 
 
 def rollout_score(prior: Denoiser, cost: Callable[[Tensor], Tensor], steps: int = 20) -> Score:
-    """Returns the paper's gradient, through DDIM steps from t > 0 to the image.
-
-    Args:
-        prior: of states of any shape.
-        cost: maps x_0 (B, ...) to -log p(y | x_0), (B,).
-        steps: of the rollout.
-    """
+    """Returns the paper's gradient, through so many DDIM steps from t > 0 to the image."""
 
     def score(x: Tensor, t: Tensor) -> Tensor:
         x = x.detach().requires_grad_()
@@ -97,23 +85,13 @@ def feynman_kac(
     count: int,
     generator: torch.Generator,
 ) -> tuple[Tensor, Tensor]:
-    r"""Estimates grad log p(y | x_t) at one state by Monte Carlo, with its standard error.
+    r"""Estimates grad log p(y | x_t) at one state x, (n,), and time t > 0 by `count` draws.
 
     .. math:: \frac{\alpha}{\sigma^2} \sum_j w_j (x_0^j - m), \qquad
               w_j \propto p(y \mid x_0^j), \quad x_0^j \sim p(x_0 \mid x_t)
 
-    The endings are exact draws: on a network they are ends of the simulated reverse process.
-
-    Args:
-        prior: a mixture.
-        cost: maps x_0 (N, n) to -log p(y | x_0), (N,).
-        x: the state, (n,).
-        t: its time, above 0.
-        count: N.
-        generator: of the draws.
-
-    Returns:
-        The estimate and its standard errors (delta method), (n,) each.
+    The endings are exact draws: on a network they are ends of the simulated reverse process. The
+    estimate is returned with its standard errors (delta method), (n,) each.
     """
     alpha, sigma = prior.schedule(t)
     belief = prior.mixture.given_noisy(x[None], alpha, sigma)
@@ -141,10 +119,7 @@ def members(mixture: GaussianMixture, labels: Sequence[int]) -> GaussianMixture:
 
 
 def label_score(prior: GaussianMixturePrior, labels: Sequence[int]) -> Score:
-    """Returns the gradient of log p(label | x_t); the label says which components x_0 is from.
-
-    It is the difference of two scores, of the labelled mixture and of all.
-    """
+    """Returns the gradient of log p(label | x_t); the label says which components x_0 is from."""
     labelled = members(prior.mixture, labels)
 
     def score(x: Tensor, t: Tensor) -> Tensor:
@@ -156,17 +131,13 @@ def label_score(prior: GaussianMixturePrior, labels: Sequence[int]) -> Score:
 
 @torch.no_grad()
 def conditional_rollout(process: ReverseProcess, score: Score, x: Tensor) -> Tensor:
-    r"""Returns the end of the process with E[x_0 | x_t, y] in the place of E[x_0 | x_t].
+    r"""Returns the end of a process of any method, E[x_0 | x_t, y] in the place of E[x_0 | x_t].
 
     .. math:: E[x_0 \mid x_t, y] = E[x_0 \mid x_t] + \frac{\sigma^2}{\alpha}
               \nabla \log p(y \mid x_t)
 
-    Of DDPM's step it displaces the mean by exactly (v / f) grad log p(y | x_t).
-
-    Args:
-        process: of any method.
-        score: an estimate of the gradient.
-        x: states at the process's first time, (B, ...).
+    Of DDPM's step it displaces the mean by exactly (v / f) grad log p(y | x_t). The states x,
+    (B, ...), are those at the process's first time.
     """
     for i, t in enumerate(process.times[:-1]):
         alpha, sigma = process.denoiser.schedule(t)

@@ -9,23 +9,22 @@ a random Gaussian prior in 8 dimensions, measured in 4, under a variance-preserv
 from collections.abc import Callable, Iterator
 
 import torch
-from azula.noise import VPSchedule
 from torch import Tensor
 
 from diffoc.costs import GaussianLikelihood
 from diffoc.ilqr import ilqr
-from diffoc.priors.gaussian import GaussianPrior
 from diffoc.problems.operators import LinearMeasurement
 from diffoc.process import ReverseProcess, drift_and_diffusion
 from diffoc.theory.doob_identities import DOOB_IDENTITIES
 from diffoc.theory.identity import EXACT, SLOPE, Identity
 from diffoc.theory.linear_gaussian import (
     LinearGaussian,
-    as_mixture,
     exact_kernel_problem,
     fitted_slope,
     linear_gaussian,
+    posterior_from,
     relative_error,
+    standard_normal,
 )
 from diffoc.theory.rollouts import one_sweep
 
@@ -47,17 +46,12 @@ def first_order() -> Iterator[Identity]:
 def first_order_errors(mode: str, steps: int) -> dict[float, float]:
     """Returns by constant a the worst relative error of a step's first-order control."""
     setting, process, nominal = uncontrolled(mode, steps)
-    gradients = _gradients(setting, process, nominal)
-    return {
-        a: max(
-            map(
-                relative_error,
-                one_sweep(process, setting.likelihood, nominal[0], a, rank=0).controls,
-                gradients / a,
-            )
-        )
-        for a in CONSTANTS
-    }
+    gradients = rollout_gradients(setting, process, nominal)
+    worst = {}
+    for a in CONSTANTS:
+        controls = one_sweep(process, setting.likelihood, nominal[0], a, rank=0).controls
+        worst[a] = max(map(relative_error, controls, gradients / a))
+    return worst
 
 
 def second_order() -> Iterator[Identity]:
@@ -74,7 +68,7 @@ def second_order() -> Iterator[Identity]:
 def second_order_slope(mode: str, steps: int) -> float:
     """Returns the slope of the controls' error against a, in logarithms, with V_xx kept."""
     setting, process, nominal = uncontrolled(mode, steps)
-    gradients = _gradients(setting, process, nominal)
+    gradients = rollout_gradients(setting, process, nominal)
     constants, errors = [1e7, 1e8, 1e9], []
     for a in constants:
         gains = one_sweep(process, setting.likelihood, nominal[0], a).gains
@@ -148,14 +142,10 @@ def kl_control() -> Iterator[Identity]:
             EXACT,
         )
 
-    problem, _, times = exact_kernel_problem(setting, 100, start=0.5)
+    problem, _, _ = exact_kernel_problem(setting, 100, start=0.5)
     states = torch.randn(5, 8, generator=g, dtype=torch.float64)
     value = ilqr(problem, states, regularization=0.0, iterations=1).cost
-    evidence = (
-        as_mixture(setting.prior)
-        .given_noisy(states, *setting.prior.schedule(times[0]))
-        .given(setting.measurement)
-    ).log_evidence
+    evidence = posterior_from(setting, states, 0.5).log_evidence
     # Their constants differ: LQR's value lacks log-determinants that no control can change.
     yield Identity(
         "KL control: V_t(x) = -log p(y|x) + const",
@@ -192,10 +182,9 @@ def posterior_by_control() -> Iterator[Identity]:
     s = setting.measurement.noise_std
     A, y = setting.measurement.matrix, setting.measurement.y
     x = torch.randn(1, n, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    problem, _, times = exact_kernel_problem(setting, steps)
+    problem, _, _ = exact_kernel_problem(setting, steps)
     mean = ilqr(problem, x, regularization=0.0, iterations=1).states[-1]
-    belief = as_mixture(setting.prior).given_noisy(x, *setting.prior.schedule(times[0]))
-    exact = belief.given(setting.measurement)
+    exact = posterior_from(setting, x)
     yield Identity(
         "Control without noise ends in E[x_0|x_T, y]",
         "exact kernels, n = 4, T = 10",
@@ -226,8 +215,7 @@ def posterior_by_control() -> Iterator[Identity]:
 def standard_normal_scores() -> Iterator[Identity]:
     """Three scores of N(0, 1) agree with closed forms: true, through the flow, through Tweedie."""
     s, y, time = 0.1, 0.7, 0.5
-    one = torch.ones(1, 1, dtype=torch.float64)
-    prior = GaussianPrior(torch.zeros(1, dtype=torch.float64), one, VPSchedule(sigma_min=0.0))
+    prior, one = standard_normal()
     alpha, _ = prior.schedule(torch.tensor(time, dtype=torch.float64))
     x = torch.tensor([[0.3]], dtype=torch.float64)
     measurement = LinearMeasurement(one, y * one, s)
@@ -281,7 +269,7 @@ def uncontrolled(mode: str, steps: int) -> tuple[LinearGaussian, ReverseProcess,
     return setting, process, process.rollout(x)
 
 
-def _gradients(setting: LinearGaussian, process: ReverseProcess, nominal: Tensor) -> Tensor:
+def rollout_gradients(setting: LinearGaussian, process: ReverseProcess, nominal: Tensor) -> Tensor:
     """Returns autograd's through the rollout, from the states that the controls are added to."""
     first = int(process.mode == "output")
     return torch.stack(

@@ -14,14 +14,7 @@ SLOPE = 0.05
 
 @dataclass(frozen=True)
 class Identity:
-    """One statement and how far the computation is from it.
-
-    Attributes:
-        name: the statement.
-        setting: where it was tried.
-        error: relative, not negative.
-        bound: of the error.
-    """
+    """One statement, the setting where it was tried, its relative error and the bound of that."""
 
     name: str
     setting: str

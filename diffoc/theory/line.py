@@ -36,10 +36,8 @@ TAIL = 9.0
 class Function:
     """The logarithm of a function on the line, and where it is not smooth.
 
-    Attributes:
-        log: maps points of any shape to values of that shape, -inf where the function is zero.
-        breaks: increasing. A prior's first and last are the ends of what is integrated over.
-        name: for tables.
+    `log` maps points of any shape to values of that shape, -inf where the function is zero. The
+    breaks increase; a prior's first and last are the ends of what is integrated over.
     """
 
     log: Callable[[Tensor], Tensor]
@@ -101,14 +99,7 @@ LIKELIHOODS = (linear, square, label, indicator)
 
 
 def nodes(breaks: tuple[float, ...]) -> tuple[Tensor, Tensor]:
-    """Returns points and logarithms of weights of composite Gauss-Legendre quadrature.
-
-    Args:
-        breaks: increasing, at least two; panels end at each.
-
-    Returns:
-        Points (N,) and log-weights (N,), float64.
-    """
+    """Returns points and log-weights (N,) of composite Gauss-Legendre quadrature between breaks."""
     edges = [np.linspace(a, b, math.ceil((b - a) / PANEL) + 1)[:-1] for a, b in pairwise(breaks)]
     left = np.append(np.concatenate(edges), breaks[-1])
     unit, weights = np.polynomial.legendre.leggauss(POINTS)
@@ -119,12 +110,7 @@ def nodes(breaks: tuple[float, ...]) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class LineProblem:
-    """A prior and a likelihood on the line, and the schedule that diffuses the prior.
-
-    Attributes:
-        prior, likelihood: of x_0, unnormalised where constants do not matter.
-        schedule: with sigma = 0 at t = 0.
-    """
+    """A prior and a likelihood of x_0, up to constants, and a schedule with sigma = 0 at t = 0."""
 
     prior: Function
     likelihood: Function
@@ -156,14 +142,10 @@ class LineProblem:
         return torch.autograd.grad(self.log_h(x, t).sum(), x)[0]
 
     def reverse_step(self, x: Tensor, t: float, s: float) -> ReverseStep:
-        r"""Returns the kernel p(x_s | x_t = x), discretised, and h_s at its points.
+        """Returns the kernel p(x_s | x_t = x), discretised, and h_s at its points; 0 <= s < t.
 
         The density of x_s is an integral over x_0 of its own, so that a mean over this kernel and
         the derivative of :meth:`log_h` have no sum in common.
-
-        Args:
-            x: states at t, (B,).
-            t, s: times, 0 <= s < t.
         """
         points, log_w, log_density, log_h = z, log_v, log_prior, log_likelihood = self._clean
         if s > 0:
@@ -179,7 +161,7 @@ class LineProblem:
 
     @property
     def _clean(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Points for x_0, logarithms of weights, of the prior, of the likelihood, (N,) each."""
+        """Returns points for x_0, their log-weights, log-prior and log-likelihood, (N,) each."""
         low, high = self.prior.breaks[0], self.prior.breaks[-1]
         inner = (b for b in self.likelihood.breaks if low < b < high)
         z, log_w = nodes(tuple(sorted({*self.prior.breaks, *inner})))
@@ -204,7 +186,7 @@ class ReverseStep:
 
     @property
     def mean(self) -> Tensor:
-        """E[x_s | x_t], (B,)."""
+        """Returns E[x_s | x_t], (B,)."""
         return self.log_prob.exp() @ self.points
 
     @property
@@ -219,7 +201,7 @@ class ReverseStep:
 
     @property
     def conditional_mean(self) -> Tensor:
-        """E[x_s | x_t, y], (B,): the mean of the kernel tilted by h_s."""
+        """Returns E[x_s | x_t, y], (B,)."""
         return (self.log_prob + self.log_h).softmax(1) @ self.points
 
     @property
@@ -228,10 +210,9 @@ class ReverseStep:
         return (self.log_prob + self.log_h).logsumexp(1)
 
     def cost(self, log_kernel: Tensor) -> Tensor:
-        """Returns what any kernel pays: KL(q || p(x_s | x_t)) - E_q[log h_s], (B,).
+        """Returns what any kernel q pays: KL(q || p(x_s | x_t)) - E_q[log h_s], (B,).
 
-        Args:
-            log_kernel: log-probabilities of q, (B, N).
+        Its log-probabilities are (B, N).
         """
         q = log_kernel.exp()
         terms = log_kernel - self.log_prob - self.log_h

@@ -12,10 +12,13 @@ from torch import Tensor
 
 from diffoc.costs import GaussianLikelihood
 from diffoc.priors.gaussian import GaussianPrior
-from diffoc.priors.mixture import GaussianMixture
+from diffoc.priors.mixture import GaussianMixture, MixturePosterior
 from diffoc.problems.operators import LinearMeasurement
 from diffoc.process import ReverseProcess
 from diffoc.system import ControlProblem
+
+Kernel = tuple[Tensor, Tensor, Tensor]
+"""F (n, n), b (n,) and C (n, n) of one step."""
 
 
 @dataclass(frozen=True)
@@ -36,13 +39,7 @@ class LinearGaussian:
 def linear_gaussian(
     n: int = 8, m: int = 4, noise_std: float = 0.1, seed: int = 0
 ) -> LinearGaussian:
-    """Returns a random setting of n dimensions and m measurements.
-
-    Args:
-        n, m: dimensions, at least 1.
-        noise_std: of the measurement.
-        seed: of everything drawn.
-    """
+    """Returns a random setting of n dimensions and m measurements, at least 1 of each."""
     g = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> Tensor:
@@ -62,27 +59,31 @@ def linear_gaussian(
     )
 
 
+def standard_normal() -> tuple[GaussianPrior, Tensor]:
+    """Returns the prior N(0, 1), and the number one, (1, 1)."""
+    one = torch.ones(1, 1, dtype=torch.float64)
+    return GaussianPrior(torch.zeros(1, dtype=torch.float64), one, VPSchedule(sigma_min=0.0)), one
+
+
+def reverse_kernels(setting: LinearGaussian, steps: int, start: float = 1.0) -> list[Kernel]:
+    """Returns the exact kernels of the reverse process, `steps` uniform ones from start to 0."""
+    times = torch.linspace(start, 0, steps + 1, dtype=torch.float64).tolist()
+    return [setting.prior.reverse_kernel(times[i], times[i + 1]) for i in range(steps)]
+
+
 def exact_kernel_problem(
     setting: LinearGaussian, steps: int, noise: Tensor | None = None, start: float = 1.0
-) -> tuple[ControlProblem, list[tuple[Tensor, Tensor, Tensor]], Tensor]:
+) -> tuple[ControlProblem, list[Kernel], Tensor]:
     r"""Returns LQR for the reverse SDE's exact kernels, with the control cost of KL control.
 
     .. math:: x_{i+1} = F_i x_i + b_i + C_i^{1/2} \varepsilon_i + u_i, \quad
               \ell_i = \tfrac12 u_i^T C_i^{-1} u_i
 
-    Args:
-        setting: prior and measurement.
-        steps: the number T of steps, uniform in time.
-        noise: frozen, (T, B, n), or None for none.
-        start: the time to start from, in ]0, 1].
-
-    Returns:
-        The problem, the kernels (F, b, C) of its steps, and the times (T + 1,).
+    The steps are uniform from `start`, in ]0, 1], to 0. The noise is frozen, (T, B, n), or there is
+    none. With the problem the kernels of its steps and the times (T + 1,) are returned.
     """
     times = torch.linspace(start, 0, steps + 1, dtype=torch.float64)
-    kernels = [
-        setting.prior.reverse_kernel(times[i].item(), times[i + 1].item()) for i in range(steps)
-    ]
+    kernels = reverse_kernels(setting, steps, start)
     precisions = [torch.linalg.inv(C) for _, _, C in kernels]
     roots = [torch.linalg.cholesky(C) for _, _, C in kernels]
 
@@ -103,6 +104,12 @@ def as_mixture(prior: GaussianPrior) -> GaussianMixture:
     return GaussianMixture(
         torch.zeros(1, 1, dtype=L.dtype), prior.mean[None, None], Q[None], L[None], L[:1]
     )
+
+
+def posterior_from(setting: LinearGaussian, x: Tensor, t: float = 1.0) -> MixturePosterior:
+    """Returns p(x_0 | x_t = x, y) of a setting by conditioning a mixture of one, for x (B, n)."""
+    scales = setting.prior.schedule(torch.tensor(t, dtype=torch.float64))
+    return as_mixture(setting.prior).given_noisy(x, *scales).given(setting.measurement)
 
 
 def relative_error(value: Tensor, reference: Tensor) -> float:

@@ -24,7 +24,7 @@ from scipy.interpolate import CubicSpline
 from torch import Tensor
 
 from diffoc.priors.gaussian import GaussianMixturePrior
-from diffoc.priors.mixture import GaussianMixture
+from diffoc.priors.mixture import mixture_from_loadings
 from diffoc.problems.operators import LinearMeasurement
 from diffoc.process import METHODS
 
@@ -36,14 +36,11 @@ def bimodal_prior(
     centre: float = 1.0, spread: float = 0.2, schedule: Schedule | None = None
 ) -> GaussianMixturePrior:
     """Returns two normals of equal weight at -centre and centre as a prior of (B, 1), float64."""
-    means = torch.tensor([[[-centre], [centre]]], dtype=torch.float64)
-    variance = torch.full((2,), spread**2, dtype=torch.float64)
-    mixture = GaussianMixture(
-        torch.full((1, 2), 0.5, dtype=torch.float64).log(),
-        means,
-        torch.ones(2, 1, 1, dtype=torch.float64),
-        variance[:, None],
-        variance,
+    mixture = mixture_from_loadings(
+        torch.zeros(2, dtype=torch.float64),
+        torch.tensor([[-centre], [centre]], dtype=torch.float64),
+        torch.zeros(2, 1, 1, dtype=torch.float64),
+        torch.full((2,), spread**2, dtype=torch.float64),
     )
     return GaussianMixturePrior(mixture, schedule or VPSchedule(sigma_min=0.0))
 
@@ -52,10 +49,8 @@ def bimodal_prior(
 class Values:
     """The three values' gradients at one time, with their signs turned: estimates of the score.
 
-    Attributes:
-        t: the time.
-        h_transform, stochastic, noise_free: -dV/dx on :data:`GRID`.
-        plan: where control without noise takes the states of :data:`GRID` in one step.
+    They are -dV/dx on :data:`GRID`; the plan is where control without noise takes these states in
+    one step.
     """
 
     t: float
@@ -67,13 +62,7 @@ class Values:
 
 @torch.no_grad()
 def values(prior: GaussianMixturePrior, y: float, noise_std: float, steps: int) -> list[Values]:
-    """Returns the values of all times but 0, from the first step on.
-
-    Args:
-        prior: of states (B, 1).
-        y, noise_std: the measurement y = x_0 + s noise.
-        steps: T, uniform in time.
-    """
+    """Returns the values of all times but 0, from the first step on, for y = x_0 + s noise."""
     times = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
     a, b, c = METHODS["ddpm"](prior.schedule, times[:-1], times[1:])
     states = torch.from_numpy(GRID)[:, None]

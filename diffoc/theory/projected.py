@@ -28,8 +28,8 @@ What the paper leaves open, and what is done here:
   The next product projects it again: C needs :math:`P^T Z`, and what of Z lies outside the span of
   P is lost. That is an approximation in every step, of which the paper gives no bound.
 - *One side or two?* Eq. 79 projects from the left, :math:`h_x \approx P P^T h_x`, Eqs. 81-84 from
-  both sides, :math:`h_x \approx P (P^T h_x P) P^T`, which makes their matrices r x r. `sides=1` is
-  the former, `sides=2` the latter; both take the same products.
+  both sides, :math:`h_x \approx P (P^T h_x P) P^T`, which makes their matrices r x r by the same
+  products.
 
 There is a charitable reading. A step :math:`h(x) = a x + b\,m(x)` of a network m has the
 Jacobian :math:`h_x = a I + N`. The first part is known, and has all n directions; the second is
@@ -73,7 +73,7 @@ class ProjectedStep:
 
     Attributes:
         basis: computes P, (B, n, r), orthonormal.
-        pullback: as of :class:`diffoc.lowrank.MatrixFreeStep`.
+        pullback: see :data:`diffoc.lowrank.Pullback`.
         u: the nominal control, flat, (B, m).
         r: weight of the control cost.
         sides: from which the Jacobians are projected.
@@ -120,13 +120,13 @@ class ProjectedValue:
 
 @dataclass(frozen=True)
 class Projected(Derivatives):
-    r"""Derivatives as Appendix D.1 has them, for the controller; for comparison.
+    """Derivatives as Appendix D.1 has them, for the controller; for comparison.
 
     An iteration costs :math:`T (2 F + r J + (1 + r) B)` with two passes, J being one
     Jacobian-vector product, and :math:`T (F + (1 + r) B)` with one. The running cost must be a
     :class:`diffoc.costs.ControlCost`. The terminal Hessian is projected in the same way as the
-    Jacobians, on as many columns as `rank` says; with one pass, give the two ranks the same
-    number for the same P.
+    Jacobians, on as many columns as `rank` says; with one pass, give the two ranks the same number
+    for the same P.
 
     Attributes:
         rank: r, the number of columns of P, from 0, which is the first order, to n.
@@ -138,9 +138,6 @@ class Projected(Derivatives):
         seed: of the random directions, which are the same for every matrix and iteration.
         together: whether P is pulled back in one batched backward pass, as
             :class:`diffoc.lowrank.MatrixFree` has it.
-
-    Raises:
-        ValueError: if an argument is out of its range.
     """
 
     rank: int
@@ -162,7 +159,6 @@ class Projected(Derivatives):
     def step(
         self, problem: ControlProblem, i: int, x: Tensor, u: Tensor
     ) -> tuple[Tensor, Callable[[], ProjectedStep]]:
-        """Returns the next states, and what expands this step from the activations kept."""
         r, n = control_weight(problem, i), x[0].numel()
         if self.rank > n:
             raise ValueError(f"rank is {self.rank}, but the states have {n} numbers")
@@ -187,11 +183,7 @@ class Projected(Derivatives):
         return y, lambda: step
 
     def terminal(self, problem: ControlProblem, x: Tensor, rank: int | None) -> ProjectedValue:
-        """Returns the value at the final states (B, ...), its Hessian H projected: P (P^T H P) P^T.
-
-        Raises:
-            ValueError: if `rank` is missing, or not between 0 and n.
-        """
+        """Returns the value at the final states; its Hessian H is projected, P (P^T H P) P^T."""
         rank = check_rank(x, rank)
         Vx, product = terminal_products(problem.terminal_cost, x, self.hessian)
         P = self._basis(product, x, rank)
@@ -213,12 +205,9 @@ class Projected(Derivatives):
 
 
 def push_forward(f: Callable[[Tensor], Tensor], x: Tensor, X: Tensor) -> Tensor:
-    """Returns Jacobian-vector products of a batched function, by forward mode, (B, p, c).
+    """Returns Jacobian-vector products (B, p, c) of a batched function, by forward mode.
 
-    Args:
-        f: maps (B, ...) to (B, ...), of p numbers each.
-        x: where, (B, ...), of n numbers each.
-        X: directions, (B, n, c).
+    It maps x (B, ...), of n numbers each, to (B, ...), of p each. The directions X are (B, n, c).
     """
     tangents = X.movedim(-1, 0).reshape(-1, *x.shape)
     columns = torch.func.vmap(lambda v: torch.func.jvp(f, (x,), (v,))[1])(tangents)

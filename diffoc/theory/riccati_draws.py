@@ -36,10 +36,7 @@ from diffoc.system import ControlProblem, Counts, Derivatives, roll_out
 
 
 def noise_price(schedule: Schedule, times: Tensor) -> Tensor:
-    r"""Returns :math:`1 / c_i^2` of DDPM's noise, (T,), the weights that make exp(-J) a posterior.
-
-    The schedule is the prior's, the T + 1 times are the process's.
-    """
+    """Returns :math:`1 / c_i^2`, (T,), of DDPM's noise by the prior's schedule at T + 1 times."""
     return METHODS["ddpm"](schedule, times[:-1], times[1:])[2] ** -2.0
 
 
@@ -79,25 +76,17 @@ def riccati_draws(
     derivatives: Derivatives,
     rank: int,
 ) -> Draws:
-    r"""Returns draws around plans by products only, one for each start, for states of any size.
+    """Returns draws around plans by products only, one for each start, for states of any size.
 
     The value is that of rank k around each plan: :math:`1 + k` products a step, and no matrices of
     n columns. It is quadratic around the plan only, so that the draws are as good as the plan. What
     the sweep would change in the plan itself, :math:`k_i`, is left out: in directions that the rank
     does not know it is a full step along the gradient, far beyond the optimum.
 
-    Args:
-        problem: its running cost is a :class:`diffoc.costs.ControlCost` of weights above 0.
-        x: the starts, (B, ...).
-        controls: of the plans, (T, B, ...): those that :func:`diffoc.ilqr.ilqr` found.
-        noise: standard normal, (T, B, ...).
-        derivatives: of the terminal cost and of the steps; they count the work.
-        rank: k of the terminal Hessian, at least 0, which has no feedback.
-
-    Raises:
-        TypeError: if the derivatives are not by products.
-        ValueError: if the terminal Hessian is negative enough to make a step's indefinite, or a
-            weight is 0.
+    The running cost is a :class:`diffoc.costs.ControlCost` of weights above 0. The starts x are
+    (B, ...), the controls of plans that :func:`diffoc.ilqr.ilqr` found and the standard normal
+    noise (T, B, ...). The derivatives, a :class:`diffoc.lowrank.MatrixFree`, count the work. Of
+    rank 0 there is no feedback.
     """
     check_kind(MatrixFree, derivatives=derivatives)
     plan = roll_out(problem, x, controls, derivatives)
@@ -124,27 +113,16 @@ def riccati_draws(
 
 
 def low_rank_draw(U: Tensor, S: Tensor, r: float, noise: Tensor) -> tuple[Tensor, Tensor]:
-    r"""Returns draws from N(0, Quu^-1) for :math:`Q_{uu} = r I + U S U^T`, and log det(Quu / r).
+    r"""Returns draws (B, m) from N(0, Quu^-1) and log det(Quu / r), (B,), for Quu = r I + U S U^T.
 
-    With :math:`U = Q R` and the eigenvalues :math:`\lambda` and eigenvectors of
-    :math:`R S R^T`, turned by Q into columns W,
+    With :math:`U = Q R` and the eigenvalues :math:`\lambda` and eigenvectors of :math:`R S R^T`,
+    turned by Q into columns W,
 
     .. math:: Q_{uu}^{-1/2} = r^{-1/2} \big(I - W (I - (1 + \Lambda / r)^{-1/2}) W^T\big) .
 
-    U and S are those of :class:`diffoc.lowrank.LowRankExpansion` and
-    :class:`diffoc.lowrank.LowRankValue`.
-
-    Args:
-        U: (B, m, k), k at most m; its columns may be dependent.
-        S: symmetric, (B, k, k).
-        r: the weight of the control cost, above 0.
-        noise: standard normal, (B, m).
-
-    Returns:
-        The draws, (B, m), and the logarithms, (B,).
-
-    Raises:
-        ValueError: if r I + U S U^T is not positive definite.
+    U, (B, m, k) with k at most m, may have dependent columns; S, (B, k, k), is symmetric. They are
+    those of :class:`diffoc.lowrank.LowRankExpansion` and :class:`diffoc.lowrank.LowRankValue`. The
+    weight r of the control cost is above 0, the noise, (B, m), standard normal.
     """
     Q, R = torch.linalg.qr(U)
     values, vectors = torch.linalg.eigh(R @ S @ R.mT)
@@ -184,9 +162,9 @@ RICCATI = Recipe(
     process=ancestral_mean,
     draw=draw_around,
 )
-r"""Draws from the posterior by the Riccati sampler: as many as `starts`, each around its own plan.
+"""Draws from the posterior of DDPM's chain: as many as `starts`, each around its own plan.
 
-Their law is that of DDPM's chain given y where the prior is Gaussian, A linear and the rank that of
-A; elsewhere it is an approximation, which the result's `log_weights` correct. What is measured in
-more directions than the rank is planned, but not narrowed.
+They are exact where the prior is Gaussian, A linear and the rank that of A; elsewhere the result's
+`log_weights` correct them. What is measured in more directions than the rank is planned, but not
+narrowed.
 """

@@ -10,8 +10,7 @@ covariance is smaller than the process's:
     u \sim N(k + K x, \; Q_{uu}^{-1}) .
 
 No Monte Carlo is needed: the chain's moments are propagated. Draws by products, for states of any
-size, are those of :mod:`diffoc.theory.riccati_draws`. Meng, Zou, Darbon & Karniadakis 2024
-(arXiv:2409.09614) have a Riccati variant of their sampler for stochastic differential equations.
+size, are those of :mod:`diffoc.theory.riccati_draws`.
 """
 
 from collections.abc import Sequence
@@ -24,31 +23,17 @@ from diffoc.priors.gaussian import GaussianPrior
 from diffoc.priors.mixture import log_normal
 from diffoc.problems.operators import LinearMeasurement
 from diffoc.process import ReverseProcess
-from diffoc.theory.linear_gaussian import LinearGaussian
-
-Kernel = tuple[Tensor, Tensor, Tensor]
-"""F (n, n), b (n,) and C (n, n) of one step."""
+from diffoc.theory.linear_gaussian import Kernel
+from diffoc.theory.linear_gaussian import reverse_kernels as reverse_kernels
 
 
 @dataclass(frozen=True)
 class Policy:
-    """The controlled kernel of one step, x + u with u ~ N(k + K x, covariance).
-
-    Attributes:
-        k: (n,).
-        K: (n, n).
-        covariance: of the noise, (n, n).
-    """
+    """The controlled kernel of a step, x + u with u ~ N(k + K x, covariance); k is (n,)."""
 
     k: Tensor
     K: Tensor
     covariance: Tensor
-
-
-def reverse_kernels(setting: LinearGaussian, steps: int, start: float = 1.0) -> list[Kernel]:
-    """Returns the exact kernels of the reverse process, `steps` uniform ones from start to 0."""
-    times = torch.linspace(start, 0, steps + 1, dtype=torch.float64).tolist()
-    return [setting.prior.reverse_kernel(times[i], times[i + 1]) for i in range(steps)]
 
 
 def ancestral_kernels(prior: GaussianPrior, steps: int) -> list[Kernel]:
@@ -107,16 +92,12 @@ def path_divergence(
     x: Tensor,
     log_evidence: Tensor,
 ) -> Tensor:
-    r"""Returns KL(law of the controlled paths from x || the posterior's) in closed form.
+    r"""Returns KL(law of the controlled paths from x, (n,) || the posterior's) in closed form.
 
     .. math:: E \sum_i \mathrm{KL}\big(N(k + K x_i, \Sigma_i) \,\|\, N(0, C_i)\big)
               - E \log p(y \mid x_0) + \log p(y \mid x_T)
 
-    Args:
-        kernels, policies: of the process and of its control.
-        measurement: of the final state, y (1, m).
-        x: the start x_T, (n,).
-        log_evidence: log p(y | x_T), from elsewhere.
+    The final state is measured, y (1, m); the log-evidence log p(y | x_T) is from elsewhere.
     """
     moments = propagate(kernels, policies, x)
     total = torch.zeros((), dtype=x.dtype)

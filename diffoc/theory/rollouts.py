@@ -99,10 +99,7 @@ def one_sweep(
 def replanned(
     process: ReverseProcess, cost: Callable[[Tensor], Tensor], x: Tensor, a: float
 ) -> Tensor:
-    """Returns the states (T + 1, B, n) of iLQR in a receding horizon, to first order.
-
-    At every state one sweep plans for the steps that remain, and its first control is applied.
-    """
+    """Returns the states (T + 1, B, n) of iLQR that plans anew at every one, to first order."""
     states = [x]
     for i in range(process.horizon):
         rest = ReverseProcess(process.denoiser, process.times[i:], "euler", process.mode)
@@ -114,14 +111,10 @@ def replanned(
 def end_of_guided_flow(
     prior: GaussianPrior, score: Callable[[Tensor, Tensor], Tensor], steps: int
 ) -> tuple[float, float]:
-    r"""Returns mean and standard deviation at the end of Eq. 9 in one dimension from N(0, 1).
+    """Returns mean and standard deviation at the end of Eq. 9 in one dimension from N(0, 1).
 
-    No sampling is needed where `score` is affine in the state: then so is the end.
-
-    Args:
-        prior: of one dimension, Gaussian.
-        score: the guidance, an affine function of states (B, 1) and a time.
-        steps: Euler steps, uniform from t = 1 to 0.
+    The guidance is an affine function of states (B, 1) and a time, so that the end is affine in the
+    start, and no sampling is needed. The Euler steps are uniform from t = 1 to 0.
     """
     x = torch.tensor([[0.0], [1.0]], dtype=torch.float64)
     times = torch.linspace(1, 0, steps + 1, dtype=torch.float64)

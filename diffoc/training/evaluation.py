@@ -37,15 +37,12 @@ def trained(name: str) -> Denoiser:
 def digits_report(
     samples: Tensor, classifier: DigitClassifier | ResidualClassifier, real: Tensor
 ) -> dict[str, float | list[float]]:
-    """Returns what a classifier says of samples of digits, and of `real`, held-out ones.
+    """Returns what a classifier says of samples of digits and of real, held-out ones.
 
-    Both are (N, 1, 28, 28) in [-1, 1].
-
-    Returns:
-        confident: the fraction whose largest probability is above 0.9; confident_real: of `real`;
-        classes: the fraction of each class among the samples, largest probability;
-        frechet: the distance to `real` in the classifier's last hidden layer (128 features);
-        frechet_real: that of one half of `real` to the other, what a perfect prior would score.
+    Both are (N, 1, 28, 28) in [-1, 1]. `confident` is the fraction whose largest probability is
+    above 0.9, `confident_real` that of the real ones, `classes` that of each class among the
+    samples. `frechet` is the distance to the real ones in the classifier's last hidden layer (128
+    features), `frechet_real` that of one half of them to the other, a perfect prior's score.
     """
     generated, truth = classifier(samples).softmax(1), classifier(real).softmax(1)
     counts = generated.argmax(1).bincount(minlength=10) / len(samples)
@@ -134,11 +131,7 @@ def _judged(
 def worth_of_file(
     path: Path, network: nn.Module, held_out: np.ndarray, labels: np.ndarray | None = None
 ) -> float:
-    """Returns what the weights in a file are worth, minus infinity without a file.
-
-    They are of the same kind of network, which stays as it is; a ValueError says that they are not.
-    Other arguments are as for :func:`worth`.
-    """
+    """Returns what a file's weights of such a network are worth, minus infinity without a file."""
     if not path.exists():
         return -math.inf
     before = copy.deepcopy(network)
@@ -167,8 +160,7 @@ def write_unless_worse(write: Callable[[Path], Path], folder: Path, lost: float)
 def denoising_psnr(prior: Denoiser, images: np.ndarray, sigma: float) -> float:
     """Returns the mean PSNR in dB (peak 2) of denoised images at a noise level sigma.
 
-    The prior is made by :func:`diffoc.training.trainer.denoiser`; images are as :func:`as_states`
-    takes them.
+    The prior is made by :func:`diffoc.training.trainer.denoiser`.
     """
     x = as_states(images)
     noisy = x + sigma * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))

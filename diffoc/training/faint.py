@@ -67,10 +67,7 @@ class LinearDenoiser:
 def faint(
     x: Tensor, z: Tensor, sigma: Tensor, linear: LinearDenoiser, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Returns faint states and their targets, (B, C, H, W) each, as the module has them.
-
-    They are made of images x and noise z at levels (B,); the generator draws b and c.
-    """
+    """Returns faint states of images x at noise levels (B,), and their targets, of x's shape."""
     b, c, keep = torch.rand(3, len(x), 1, 1, 1, generator=generator).to(x)
     b = b * (keep >= NO_IMAGE)
     noise = sigma.reshape(-1, 1, 1, 1) * z

@@ -25,10 +25,7 @@ _GROUP = 4  # images of a batch that share a task and its operator
 
 
 def severity_loss(network: SeverityEncoder, x: Tensor, generator: torch.Generator) -> Tensor:
-    """Returns the loss of images (B, 3, H, W), a task and an operator drawn for every four.
-
-    The noise of the measurements is that of :data:`diffoc.problems.tasks.NOISE_STD`.
-    """
+    """Returns the loss of images (B, 3, H, W), a task and an operator drawn for every four."""
     error, log_severity = _estimated(network, x, generator)
     prediction_error = (log_severity - error.detach().log() / 2).square()
     return (error + ERROR_WEIGHT * prediction_error).mean()

@@ -111,9 +111,7 @@ class Run:
     """A training run in progress.
 
     Attributes:
-        plan: what is done.
         network, average: the weights that are optimised, and their moving average, the result.
-        optimizer: AdamW.
         generator: the source of all randomness after the initialisation, on the CPU so that every
             device sees the same numbers.
         precision: that of the forward and backward passes, torch.float32 or torch.bfloat16;
@@ -149,8 +147,7 @@ def start(
     """Returns a run that has seen nothing yet.
 
     The seed is that of the initialisation and of everything drawn later. It begins with weights, of
-    an earlier run's average, say, or with random ones. A ValueError refuses weights of another
-    network, and another precision than torch.float32 or, for autocast, torch.bfloat16.
+    an earlier run's average, say, or with random ones.
     """
     if precision not in (torch.float32, torch.bfloat16):
         raise ValueError(f"precision is {precision}, expected torch.float32 or torch.bfloat16")
@@ -188,11 +185,7 @@ def resume(
     device: torch.device | str = "cpu",
     precision: torch.dtype = torch.float32,
 ) -> Run:
-    """Returns the run whose checkpoint lies at `path`; device and precision are as for `start`.
-
-    A FileNotFoundError says that there is none, a ValueError that it is damaged or belongs to
-    another network.
-    """
+    """Returns the run whose checkpoint lies at `path`; device and precision are as for `start`."""
     state = read_checkpoint(path)
     run = start(plan, device=device, precision=precision)
     load_into(run.network, state["network"], f"path {path}")
@@ -217,8 +210,7 @@ def learning_rate(plan: Plan, seen: int) -> float:
 def denoising_loss(network: nn.Module, x: Tensor, run: Run) -> Tensor:
     r"""Returns EDM's loss :math:`E[(1/\sigma^2 + 1) \|m(x + \sigma z, \sigma) - x\|^2]` per pixel.
 
-    Images x are clean; the run gives the noise's distribution and generator. Its plan may add the
-    penalty of :mod:`diffoc.training.contraction`.
+    Images x are clean. The plan may add the penalty of :mod:`diffoc.training.contraction`.
     """
     mean, std = run.plan.log_sigma
     log_sigma = mean + std * torch.randn(len(x), generator=run.generator)
@@ -271,15 +263,14 @@ def step(
         group["lr"] = learning_rate(plan, run.seen)
     device = run.device
     with torch.autocast(device.type, torch.bfloat16, enabled=run.precision == torch.bfloat16):
-        if labels is None:
-            if plan.loss:
-                loss = plan.loss(forward, x.to(device), run.generator)
-            else:
-                loss = denoising_loss(forward, x.to(device), run)
-        else:
+        if labels is not None:
             target = torch.from_numpy(labels[index]).long().to(device)
             logits = forward(shift(x, run.generator).to(device))
             loss = nn.functional.cross_entropy(logits.float(), target)
+        elif plan.loss:
+            loss = plan.loss(forward, x.to(device), run.generator)
+        else:
+            loss = denoising_loss(forward, x.to(device), run)
     run.optimizer.zero_grad()
     loss.backward()
     nn.utils.clip_grad_norm_(run.network.parameters(), 1.0)

@@ -11,7 +11,8 @@ from deepinv.physics import Inpainting, LinearPhysics, Physics
 from torch import nn
 
 from diffoc.baselines import Given
-from diffoc.baselines.flash_diffusion import flash_diffusion, time_of_ratio
+from diffoc.baselines.flash_diffusion import flash_diffusion
+from diffoc.baselines.noise_level import times_of_levels
 from diffoc.baselines.psld import guided_step, psld
 from diffoc.data import images as data
 from diffoc.priors import severity
@@ -245,11 +246,20 @@ def test_flash_diffusion_keeps_the_operator_of_each_image():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_time_of_a_ratio_inverts_the_schedule(dtype):
-    prior, times = toy(), torch.tensor([0.0, 0.2, 0.7, 1.0], dtype=dtype)
-    alpha, sigma = prior.schedule(times)
-    torch.testing.assert_close(time_of_ratio(prior, sigma / alpha), times, atol=1e-4, rtol=1e-5)
-    beyond = time_of_ratio(prior, torch.tensor([1e-9, 1e9], dtype=dtype))
-    torch.testing.assert_close(beyond, torch.tensor([0.0, 1.0], dtype=dtype), atol=1e-6, rtol=0)
+    schedule, times = toy().schedule, torch.tensor([0.0, 0.2, 0.7, 0.99], dtype=dtype)
+    alpha, sigma = schedule(times)
+    found = times_of_levels(schedule, sigma / alpha)
+    torch.testing.assert_close(found, times.double(), atol=1e-4, rtol=1e-5)
+
+
+def test_severities_beyond_the_schedule_start_at_its_ends():
+    prior, x = Recorded(toy()), states(2)
+    physics = measurement(torch.eye(N, dtype=torch.float64))
+    settings = {"noise_std": 0.05, "steps": 3, "encoder": Fixed(1e-9, 1e9)}
+    flash_diffusion(prior, physics, x, x, generator(), **settings)
+    (_, first), *_, (_, last) = prior.asked
+    torch.testing.assert_close(first, torch.ones(1, dtype=torch.float64))
+    torch.testing.assert_close(last, torch.tensor([0, 1 / 3], dtype=torch.float64))
 
 
 def test_measurements_that_are_no_pictures_are_refused():

@@ -223,8 +223,8 @@ def test_weights():
     for k in range(19):
         t = 1 - 0.999 * k / 19
         beta = 1e-4 + (0.02 - 1e-4) * math.floor(999 * t) / 999
-        expected.append(1e-5 * math.sqrt((1 - beta) / (beta + 1e-7)) / (0.999 / 20) ** 2)
-    found = released_weights(20, 1e-5)
+        expected.append(math.sqrt((1 - beta) / (beta + 1e-7)) / (0.999 / 20) ** 2)
+    found = released_weights(20)
     torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64))
     assert (found.diff() > 0).all()  # the earlier, the cheaper
 
@@ -236,7 +236,7 @@ def setting():
     y = physics.A(torch.sin(torch.arange(64.0).double()).reshape(1, 1, 8, 8))
     process = AncestralProcess(double_prior(), 6, draw_noise(5, y.shape, generator()))
     settings = {
-        "control_cost": ControlCost(released_weights(6)),
+        "control_cost": ControlCost(1e-6 * released_weights(6)),
         "rank": 0,
         "rule": Adam(5e-3, weight_decay=0.01, keeps_best=False),
         "regularization": 1e-3,

@@ -101,7 +101,7 @@ def test_what_is_no_part_is_said_with_an_example(text, capsys) -> None:
         ("run table1 --prior ffhq256/32/64 --random-weights", "images is missing: name a folder"),
         ("run robustness --prior faces64+noise...", "prior is 'faces64+noise...'"),
         ("tune dps --prior faces64_latent", "prior is 'faces64_latent', one of latents"),
-        ("ffhq table3 --rehearse --prior faces64", "prior is 'faces64', expected one of images in"),
+        ("ffhq table3 --rehearse --prior mnist", "prior is 'mnist', expected one of images in"),
         ("claims --notebooks nowhere", "notebooks nowhere has none"),
         ("train classifier --init data/mnist.safetensors", "init data/mnist.safetensors holds an"),
     ],

@@ -1,12 +1,14 @@
 """The rank-k recursion against the dense one, on nonlinear dynamics."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from diffoc.costs import ControlCost
-from diffoc.lowrank import LowRankValue, MatrixFree, MatrixFreeStep, linearize_step
+from diffoc.lowrank import LowRankValue, MatrixFree, linearize_step
 from diffoc.riccati import DenseValue, expand_step
-from diffoc.system import backward_sweep
+from diffoc.system import ControlProblem, backward_sweep
 
 
 def random(*shape, seed):
@@ -36,8 +38,9 @@ def setting(mode, n, k, T=6, batch=2, definite=True):
         r = 0.5 + 0.1 * i
         cost = ControlCost(r)
         expansions.append(expand_step(step, cost, i, states[i], controls[i]))
-        y, pullback = linearize_step(step, i, states[i], controls[i])
-        free.append(MatrixFreeStep(pullback, controls[i], r))
+        problem = ControlProblem(step, cost, None, T)
+        y, expand = MatrixFree().step(problem, i, states[i], controls[i])
+        free.append(expand)
         states.append(y)
     Vx, Z = random(batch, n, seed=4), random(batch, n, k, seed=5)
     A = random(batch, k, k, seed=6)
@@ -47,8 +50,7 @@ def setting(mode, n, k, T=6, batch=2, definite=True):
 
 def free_sweep(steps, value, constant, update):
     """The backward sweep by products only; `steps` stay as they are."""
-    expansions = MatrixFree().expand([lambda step=step: step for step in steps], value)
-    return backward_sweep(expansions, value, constant, update)
+    return backward_sweep(MatrixFree().expand(list(steps), value), value, constant, update)
 
 
 def close(found, expected):
@@ -90,21 +92,20 @@ def test_indefinite_hessians_and_rank_zero_are_first_order(mode):
     _, free, _, none = setting(mode, 20, 0)
     gains, _ = free_sweep(free, none, constant, "full")
     cotangent = none.Vx
-    for e, g in zip(reversed(free), reversed(gains), strict=True):
-        in_x, in_u = e.pullback(cotangent.unsqueeze(0))
+    for expand, g in zip(reversed(free), reversed(gains), strict=True):
+        e = expand(cotangent, none.Z)
         # With a = 0 the controls' own quadratic cost is minimised: u + k = -f_u^T Vx / r.
-        torch.testing.assert_close(e.u + g.k, -in_u[0] / e.r, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(e.u + g.k, -e.pu / e.r, rtol=1e-12, atol=1e-12)
         assert not g.feedback(e.u).any()
-        cotangent = in_x[0]
+        cotangent = e.px
 
 
 def test_singular_and_indefinite_control_hessians_are_reported():
     for problem_r, S_scale in ((0.0, 1.0), (0.5, -10.0)):
         _, free, _, low = setting("output", 10, 3)
-        step = MatrixFreeStep(free[0].pullback, free[0].u, problem_r)
         value = LowRankValue(low.Vx, low.Z, S_scale * low.S)
         a = torch.tensor([0.0, 1e4], dtype=torch.float64)
-        (expansion,) = MatrixFree().expand([lambda step=step: step], value)
+        expansion = replace(free[0](value.p, value.Z), r=problem_r)
         gains, new = value.step_back(expansion, a, "full")
         assert gains.definite.tolist() == [False, True]
         assert (gains.k[0] == 0).all()

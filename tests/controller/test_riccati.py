@@ -6,14 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffoc.riccati import (
-    VALUE_UPDATES,
-    DenseValue,
-    Expansion,
-    control_gradient,
-    expand_step,
-    terminal_value,
-)
+from diffoc.riccati import DenseValue, Expansion, control_gradient, expand_step, terminal_value
 from diffoc.system import backward_sweep
 
 B, N, M, T = 3, 4, 2, 6
@@ -78,7 +71,7 @@ MODES = ("any", "input", "output")
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("update", VALUE_UPDATES)
+@pytest.mark.parametrize("update", ["full", "paper"])
 def test_gains_minimise_the_regularised_action_value(update, mode):
     """k + K dx is where Q(dx, du) + a/2 |du|^2 is least, found by Newton on autograd's Q."""
     e, value = random_expansion(10, mode=mode), random_value(20)
@@ -139,7 +132,7 @@ def test_slope_and_curvature_expect_the_change_of_every_step():
 
 def test_value_hessians_are_symmetric():
     value = random_value(20)
-    for update in VALUE_UPDATES:
+    for update in ("full", "paper"):
         _, before = value.step_back(random_expansion(10), torch.ones(B).double(), update)
         assert torch.equal(before.Vxx, before.Vxx.mT)
 
@@ -157,7 +150,7 @@ def policy_cost(expansions, value, gains, b, dx):
     return total + value.Vx[b] @ dx + dx @ value.Vxx[b] @ dx / 2
 
 
-@pytest.mark.parametrize("update", VALUE_UPDATES)
+@pytest.mark.parametrize("update", ["full", "paper"])
 @pytest.mark.parametrize("a", [0.0, 2.0])
 def test_value_at_the_start_is_the_policy_s_true_cost(update, a):
     expansions = [random_expansion(100 + 10 * i) for i in range(T)]

@@ -223,7 +223,7 @@ def test_without_weights_a_grid_takes_random_ones(folder, tmp_path, monkeypatch)
 
 def test_eight_faces_of_the_tables():
     assert len(experiments.few_faces()) == 8
-    assert set(experiments.few_faces()) <= set(experiments.ONE_OPERATOR.held_out)
+    assert set(experiments.few_faces()) <= set(experiments.COLOUR_FACES.held_out)
 
 
 def test_a_deep_image_prior_ends_at_the_noise():

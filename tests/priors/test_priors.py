@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from azula.denoise import Denoiser
-from azula.linalg.covariance import DPLRCovariance
 from azula.noise import RectifiedSchedule, VESchedule, VPSchedule
 from scipy.special import logsumexp
 from scipy.stats import multivariate_normal
@@ -58,16 +57,9 @@ def dense(schedule):
     return GaussianPrior(mean, cov, schedule), mean.numpy(), cov.numpy()
 
 
-def dplr(schedule):
-    D, V, mean = 0.2 + normal(N, seed=3).square(), normal(N, 2, seed=4), normal(N, seed=2)
-    prior = GaussianPrior(mean, DPLRCovariance(D, V), schedule)
-    return prior, mean.numpy(), np.diag(D.numpy()) + V.numpy() @ V.numpy().T
-
-
-@pytest.fixture(params=[(make, s) for make in (dense, dplr) for s in (VP, VE)])
+@pytest.fixture(params=[VP, VE])
 def case(request):
-    make, schedule = request.param
-    return (*make(schedule), schedule)
+    return (*dense(request.param), request.param)
 
 
 TIMES = [0.0, 0.1, 0.5, 1.0]
@@ -211,18 +203,6 @@ def test_gaussian_posterior_samples(case):
     for b in range(2):
         m = C @ (np.linalg.solve(cov, mean) + A.T @ y[b] / s**2)
         moments_agree(samples[:, b].numpy(), m, C)
-
-
-def test_dense_and_structured_covariances_agree():
-    prior, mean, cov = dplr(VP)
-    other = GaussianPrior(torch.from_numpy(mean), torch.from_numpy(cov), VP)
-    x, measurement = normal(4, N, seed=5), measure()
-    close(prior(x, 0.3).mean, other(x, 0.3).mean)
-    close(
-        prior.conditional_score(x, 0.3, measurement),
-        other.conditional_score(x, 0.3, measurement),
-        rtol=1e-9,
-    )
 
 
 def test_gaussian_prior_moves_to_another_dtype(case):
@@ -704,30 +684,6 @@ def test_mixture_from_loadings_doors(match, change):
 def test_mixture_prior_door(shape):
     with pytest.raises(ValueError, match=r"^shape"):
         mixture_prior(shape=shape)
-
-
-@pytest.mark.parametrize("covariance", ["dense", "low rank"])
-def test_a_gaussian_prior_changes_precision_as_a_module_does(covariance):
-    D, V = torch.full((4,), 0.5, dtype=torch.float64), normal(4, 2, seed=1)
-    structured = DPLRCovariance(D, V)
-    dense = torch.diag(D) + V @ V.mT
-    prior = GaussianPrior(
-        normal(4, seed=2), dense if covariance == "dense" else structured, VPSchedule()
-    )
-    x = normal(3, 4, seed=3)
-    expected = prior(x, 0.5).mean
-    single = prior.float()
-    assert single.covariance is not structured
-    mean = single(x.float(), 0.5).mean
-    assert mean.dtype == torch.float32
-    torch.testing.assert_close(mean.double(), expected, rtol=1e-5, atol=1e-5)
-    assert structured.D.dtype == torch.float64  # the caller's own is left alone
-
-
-def test_a_structured_covariance_of_another_size_is_refused():
-    covariance = DPLRCovariance(torch.ones(5), torch.ones(5, 1))
-    with pytest.raises(ValueError, match="covariance is over"):
-        GaussianPrior(torch.zeros(4), covariance, VPSchedule())
 
 
 def test_loadings_without_components_are_refused():

@@ -1,5 +1,6 @@
 """Every recomputed number of the ledger is right, and would not be if the theory were wrong."""
 
+import inspect
 import math
 
 import pytest
@@ -22,7 +23,8 @@ def test_the_ledger_has_what_is_recomputed(name, number):
 
 
 def test_the_ledger_uses_every_function():
-    assert {number.source.name for _, number in COMPUTED} == ledger.recomputable().keys()
+    functions = {name for name, f in ledger.recomputable().items() if inspect.isfunction(f)}
+    assert functions <= {number.source.name for _, number in COMPUTED}
 
 
 def test_a_wrong_constant_of_the_lemma_is_noticed(monkeypatch):
@@ -39,8 +41,8 @@ def test_a_wrong_gradient_is_noticed(monkeypatch):
     monkeypatch.setattr(
         linear_gaussian.LinearGaussian, "gradient", lambda *arguments: 1.01 * gradient(*arguments)
     )
-    assert math.isclose(claims.theorem_4_1(), 0.01 / 1.01, rel_tol=1e-9)
-    assert claims.predictor_corrector() > 1e-6
+    assert math.isclose(ledger.recomputable()["first_order"](), 0.01 / 1.01, rel_tol=1e-9)
+    assert ledger.recomputable()["predictor_corrector"]() > 1e-6
 
 
 def test_the_score_is_that_of_the_prior():
