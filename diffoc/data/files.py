@@ -59,7 +59,8 @@ def appending(path: Path, complete: Callable[[bytes], int]) -> Iterator[Callable
 
     A missing file is made, with its folder. The text is appended whole or not at all. What a killed
     process left behind the `complete` bytes of the content is first moved to a new file,
-    NAME.torn-1 or the next free number; where that function raises, the file stays as it is.
+    NAME.torn-1 or the next free number; where that function raises, the file stays as it is. A file
+    to which nothing was appended, and that has nothing, goes.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab", buffering=0) as file:
@@ -72,7 +73,11 @@ def appending(path: Path, complete: Callable[[bytes], int]) -> Iterator[Callable
                 beside.write(torn)
                 os.fsync(beside.fileno())
             file.truncate(size)
-        yield partial(_append, file)
+        try:
+            yield partial(_append, file)
+        finally:
+            if not os.fstat(file.fileno()).st_size:
+                path.unlink()
 
 
 def csv_text(columns: Sequence[str], rows: Iterable[Mapping[str, object]]) -> str:
