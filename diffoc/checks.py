@@ -26,7 +26,10 @@ def check_default_device() -> None:
 
 
 def check_tensor(name: str, x: Tensor) -> None:
-    """Raises unless a tensor is dense and has floating-point numbers, all of them finite."""
+    """Raises unless a tensor is dense, not empty, not on "meta", and has finite numbers only.
+
+    These are of a floating-point type.
+    """
     check_default_device()
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} is {type(x).__name__}, expected a tensor")

@@ -125,10 +125,11 @@ HESSIANS = ("full", "gauss_newton")
 def terminal_products(
     cost: Callable[[Tensor], Tensor], x: Tensor, hessian: str = "full"
 ) -> tuple[Tensor, Product]:
-    """Returns a terminal cost's gradient (B, n) at x, and what multiplies by its Hessian.
+    """Returns a terminal cost's gradient (B, n), and what multiplies by its Hessian.
 
-    A product takes one backward pass through the gradient ("full"), or two through the residual
-    ("gauss_newton"), for J v and for J^T. These need a cost with a method `whitened_residual`, from
+    The cost maps states x (B, ...) to (B,) and is twice differentiable. A product takes one
+    backward pass through the gradient ("full"), or two through the residual ("gauss_newton"), for
+    J v and for J^T. The latter need a cost with a method `whitened_residual`, from
     states to z (B, ...), as :class:`diffoc.costs.GaussianLikelihood` has.
     """
     check_member(HESSIANS, hessian=hessian)

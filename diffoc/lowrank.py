@@ -174,7 +174,8 @@ class MatrixFree(Derivatives):
             vector-Jacobian product; otherwise each step is evaluated again, one F more.
         oversampling: how many directions are drawn beyond the rank.
         convex: whether the terminal cost is, so that one product a direction suffices (Nystrom).
-        hessian: "full" or "gauss_newton", which needs one product, too; see :mod:`diffoc.hessian`.
+        hessian: "full", or "gauss_newton", which is positive semidefinite whatever the operator, so
+            that one product a direction suffices as well; see :mod:`diffoc.hessian`.
         together: whether the k + 1 vectors of a step are pulled back in one batched backward pass.
             That is faster for priors in closed form; it is slower for networks on a CPU, whose
             activations it multiplies, and not every network can be batched.
@@ -198,7 +199,7 @@ class MatrixFree(Derivatives):
             self.counts.evaluations += 1
             return linearize_step(problem.dynamics, i, x, u, self.together)
 
-        def expand(pullback: Pullback, p: Tensor, Z: Tensor) -> LowRankExpansion:
+        def pull_back(pullback: Pullback, p: Tensor, Z: Tensor) -> LowRankExpansion:
             self.counts.products += 1 + Z.shape[-1]
             # Two calls, because the gains keep W and not px.
             px, pu = (g[0] for g in pullback(p.unsqueeze(0)))
@@ -207,9 +208,9 @@ class MatrixFree(Derivatives):
 
         if self.keep_activations:
             y, pullback = linearize()
-            return y, partial(expand, pullback)
+            return y, partial(pull_back, pullback)
         self.counts.evaluations += 1
-        return problem.dynamics(i, x, u), lambda p, Z: expand(linearize()[1], p, Z)
+        return problem.dynamics(i, x, u), lambda p, Z: pull_back(linearize()[1], p, Z)
 
     def terminal(self, problem: ControlProblem, x: Tensor, rank: int | None) -> LowRankValue:
         rank, batch, n = check_rank(x, rank), len(x), x[0].numel()

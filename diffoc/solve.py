@@ -48,9 +48,10 @@ def solve(
         process: of any azula prior, in "input" or "output" mode.
         cost: maps images (B, C, H, W) to costs (B,), such as a
             :class:`diffoc.costs.GaussianLikelihood`.
-        x: initial states at time 1, as :meth:`ReverseProcess.initial_state` draws them; their dtype
-            and device are those of the computation.
-        controls: zeros by default, or a guess such as :func:`diffoc.greedy.greedy_controls` makes.
+        x: initial states at time 1, (B, C, H, W), as :meth:`ReverseProcess.initial_state` draws
+            them; their dtype and device are those of the computation.
+        controls: (T, B, C, H, W), zeros by default, or a guess such as
+            :func:`diffoc.greedy.greedy_controls` makes.
         control_cost: as :class:`diffoc.costs.ControlCost`, or its weights.
         derivatives: `MatrixFree(keep_activations=False)` needs less memory, and more time.
         progress: whether to show a bar.

@@ -147,7 +147,7 @@ def methods() -> dict[str, Method]:
 
 @contextmanager
 def global_generator(generator: torch.Generator) -> Iterator[None]:
-    """Seeds torch's global generator, which libraries draw from, by another, and restores it."""
+    """Seeds torch's global generator, from which libraries draw, by this one, and restores it."""
     seed = torch.randint(2**62, (), generator=generator, device=generator.device).item()
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -193,8 +193,8 @@ class Given:
 def method(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Turns a function of :class:`Given` and settings into a method that is called as above.
 
-    What is no measurement of such images is refused before it runs, because many would draw a
-    sample of the prior all the same.
+    A `y` or `x` that is not finite or does not fit the physics, and a negative `noise_std`, are
+    refused before it runs, because many would draw a sample of the prior all the same.
     """
 
     @wraps(run)

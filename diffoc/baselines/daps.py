@@ -66,7 +66,7 @@ def daps(
     r"""Returns images (B, ...) by DAPS; its last settings have to be tuned to the noise.
 
     Args:
-        steps: annealing levels T.
+        steps: annealing levels T; 200 in the released code.
         ode_steps: steps of the flow for each of them, at least 1.
         langevin_steps: N, not negative. Operators that are not linear, or not decomposed (see
             :mod:`diffoc.baselines.decomposition`), pay for each.

@@ -25,7 +25,7 @@ def deep_image_prior(
     """Returns images (B, C, H, W), made one after the other, without the prior.
 
     Args:
-        iterations: at most; each is a forward and a backward pass of the decoder.
+        iterations: their largest number; each is a forward and a backward pass of the decoder.
         channels: the width of the decoder's seven layers, at least 1.
         rate: Adam's, above 0.
     """
@@ -52,6 +52,7 @@ def deep_image_prior(
                 loss.backward()
                 optimizer.step()
             images.append(image.detach())
+            del decoder, optimizer, image, loss  # before the next decoder is made
     return torch.cat(images)
 
 

@@ -63,7 +63,7 @@ def flash_diffusion(
         )
     schedule = given.prior.schedule
     alpha_1, sigma_1 = (scale.item() for scale in schedule(torch.ones((), dtype=torch.float64)))
-    ratio = (correction * log_severity.exp()).cpu().clamp(max=sigma_1 / alpha_1)
+    ratio = (correction * log_severity.double().exp()).cpu().clamp(max=sigma_1 / alpha_1)
     start = times_of_levels(schedule, ratio).to(log_severity)
     alpha, sigma = (a.reshape(-1, *(1,) * (x.ndim - 1)) for a in schedule(start))
     z = alpha * estimate + sigma * x / sigma_1

@@ -16,10 +16,11 @@ A step of the process is, at the levels of noise of :func:`respaced_levels`,
 
 .. math:: x_{i+1} = a_i x + b_i \, \mathrm{clip}(m(x)) + c_i \, \varepsilon_i , \quad x = x_i + u_i,
 
-and its gain is :math:`k = -Q_u / (r + 0.001)`. Adam divides that by its own size, so that only the
-direction of :math:`Q_u = r u + f_u^T p` counts. What the code's inverse takes from the gain is left
-out by default, see :class:`ShrinkingValue`. The code also evaluates the prior three times in each
-step of an iteration, of which ours needs one.
+where m(x) is the prior's estimate of the image, clipped to [-1, 1], a_i, b_i and c_i are those of
+DDPM, and the noise is frozen. Its gain is :math:`k = -Q_u / (r + 0.001)`. Adam divides that by its
+own size, so that only the direction of :math:`Q_u = r u + f_u^T p` counts. What the code's inverse
+takes from the gain is left out by default, see :class:`ShrinkingValue`. The code also evaluates the
+prior three times in each step of an iteration, of which ours needs one.
 
 Source: github.com/lihenryhfl/diffusion_optimal_control, commit f20ebff; Ho et al. 2020
 (arXiv:2006.11239); Nichol & Dhariwal 2021 (arXiv:2102.09672) for respacing and for the learned

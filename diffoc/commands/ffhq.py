@@ -54,9 +54,10 @@ def _measured(
     kept: dict[str, Path], truth: dict[str, Path], place: Path, args: argparse.Namespace
 ) -> Measured | None:
     """Returns the set measured, whose parts that are there already are read; None if not all."""
+    if lost := [name for name in kept if name not in truth]:
+        raise ValueError(f"images has no original of {lost[0]}: expected one picture of that name")
     i, n = args.shard or (1, 1)
-    originals = (truth[name] for name in kept if name in truth)  # `measure` refuses what has none
-    digest = _digest([*kept.values(), *originals], args.filter)
+    digest = _digest([*kept.values(), *(truth[name] for name in kept)], args.filter)
     parts = [place / f"{digest}.shard-{k}-of-{n}.safetensors" for k in range(1, n + 1)]
     path = parts[i - 1]
     if not path.exists():

@@ -104,7 +104,7 @@ def _append(file: FileIO, text: str) -> None:
 
 
 def lock(file: IO) -> None:
-    """Locks an open file for this process, until it is closed; a ValueError says another has it."""
+    """Locks an open file for this process until it is closed; a ValueError: another has it."""
     try:
         import fcntl
     except ImportError as error:

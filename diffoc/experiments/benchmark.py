@@ -150,7 +150,10 @@ def flop(prior: Denoiser, shape: Sequence[int]) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Projection:
-    """What Table 1 would take, by a network's FLOP: seconds an image, and GPU-hours for all."""
+    """What Table 1 would take, by a network's FLOP: seconds an image, and GPU-hours for all.
+
+    NFE is T times the iterations.
+    """
 
     rank: int
     keep_activations: bool

@@ -200,7 +200,7 @@ def recomputable() -> dict[str, Callable[[], float]]:
         for name, function in inspect.getmembers(module, inspect.isfunction)
         if function.__module__ == module.__name__ and not name.startswith("_")
     }
-    return {**groups, **functions}
+    return groups | functions
 
 
 def _largest_error(group: Callable[[], Iterator[Identity]]) -> float:
@@ -249,7 +249,10 @@ def run(
 
 
 def _claim(entry: Any) -> Claim:
-    claim = Claim(**entry)
+    claim = Claim(**_mapping(entry))
+    for key in ("id", "place", "says", "reason"):
+        if not (isinstance(text := getattr(claim, key), str) and text.strip()):
+            raise ValueError(f"{key} is {text!r}, expected a text")
     check_member(VERDICTS, verdict=claim.verdict)
     if claim.verdict == NOT_RUN and (claim.numbers or not claim.planned):
         raise ValueError("what was not run has planned, and no numbers")
@@ -260,7 +263,7 @@ def _claim(entry: Any) -> Claim:
 
 def _number(entry: Any) -> Number:
     kinds: dict[str, Any] = {"notebook": Printed, "records": Recorded, "recompute": Computed}
-    given = [kind for kind in kinds if kind in entry]
+    given = [kind for kind in kinds if kind in _mapping(entry)]
     if len(given) != 1:
         raise ValueError("a number needs one source: notebook, records or recompute")
     kind, rest = given[0], dict(entry)
@@ -268,6 +271,8 @@ def _number(entry: Any) -> Number:
     if kind == "recompute":
         check_member(recomputable(), recompute=content)
         content = {"name": content}
+    for key in ("where", "minus"):
+        _mapping(_mapping(content).get(key) or {})
     number = Number(source=kinds[kind](**content), **rest)
     for key in ("value", "at_most", "within"):
         value = getattr(number, key)
@@ -278,6 +283,12 @@ def _number(entry: Any) -> Number:
     if (number.within is not None) != (number.value is not None and kind != "notebook"):
         raise ValueError("within belongs to a value from records or recompute, and only there")
     return number
+
+
+def _mapping(entry: Any) -> dict:
+    if not isinstance(entry, dict):
+        raise ValueError(f"{entry!r} is not a mapping")
+    return entry
 
 
 def _mean(source: Recorded, path: Path) -> float:

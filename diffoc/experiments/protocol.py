@@ -19,8 +19,8 @@ class Protocol:
         operator_per_image: the tasks of which each image has a mask, box or kernel of its own,
             drawn from the seed, the task and the image; of the others one drawn from seed and task
             serves all.
-        held_out: the names of the images of the tables.
-        tuning: those of the images that methods are tuned on; none is in both.
+        held_out: the names of the images of the tables; none where a command names them.
+        tuning: likewise those of the images that methods are tuned on; none is in both.
         noise_std: of the measurements, on the scale of images in [-1, 1].
         precision: of the network; None for any.
         product_cost: c, what a vector-Jacobian product costs in evaluations of the network; None

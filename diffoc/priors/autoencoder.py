@@ -27,9 +27,10 @@ NOISE_STD = 0.01  # s, of the decoder
 
 
 class Autoencoder(nn.Module):
-    """Maps images (B, colours, H, W) to latents (B, channels, H / fold, W / fold), and back.
+    """Maps images (B, colours, H, W) in [-1, 1] to latents and back.
 
-    The hidden layers are `width` channels wide, a multiple of 32.
+    Latents are (B, channels, H / fold, W / fold). The hidden layers are `width` channels wide, a
+    multiple of 32.
     """
 
     mean: Tensor
@@ -129,8 +130,9 @@ def load_autoencoder(name: str = "faces64_autoencoder", folder: Path | None = No
 def _lowest_cosines(side: int, colours: int) -> Tensor:
     """Returns the orthonormal cosine transform of squares and colours, low rows first.
 
-    It is (n, n), n = colours * side^2, for vectors in the order of a pixel-unshuffle. A difference
-    of colours counts as a frequency between the squares' third and fourth.
+    It is (n, n), n = colours * side^2, for vectors in the order of a pixel-unshuffle. Along
+    three colours it gives their mean and two differences, which count as a frequency between the
+    squares' third and fourth.
     """
     space, colour = (
         torch.from_numpy(dct(np.eye(n), axis=0, norm="ortho")) for n in (side, colours)

@@ -161,7 +161,7 @@ class GaussianPrior(Denoiser):
 class GaussianPosterior:
     """The posterior of a Gaussian prior under a linear Gaussian measurement.
 
-    Means are (B, n), the covariance of them all is (n, n), and log p(y) is (B,).
+    The means are (B, n); one covariance, (n, n), serves all measurements; log p(y) is (B,).
     """
 
     mean: Tensor

@@ -233,7 +233,7 @@ def mixture_from_loadings(
     r"""Returns a mixture with :math:`\Sigma_k = W_k W_k^T + \psi_k I`, as in factor analysis.
 
     The log-weights (K,) are normalised here; the means are (K, n), the loadings W (K, n, r) with
-    r < n, and psi (K,), above 0.
+    r at most n, and psi (K,), above 0.
     """
     given = {
         "loadings": loadings,

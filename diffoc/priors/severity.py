@@ -16,7 +16,7 @@ from diffoc.priors.weights import load_shipped
 
 
 class SeverityEncoder(nn.Module):
-    """Maps pictures (B, colours, H, W) to estimates of latents, and log severities (B,).
+    """Maps pictures (B, colours, H, W) in [-1, 1] to latents' estimates and log severities (B,).
 
     The latents are (B, latents, H / fold, W / fold). `channels` and `blocks` say how wide each
     level of the network is, and how many residual blocks it has each way.

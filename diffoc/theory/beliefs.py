@@ -23,7 +23,10 @@ from diffoc.process import ReverseProcess
 
 
 def believed_covariance(process: ReverseProcess, costs: Tensor, x: Tensor) -> Tensor:
-    """Returns S of a linear process of flat states, (n, n), by any x and costs (T,) above 0."""
+    """Returns S, (n, n), of a process that is linear in state and control.
+
+    Any start x, (1, n), serves; the costs r are (T,), above 0.
+    """
     controls = torch.zeros(process.horizon, *x.shape, dtype=x.dtype)
     J = torch.autograd.functional.jacobian(lambda u: process.rollout(x, u)[-1, 0], controls)
     J = J[:, :, 0]  # (n, T, n)

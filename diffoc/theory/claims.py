@@ -50,7 +50,7 @@ def theorem_4_3_second_order() -> float:
     return second_order_slope("input", STEPS)
 
 
-def lemma_4_2() -> float:
+def lemma_4_2_by_differences() -> float:
     """Returns the worst error of Eq. 18 against Eq. 9, the rollout's gradient taken at h(x_t).
 
     The constant of Eq. 9 is that of the schedule's central differences.
@@ -70,7 +70,7 @@ def lemma_4_2() -> float:
     return worst
 
 
-def kl_control() -> float:
+def kl_control_by_autograd() -> float:
     """Returns the worst error of F' C^-1 u* against autograd's grad log p(y | x_t), T = 10."""
     setting = linear_gaussian()
     problem, kernels, times = exact_kernel_problem(setting, 10)

@@ -65,7 +65,7 @@ def covariance_score(prior: Denoiser, measurement: LinearMeasurement) -> Score:
 
 
 def rollout_score(prior: Denoiser, cost: Callable[[Tensor], Tensor], steps: int = 20) -> Score:
-    """Returns the paper's gradient, through so many DDIM steps from t > 0 to the image."""
+    """Returns the paper's gradient, through `steps` steps of DDIM from t > 0 to the image."""
 
     def score(x: Tensor, t: Tensor) -> Tensor:
         x = x.detach().requires_grad_()

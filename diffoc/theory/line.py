@@ -99,7 +99,10 @@ LIKELIHOODS = (linear, square, label, indicator)
 
 
 def nodes(breaks: tuple[float, ...]) -> tuple[Tensor, Tensor]:
-    """Returns points and log-weights (N,) of composite Gauss-Legendre quadrature between breaks."""
+    """Returns points and log-weights, (N,) each, of composite Gauss-Legendre quadrature.
+
+    Panels end at each of two or more increasing breaks.
+    """
     edges = [np.linspace(a, b, math.ceil((b - a) / PANEL) + 1)[:-1] for a, b in pairwise(breaks)]
     left = np.append(np.concatenate(edges), breaks[-1])
     unit, weights = np.polynomial.legendre.leggauss(POINTS)
@@ -142,10 +145,11 @@ class LineProblem:
         return torch.autograd.grad(self.log_h(x, t).sum(), x)[0]
 
     def reverse_step(self, x: Tensor, t: float, s: float) -> ReverseStep:
-        """Returns the kernel p(x_s | x_t = x), discretised, and h_s at its points; 0 <= s < t.
+        """Returns the kernel p(x_s | x_t = x), discretised, and h_s at its points.
 
-        The density of x_s is an integral over x_0 of its own, so that a mean over this kernel and
-        the derivative of :meth:`log_h` have no sum in common.
+        The states x are (B,), and 0 <= s < t. The density of x_s is an integral over x_0 of
+        its own, so that a mean over this kernel and the derivative of :meth:`log_h` have no sum in
+        common.
         """
         points, log_w, log_density, log_h = z, log_v, log_prior, log_likelihood = self._clean
         if s > 0:

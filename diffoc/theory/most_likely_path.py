@@ -62,7 +62,10 @@ class Values:
 
 @torch.no_grad()
 def values(prior: GaussianMixturePrior, y: float, noise_std: float, steps: int) -> list[Values]:
-    """Returns the values of all times but 0, from the first step on, for y = x_0 + s noise."""
+    """Returns the values of all times but 0, from the first step on, for y = x_0 + s noise.
+
+    The prior is of states (B, 1), and the T = `steps` steps are uniform in time.
+    """
     times = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
     a, b, c = METHODS["ddpm"](prior.schedule, times[:-1], times[1:])
     states = torch.from_numpy(GRID)[:, None]

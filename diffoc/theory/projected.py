@@ -122,8 +122,9 @@ class ProjectedValue:
 class Projected(Derivatives):
     """Derivatives as Appendix D.1 has them, for the controller; for comparison.
 
-    An iteration costs :math:`T (2 F + r J + (1 + r) B)` with two passes, J being one
-    Jacobian-vector product, and :math:`T (F + (1 + r) B)` with one. The running cost must be a
+    An iteration costs :math:`T (2 F + r J + (1 + r) B)` with two passes, F and B being as
+    for :class:`diffoc.lowrank.MatrixFree` and J one Jacobian-vector product, and
+    :math:`T (F + (1 + r) B)` with one. The running cost must be a
     :class:`diffoc.costs.ControlCost`. The terminal Hessian is projected in the same way as the
     Jacobians, on as many columns as `rank` says; with one pass, give the two ranks the same number
     for the same P.

@@ -24,7 +24,6 @@ from diffoc.priors.mixture import log_normal
 from diffoc.problems.operators import LinearMeasurement
 from diffoc.process import ReverseProcess
 from diffoc.theory.linear_gaussian import Kernel
-from diffoc.theory.linear_gaussian import reverse_kernels as reverse_kernels
 
 
 @dataclass(frozen=True)

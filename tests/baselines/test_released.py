@@ -12,7 +12,7 @@ that is not part of this project because it needs that code. For both tasks it
   in_shape=(1, 1, 8, 8), scale_factor=2)` or `get_operator("inpainting")`;
 - makes `solver = MFDDP(env, seed=42, lr=5e-3)` and replaces its method `approx_inverse` by one that
   returns zeros, which leaves out the term of the random subspace that
-  :data:`diffoc.baselines.released.RELEASED` describes;
+  :class:`diffoc.baselines.released.ShrinkingValue` describes;
 - calls `solver.solve(start.reshape(1, 64), num_iterations=5)`, and keeps the controls that the
   last call of `solver.iterate` returns, and the last state of every call;
 - draws the noise of step i as the code does, `torch.manual_seed(env.seed + 18 - i)` and

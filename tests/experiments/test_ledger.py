@@ -182,16 +182,18 @@ WITH_NUMBERS = CLAIM | {"numbers": [COMPUTED]}
 @pytest.mark.parametrize(
     ("entry", "says"),
     [
-        ("text", "must be a mapping, not str"),
+        ("text", "'text' is not a mapping"),
         (without(WITH_NUMBERS, "says"), "argument: 'says'"),
         (WITH_NUMBERS | {"verdcit": "exact"}, "unexpected keyword argument 'verdcit'"),
         (WITH_NUMBERS | {"verdict": "true"}, "verdict is 'true', expected one of exact"),
-        (WITH_NUMBERS | {"numbers": "many"}, "needs one source"),
+        (WITH_NUMBERS | {"reason": " "}, "reason is ' ', expected a text"),
+        (WITH_NUMBERS | {"id": 4.1}, "claim 4.1: id is 4.1, expected a text"),
+        (WITH_NUMBERS | {"numbers": "many"}, "'m' is not a mapping"),
         (WITH_NUMBERS | {"planned": "later"}, "has numbers, and no planned"),
         (CLAIM, "has numbers, and no planned"),
         (CLAIM | {"verdict": "not run"}, "has planned, and no numbers"),
         (WITH_NUMBERS | {"verdict": "not run", "planned": "x"}, "has planned, and no numbers"),
-        (CLAIM | {"numbers": [3]}, "'int'"),
+        (CLAIM | {"numbers": [3]}, "3 is not a mapping"),
         (CLAIM | {"numbers": [without(COMPUTED, "unit")]}, "argument: 'unit'"),
         (CLAIM | {"numbers": [without(COMPUTED, "recompute")]}, "needs one source"),
         (CLAIM | {"numbers": [COMPUTED | PRINTED]}, "needs one source"),
@@ -204,7 +206,11 @@ WITH_NUMBERS = CLAIM | {"numbers": [COMPUTED]}
         (CLAIM | {"numbers": [PRINTED | {"at_most": "1e-12"}]}, "a number such as 1.0e-12"),
         (CLAIM | {"numbers": [COMPUTED | {"value": True}]}, "value is True"),
         (CLAIM | {"numbers": [PRINTED | {"notebook": {"file": "a"}}]}, "'cell' and 'prints'"),
-        (CLAIM | {"numbers": [PRINTED | {"notebook": "a"}]}, "must be a mapping, not str"),
+        (CLAIM | {"numbers": [PRINTED | {"notebook": "a"}]}, "'a' is not a mapping"),
+        (
+            CLAIM | {"numbers": [RECORDED | {"records": RECORDED["records"] | {"where": "a"}}]},
+            "'a' is not a mapping",
+        ),
     ],
 )
 def test_a_malformed_ledger(tmp_path, entry, says):

@@ -5,15 +5,14 @@ import torch
 
 from diffoc.ilqr import ilqr
 from diffoc.priors.mixture import with_noise
-from diffoc.theory.doob_identities import posterior_from
-from diffoc.theory.linear_gaussian import exact_kernel_problem, linear_gaussian, relative_error
-from diffoc.theory.riccati_sampler import (
-    path_divergence,
-    propagate,
+from diffoc.theory.linear_gaussian import (
+    exact_kernel_problem,
+    linear_gaussian,
+    posterior_from,
+    relative_error,
     reverse_kernels,
-    riccati_policies,
-    shift_alone,
 )
+from diffoc.theory.riccati_sampler import path_divergence, propagate, riccati_policies, shift_alone
 
 
 def random(*shape, seed=0):
