@@ -1,8 +1,8 @@
 """Measures by how much rounding changes the tables: `data/records/spread_faces64.csv`.
 
     DIFFOC_DATA=... python tools/spread.py                      # every method and task: hours
-    DIFFOC_DATA=... python tools/spread.py --methods control --jitters 1 2 3
-    DIFFOC_DATA=... python tools/spread.py --methods control --precision float32
+    DIFFOC_DATA=... python tools/spread.py --methods ours --jitters 1 2 3
+    DIFFOC_DATA=... python tools/spread.py --methods ours --precision float32
 
 The first eight faces of every method and task are computed again with weights and measurements
 multiplied by 1 + 1e-6 z (see `portability.py`), and compared with their records, of other CPUs;
@@ -85,12 +85,12 @@ def runs() -> pd.DataFrame:
     if not RUNS.exists():
         RUNS.parent.mkdir(parents=True, exist_ok=True)
         RUNS.write_text(",".join(HEAD) + "\n", encoding="utf-8")
-    return pd.read_csv(RUNS, float_precision="round_trip")
+    return pd.read_csv(RUNS)
 
 
 def summarise() -> None:
     """Writes the greatest change of a face, and of the mean over faces, of each method and task."""
-    recorded = pd.read_csv(TABLE, float_precision="round_trip").query("nfe == 300")
+    recorded = pd.read_csv(TABLE).query("nfe == 300")
     changes, place, metrics = runs(), list(PLACE), list(METRICS)
     key, plain = [*place, "image"], changes["jitter"] == 0
     reference = pd.concat([changes[plain], recorded]).drop_duplicates(key, keep="last")
