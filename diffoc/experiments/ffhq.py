@@ -1,7 +1,7 @@
 """The paper's tables on FFHQ at 256 pixels, row by row as the paper has them, beside its numbers.
 
 A row is a method of ours or of others with the settings that the paper, or the method's authors,
-published; what nobody published is what the grey faces were tuned to, and the table says so.
+published; what nobody published is what the 64x64 faces were tuned to, and the table says so.
 """
 
 import json

@@ -200,7 +200,7 @@ def recomputable() -> dict[str, Callable[[], float]]:
         for name, function in inspect.getmembers(module, inspect.isfunction)
         if function.__module__ == module.__name__ and not name.startswith("_")
     }
-    return groups | functions
+    return {**groups, **functions}
 
 
 def _largest_error(group: Callable[[], Iterator[Identity]]) -> float:
