@@ -17,7 +17,8 @@ class Difference:
     Attributes:
         task, method, nfe: the names and the budget of the other row.
         images: how many both have.
-        mean, half: the mean difference, and half the width of its 95 % interval.
+        mean: the mean difference.
+        half: half the width of its 95 % interval.
         p, corrected: the p-value of a paired t-test, and as :func:`holm` corrects it over the whole
             table. Like `half` they are not numbers for one image.
     """
