@@ -184,7 +184,7 @@ def test_the_ledger_has_every_claim_and_links_to_its_sources(site: Path) -> None
     for claim in claims:
         assert f"{claim.verdict.capitalize()} (" in text
         for number in claim.numbers:
-            assert f"{number}: {' '.join(number.what.split())} (" in text
+            assert f"{ledger.told(number)}: {' '.join(number.what.split())} (" in text
         assert " ".join((claim.planned or "").split()) in text  # commands as they are typed
     sources = [number.source for claim in claims for number in claim.numbers]
     printed = [source for source in sources if isinstance(source, ledger.Printed)]

@@ -12,7 +12,8 @@ has one source:
   :mod:`diffoc.experiments.paper_tables`, or else the group of that name in
   :mod:`diffoc.theory.identities`, which stands for its largest error.
 
-A value from records, or recomputed, may be off by as much as `within`. By how much rounding on
+A value that is recomputed may be off by as much as `within`, one from records by half of the last
+digit that is shown. A difference in records is told with its interval. By how much rounding on
 another CPU moves a mean of records is in :mod:`diffoc.experiments.spread`; a difference that is
 smaller is no claim.
 """
@@ -36,7 +37,7 @@ from diffoc.checks import check_member
 from diffoc.data.provenance import ROOT
 from diffoc.experiments import paper_tables
 from diffoc.experiments.spread import of_mean
-from diffoc.experiments.summary import by_image, paired, select
+from diffoc.experiments.summary import by_image, mean_and_interval, paired, select
 from diffoc.theory import claims, identities
 from diffoc.theory.identity import Identity
 
@@ -44,7 +45,17 @@ LEDGER = ROOT / "data" / "claims.yaml"
 NOTEBOOKS = ROOT / "notebooks"
 RECORDS = ROOT / "data" / "records"
 NOT_RUN = "not run"
-VERDICTS = ("exact", "holds under a condition", "reproduced at small scale", "differs", NOT_RUN)
+VERDICTS = (
+    "exact",
+    "holds under a condition",
+    "reproduced at small scale",
+    "undecided or not comparable",
+    "refuted",
+    "erratum of the paper",
+    NOT_RUN,
+)
+DIGITS = {"ssim": 3}
+"""How many digits are shown behind the point of a column of records; of others two."""
 _NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?")
 
 
@@ -100,9 +111,12 @@ class Number:
 
     def disagreement(self, found: float) -> str | None:
         """Returns how the number disagrees with what was found; None if it does not."""
+        within = self.within
+        if isinstance(self.source, Recorded):
+            within = 0.5 * 10.0 ** -DIGITS.get(self.source.column, 2)
         # A NaN agrees with nothing.
-        if self.value is not None and self.within is not None:
-            agrees = abs(found - self.value) <= self.within
+        if self.value is not None and within is not None:
+            agrees = abs(found - self.value) <= within
         else:
             agrees = self.at_most is not None and found <= self.at_most
         return None if agrees else f"the ledger has {self}, {self.source} gives {found:.6g}"
@@ -160,7 +174,7 @@ def check(
         if source.minus is not None and number.value and moves and abs(number.value) <= moves:
             return f"{number} is a difference, and rounding moves it by {moves:.2g}"
         try:
-            return number.disagreement(_mean(source, records / source.file))
+            return number.disagreement(_mean(source, records / source.file)[0])
         except (FileNotFoundError, ValueError) as error:
             return str(error)
     path = notebooks / source.file
@@ -176,6 +190,19 @@ def check(
     if (number.at_most if number.value is None else number.value) not in there:
         return f"the ledger has {number}, but {source} prints {source.prints!r}"
     return None
+
+
+def told(number: Number, records: Path = RECORDS) -> str:
+    """Returns a number as text; a difference in records with the half-width of its interval."""
+    source = number.source
+    if not isinstance(source, Recorded) or source.minus is None:
+        return str(number)
+    try:
+        half = _mean(source, records / source.file)[1]
+    except (FileNotFoundError, ValueError):
+        return str(number)
+    digits = DIGITS.get(source.column, 2)
+    return f"{number.value:+.{digits}f} ± {half:.{digits}f} {number.unit}".rstrip()
 
 
 def rounding(source: Recorded) -> float | None:
@@ -239,7 +266,7 @@ def run(
             moves = rounding(number.source) if isinstance(number.source, Recorded) else None
             spread = "" if moves is None else f", moved by {moves:.2g} by rounding"
             mark = "  DISAGREES" if problem else "  not recomputed" if skipped else ""
-            print(f"    {number}: {number.what} ({number.source}{spread}){mark}", flush=True)
+            print(f"    {told(number, records)}: {number.what} ({number.source}{spread}){mark}", flush=True)
             if problem:
                 wrong.append(f"{claim.id}, {number.what}: {problem}")
     print(f"\n{compared - len(wrong)} of {compared} numbers agree with their sources")
@@ -280,8 +307,8 @@ def _number(entry: Any) -> Number:
             raise ValueError(f"{key} is {value!r}, expected a number such as 1.0e-12")
     if (number.value is None) == (number.at_most is None):
         raise ValueError("a number is either a value or at_most something")
-    if (number.within is not None) != (number.value is not None and kind != "notebook"):
-        raise ValueError("within belongs to a value from records or recompute, and only there")
+    if (number.within is not None) != (number.value is not None and kind == "recompute"):
+        raise ValueError("within belongs to a value that is recomputed, and only there")
     return number
 
 
@@ -291,7 +318,8 @@ def _mapping(entry: Any) -> dict:
     return entry
 
 
-def _mean(source: Recorded, path: Path) -> float:
+def _mean(source: Recorded, path: Path) -> tuple[float, float]:
+    """Returns a mean over images, or of differences, and the half-width of its interval."""
     if not path.is_file():
         raise FileNotFoundError(f"there is no table {path.name} of records")
     # As text, which is what `where` says.
@@ -306,10 +334,10 @@ def _mean(source: Recorded, path: Path) -> float:
         for where in (source.where, source.minus)
     )
     if source.minus is not None:
-        return paired(first, second, source.column)[0]
+        return paired(first, second, source.column)
     if first[source.column].isna().all():
         raise ValueError(f"{path.name} has no row where {source.where}")
-    return float(by_image(first, source.column).mean())
+    return mean_and_interval(by_image(first, source.column))
 
 
 def _printed(cell: dict) -> str:

@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import yaml
+from scipy.stats import ttest_rel
 
 from diffoc.commands import main as command_line
 from diffoc.data.provenance import ROOT
@@ -22,14 +23,12 @@ PRINTED = {
 RECORDED = {
     "what": "mean PSNR",
     "value": 22.0,
-    "within": 0.005,
     "unit": "dB",
     "records": {"file": "small.csv", "column": "psnr", "where": {"method": "ours", "nfe": 3}},
 }
 DIFFERENCE = {
     "what": "ours minus theirs",
     "value": 1.5,
-    "within": 0.005,
     "unit": "dB",
     "records": RECORDED["records"] | {"minus": {"method": "theirs"}},
 }
@@ -131,6 +130,12 @@ def test_a_changed_number_in_the_records(folder, capsys, old, new, says):
     assert says in capsys.readouterr().out
 
 
+def test_a_difference_is_told_with_its_interval(folder, capsys):
+    interval = ttest_rel([20, 24], [19, 22]).confidence_interval(0.95)
+    assert run(folder) == 0
+    assert f"+1.50 ± {(interval.high - interval.low) / 2:.2f} dB: ours" in capsys.readouterr().out
+
+
 def test_a_difference_that_rounding_outweighs_is_no_claim(folder, capsys, monkeypatch):
     text = RECORDS.replace("method", "task,method").replace("ours", "t,ours")
     (folder / "small.csv").write_text(text.replace("theirs", "t,theirs"))
@@ -203,6 +208,7 @@ WITH_NUMBERS = CLAIM | {"numbers": [COMPUTED]}
         (CLAIM | {"numbers": [without(PRINTED, "at_most")]}, "either a value or at_most"),
         (CLAIM | {"numbers": [without(COMPUTED, "within")]}, "within belongs to a value"),
         (CLAIM | {"numbers": [PRINTED | {"within": 0.1}]}, "within belongs to a value"),
+        (CLAIM | {"numbers": [RECORDED | {"within": 0.1}]}, "within belongs to a value"),
         (CLAIM | {"numbers": [PRINTED | {"at_most": "1e-12"}]}, "a number such as 1.0e-12"),
         (CLAIM | {"numbers": [COMPUTED | {"value": True}]}, "value is True"),
         (CLAIM | {"numbers": [PRINTED | {"notebook": {"file": "a"}}]}, "'cell' and 'prints'"),
