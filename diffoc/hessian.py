@@ -104,7 +104,7 @@ def _largest(
 
     projections = vectors.mT @ directions
     units = torch.eye(values.shape[-1]).to(values)
-    cut = group[..., rank - 1 :][..., :1] if rank else group[..., :0]
+    cut = group[..., max(rank - 1, 0) :][..., :1]
     cut = torch.where((group[..., rank:] == cut).any(dim=-1, keepdim=True), cut, -1)
     chosen = vectors.new_zeros(*values.shape, 0)
     for p in range(rank):

@@ -33,7 +33,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffoc.checks import check_member
+from diffoc.checks import check_member, check_whole
 from diffoc.costs import ControlCost
 from diffoc.hessian import HESSIANS, check_rank, nystrom, symmetric_eigen, terminal_products
 from diffoc.riccati import matvec
@@ -189,6 +189,7 @@ class MatrixFree(Derivatives):
 
     def __post_init__(self) -> None:
         check_member(HESSIANS, hessian=self.hessian)
+        check_whole(0, oversampling=self.oversampling)
 
     def step(
         self, problem: ControlProblem, i: int, x: Tensor, u: Tensor

@@ -118,7 +118,7 @@ class ReverseProcess:
         if isinstance(steps, int):
             check_steps(steps=steps)
             steps = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
-        times = as_numbers("steps", steps).cpu()
+        times = as_numbers("steps", steps).detach().cpu().clone()
         if times.ndim != 1 or len(times) < 2 or not (times.diff() < 0).all():
             raise ValueError("steps is a list of times, which must decrease and be at least 2")
         if times[0] > 1 or times[-1] < 0:

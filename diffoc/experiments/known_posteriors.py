@@ -26,6 +26,7 @@ from diffoc.problems.tasks import UnsupportedTask
 from diffoc.process import ReverseProcess, draw_noise
 from diffoc.system import ControlProblem
 from diffoc.theory.linear_gaussian import LinearGaussian, exact_kernel_problem
+from diffoc.theory.riccati_draws import noise_price
 
 Prior = GaussianPrior | GaussianMixturePrior
 Posterior = GaussianPosterior | MixturePosterior
@@ -123,7 +124,7 @@ def control_frozen_noise(given: Given, *, steps: int = 10, iterations: int = 10)
     """
     noise = draw_noise(steps, given.x.shape, given.generator)
     process = ReverseProcess(given.prior, steps, "ddpm", "output", noise)
-    weights = torch.tensor([1 / c**2 for _, _, c in process.coefficients], dtype=given.x.dtype)
+    weights = noise_price(given.prior.schedule, process.times)
     likelihood = GaussianLikelihood(given.physics.A, _perturbed(given), given.noise_std)
     system = ControlProblem(process.step, ControlCost(weights), likelihood, steps)
     return ilqr(system, given.x, iterations=iterations).states[-1]

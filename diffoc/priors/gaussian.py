@@ -26,8 +26,14 @@ from azula.linalg.covariance import FullCovariance, IsotropicCovariance
 from azula.noise import Schedule
 from torch import Tensor
 
-from diffoc.checks import check_alike, check_tensor
-from diffoc.priors.mixture import GaussianMixture, MixturePosterior, log_normal, with_noise
+from diffoc.checks import check_alike, check_size, check_tensor, check_within
+from diffoc.priors.mixture import (
+    GaussianMixture,
+    MixturePosterior,
+    log_normal,
+    matrix_for,
+    with_noise,
+)
 from diffoc.problems.operators import LinearMeasurement
 
 
@@ -71,6 +77,7 @@ class GaussianPrior(Denoiser):
 
     def _marginal(self, t: Tensor) -> tuple[Tensor, Tensor, FullCovariance]:
         """Returns alpha, sigma and the covariance of x_t."""
+        check_size((), t=torch.as_tensor(t).squeeze())
         alpha, sigma = self.schedule(torch.as_tensor(t, dtype=self.mean.dtype))
         scaled = IsotropicCovariance(alpha**2) * self.covariance
         return alpha, sigma, scaled + IsotropicCovariance(sigma**2)
@@ -99,7 +106,7 @@ class GaussianPrior(Denoiser):
                   C = \sigma^2 \Sigma \Sigma_t^{-1}
         """
         alpha, sigma, cov_t = self._marginal(t)
-        A = measurement.matrix
+        A = matrix_for(self.mean, measurement)
         gain = self.covariance(cov_t.inv(A))  # rows of A Sigma_t^-1 Sigma; the two commute
         S = with_noise(sigma**2 * gain @ A.mT, measurement.noise_std)
         residual = measurement.y - self(x_t, t).mean @ A.mT
@@ -107,9 +114,7 @@ class GaussianPrior(Denoiser):
 
     def posterior(self, measurement: LinearMeasurement) -> GaussianPosterior:
         """Returns the exact posterior of x_0 given measurements, and their evidence."""
-        A = measurement.matrix
-        if A.shape[1] != len(self.mean):
-            raise ValueError(f"matrix has {A.shape[1]} columns, expected {len(self.mean)}")
+        A = matrix_for(self.mean, measurement)
         gain = self.covariance(A)
         S = with_noise(gain @ A.mT, measurement.noise_std)
         residual = measurement.y - self.mean @ A.mT
@@ -141,13 +146,14 @@ class GaussianPrior(Denoiser):
     def reverse_kernel(self, t: float, s: float) -> tuple[Tensor, Tensor, Tensor]:
         r"""Returns F, b and C of the reverse SDE's exact :math:`x_s | x_t \sim N(F x_t + b, C)`.
 
-        The forward chain gives :math:`x_t = a x_s + N(0, q I)` with
+        From s, at most t, the forward chain gives :math:`x_t = a x_s + N(0, q I)` with
         :math:`a = \alpha_t / \alpha_s` and :math:`q = \sigma_t^2 - a^2 \sigma_s^2`; Bayes' rule
         does the rest:
 
         .. math:: F = a \Sigma_s \Sigma_t^{-1}, \quad C = q \, \Sigma_s \Sigma_t^{-1}, \quad
                   b = \alpha_s \mu - F \alpha_t \mu .
         """
+        check_within(0, t, s=s)
         L, Q, (alpha_t, sigma_t), (alpha_s, sigma_s) = self._eigen(t, s)
         a = alpha_t / alpha_s
         q = sigma_t**2 - a**2 * sigma_s**2
@@ -189,7 +195,8 @@ class GaussianMixturePrior(Denoiser):
         self, mixture: GaussianMixture, schedule: Schedule, shape: Sequence[int] | None = None
     ) -> None:
         super().__init__()
-        n = mixture.means.shape[-1]
+        K, n, _ = mixture.basis.shape
+        check_size((1, K, n), means=mixture.means)
         self.shape = torch.Size([n] if shape is None else shape)
         if self.shape.numel() != n:
             raise ValueError(f"shape is {tuple(self.shape)}, but the mixture has {n} numbers")
@@ -208,6 +215,7 @@ class GaussianMixturePrior(Denoiser):
         return x_t.flatten(1)
 
     def _scales(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        check_size((), t=torch.as_tensor(t).squeeze())
         return self.schedule(torch.as_tensor(t, dtype=self.means.dtype, device=self.means.device))
 
     def forward(self, x_t: Tensor, t: Tensor, **kwargs: object) -> DiracPosterior:
@@ -224,7 +232,8 @@ class GaussianMixturePrior(Denoiser):
 
     def conditional_score(self, x_t: Tensor, t: Tensor, measurement: LinearMeasurement) -> Tensor:
         r"""Returns the exact :math:`\nabla_{x_t} \log p(y | x_t)` of Eq. 7, (B, ...)."""
-        x = x_t.detach().requires_grad_()
+        rows = torch.broadcast_shapes(x_t.shape[:1], measurement.y.shape[:1])
+        x = x_t.detach().expand(*rows, *x_t.shape[1:]).requires_grad_()
         with torch.enable_grad():
             posterior = self.mixture.given_noisy(self._flat(x), *self._scales(t))
             log_evidence = posterior.given(measurement).log_evidence

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diffoc.checks import check_alike, check_tensor
+from diffoc.checks import check_alike, check_size, check_tensor
 from diffoc.problems.operators import LinearMeasurement
 
 
@@ -50,6 +50,7 @@ class GaussianMixture:
         Every formula below treats the two apart: a component that is thin off its basis would
         lose all digits of its coordinates in a difference of large numbers.
         """
+        check_size((len(x), self.means.shape[-1]), x=x)
         d = x.unsqueeze(1) - alpha * self.means
         coordinates = torch.einsum("knr,bkn->bkr", self.basis, d)
         return coordinates, d - self._lift(coordinates)
@@ -85,13 +86,14 @@ class GaussianMixture:
         return -torch.einsum("bk,bkn->bn", weights, whitened)
 
     def posterior_mean(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-        r"""Returns the mean of :meth:`given_noisy`, (B, n), without its K means.
+        r"""Returns the mean of a prior's :meth:`given_noisy`, (B, n), without its K means.
 
         All components' projections are one matrix product and so is their way back, which is what
         a Jacobian of n rows needs to be fast: nothing of size (B, K, n) is made. The price is in
         the weights, whose logarithms are off by some :math:`\epsilon \|x\|^2` / floor.
         """
         K, n, r = self.basis.shape
+        check_size((1, K, n), means=self.means)
         along = alpha**2 * self.variances + sigma**2
         across = alpha**2 * self.floor + sigma**2
         basis = self.basis.movedim(0, 1).reshape(n, K * r)
@@ -132,7 +134,7 @@ class GaussianMixture:
 
     def given(self, measurement: LinearMeasurement) -> MixturePosterior:
         """Returns the posterior of x_0 given a linear Gaussian measurement."""
-        A = measurement.matrix
+        A = matrix_for(self.means, measurement)
         # Rows of A Sigma_k: (K, m, n).
         rows = torch.einsum("knr,mn->kmr", self.basis, A)
         gain = self.floor[:, None, None] * A + torch.einsum(
@@ -153,7 +155,10 @@ class GaussianMixture:
         )
 
     def sample_components(self, components: Tensor, generator: torch.Generator) -> Tensor:
-        """Returns a sample of each named component, (..., n) for components (...), where B = 1."""
+        """Returns a sample of each named component, (..., B, n) for components (..., B).
+
+        Where B = 1, the last of their sides may be any.
+        """
         n, device = self.basis.shape[1], self.basis.device
         z = torch.randn(
             *components.shape, n, generator=generator, dtype=torch.float64, device=device
@@ -162,7 +167,8 @@ class GaussianMixture:
         projected = torch.einsum("...nr,...n->...r", U, z)
         scaled = (v.sqrt() - w.sqrt().unsqueeze(-1)) * projected
         deviation = w.sqrt().unsqueeze(-1) * z + torch.einsum("...nr,...r->...n", U, scaled)
-        return self.means[0, components] + deviation
+        row = torch.arange(len(self.means), device=device)
+        return self.means[row, components] + deviation
 
 
 @dataclass(frozen=True)
@@ -211,7 +217,7 @@ class MixturePosterior:
         A prior sample x with its own simulated measurement becomes a posterior sample by the
         linear correction of their mismatch (Matheron's rule): no n x n matrix is formed.
         """
-        batch, m = self.measurement.y.shape
+        (batch, _), m = self.log_weights.shape, len(self.measurement.matrix)
         weights = self.log_weights.exp()
         components = torch.multinomial(weights, count, replacement=True, generator=generator).mT
         x = self.prior.sample_components(components, generator)
@@ -265,6 +271,14 @@ def mixture_from_loadings(
         singular**2 + noise_variance[:, None],
         noise_variance,
     )
+
+
+def matrix_for(mean: Tensor, measurement: LinearMeasurement) -> Tensor:
+    """Returns A, once it is for states like a mean, (..., n)."""
+    A = measurement.matrix
+    check_alike(mean=mean, matrix=A)
+    check_size((len(A), mean.shape[-1]), matrix=A)
+    return A
 
 
 def with_noise(C: Tensor, noise_std: float) -> Tensor:

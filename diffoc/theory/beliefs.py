@@ -10,8 +10,8 @@ optimal plan is its largest value. If the process is linear, with
 
 and the plan ends in the mean of its posterior. With the start :math:`x_T` for the only control, at
 the price :math:`|x_T|^2 / 2` of a standard normal, and the probability flow for the process, the
-believed prior is the prior. :func:`langevin` then samples the posterior with D-Flow's objective
-(arXiv:2402.14017), where descent finds one point.
+believed prior is the prior, and :func:`langevin` samples the posterior. D-Flow (arXiv:2402.14017)
+descends the same cost, with another price or none, to one point.
 """
 
 from collections.abc import Callable
@@ -19,6 +19,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from diffoc.checks import check_above, check_size
 from diffoc.process import ReverseProcess
 
 
@@ -27,6 +28,7 @@ def believed_covariance(process: ReverseProcess, costs: Tensor, x: Tensor) -> Te
 
     Any start x, (1, n), serves; the costs r are (T,), above 0.
     """
+    check_above(0, costs=costs.min().item())
     controls = torch.zeros(process.horizon, *x.shape, dtype=x.dtype)
     J = torch.autograd.functional.jacobian(lambda u: process.rollout(x, u)[-1, 0], controls)
     J = J[:, :, 0]  # (n, T, n)
@@ -86,7 +88,8 @@ def _with_gradient(log_density: Callable[[Tensor], Tensor], x: Tensor) -> tuple[
     x = x.detach().requires_grad_()
     with torch.enable_grad():
         value = log_density(x)
-    return value.detach(), torch.autograd.grad(value.sum(), x)[0]
+        check_size((len(x),), log_density=value)
+        return value.detach(), torch.autograd.grad(value.sum(), x)[0]
 
 
 def effective_draws(chains: Tensor) -> float:
@@ -99,11 +102,12 @@ def effective_draws(chains: Tensor) -> float:
     that follow each other is negative (Geyer 1992, doi:10.1214/ss/1177011137).
     """
     deviations = (chains - chains.mean()).double()
-    length = len(chains)
+    length, count = chains.shape
     covariances = [
-        (deviations[: length - k] * deviations[k:]).sum().item() / (length * chains.shape[1])
+        (deviations[: length - k] * deviations[k:]).sum().item() / (length * count)
         for k in range(length)
     ]
+    check_above(0, **{"the variance of chains": covariances[0]})
     total = 1.0
     for k in range(1, length - 1, 2):
         pair = covariances[k] + covariances[k + 1]

@@ -31,6 +31,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from diffoc.checks import check_size
 from diffoc.process import ReverseProcess
 from diffoc.theory.guidance import Score
 
@@ -100,6 +101,7 @@ def certify(
         t = process.times[i].to(x)
         mean = a * x + b * process.denoiser(x, t).mean
         u = guidance(i, x, mean)
+        check_size(x.shape, guidance=u)
         x = mean + u
         if c > 0:
             noise = process.noise[i].to(x)
@@ -110,6 +112,7 @@ def certify(
         elif u.any():
             raise ValueError(f"step {i} has no noise, but guidance shifts it")
     terminal = cost(x)
+    check_size((len(x),), cost=terminal)
     return Certificate(x, control + terminal, log_ratio - terminal)
 
 

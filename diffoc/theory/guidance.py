@@ -108,7 +108,8 @@ def feynman_kac(
 
 def members(mixture: GaussianMixture, labels: Sequence[int]) -> GaussianMixture:
     """Returns the mixture of the components with these labels alone, its weights normalised."""
-    chosen = list(labels)
+    chosen = torch.zeros(len(mixture.basis), dtype=torch.bool)
+    chosen[torch.as_tensor(labels)] = True
     return GaussianMixture(
         mixture.log_weights[:, chosen].log_softmax(1),
         mixture.means[:, chosen],

@@ -22,11 +22,14 @@ import torch
 from azula.noise import Schedule, VPSchedule
 from torch import Tensor
 
+from diffoc.checks import check_above
+
 POINTS = 16
 """Gauss-Legendre points of one panel."""
 
 PANEL = 0.4
-"""The largest width of a panel; kernels narrower than half of it are not resolved."""
+"""The largest width of a panel; what is narrower than half of it, a kernel or another function, is
+not resolved."""
 
 TAIL = 9.0
 """How many standard deviations of a Gaussian are integrated over on either side."""
@@ -47,13 +50,14 @@ class Function:
 
 def bimodal(centre: float = 0.8, spread: float = 0.2, weight: float = 0.6) -> Function:
     """Returns two normals at `centre` (with its `weight`) and `-centre`, not normalised."""
+    check_above(0, spread=spread)
 
     def log(x: Tensor) -> Tensor:
         right = math.log(weight) - ((x - centre) / spread).square() / 2
         left = math.log1p(-weight) - ((x + centre) / spread).square() / 2
         return torch.logaddexp(right, left)
 
-    end = centre + TAIL * spread
+    end = abs(centre) + TAIL * spread
     return Function(log, (-end, end), "bimodal")
 
 
@@ -64,6 +68,7 @@ def uniform(low: float = -0.8, high: float = 1.0) -> Function:
 
 def laplace(centre: float = 0.1, scale: float = 0.3) -> Function:
     """Returns the Laplace prior, not normalised, cut off at 30 scales, where it is 1e-13."""
+    check_above(0, scale=scale)
     ends = (centre - 30 * scale, centre, centre + 30 * scale)
     return Function(lambda x: -(x - centre).abs() / scale, ends, "Laplace")
 
@@ -131,16 +136,17 @@ class LineProblem:
         return f, sigma_t**2 - f**2 * sigma_s**2
 
     def log_h(self, x: Tensor, t: float) -> Tensor:
-        """Returns log p(y | x_t = x), of the shape of x, (B,), by one integral over x_0."""
+        """Returns log p(y | x_t = x), of the shape of x, by one integral over x_0 for each."""
         if t == 0:
             return self.likelihood.log(x)
         z, log_w, log_prior, log_likelihood = self._clean
         # p(x_0, x_t) over x_0: one row a state
         log_joint = log_w + log_prior + _log_normal(x, *self.scales(t), z)
-        return (log_joint + log_likelihood).logsumexp(1) - log_joint.logsumexp(1)
+        return (log_joint + log_likelihood).logsumexp(-1) - log_joint.logsumexp(-1)
 
+    @torch.enable_grad()
     def score(self, x: Tensor, t: float) -> Tensor:
-        """Returns the gradient of :meth:`log_h` by automatic differentiation, (B,)."""
+        """Returns the derivative of :meth:`log_h` by automatic differentiation, of x's shape."""
         x = x.detach().requires_grad_()
         return torch.autograd.grad(self.log_h(x, t).sum(), x)[0]
 
@@ -161,7 +167,7 @@ class LineProblem:
             log_h = (log_joint + log_likelihood).logsumexp(1) - log_density
         f, v = self.forward_kernel(t, s)
         log_kernel = log_w + log_density + _log_normal(x, f, v**0.5, points)
-        return ReverseStep(points, log_w, log_kernel.log_softmax(1), log_h)
+        return ReverseStep(points, log_w, log_kernel.log_softmax(-1), log_h)
 
     @property
     def _clean(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -201,17 +207,17 @@ class ReverseStep:
     @property
     def conditional_density(self) -> Tensor:
         """Returns p(x_s | x_t, y) at the points, (B, N): the kernel tilted by h_s."""
-        return ((self.log_prob + self.log_h).log_softmax(1) - self.log_weights).exp()
+        return ((self.log_prob + self.log_h).log_softmax(-1) - self.log_weights).exp()
 
     @property
     def conditional_mean(self) -> Tensor:
         """Returns E[x_s | x_t, y], (B,)."""
-        return (self.log_prob + self.log_h).softmax(1) @ self.points
+        return (self.log_prob + self.log_h).softmax(-1) @ self.points
 
     @property
     def log_h_before(self) -> Tensor:
         """Returns log p(y | x_t), (B,), by the recursion h_t(x) = E[h_s(x_s) | x_t = x]."""
-        return (self.log_prob + self.log_h).logsumexp(1)
+        return (self.log_prob + self.log_h).logsumexp(-1)
 
     def cost(self, log_kernel: Tensor) -> Tensor:
         """Returns what any kernel q pays: KL(q || p(x_s | x_t)) - E_q[log h_s], (B,).
@@ -220,9 +226,9 @@ class ReverseStep:
         """
         q = log_kernel.exp()
         terms = log_kernel - self.log_prob - self.log_h
-        return torch.where(q > 0, q * terms, 0).sum(1)
+        return torch.where(q > 0, q * terms, 0).sum(-1)
 
 
 def _log_normal(x: Tensor, scale: float, std: float, z: Tensor) -> Tensor:
-    """Returns log N(x; scale z, std^2) up to a constant, states (B,) by points (N,)."""
-    return -((x[:, None] - scale * z) / std).square() / 2
+    """Returns log N(x; scale z, std^2) up to a constant, states (B, ...) by points (N,)."""
+    return -((x[..., None] - scale * z) / std).square() / 2

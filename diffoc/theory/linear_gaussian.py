@@ -29,6 +29,7 @@ class LinearGaussian:
     measurement: LinearMeasurement
     likelihood: GaussianLikelihood
 
+    @torch.enable_grad()
     def gradient(self, process: ReverseProcess, i: int, x: Tensor) -> Tensor:
         """Returns grad log p(y | x_0(x)) at states x (B, n) of step i, through the rollout."""
         x = x.detach().requires_grad_()

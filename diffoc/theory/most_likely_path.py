@@ -21,6 +21,7 @@ import torch
 from azula.noise import Schedule, VPSchedule
 from numpy.typing import NDArray
 from scipy.interpolate import CubicSpline
+from scipy.special import logsumexp
 from torch import Tensor
 
 from diffoc.priors.gaussian import GaussianMixturePrior
@@ -80,7 +81,7 @@ def values(prior: GaussianMixturePrior, y: float, noise_std: float, steps: int) 
         def expected(V: NDArray[np.float64], at: NDArray[np.float64], std: float = std) -> NDArray:
             return _inside(V, at[:, None] + std * nodes)
 
-        h = -np.log(np.exp(-expected(h, mean)) @ weights)
+        h = -logsumexp(-expected(h, mean), axis=1, b=weights)
         stochastic, _ = _cheapest(expected(stochastic, GRID) @ weights, mean, std)
         noise_free, plan = _cheapest(noise_free, mean, std)
         slopes = [-CubicSpline(GRID, V)(GRID, 1) for V in (h, stochastic, noise_free)]

@@ -54,7 +54,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diffoc.checks import check_member
+from diffoc.checks import check_member, check_whole
 from diffoc.hessian import HESSIANS, check_rank, range_finder, terminal_products
 from diffoc.lowrank import (
     LowRankGains,
@@ -150,8 +150,7 @@ class Projected(Derivatives):
     together: bool = False
 
     def __post_init__(self) -> None:
-        if self.rank < 0:
-            raise ValueError(f"rank is {self.rank}, expected at least 0")
+        check_whole(0, rank=self.rank)
         for name in ("passes", "sides"):
             if getattr(self, name) not in (1, 2):
                 raise ValueError(f"{name} is {getattr(self, name)}, expected 1 or 2")

@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from diffoc.checks import check_size
 from diffoc.priors.gaussian import GaussianPrior
 from diffoc.priors.mixture import log_normal
 from diffoc.problems.operators import LinearMeasurement
@@ -37,8 +38,8 @@ class Policy:
 
 def ancestral_kernels(prior: GaussianPrior, steps: int) -> list[Kernel]:
     """Returns the kernels of DDPM's chain of a Gaussian prior: affine means, noise c I."""
-    unit = torch.eye(len(prior.mean), dtype=torch.float64)
-    still = torch.zeros(steps, *unit.shape, dtype=torch.float64)
+    unit = torch.eye(len(prior.mean)).to(prior.mean)
+    still = unit.new_zeros(steps, *unit.shape)
     process, kernels = ReverseProcess(prior, steps, "ddpm", noise=still), []
     for i, (_, _, c) in enumerate(process.coefficients):
         b = process.step(i, torch.zeros_like(unit))
@@ -49,6 +50,7 @@ def ancestral_kernels(prior: GaussianPrior, steps: int) -> list[Kernel]:
 def riccati_policies(kernels: Sequence[Kernel], measurement: LinearMeasurement) -> list[Policy]:
     """Returns the optimal policy of every step, for one measurement of the final state."""
     A, s = measurement.matrix, measurement.noise_std
+    check_size((1, len(A)), y=measurement.y)
     P, q = A.mT @ A / s**2, -A.mT @ measurement.y[0] / s**2
     identity = torch.eye(len(P), dtype=P.dtype)
     policies = []

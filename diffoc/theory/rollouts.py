@@ -74,6 +74,7 @@ def euler(
     return x - phi * (x + prior.score(x, t) + guidance) * dt
 
 
+@torch.enable_grad()
 def rollout_gradient(
     prior: ExactPrior, cost: Callable[[Tensor], Tensor], times: Tensor, i: int, x: Tensor
 ) -> Tensor:
@@ -102,7 +103,10 @@ def replanned(
     """Returns the states (T + 1, B, n) of iLQR that plans anew at every one, to first order."""
     states = [x]
     for i in range(process.horizon):
-        rest = ReverseProcess(process.denoiser, process.times[i:], "euler", process.mode)
+        noise = None if process.noise is None else process.noise[i:]
+        rest = ReverseProcess(
+            process.denoiser, process.times[i:], process.method, process.mode, noise
+        )
         plan = one_sweep(rest, cost, states[-1], a, rank=0)
         states.append(process.step(i, states[-1], plan.controls[0]))
     return torch.stack(states)

@@ -43,6 +43,14 @@ def test_a_matrix_of_low_rank_is_found_exactly(method):
     torch.testing.assert_close((vectors * found.unsqueeze(-2)) @ vectors.mT, A, rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize("method", [symmetric_eigen, nystrom])
+@pytest.mark.parametrize("directions", [1, 3])
+def test_of_rank_zero_nothing_is_left(method, directions):
+    A = matrix(DECAY[:5])
+    vectors, values = method(lambda X: A @ X, random(2, 5, directions, seed=1), 0)
+    assert (vectors.shape, values.shape) == ((2, 5, 0), (2, 0))
+
+
 def test_negative_eigenvalues_are_kept_by_magnitude():
     values = torch.tensor([-4.0, 2.0, 0.5, 0.0, 0.0, 0.0, 0.0, 0.0]).double()
     A = matrix(values)

@@ -196,6 +196,8 @@ def test_what_products_cannot_do_is_refused():
         ilqr(other, x, derivatives=MatrixFree(), rank=1)
     with pytest.raises(ValueError, match="rate is 0"):
         Adam(0.0)
+    with pytest.raises(ValueError, match="oversampling is -3"):
+        MatrixFree(oversampling=-3)
 
 
 @pytest.mark.parametrize("mode", ["input", "output"])

@@ -334,6 +334,16 @@ def test_times_are_uniform_or_as_given(schedule):
         assert process.times.tolist() == [0.9, 0.5, 0.1]
 
 
+def test_times_are_the_process_s_own(schedule):
+    times = torch.tensor([0.9, 0.5, 0.1], dtype=torch.float64, requires_grad=True)
+    process, x = ReverseProcess(Wave(schedule[0]), times), normal(2, 1, 3, 3)
+    expected = process.rollout(x)
+    with torch.no_grad():
+        times.mul_(0.5)
+    assert torch.equal(process.rollout(x), expected)
+    assert not expected.requires_grad
+
+
 def test_initial_states_are_sigma_1_times_the_generator_s_noise(schedule):
     process = ReverseProcess(Wave(schedule[0]), 3)
     x = process.initial_state((2, 1, 3, 3), seeded(5))

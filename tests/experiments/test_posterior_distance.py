@@ -110,6 +110,10 @@ def test_refused():
         posterior_distances(normal(4, 3), target, normal(4, 2), axes)
     with pytest.raises(ValueError, match="not finite"):
         posterior_distances(normal(4, 2) / 0, target, normal(4, 2), axes)
+    prior = GaussianPrior(torch.zeros(1).double(), torch.eye(1).double(), VPSchedule(sigma_min=0))
+    clean = problem("no noise at time 0", prior, torch.eye(1).double(), normal(1), 0.5)
+    with pytest.raises(ValueError, match="weights has values that are not finite"):
+        distance_table({"frozen": (control_frozen_noise, {})}, [clean], 2, generator())
 
 
 @pytest.mark.parametrize("index", range(3))

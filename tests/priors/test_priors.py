@@ -491,6 +491,24 @@ def test_mixture_posterior_samples():
         sampled_mixture_agrees(samples[:, b].numpy(), *exact)
 
 
+def test_samples_of_a_posterior_that_has_a_prior_of_its_own_for_every_state():
+    """Given noisy states there is a mixture for each; one measurement serves all of them."""
+    prior, reference = mixture_prior(VP)
+    measurement = measure(m=2, batch=1, noise_std=1.5)
+    alpha, sigma = scales(VP, 0.5)
+    x = alpha * normal(2, N, seed=31) + sigma * normal(2, N, seed=32)
+    given = prior.mixture.given_noisy(x, *VP(torch.tensor(0.5, dtype=torch.float64)))
+    samples = given.given(measurement).sample(20000, seeded(17)).numpy()
+    # Dense: the noisy state is a measurement of N more numbers, after its noise is made that of y.
+    A = torch.cat([measurement.matrix, alpha * 1.5 / sigma * torch.eye(N, dtype=torch.float64)])
+    y = torch.cat([measurement.y.expand(2, -1), 1.5 / sigma * x], dim=1)
+    for b in range(2):
+        exact = exact_posterior(reference, LinearMeasurement(A, y, 1.5), b)
+        sampled_mixture_agrees(samples[:, b], *exact)
+    crossed = np.corrcoef(samples[:, 0].T, samples[:, 1].T)[:N, N:]
+    assert np.abs(crossed).max() < 5 / math.sqrt(20000)
+
+
 def test_mixture_prior_samples():
     prior, reference = mixture_prior(VP, shape=(1, 1, N))
     samples = prior.sample(20000, seeded(18))
@@ -628,6 +646,13 @@ def test_states_may_have_the_shape_of_images():
     assert image.log_prob(x, 0.3).shape == (4,)
 
 
+def test_one_state_has_a_conditional_score_for_each_measurement():
+    prior, _ = mixture_prior()
+    x, measurement = normal(1, N, seed=5), measure()
+    expected = prior.conditional_score(x.expand(4, N), 0.5, measurement)
+    close(prior.conditional_score(x, 0.5, measurement), expected)
+
+
 def test_mixture_buffers_travel_with_the_module():
     prior, _ = mixture_prior()
     state = prior.state_dict()
@@ -684,6 +709,31 @@ def test_mixture_from_loadings_doors(match, change):
 def test_mixture_prior_door(shape):
     with pytest.raises(ValueError, match=r"^shape"):
         mixture_prior(shape=shape)
+
+
+def test_what_would_be_broadcast_is_refused():
+    """Of as many times, states and numbers the shapes fit each other by accident."""
+    mixture, gauss = mixture_prior(K=1)[0], dense(VP)[0]
+    x, one = normal(N, N, seed=5), torch.ones((), dtype=torch.float64)
+    for prior in (mixture, gauss):
+        close(prior.log_prob(x, torch.full((1,), 0.5)), prior.log_prob(x, 0.5))
+        for method in (prior, prior.log_prob, prior.score):
+            with pytest.raises(ValueError, match="t has shape"):
+                method(x, torch.linspace(0.1, 0.9, N))
+        for matrix, found in ((normal(2, 1), "has shape"), (normal(2, N).float(), "is torch")):
+            measurement = LinearMeasurement(matrix, torch.ones(1, 2).to(matrix), 0.3)
+            for use in (prior.posterior, lambda m, prior=prior: prior.conditional_score(x, 0.5, m)):
+                with pytest.raises(ValueError, match=f"matrix {found}"):
+                    use(measurement)
+    for method in ("log_prob", "score", "given_noisy"):
+        with pytest.raises(ValueError, match="x has shape"):
+            getattr(mixture.mixture, method)(x[0], one, one)
+    several = mixture.mixture.given_noisy(x, one, one)
+    for use in (lambda: GaussianMixturePrior(several, VP), lambda: several.posterior_mean(x, 1, 1)):
+        with pytest.raises(ValueError, match="means has shape"):
+            use()
+    with pytest.raises(ValueError, match=r"s is 0\.6, expected 0 to 0\.3"):
+        gauss.reverse_kernel(0.3, 0.6)
 
 
 def test_loadings_without_components_are_refused():

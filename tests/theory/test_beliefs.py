@@ -64,6 +64,28 @@ def test_langevin_finds_a_skewed_law():
     assert abs(ends.mean().item() - mean) < 4 * (variance / count) ** 0.5
 
 
+def test_langevin_needs_no_gradients_outside_and_one_density_a_chain():
+    x = torch.ones(4, 1, dtype=torch.float64)
+
+    def run(log_density):
+        return langevin(log_density, x, 0.3, 3, torch.Generator().manual_seed(0))[0]
+
+    expected = run(lambda x: -x.square().sum(1) / 2)
+    with torch.no_grad():
+        assert torch.equal(run(lambda x: -x.square().sum(1) / 2), expected)
+    with pytest.raises(ValueError, match="log_density has shape"):
+        run(lambda x: -x.square() / 2)
+
+
+def test_what_has_no_belief_and_no_draws_is_refused():
+    process, x = ReverseProcess(linear_gaussian(n=3).prior, 5), torch.zeros(1, 3).double()
+    with pytest.raises(ValueError, match=r"costs is -1\.0"):
+        believed_covariance(process, torch.tensor([1.0, 1, -1, 1, 1]).double(), x)
+    for chains, message in ((torch.ones(9, 2), "chains is 0"), (torch.rand(9, 2, 3), "unpack")):
+        with pytest.raises(ValueError, match=message):
+            effective_draws(chains)
+
+
 @pytest.mark.parametrize("phi", [0.0, 0.5, 0.9])
 def test_effective_draws_are_those_of_an_autoregression(phi):
     """x' = phi x + noise: the variance of its mean is (1 + phi) / (1 - phi) times that of draws."""

@@ -105,6 +105,16 @@ def test_better_estimates_have_smaller_certificates(ring):
     assert 0 < coarse < values["DPS"][0]
 
 
+def test_what_would_be_counted_wrongly_is_refused(ring):
+    """As a cost (B, 1), of which (B, B) sums are made, or one shift for all numbers of a state."""
+    problem, cost = ring
+    process, x = runs(problem, 3, 5)
+    with pytest.raises(ValueError, match="cost has shape"):
+        certify(process, lambda x: x[:, :1].square(), unguided, x)
+    with pytest.raises(ValueError, match="guidance has shape"):
+        certify(process, cost, lambda i, x, mean: x[:, :1], x)
+
+
 def test_what_has_no_noise_has_no_certificate(ring):
     problem, cost = ring
     x = torch.zeros(2, 2, dtype=torch.float64)

@@ -81,6 +81,8 @@ def test_label_score_is_the_gradient_of_the_labels_probability():
     found = label_score(prior, labels)(x, T)
     assert relative_error(found, differences(log_probability, x)) < 1e-7
     assert members(prior.mixture, labels).log_weights.exp().sum().item() == pytest.approx(1)
+    for same in ([3, 1, 2, 2], torch.tensor(labels)):
+        assert relative_error(label_score(prior, same)(x, T), found) < 1e-12
 
 
 def test_conditional_rollout_takes_the_posteriors_mean():

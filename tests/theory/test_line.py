@@ -82,6 +82,27 @@ def test_bimodal_prior_and_linear_measurement_are_a_mixtures():
         assert relative_error(problem.score(X, t.item()), exact[:, 0]) < 1e-10
 
 
+def test_states_of_any_shape_with_and_without_gradients():
+    problem = LineProblem(line.laplace(), line.square())
+    rows = X.reshape(3, 1)
+    with torch.no_grad():
+        assert torch.equal(problem.score(rows, 0.4), problem.score(X, 0.4)[:, None])
+    assert torch.equal(problem.log_h(rows, 0.4), problem.log_h(X, 0.4)[:, None])
+    one, other = problem.reverse_step(X, 0.4, 0.2), problem.reverse_step(rows, 0.4, 0.2)
+    for name in ("mean", "density", "conditional_density", "conditional_mean", "log_h_before"):
+        torch.testing.assert_close(getattr(other, name)[:, 0], getattr(one, name))
+    torch.testing.assert_close(other.cost(other.log_prob)[:, 0], one.cost(one.log_prob))
+
+
+def test_the_modes_may_change_sides():
+    one = LineProblem(line.bimodal(0.8, 0.2, 0.6), line.linear())
+    other = LineProblem(line.bimodal(-0.8, 0.2, 0.4), line.linear())
+    torch.testing.assert_close(other.log_h(X, 0.5), one.log_h(X, 0.5))
+    for prior, name in ((line.bimodal, "spread"), (line.laplace, "scale")):
+        with pytest.raises(ValueError, match=f"{name} is -0.05"):
+            prior(**{name: -0.05})
+
+
 def test_panels_end_at_kinks():
     points, log_w = line.nodes((-1.0, 0.3, 2.0))
     assert log_w.exp() @ (points - 0.3).abs() == pytest.approx((1.3**2 + 1.7**2) / 2, rel=1e-14)

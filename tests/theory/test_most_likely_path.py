@@ -67,6 +67,18 @@ def test_against_brute_force_over_two_steps():
         assert planned_ends(steps, np.array([x])) == pytest.approx(end, abs=2e-3)
 
 
+@pytest.mark.parametrize("noise_std", [0.3, 0.02])
+def test_one_step_without_noise_is_a_chain_rule(noise_std):
+    """However sharp the measurement: its likelihood is zero in floating point on most of GRID."""
+    prior, one = bimodal_prior(0.8, 0.3), torch.ones((), dtype=torch.float64)
+    x = torch.from_numpy(GRID)[:, None].requires_grad_()
+    (a, b, _), zero = METHODS["ddpm"](prior.schedule, one, 0 * one), 0.9
+    cost = (a * x + b * prior(x, one).mean - zero).square().sum() / (2 * noise_std**2)
+    expected = -torch.autograd.grad(cost, x)[0][:, 0].numpy()
+    (found,) = values(prior, zero, noise_std, 1)
+    np.testing.assert_allclose(found.h_transform[NEAR], expected[NEAR], rtol=1e-4, atol=1e-2)
+
+
 def test_only_what_averages_over_the_noise_tends_to_the_score():
     prior = bimodal_prior()
     errors = {}

@@ -275,6 +275,8 @@ def test_wrong_arguments_are_named():
     ):
         with pytest.raises(ValueError, match=message):
             Projected(**wrong)
+    with pytest.raises(TypeError, match=r"rank is 1\.5, expected a whole number"):
+        Projected(1.5)
     problem, x, controls = setting("input")
     options = {"derivatives": Projected(2)}
     with pytest.raises(ValueError, match="rank is None"):

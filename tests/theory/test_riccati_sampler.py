@@ -1,9 +1,13 @@
 """The Riccati sampler in closed form against iLQR and dense conditioning of whole paths."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from azula.noise import VPSchedule
 
 from diffoc.ilqr import ilqr
+from diffoc.priors.gaussian import GaussianPrior
 from diffoc.priors.mixture import with_noise
 from diffoc.theory.linear_gaussian import (
     exact_kernel_problem,
@@ -12,7 +16,13 @@ from diffoc.theory.linear_gaussian import (
     relative_error,
     reverse_kernels,
 )
-from diffoc.theory.riccati_sampler import path_divergence, propagate, riccati_policies, shift_alone
+from diffoc.theory.riccati_sampler import (
+    ancestral_kernels,
+    path_divergence,
+    propagate,
+    riccati_policies,
+    shift_alone,
+)
 
 
 def random(*shape, seed=0):
@@ -72,6 +82,19 @@ def test_a_shift_alone_is_wide_by_a_quarter_to_a_third(n, m, noise_std, seed, of
         errors.append(relative_error(covariance, exact.covariances[0]))
     assert errors[0] == pytest.approx(off, abs=0.01)
     assert errors[1] < 0.03
+
+
+def test_policies_are_for_one_measurement_and_kernels_of_any_precision():
+    setting = linear_gaussian(n=3, m=2)
+    several = replace(setting.measurement, y=random(3, 2))
+    with pytest.raises(ValueError, match="y has shape"):
+        riccati_policies(reverse_kernels(setting, 2), several)
+    prior = GaussianPrior(setting.prior.mean, setting.prior.matrix, VPSchedule())
+    double = ancestral_kernels(prior, 3)
+    for pair in zip(ancestral_kernels(prior.float(), 3), double, strict=True):
+        for found, expected in zip(*pair, strict=True):
+            assert found.dtype == torch.float32
+            torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_every_other_policy_has_a_positive_divergence():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from diffoc.process import ReverseProcess
+from diffoc.process import ReverseProcess, draw_noise
 from diffoc.theory.linear_gaussian import linear_gaussian, relative_error
 from diffoc.theory.rollouts import (
     end_of_guided_flow,
@@ -39,20 +39,38 @@ def test_the_gradient_is_that_of_central_differences():
         torch.testing.assert_close(found[:, j], (more - less) / (2 * h), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("method", ["euler", "ddim", "ddpm"])
 @pytest.mark.parametrize("mode", ["input", "output"])
-def test_replanning_corrects_where_the_state_is(mode):
+def test_replanning_corrects_where_the_state_is(mode, method):
     setting, a = planar_mixture(), 40.0
-    process = ReverseProcess(setting.prior, T, "euler", mode)
+    noise = draw_noise(T, setting.starts.shape, torch.Generator().manual_seed(0))
+    noise = noise if method == "ddpm" else None
+    process = ReverseProcess(setting.prior, T, method, mode, noise)
     states = replanned(process, setting.likelihood, setting.starts, a)
     x = setting.starts
     for i in range(T):
         if mode == "output":
             x = process.step(i, x)
         where = i + (mode == "output")
-        x = x + rollout_gradient(setting.prior, setting.likelihood, TIMES, where, x) / a
+        z = x.clone().requires_grad_()
+        cost = setting.likelihood(process.rollout(z, start=where)[-1]).sum()
+        x = x - torch.autograd.grad(cost, z)[0] / a
         if mode == "input":
             x = process.step(i, x)
         assert relative_error(states[i + 1], x) < 1e-12
+
+
+def test_gradients_are_those_without_gradients_outside():
+    setting, linear = planar_mixture(), linear_gaussian()
+    process, x = ReverseProcess(linear.prior, T), torch.ones(2, 8, dtype=torch.float64)
+
+    def gradients():
+        planar = rollout_gradient(setting.prior, setting.likelihood, TIMES, 2, setting.starts)
+        return planar, linear.gradient(process, 2, x)
+
+    expected = gradients()
+    with torch.no_grad():
+        assert all(map(torch.equal, gradients(), expected))
 
 
 def test_one_sweep_to_first_order_is_gradient_descent():
