@@ -93,7 +93,9 @@ def complete(app: Sphinx, docname: str, source: list[str]) -> None:
 def _claim(claim: ledger.Claim) -> str:
     """Heading, what the paper says, what was found, and the numbers with links to their sources."""
     planned = f" *Planned:* {claim.planned}" if claim.planned else ""
-    numbers = "".join(f"- {ledger.told(each)}: {each.what} ({_source(each)})\n" for each in claim.numbers)
+    numbers = "".join(
+        f"- {ledger.told(each)}: {each.what} ({_source(each)})\n" for each in claim.numbers
+    )
     return (
         f"\n### {claim.place}\n\n> {_plain(claim.says)}\n\n"
         f"*Found:* {_plain(claim.reason)}{planned}\n\n{_plain(numbers)}"

@@ -266,7 +266,10 @@ def run(
             moves = rounding(number.source) if isinstance(number.source, Recorded) else None
             spread = "" if moves is None else f", moved by {moves:.2g} by rounding"
             mark = "  DISAGREES" if problem else "  not recomputed" if skipped else ""
-            print(f"    {told(number, records)}: {number.what} ({number.source}{spread}){mark}", flush=True)
+            print(
+                f"    {told(number, records)}: {number.what} ({number.source}{spread}){mark}",
+                flush=True,
+            )
             if problem:
                 wrong.append(f"{claim.id}, {number.what}: {problem}")
     print(f"\n{compared - len(wrong)} of {compared} numbers agree with their sources")
