@@ -19,7 +19,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from diffoc.data.files import lock
-from notebooks import execute, find, main, run, table
+from notebooks import execute, find, main, run, solutions, table
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -243,6 +243,80 @@ def test_pictures_are_described(path: Path) -> None:
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
 def test_notebook_is_small(path: Path) -> None:
     assert path.stat().st_size < 3 * 2**20
+
+
+# What the notebooks and pages keep to: see CONTRIBUTING.md
+
+
+def rows_below(text: str, heading: str) -> int:
+    """The number of rows of the first table below a heading."""
+    table = re.search(r"(?:^\|.*\n)+", text.partition(heading)[2], re.MULTILINE)
+    return len(table[0].splitlines()) - 2 if table else 0
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
+def test_notebook_is_short_and_links_to_the_notation(path: Path) -> None:
+    cells = nbformat.read(path, as_version=4).cells
+    assert len(cells) <= 40
+    assert "](../docs/notation.md)" in cells[0].source
+    summary = [cell.source for cell in cells if "## What was shown\n" in cell.source]
+    assert len(summary) == 1
+    assert 1 <= rows_below(summary[0], "## What was shown\n") <= 8
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
+def test_exercises_have_a_hint_and_a_solution(path: Path) -> None:
+    """A folded solution for each, or the cell below has them all."""
+    cells = nbformat.read(path, as_version=4).cells
+    (place,) = (i for i, cell in enumerate(cells) if "**On your own**" in cell.source)
+    text = cells[place].source.partition("**On your own**")[2]
+    exercises = re.split(r"^\d\. ", text.partition("<details>")[0], flags=re.MULTILINE)[1:]
+    assert 2 <= len(exercises) <= 4
+    assert all("*Hint: " in exercise for exercise in exercises)
+    if "<details>" in text:
+        folded = [int(number) for number in re.findall("<summary>Solution of (\\d)<", text)]
+        assert folded == list(range(1, len(exercises) + 1))
+        assert len(solutions(nbformat.v4.new_notebook(cells=[cells[place]]))) == len(exercises)
+    else:
+        assert cells[place + 1].source.startswith("# Solution")
+        assert "hide-cell" in cells[place + 1].metadata.tags
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_a_folded_solution_is_a_test(works: bool, tmp_path: Path) -> None:
+    path = write(tmp_path / "00_exercise.ipynb", "x = 1")
+    shutil.copy(ROOT / "notebooks" / "conftest.py", tmp_path)
+    notebook = nbformat.read(path, as_version=4)
+    code = f"assert x == {1 if works else 2}"
+    text = f"<details><summary>Solution of 1</summary>\n\n```python\n{code}\n```\n</details>"
+    notebook.cells.insert(0, nbformat.v4.new_markdown_cell(text))
+    nbformat.write(notebook, path)
+    process = subprocess.run(
+        [sys.executable, "-m", "pytest", "--nbval-lax", "--nbval-current-env", str(tmp_path)],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT / "tools")},
+        capture_output=True,
+        text=True,
+    )
+    told = "2 passed" if works else "1 failed, 1 passed"
+    assert told in process.stdout
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 120
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("figures/moving/*.webp")), ids=lambda p: p.name)
+def test_animations_load_quickly(path: Path) -> None:
+    assert path.stat().st_size <= 2 * 2**20
+
+
+CARDS = sorted(path for path in (ROOT / "data").glob("*.md") if path.name != "README.md")
+
+
+@pytest.mark.parametrize("path", CARDS, ids=lambda path: path.name)
+def test_cards_link_to_the_notebooks_that_use_them(path: Path) -> None:
+    assert "](../notebooks/" in path.read_text(encoding="utf-8")
 
 
 # Their runner

@@ -37,6 +37,8 @@ SECONDS = ROOT / "tools" / "seconds.json"
 """What the notebooks took when they were last executed in place, by name."""
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
+FOLDED = re.compile(r"<details>.*?</details>", re.DOTALL)
+FENCED = re.compile(r"```python\n(.*?)```", re.DOTALL)
 PROGRESS_BAR = re.compile(r"\d%\|.*\[\d+:\d\d<")  # as tqdm draws it, on stderr or as a widget
 
 
@@ -237,6 +239,18 @@ def established(notebook: NotebookNode) -> str:
     printed = "".join(output.get("text", "") for output in code[-1].outputs) if code else ""
     match = re.search(r"^Established: (.+)$", printed, re.MULTILINE)
     return match[1].strip() if match else ""
+
+
+def solutions(notebook: NotebookNode) -> list[str]:
+    """Returns the code of the solutions that readers unfold below an exercise.
+
+    Args:
+        notebook: a notebook, executed or not.
+    """
+    texts = (cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    return [
+        code for text in texts for part in FOLDED.findall(text) for code in FENCED.findall(part)
+    ]
 
 
 def strip_volatile(notebook: NotebookNode) -> None:
