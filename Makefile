@@ -75,7 +75,7 @@ ffhq-preflight: $(STAMP)
 	@$(RUN) diffoc preflight $(if $(REHEARSE),--random-weights) $(ffhq_images) --device $(DEVICE)
 
 ffhq-figures: $(STAMP)
-	@$(call ffhq_run,table1) --device $(DEVICE) --last 4 --out build/ffhq-figures
+	@$(call ffhq_run,table1) --device $(DEVICE) --last 4 --out build/$(if $(REHEARSE),rehearsal,ffhq)-figures
 
 ffhq-table%: $(STAMP)
 	@$(call ffhq_run,table$*) --device $(DEVICE) --jobs $(GPUS)

@@ -4,7 +4,7 @@ The executable companion of "Solving Inverse Problems via Diffusion Optimal Cont
 (Li & Pereira, NeurIPS 2024, arXiv:2412.16748). The modules beside this file are the controller::
 
     process -> costs -> system -> riccati, lowrank, hessian -> rules, result -> ilqr -> solve
-    solve, greedy, problem -> recipe -> reconstruct
+    solve, problem, greedy -> recipe -> reconstruct
 
 Whatever compares, trains, records, draws or loads lies in a folder of its own: `data`, `problems`,
 `priors`, `baselines`, `theory`, `training`, `experiments`, `figures` and `commands`. Pretrained

@@ -135,11 +135,11 @@ def as_numbers(name: str, values: Any) -> Tensor:
     try:
         if isinstance(values, Tensor) and values.is_complex():
             raise TypeError("torch would only warn")
-        found = torch.as_tensor(values, dtype=torch.float64)
+        numbers = torch.as_tensor(values, dtype=torch.float64)
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"{name} is {shown(values)}, expected numbers") from error
-    check_tensor(name, found)
-    return found
+    check_tensor(name, numbers)
+    return numbers
 
 
 def shown(value: object) -> str:
@@ -228,21 +228,20 @@ def check_networks(**networks: object) -> None:
 
 
 def _weights(network: object) -> list[Tensor]:
-    found = network if isinstance(network, nn.Module) else nn.Module()
-    return [*found.parameters(), *found.buffers()]
+    module = network if isinstance(network, nn.Module) else nn.Module()
+    return [*module.parameters(), *module.buffers()]
 
 
 def check_precision(prior: nn.Module, x: Tensor) -> None:
     """Raises a ValueError if all of the prior's weights are of another kind, and it minds."""
-    found = [w for w in _weights(prior) if w.is_floating_point()]
-    if not found or any((w.dtype, w.device) == (x.dtype, x.device) for w in found):
+    weights = [w for w in _weights(prior) if w.is_floating_point()]
+    if not weights or any((w.dtype, w.device) == (x.dtype, x.device) for w in weights):
         return
-    weights = found[0]
     try:
         with torch.no_grad():
             prior(x[:1], torch.ones((), dtype=x.dtype, device=x.device))
     except RuntimeError as error:
         raise ValueError(
-            f"y is {x.dtype} on {x.device}, but the prior's weights are {weights.dtype} on "
-            f"{weights.device}: convert one of them with .to(...)"
+            f"y is {x.dtype} on {x.device}, but the prior's weights are {weights[0].dtype} on "
+            f"{weights[0].device}: convert one of them with .to(...)"
         ) from error

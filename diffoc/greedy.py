@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 
 from diffoc.checks import check_above, check_at_least, check_size, check_tensor, evaluating
+from diffoc.problem import is_physics
 from diffoc.process import ReverseProcess
 
 if TYPE_CHECKING:
@@ -95,7 +96,8 @@ def greedy_controls(
     check_size(expected, y=y)
     if smoothness and x.ndim != 4:
         raise ValueError(f"smoothness is {smoothness}, but x has shape {tuple(x.shape)}: take 0")
-    kernels = getattr(physics, "filter", None) if y.shape == x.shape else None
+    blurs = y.shape == x.shape and is_physics(physics, "Blur", "BlurFFT")
+    kernels = physics.filter if blurs else None
     errors = _errors(x, smoothness, kernels)
     # Smooth errors make the system ill-conditioned, and what has not converged is rounding.
     trials, tol = (200, 1e-5) if smoothness else (50, 1e-3)

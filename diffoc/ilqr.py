@@ -65,17 +65,22 @@ class State:
     """Where a run is.
 
     Attributes:
-        nominal: the trajectory; `cost` is its total cost, `terminal` that at its end, (B,).
-        a, delta: as :class:`diffoc.rules.Damping` has them.
+        nominal: the current trajectory.
+        cost: its total cost J, (B,).
+        terminal: the terminal cost's part of J, (B,).
+        a: Tikhonov's constants, (T, B).
+        delta: the factor of their next change, (B,).
         memory: what the rule remembers.
         best: the cheapest iterate's controls and cost, for a rule that keeps it.
-        active: the problems that go on, (B,) bool; `status` says why the others ended.
+        active: the problems that go on, (B,) bool.
+        status: why each of the others ended.
+        gradient: the largest absolute derivative of J in a control, (B,).
         work: what each problem has spent so far, by the names of :class:`diffoc.system.Counts`.
-        value, expansions: those of the trajectory; the second is empty where they are not known, or
-            not needed any more.
-        gradients: the total cost's, in the controls of every step, (B, m) each; `gradient` is the
-            largest absolute number of those, (B,).
-        gains: those of the last backward sweep.
+        value: the value function at the final states.
+        expansions: the expansions of the trajectory's steps; none where they are not known, or not
+            needed any more.
+        gradients: the derivatives of J in the controls of every step, (B, m) each.
+        gains: the gains of the last backward sweep.
     """
 
     nominal: Trajectory
@@ -128,7 +133,7 @@ def ilqr(
     stop: Callable[[Tensor], Tensor] | None = None,
     callback: Callable[[int, Tensor, Tensor], None] | None = None,
 ) -> Result:
-    """Minimises the total cost over the controls; the result says what was found, and how.
+    """Minimises the total cost J over the controls.
 
     A problem is converged when no derivative of J in a control exceeds `gradient_tolerance`, or
     when the expected decrease is below the rounding of J. Its trajectory is kept from then on.
@@ -139,20 +144,22 @@ def ilqr(
     Args:
         x: initial states, (B, ...), float32 or float64.
         controls: the initial guess, (T, B, ...); zeros of the states' shape by default.
-        derivatives: dense matrices, or products only for large states
-            (:class:`diffoc.lowrank.MatrixFree`), or projections.
+        derivatives: how derivatives are represented: by dense matrices, by products only for large
+            states (:class:`diffoc.lowrank.MatrixFree`), or by projections.
         regularization: a :class:`diffoc.rules.Tikhonov` schedule, or a constant: a number, or
             one per step, (T,).
-        rank: truncates the terminal Hessian, see :func:`diffoc.riccati.terminal_value`.
+        rank: the rank to which the terminal Hessian is truncated, see
+            :func:`diffoc.riccati.terminal_value`; None keeps all of it.
         rule: a line search, Adam, L-BFGS, or :class:`diffoc.rules.FullStep`.
-        iterations: at most so many, at least 0.
-        gradient_tolerance: not negative; zero for no such test, which saves the memory of the
-            gains while those of the next iteration are computed.
-        budget: of evaluations of the dynamics by each problem, which ends before an iteration, or
-            a further trial of one, that would exceed it. None for no limit.
-        stop: maps final states to the problems that are good enough, (B,) bool.
-        callback: called after each iteration with its number, copies of the costs (B,) and of the
-            final states (B, ...); if it raises StopIteration, all problems are stopped there.
+        iterations: the largest number of iterations, at least 0.
+        gradient_tolerance: the bound above, at least 0; without that test, for zero, the gains take
+            no memory while those of the next iteration are computed.
+        budget: the largest number of evaluations of the dynamics by each problem, None for no
+            limit. A problem ends before the iteration, or the further trial, that would exceed it.
+        stop: a function of the final states that returns which problems are good enough, (B,) bool.
+        callback: a function that is called after each iteration with its number, copies of the
+            costs (B,) and of the final states (B, ...); if it raises StopIteration, all problems
+            are stopped there.
 
     Raises:
         ValueError: if an argument is wrong, or the initial trajectory is not finite.

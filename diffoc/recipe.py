@@ -79,34 +79,40 @@ class Recipe:
     r"""How a problem is solved; a frozen value with a name.
 
     Attributes:
-        steps: T, at least 1.
-        budget: of evaluations of the prior by each image, the guess included; None for no limit.
-        iterations: at most so many; None for as many as the budget allows.
+        steps: the number T of the process's steps, at least 1.
+        budget: the largest number of evaluations of the prior by each image, those of the guess
+            included; None for no limit.
+        iterations: the largest number of iterations; None for as many as the budget allows.
         spare: the share of the budget that is left for the line search's trials, and not planned
             for iterations.
-        rule: see :mod:`diffoc.rules`.
+        rule: how a step is made and how far it goes, see :mod:`diffoc.rules`.
         preconditioned: whether L-BFGS measures controls in units of the image, see
             :func:`diffoc.solve.image_units`.
-        rank: of the terminal Hessian.
+        rank: the rank of the terminal Hessian.
+        derivatives: how derivatives are represented.
         regularization: Tikhonov's constant or schedule, or a function of the prior's schedule and
             the process's times, as :func:`snr_squared` is.
-        weight: w of the control cost's weights :math:`r_i = w\, \rho_i`, at least 0; without one,
-            Quu has to be kept positive by `regularization`.
-        weights: gives :math:`\rho_i`, such as :func:`snr_squared` or :func:`constant`.
+        weight: the factor w of the control cost's weights :math:`r_i = w\, \rho_i`, at least 0;
+            where it is 0, Quu has to be kept positive by `regularization`.
+        weights: the function that returns :math:`\rho_i`, such as :func:`snr_squared` or
+            :func:`constant`.
         guess: whether the first controls of a linear problem are the greedy ones, see
             :mod:`diffoc.greedy`; otherwise they are zero.
-        smoothness: of the errors that the guess takes the prior's estimate to have, at least 0: see
-            :func:`diffoc.greedy.image_spectrum`. States that are not (B, C, H, W) have 0.
+        smoothness: the smoothness, at least 0, of the errors that the guess takes the prior's
+            estimate to have, see :func:`diffoc.greedy.image_spectrum`; it is 0 for states that are
+            not (B, C, H, W).
         from_noise: whether the process starts from random noise. The default, zero, is the most
             probable noise; a random start would only add the texture of a sample.
         stopped: whether an image is left where its residual is as small as the noise (the
             discrepancy principle).
-        draw: makes, of the controlled system and the plans, a result in their place in at most 2 T
-            evaluations, as :func:`diffoc.theory.riccati_draws.draw_around` does; None keeps the
-            plans.
-        by_task: changes for (task, budget): what was tuned for them.
-        untuned: what `by_task` changes, as it was before. A recipe in which one of these values is
-            another is tuned for nothing.
+        process: the function that makes the reverse process.
+        cost: the function that makes the terminal cost of a problem.
+        draw: a function of the controlled system and the plans that returns a result in their
+            place, in at most 2 T evaluations, as
+            :func:`diffoc.theory.riccati_draws.draw_around` does; None keeps the plans.
+        by_task: the changes that were tuned for a (task, budget).
+        untuned: the values that `by_task` changes, as they were before. A recipe in which one of
+            them is another is tuned for nothing.
     """
 
     name: str

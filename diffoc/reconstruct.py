@@ -53,16 +53,16 @@ def reconstruct(
     Args:
         problem: what was measured.
         prior: an azula denoiser on images in [-1, 1], such as :func:`diffoc.load_prior` returns.
-        recipe: how; `recipe.at(problem.task)` is what runs.
+        recipe: how the problem is solved; `recipe.at(problem.task)` is what runs.
         x: initial states, (B, C, H, W), for a prior without `image_shape`, or a start of one's own;
             by default zeros, or noise if the recipe starts from noise.
-        generator: of what is random, on the CPU; by default one with the seed 0.
-        starts: from how many states each problem is solved, the first as above, the others random:
-            where the solution is not unique, as in phase retrieval, they end in different images.
-            The result's problems are those of the first start, then those of the second, ...; the
-            cheapest explains the measurement best.
+        generator: the source of what is random, on the CPU; by default one with the seed 0.
+        starts: the number of states from which each problem is solved, the first as above, the
+            others random: where the solution is not unique, as in phase retrieval, they end in
+            different images. The result's problems are those of the first start, then those of the
+            second, ...; the cheapest explains the measurement best.
         progress: whether to show a bar.
-        callback: see :func:`diffoc.ilqr.ilqr`.
+        callback: a function that is called after each iteration, see :func:`diffoc.ilqr.ilqr`.
 
     Raises:
         ValueError: if the operator, the measurements and the prior do not fit each other, or an

@@ -16,12 +16,12 @@ class History:
 
     Attributes:
         cost: J before the iteration.
-        terminal: the terminal cost's part of it.
+        terminal: the terminal cost's part of J.
         gradient: the largest absolute derivative of J in a control, before the iteration; NaN
             with projections, which do not know it.
         expected: the decrease expected of a full step.
-        regularization: the largest constant of the gains.
-        step: the step taken, 0 where none was (converged, or refused).
+        regularization: the largest of Tikhonov's constants in the gains.
+        step: the size of the step taken, 0 where none was (converged, or refused).
     """
 
     cost: list[Tensor] = field(default_factory=list)
@@ -34,22 +34,25 @@ class History:
 
 @dataclass(frozen=True)
 class Result:
-    """Holds what the controller found, and how it got there.
+    """Holds what the controller ends with, and how it got there.
 
     Attributes:
         states: the trajectory, (T + 1, B, ...).
-        controls: (T, B, ...).
-        cost: J, (B,).
-        gains: of the batch's last backward sweep, around the trajectories before the last step.
-        status: of each problem "gradient" or "cost" (converged by that test), "stalled" (no
+        controls: the controls of every step, (T, B, ...).
+        cost: the total cost J, (B,).
+        gains: the gains of the batch's last backward sweep, around the trajectories before the last
+            step.
+        status: why each problem ended: "gradient" or "cost" (converged by that test), "stalled" (no
             descent at the largest regularization), "stopped" (by `stop` or `callback`), "budget"
-            (another iteration would exceed it) or "iterations" (by their number).
-        history: of the iterations.
-        evaluations, products, tangents: see :class:`diffoc.system.Counts`, of each problem, (B,).
+            (another iteration would exceed it) or "iterations" (there are no more).
+        history: what every iteration was like.
+        evaluations: the number of evaluations of the dynamics by each problem, (B,).
+        products: the number of their vector-Jacobian products, (B,).
+        tangents: the number of their Jacobian-vector products, (B,).
         residual_over_noise: the root mean square of the residual over the noise's, (B,), where
             :func:`diffoc.reconstruct` was called; else None.
-        log_weights: of draws in the plan's place, (B,), see
-            :class:`diffoc.theory.riccati_draws.Draws`; else None.
+        log_weights: the log-weights of draws in the plans' place, (B,), see
+            :class:`diffoc.theory.riccati_draws.Draws`; None where there are none.
     """
 
     states: Tensor

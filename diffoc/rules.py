@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.linalg import vecdot
 from torch.optim.adam import adam
 
 from diffoc.checks import as_numbers, check_above, check_at_least, check_whole
@@ -122,7 +123,7 @@ class Adam(Rule):
     constant rate, as in the paper, every control keeps moving by about the rate.
 
     Attributes:
-        rate: :math:`\eta > 0`, about the largest change of a control in an iteration.
+        rate: the rate :math:`\eta > 0`, about the largest change of a control in an iteration.
         weight_decay: the share of a control, times the rate, that an iteration takes from it, as
             AdamW does; not negative.
         keeps_best: whether the cheapest iterate is the result, or the last whatever it costs.
@@ -174,12 +175,12 @@ class LBFGS(LineSearch):
     nearly always passes; where all trials fail, what is remembered is forgotten.
 
     Attributes:
-        first: root mean square of the first change of the controls, when nothing is known yet; None
-            for 0.001, and for 0.01 where there are `units`, which are the image's: less than that
-            drowns in the rounding of a large cost in single precision.
-        units: of the controls of each step, T numbers above 0, or None for 1. A control is
-            measured in units of its step, in `first` as well: until something is learnt, that is a
-            change of variables. It does not move the optimum.
+        first: the root mean square of the first change of the controls, when nothing is known yet;
+            None for 0.001, and for 0.01 where there are `units`, which are the image's: less than
+            that drowns in the rounding of a large cost in single precision.
+        units: the units in which the controls of each step are measured, by `first` as well: T
+            numbers above 0, or None for 1 each. Until something is learnt, that is a change of
+            variables. It does not move the optimum.
 
     Source: Nocedal & Wright 2006 (doi:10.1007/978-0-387-40065-5), Algorithm 7.4.
     """
@@ -219,7 +220,7 @@ class LBFGS(LineSearch):
                 "rule is LBFGS, which needs the gradient: derivatives must be Dense or MatrixFree"
             )
         change = memory.direction(gradient, torch.cat([u.flatten(1) for u in controls], dim=1))
-        slope = _dot(gradient, change)
+        slope = vecdot(gradient, change)
         changes = change.split([k.shape[1] for k in newton.change], dim=1)
         return Direction(list(changes), slope, 0 * slope)
 
@@ -242,27 +243,27 @@ class LBFGSMemory:
         """Returns the change to try first where the total cost has this gradient, (B, T m) each."""
         if self.last is not None:
             s, y = controls - self.last[0], gradient - self.last[1]
-            product = _dot(s, y)
+            product = vecdot(s, y)
             # Without positive curvature along a change, nothing is learnt from it.
-            known = product > torch.finfo(y.dtype).eps * _dot(y, y)
+            known = product > torch.finfo(y.dtype).eps * vecdot(y, y)
             self.pairs.append((s, y, torch.where(known, 1 / product.where(known, 1), 0)))
             del self.pairs[:-MEMORY]
         self.last = controls, gradient
 
         q, factors = gradient, []
         for s, y, rho in reversed(self.pairs):
-            factor = rho * _dot(s, q)
+            factor = rho * vecdot(s, q)
             q = q - factor[:, None] * y
             factors.append(factor)
         squares = self._squares(gradient)
-        norm = _dot(gradient, squares * gradient).sqrt()
+        norm = vecdot(gradient, squares * gradient).sqrt()
         scale = self.rule.length * gradient.shape[1] ** 0.5 / norm.where(norm > 0, 1)
         scale = scale.clamp(max=self.least)
         for _, y, rho in self.pairs:
             scale = torch.where(rho > 0, self._inverse_curvature(y, rho), scale)
         q = scale[:, None] * squares * q
         for (s, y, rho), factor in zip(self.pairs, reversed(factors), strict=True):
-            q = q + (factor - rho * _dot(y, q))[:, None] * s
+            q = q + (factor - rho * vecdot(y, q))[:, None] * s
         return -q
 
     def _squares(self, like: Tensor) -> Tensor | float:
@@ -274,7 +275,7 @@ class LBFGSMemory:
 
     def _inverse_curvature(self, y: Tensor, rho: Tensor) -> Tensor:
         """Returns it along a change, (B,), infinite where nothing was learnt."""
-        return 1 / (rho * _dot(y, self._squares(y) * y))
+        return 1 / (rho * vecdot(y, self._squares(y) * y))
 
     def forget(self, problems: Tensor) -> Tensor:
         """Begins anew for some `problems`, (B,) bool; returns those that had nothing to forget.
@@ -288,10 +289,6 @@ class LBFGSMemory:
             remembered |= rho > 0
             self.pairs[i] = s, y, torch.where(problems, 0, rho)
         return problems & ~remembered
-
-
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    return (a * b).sum(dim=1)
 
 
 @dataclass(frozen=True)

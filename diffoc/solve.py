@@ -14,7 +14,7 @@ from diffoc.ilqr import ilqr
 from diffoc.lowrank import MatrixFree
 from diffoc.process import ReverseProcess
 from diffoc.result import Result
-from diffoc.rules import Adam, Damping, Rule
+from diffoc.rules import LBFGS, Damping, Rule
 from diffoc.system import ControlProblem, Derivatives
 
 
@@ -26,9 +26,9 @@ def solve(
     *,
     control_cost: ControlCost | float = 1.0,
     derivatives: Derivatives = MatrixFree(),
-    rank: int = 1,
-    iterations: int = 50,
-    rule: Rule = Adam(),
+    rank: int = 0,
+    iterations: int,
+    rule: Rule = LBFGS(),
     regularization: Damping | float | Tensor = 0.0,
     budget: int | None = None,
     stop: Callable[[Tensor], Tensor] | None = None,
@@ -39,21 +39,22 @@ def solve(
 
     >>> process = ReverseProcess(prior, 10)
     >>> x = process.initial_state((1, 3, 64, 64), generator).float()
-    >>> solve(process, GaussianLikelihood(operator, y, 0.05), x, rule=LBFGS()).x0
+    >>> solve(process, GaussianLikelihood(operator, y, 0.05), x, iterations=20).x0
 
-    The result is without the gains, which take memory. What is not listed, errors included, is as
-    in :func:`diffoc.ilqr.ilqr`.
+    Defaults are those of a :class:`diffoc.recipe.Recipe`. The result is without the gains, which
+    take memory. What is not listed, errors included, is as in :func:`diffoc.ilqr.ilqr`.
 
     Args:
-        process: of any azula prior, in "input" or "output" mode.
-        cost: maps images (B, C, H, W) to costs (B,), such as a
+        process: the reverse process of any azula prior, in "input" or "output" mode.
+        cost: the terminal cost, a function of images (B, C, H, W) that returns (B,), such as a
             :class:`diffoc.costs.GaussianLikelihood`.
-        x: initial states at time 1, (B, C, H, W), as :meth:`ReverseProcess.initial_state` draws
+        x: the initial states at time 1, (B, C, H, W), as :meth:`ReverseProcess.initial_state` draws
             them; their dtype and device are those of the computation.
-        controls: (T, B, C, H, W), zeros by default, or a guess such as
+        controls: the first controls, (T, B, C, H, W), zeros by default, or a guess such as
             :func:`diffoc.greedy.greedy_controls` makes.
-        control_cost: as :class:`diffoc.costs.ControlCost`, or its weights.
-        derivatives: `MatrixFree(keep_activations=False)` needs less memory, and more time.
+        control_cost: a :class:`diffoc.costs.ControlCost`, or its weights.
+        derivatives: how derivatives are represented; `MatrixFree(keep_activations=False)` needs
+            less memory, and more time.
         progress: whether to show a bar.
     """
     check_kind(ReverseProcess, process=process)

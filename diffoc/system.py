@@ -26,9 +26,9 @@ class ControlProblem:
     """A controlled system with costs; every callable is batched and differentiable.
 
     Attributes:
-        dynamics: maps (i, x, u) to the next states.
-        running_cost: maps (i, x, u) to costs (B,), not necessarily dependent on x.
-        terminal_cost: maps final states to costs (B,).
+        dynamics: the function of (i, x, u) that returns the next states.
+        running_cost: the function of (i, x, u) that returns costs (B,); it need not depend on x.
+        terminal_cost: the function of final states that returns costs (B,).
         horizon: the number T of steps.
     """
 
@@ -79,9 +79,10 @@ class Counts:
     """The work done by a batch, in units of one problem.
 
     Attributes:
-        evaluations: of the dynamics.
-        products, tangents: vector-Jacobian and Jacobian-vector products of the dynamics, of which
-            only :class:`diffoc.theory.projected.Projected` takes the latter.
+        evaluations: the number of evaluations of the dynamics.
+        products: the number of their vector-Jacobian products.
+        tangents: the number of their Jacobian-vector products, which only
+            :class:`diffoc.theory.projected.Projected` takes.
     """
 
     evaluations: int = 0
@@ -95,8 +96,9 @@ class StepGains:
 
     Attributes:
         k: the feedforward gain, (B, m).
-        slope, curvature: :math:`k^T Q_u` and :math:`k^T Q_{uu} k`, (B,): this step's share of the
-            expected change :math:`\epsilon\, k^T Q_u + \tfrac12 \epsilon^2 k^T Q_{uu} k`.
+        slope: :math:`k^T Q_u`, (B,), the factor of :math:`\epsilon` in the change of the cost that
+            is expected of this step.
+        curvature: :math:`k^T Q_{uu} k`, (B,), the factor of :math:`\epsilon^2 / 2` in it.
         definite: whether Quu + a I was positive definite, (B,) bool; where it was not, k and K
             are zero.
     """
@@ -153,7 +155,8 @@ class Trajectory:
     Attributes:
         x: the T + 1 states (B, ...): a list, because to stack them takes their memory twice.
         u: the T controls (B, ...).
-        steps: what gives the expansion of each step; for products only, it can be asked once.
+        steps: T functions, each of which returns the expansion of a step; where only products are
+            taken, it can be called once.
     """
 
     x: list[Tensor]

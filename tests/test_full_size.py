@@ -13,6 +13,7 @@ from diffoc.priors.networks import parameter_count
 from diffoc.priors.pretrained import untrained_adm
 from diffoc.problems.operators import average_pool
 from diffoc.process import ReverseProcess
+from diffoc.rules import Adam
 from diffoc.solve import solve
 
 
@@ -29,7 +30,8 @@ def test_one_iteration_of_the_paper_s_network():
     process = ReverseProcess(prior, 1)
     x = process.initial_state((1, 3, 128, 128), g).float()
     likelihood = GaussianLikelihood(average_pool(4), torch.zeros(1, 3, 32, 32), 0.05)
-    found = solve(process, likelihood, x, iterations=1, derivatives=MatrixFree(False))
+    options = {"rank": 1, "rule": Adam(), "derivatives": MatrixFree(False)}
+    found = solve(process, likelihood, x, iterations=1, **options)
     assert found.cost < found.costs[0]
     assert (found.controls != 0).any(dim=(1, 2, 3, 4)).all()
     assert found.x0.isfinite().all()

@@ -229,18 +229,18 @@ DOORS = [
     ),
     Door(gaussian_blur, {"side": 16}, positive=("side",)),
     Door(
-        lambda side, intensity: motion_blur(side, generator(), intensity),
-        {"side": 16, "intensity": 0.5},
+        lambda side: motion_blur(side, generator()),
+        {"side": 16},
         of=motion_blur,
         positive=("side",),
     ),
     Door(
-        lambda side, intensity: nonlinear_blur(side, generator(), intensity),
-        {"side": 16, "intensity": 0.5},
+        lambda side: nonlinear_blur(side, generator()),
+        {"side": 16},
         of=nonlinear_blur,
         positive=("side",),
     ),
-    Door(phase_retrieval, {"shape": SHAPE, "oversampling": 2.0}),
+    Door(phase_retrieval, {"shape": SHAPE}),
     Door(
         lambda name, shape: task(name, shape, generator()),
         {"name": "phase_retrieval", "shape": SHAPE},

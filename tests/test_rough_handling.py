@@ -28,6 +28,7 @@ from diffoc.commands.main import main
 from diffoc.commands.solve import Settings, from_measurement
 from diffoc.data import images as data
 from diffoc.data import manifest
+from diffoc.data.files import replacing
 from diffoc.data.pictures import read_picture, write_picture
 from diffoc.experiments import ledger
 from diffoc.experiments.cells import keep_in
@@ -84,6 +85,16 @@ def test_on_a_full_disk_the_old_file_stays(name, tmp_path, full_disk, monkeypatc
         assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
     write(tmp_path, 2)
     assert path.read_bytes() != before[path]
+
+
+def test_two_that_write_the_same_file_at_once_both_succeed(tmp_path):
+    path = tmp_path / "a.png"
+    with replacing(path) as one, replacing(path) as two:
+        assert one.suffix == two.suffix == path.suffix
+        one.write_text("one")
+        two.write_text("two")
+    assert path.read_text() == "one"  # of the one that ended last, and whole
+    assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize("where", [{"in_place": True}, {"out": "."}])

@@ -19,20 +19,18 @@ from diffoc.problems.tasks import UnsupportedTask
 
 
 @method
-def admm_tv(
-    given: Given, *, steps: int = 200, weight: float = 0.01, stepsize: float = 10.0
-) -> Tensor:
+def admm_tv(given: Given, *, steps: int = 200, weight: float = 0.01) -> Tensor:
     r"""Returns images (B, C, H, W) by ADMM-TV, which uses no prior and draws nothing.
 
     Args:
-        weight: :math:`\lambda`, above 0, which has to be tuned to the noise.
-        stepsize: :math:`\gamma`, above 0; it only changes how fast the iteration converges.
+        weight: the weight :math:`\lambda` of total variation, above 0, which has to be tuned to the
+            noise.
     """
     physics, shape = require_linear(given.physics), tuple(given.x.shape)
     if len(shape) != 4:
         raise UnsupportedTask(f"x has shape {shape}, total variation needs (B, C, H, W)")
     check_steps(steps=steps)
-    check_above(0, weight=weight, stepsize=stepsize)
+    check_above(0, weight=weight)
     regularizer = TVPrior()
     # Its inner iterations go on where the last ones ended. A fixed number of them, because a
     # criterion would be taken over the batch; and longer steps than deepinv's, to need few.
@@ -41,7 +39,7 @@ def admm_tv(
         data_fidelity=ImageByImage(physics, given.x),
         prior=regularizer,
         lambda_reg=weight,
-        stepsize=stepsize,
+        stepsize=10.0,  # gamma, which only changes how fast the iteration converges
         max_iter=steps,
     )
     return solver(given.y, physics)

@@ -29,9 +29,9 @@ def cold(
     """Returns images (B, ...) by :data:`diffoc.recipe.COLD`.
 
     Args:
-        iterations: their largest number; the discrepancy principle may end before. The line
-            search's trials may take more than T (1 + iterations) evaluations.
-        control_cost: r, positive.
+        iterations: the largest number of iterations; the discrepancy principle may end before. The
+            line search's trials may take more than T (1 + iterations) evaluations.
+        control_cost: the weight r of the control cost, positive.
         from_noise: whether to start from `x`, and not from zero.
         greedy: whether there is a guess after all, which takes T evaluations more.
     """

@@ -47,10 +47,10 @@ def d_flow(
     r"""Returns images (B, ...) by D-Flow; N or :math:`\lambda` has to be tuned to the noise.
 
     Args:
-        iterations: N, at least 1.
-        regularization: :math:`\lambda`, not negative.
-        blend: :math:`\beta` in [0, 1]; the inversion costs T evaluations more if it is above 0 and
-            the operator is linear. Otherwise there is none, and :math:`\beta` is 0.
+        iterations: the number N of L-BFGS's iterations, at least 1.
+        regularization: the weight :math:`\lambda` of the norm's density, not negative.
+        blend: the share :math:`\beta` of the inverted image, in [0, 1]. Where it is above 0 and the
+            operator is linear, the inversion costs T evaluations more; else there is none.
     """
     check_steps(steps=steps)
     check_whole(1, iterations=iterations)

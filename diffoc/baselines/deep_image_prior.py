@@ -25,9 +25,9 @@ def deep_image_prior(
     """Returns images (B, C, H, W), made one after the other, without the prior.
 
     Args:
-        iterations: their largest number; each is a forward and a backward pass of the decoder.
+        iterations: the largest number of forward and backward passes of the decoder, at least 1.
         channels: the width of the decoder's seven layers, at least 1.
-        rate: Adam's, above 0.
+        rate: Adam's learning rate, above 0.
     """
     physics, y, x = given.physics, given.y, given.x
     if x.ndim != 4:

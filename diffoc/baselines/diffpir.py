@@ -35,8 +35,8 @@ def diffpir(
     r"""Returns images (B, ...) by DiffPIR, for a noise above 0.
 
     Args:
-        strength: :math:`\lambda` of the prior, above 0; 0.25 in the released code.
-        renewal: :math:`\zeta`, the share of the noise that is drawn anew, in [0, 1]; in the
+        strength: the weight :math:`\lambda` of the prior, above 0; 0.25 in the released code.
+        renewal: the share :math:`\zeta` of the noise that is drawn anew, in [0, 1]; in the
             released code 0.1 for deblurring and super-resolution, and 1 for inpainting, where
             predicted noise would keep what was dropped as it was guessed first.
     """

@@ -4,7 +4,7 @@ A severity encoder sees the measurement and returns an estimate :math:`\hat z` o
 its own error, :math:`\hat z = z_0 + \hat\sigma n`. The sampler starts at the time whose noise is as
 much louder than its signal as that,
 
-.. math:: \sigma_{t^*} / \alpha_{t^*} = c \, \hat\sigma, \qquad
+.. math:: \sigma_{t^*} / \alpha_{t^*} = \hat\sigma, \qquad
     z_{t^*} = \alpha_{t^*} \hat z + \sigma_{t^*} n,
 
 so that easy measurements cost few steps, and goes on as :mod:`diffoc.baselines.psld` does.
@@ -20,7 +20,6 @@ from diffoc.baselines import Given, Method, method
 from diffoc.baselines.decomposition import require_linear
 from diffoc.baselines.noise_level import times_of_levels
 from diffoc.baselines.psld import check_guided, guided_step
-from diffoc.checks import check_above
 from diffoc.priors.latent import latent_prior
 from diffoc.priors.severity import SeverityEncoder, load_severity_encoder
 from diffoc.problems.tasks import as_picture, for_each, parts_of
@@ -34,21 +33,20 @@ def flash_diffusion(
     guidance: float = 1.0,
     gluing: float = 0.0,
     eta: float = 1.0,
-    correction: float = 1.0,
     encoder: SeverityEncoder | None = None,
 ) -> Tensor:
     r"""Returns images (B, C, H, W) by Flash-Diffusion; x is the noise that is added to estimates.
 
     Args:
-        steps: of the whole way from time 1; an image that starts at t* takes ceil(t* steps), each
-            of which costs an evaluation and a product.
-        guidance, gluing, eta: as for :func:`diffoc.baselines.psld.psld`.
-        correction: c, positive.
+        steps: the number of steps of the whole way from time 1; an image that starts at t* takes
+            ceil(t* steps), each of which costs an evaluation and a product.
+        guidance: the weight of the measurement's residual, see :func:`diffoc.baselines.psld.psld`.
+        gluing: the weight of the encoding's residual, see there.
+        eta: how much noise DDIM adds, see there.
         encoder: the severity encoder, by default that of "faces64_latent"; the noise of
             measurements is what it was trained for.
     """
     check_guided(steps, guidance, gluing, eta)
-    check_above(0, correction=correction)
     autoencoder, y, x = latent_prior(given.prior), given.y, given.x
     if gluing:
         require_linear(given.physics)
@@ -63,7 +61,7 @@ def flash_diffusion(
         )
     schedule = given.prior.schedule
     alpha_1, sigma_1 = (scale.item() for scale in schedule(torch.ones((), dtype=torch.float64)))
-    ratio = (correction * log_severity.double().exp()).cpu().clamp(max=sigma_1 / alpha_1)
+    ratio = log_severity.double().exp().cpu().clamp(max=sigma_1 / alpha_1)
     start = times_of_levels(schedule, ratio).to(log_severity)
     alpha, sigma = (a.reshape(-1, *(1,) * (x.ndim - 1)) for a in schedule(start))
     z = alpha * estimate + sigma * x / sigma_1

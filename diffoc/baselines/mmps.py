@@ -26,8 +26,8 @@ def mmps(given: Given, *, steps: int = 100, iterations: int = 3, eta: float = 1.
     r"""Returns images (B, ...) by MMPS, for a noise above 0.
 
     Args:
-        iterations: those of GMRES, at least 1; a step costs a product more than these.
-        eta: the noise of DDIM in [0, 1].
+        iterations: the number of GMRES's iterations, at least 1; a step costs a product more.
+        eta: how much noise DDIM adds, from 0 for none to 1 for DDPM's.
     """
     check_above(0, noise_std=given.noise_std)
     check_steps(steps=steps)

@@ -56,14 +56,15 @@ def ndtm(
     The defaults are those of the released code for super-resolution of faces, but for `start`.
 
     Args:
-        iterations: N, at least 1.
-        guidance: w, not negative.
-        control_cost, score_cost: the factors of :math:`\kappa_t` and :math:`\tau_t`, not negative.
-        scale: :math:`\gamma`, above 0.
-        rate: Adam's at time 1, above 0.
-        eta: the noise of DDIM in [0, 1].
-        start: the first time in ]0, 1]; below 1 from :math:`A^\dagger y` with noise added, if the
-            operator is linear, else from time 1 all the same.
+        iterations: the number N of Adam's steps at each time, at least 1.
+        guidance: the weight w of the residual, not negative.
+        control_cost: the factor of :math:`\kappa_t`, not negative.
+        score_cost: the factor of :math:`\tau_t`, not negative.
+        scale: the factor :math:`\gamma` of controls, above 0.
+        rate: Adam's learning rate at time 1, above 0.
+        eta: how much noise DDIM adds, from 0 for none to 1 for DDPM's.
+        start: the first time in ]0, 1]. Below 1 the first state is :math:`A^\dagger y` with noise
+            added, if the operator is linear; else the first time is 1 all the same.
     """
     check_steps(steps=steps)
     check_whole(1, iterations=iterations)
@@ -117,13 +118,13 @@ def ndtm(
 def _settings(task: str, nfe: int) -> dict:
     # The released code's, by its scripts for faces, and for blurs by its example of one.
     if task == "super_resolution":
-        found = {"iterations": 5, "guidance": 50.0, "eta": 0.7, "start": 0.4}
+        settings = {"iterations": 5, "guidance": 50.0, "eta": 0.7, "start": 0.4}
     elif task.endswith("inpainting"):
-        found = {"iterations": 2, "guidance": 1.0, "eta": 0.2, "start": 0.5}
-        found |= {"control_cost": 0.0, "score_cost": 0.0}
+        settings = {"iterations": 2, "guidance": 1.0, "eta": 0.2, "start": 0.5}
+        settings |= {"control_cost": 0.0, "score_cost": 0.0}
     else:
-        found = {"iterations": 2, "guidance": 50.0, "eta": 0.1, "start": 0.6}
-    return found | {"steps": max(1, nfe // (found["iterations"] + 1))}
+        settings = {"iterations": 2, "guidance": 50.0, "eta": 0.1, "start": 0.6}
+    return settings | {"steps": max(1, nfe // (settings["iterations"] + 1))}
 
 
 METHOD = Method(

@@ -85,12 +85,14 @@ def paper(
     own size, undoes the factor: a constant a changes nothing then.
 
     Args:
-        rank: k of the terminal Hessian.
-        rate: Adam's.
-        weight_scale: a factor of :func:`snr_weights`.
+        steps: the number T of the process's steps.
+        iterations: the number of iterations.
+        rank: the rank k of the terminal Hessian.
+        rate: Adam's learning rate.
+        weight_scale: the factor of :func:`snr_weights`.
         regularization: Tikhonov's constant a, or "lemma_4_2" for that of
             :func:`guidance_regularization`.
-        projected: whether Jacobians too are of that rank, by the projections of Appendix D.1 as
+        projected: whether Jacobians are of that rank, too, by the projections of Appendix D.1 as
             the paper writes them, see :mod:`diffoc.theory.projected`. Its Jacobian-vector products,
             T rank iterations of them, count as one evaluation for each step and iteration.
         keep_activations: whether activations are kept, for speed, or recomputed, for memory.

@@ -29,8 +29,8 @@ def pgdm(given: Given, *, steps: int = 100, eta: float = 1.0, guidance: float = 
     r"""Returns images (B, ...) by PiGDM, for a noise above 0.
 
     Args:
-        eta: the noise of DDIM in [0, 1]; 1 in the paper.
-        guidance: a factor of :math:`g_t`, not negative; 1 in the paper.
+        eta: how much noise DDIM adds, from 0 for none to 1 for DDPM's; 1 in the paper.
+        guidance: the factor of :math:`g_t`, not negative; 1 in the paper.
     """
     require_linear(given.physics)
     check_above(0, noise_std=given.noise_std)

@@ -28,9 +28,10 @@ def psld(
     r"""Returns images (B, C, H, W) by PSLD, for a :class:`diffoc.priors.latent.LatentPrior`.
 
     Args:
-        guidance: :math:`\zeta`, not negative, which has to be tuned to the noise.
-        gluing: :math:`\gamma`, not negative.
-        eta: the noise of DDIM, in [0, 1]; 1 is DDPM.
+        guidance: the weight :math:`\zeta` of the measurement's residual, not negative, which has to
+            be tuned to the noise.
+        gluing: the weight :math:`\gamma` of the encoding's residual, not negative.
+        eta: how much noise DDIM adds, from 0 for none to 1 for DDPM's.
     """
     check_guided(steps, guidance, gluing, eta)
     autoencoder, z = latent_prior(given.prior), given.x

@@ -33,7 +33,7 @@ from functools import partial
 from typing import cast
 
 import torch
-from azula.denoise import Denoiser, Posterior
+from azula.denoise import Denoiser, GaussianPosterior, Posterior
 from azula.noise import Schedule
 from torch import Tensor
 
@@ -74,8 +74,8 @@ class AncestralProcess(ReverseProcess):
     unit variance at every level whatever the prior's schedule: :attr:`scales` converts.
 
     Args:
-        denoiser: the prior.
-        steps: T, 2 to 1000; the horizon is T - 1.
+        denoiser: the prior, any azula denoiser.
+        steps: the number T of points in time, 2 to 1000; the horizon is T - 1.
         noise: the frozen standard normal noise, (T - 1, B, ...), see
             :func:`diffoc.process.draw_noise`; the last step's is not used.
         learned_variance: whether the variance of a step is that of the prior's own head, between
@@ -134,7 +134,8 @@ class AncestralProcess(ReverseProcess):
         """Returns step i's: the smallest for v = -1, the largest for 1, by logarithms between."""
         _, _, smallest = self.coefficients[i]
         # Without the head azula's networks have one variance for all pixels.
-        if getattr(posterior, "var", posterior.mean[:0]).shape != posterior.mean.shape:
+        has_head = isinstance(posterior, GaussianPosterior)
+        if not has_head or posterior.var.shape != posterior.mean.shape:
             raise ValueError(
                 "learned_variance is True, but the prior has no head for the variance: see "
                 "load_prior(..., learned_variance=True)"
@@ -288,10 +289,11 @@ def released(
     """Returns images by :data:`RELEASED`, which does not use the noise's level.
 
     Args:
-        steps: T, 2 to 1000; at most 22 where the prior's schedule ends at 100 times as much noise
-            as image.
-        rate: AdamW's.
-        weight_scale: a factor of :func:`released_weights`.
+        steps: the number T of points in time, 2 to 1000; at most 22 where the prior's schedule ends
+            at 100 times as much noise as image.
+        iterations: the number of iterations.
+        rate: AdamW's learning rate.
+        weight_scale: the factor of :func:`released_weights`.
         learned_variance: whether a step's variance is that of the prior's own head.
         keep_activations: whether activations are kept, for speed, or recomputed, for memory.
         side_effect: whether gains shrink in a random subspace, see :class:`ShrinkingValue`.
@@ -314,8 +316,8 @@ def _settings(task: str, nfe: int) -> dict:
     if nfe != 1000:
         raise ValueError(f"nfe is {nfe}: the released code's settings are for 1000 only")
     recipe = RELEASED.at(task, nfe)
-    found = {"steps": recipe.steps, "iterations": recipe.iterations}
-    return found | {"rate": cast(Adam, recipe.rule).rate, "weight_scale": recipe.weight}
+    settings = {"steps": recipe.steps, "iterations": recipe.iterations}
+    return settings | {"rate": cast(Adam, recipe.rule).rate, "weight_scale": recipe.weight}
 
 
 METHOD = Method(

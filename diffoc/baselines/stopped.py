@@ -13,8 +13,8 @@ def stopped(given: Given, *, steps: int, budget: int, weight: float = STOPPED.we
     """Returns images (B, ...) by :data:`diffoc.recipe.STOPPED`.
 
     Args:
-        budget: how many evaluations each image has, at least 4 T.
-        weight: r of the control cost, not negative.
+        budget: the number of evaluations that each image has, at least 4 T.
+        weight: the weight r of the control cost, not negative.
     """
     return given.reconstruct(replace(STOPPED, steps=steps, budget=budget, weight=weight))
 

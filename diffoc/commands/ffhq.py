@@ -2,7 +2,8 @@
 
 import argparse
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from PIL import Image
 
 from diffoc import figures
 from diffoc.commands.tables import fill
+from diffoc.data.downloads import sha256_of
 from diffoc.data.files import replacing, try_file, try_folder
 from diffoc.data.pictures import picture_size, read_picture, write_picture
 from diffoc.data.provenance import ROOT
@@ -81,18 +83,29 @@ def _measured(
 
 
 def _digest(pictures: Iterable[Path], resize: str) -> str:
-    """Returns a digest of what decides the result: pictures, originals, filter, metrics."""
-    files = [(str(path.resolve()), path.stat().st_mtime_ns) for path in pictures]
+    """Returns a digest of what decides the result: pictures, originals, filter, metrics.
+
+    It is the same wherever the folders are, so that parts of several machines find each other.
+    """
+    files = [(path.name, sha256_of(path)) for path in pictures]
     text = repr((files, resize, sorted(perceptual.missing_metrics())))
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def _say_missing(parts: Iterable[Measured]) -> None:
     missing: dict[str, str] = {}
+    notes: set[str] = set()
     for part in parts:
         missing |= part.missing
+        notes |= part.notes
     for name, why in missing.items():
         print(f"no {name}: {why}")
+    _say_notes(notes)
+
+
+def _say_notes(notes: Iterable[str]) -> None:
+    for note in sorted(notes):
+        print(f"note: some pictures: {note}")
 
 
 def preflight(args: argparse.Namespace) -> int:
@@ -126,14 +139,29 @@ def ffhq(args: argparse.Namespace) -> int:
     compute = Computer(folder, args.device, protocol)
     fill(list(cells), compute, out / "records.csv", args, keep_in(out / "kept"), args.table)
     known = recorded(out / "records.csv")
-    wanted = [one for cell, line in cells.items() if not line.may_fail for one in alone(cell)]
-    failed = any(one in known and known[one]["status"] == "failed" for one in wanted)
+    failed: Counter[tuple[str, str]] = Counter()
+    precisions: set[str] = set()
+    unexpected = 0
+    for cell, line in cells.items():
+        for row in (known[one] for one in alone(cell) if one in known):
+            precisions.add(row["precision"])
+            if row["status"] == "failed":
+                failed[line.label, cell.task] += 1
+                unexpected += not line.may_fail
     if args.shard:
         print("a part: the same command without --shard measures when all parts are there")
     else:
+        head = (
+            f"Protocol: {protocol.name}\n\n"
+            f"Images: the {'first' if args.first else 'last'} {len(names)} by name, larger ones "
+            f"made smaller by the filter {args.filter}; masks, boxes and motion kernels drawn "
+            f"from seed 0; networks in {' and '.join(sorted(precisions))}"
+        )
         folders = {(line.label, cell.task): folder_of(cell) for cell, line in cells.items()}
-        _compare(args, out, folder, names, folders)
-    return int(failed)
+        _compare(args, out, folder, names, folders, head, failed)
+    if unexpected:
+        print(f"{unexpected} rows failed: the same command with --retry-failed computes them again")
+    return int(unexpected > 0)
 
 
 def _compare(
@@ -142,6 +170,8 @@ def _compare(
     originals: Path,
     names: Sequence[str],
     folders: dict[tuple[str, str], str],
+    head: str,
+    failed: Mapping[tuple[str, str], int],
 ) -> None:
     """Measures what was kept, writes the table, and draws the first images."""
     truth = {Path(name).stem: originals / name for name in names}
@@ -156,10 +186,8 @@ def _compare(
     _say_missing(found.values())
     rows = {", ".join(key): part for key, part in found.items()}
     measured.write_rows(out / f"{args.table}.csv", rows)
-    means = {key: part.means() for key, part in found.items()}
-    text = tables.beside_the_paper(
-        args.table, means, len(truth), FFHQ_PROTOCOLS[args.protocol].name
-    )
+    means = {key: part.means() | {"images": len(part.rows)} for key, part in found.items()}
+    text = tables.beside_the_paper(args.table, means, head, failed)
     if args.rehearse:
         text = "A REHEARSAL: random weights, two steps. The numbers mean nothing.\n\n" + text
     path = out / f"{args.table}.md"
@@ -219,11 +247,14 @@ def _prepare(args: argparse.Namespace, prior: str, paths: Sequence[Path]) -> tup
     folder = _out(args) / f"originals-{where}-{side}-{args.filter}"
     try_folder(folder)
     names = [f"{path.stem}.png" for path in paths]
+    said: set[str] = set()
     for path, name in zip(paths, names, strict=True):
         if not (folder / name).exists():
-            pixels = measured.read_resized(path, side, args.filter).movedim(0, -1).numpy()
+            pixels, notes = measured.read_resized(path, side, args.filter)
+            said.update(notes)
             with replacing(folder / name) as part:
-                Image.fromarray(pixels).save(part)
+                Image.fromarray(pixels.movedim(0, -1).numpy()).save(part)
+    _say_notes(said)
     return folder, names
 
 

@@ -73,9 +73,9 @@ def find(file: RemoteFile, *elsewhere: Path) -> Path:
 
 
 def _checked(file: RemoteFile, path: Path) -> Path:
-    if file.sha256 is not None and not (found := sha256_of(path)).startswith(file.sha256):
+    if file.sha256 is not None and not (sha256 := sha256_of(path)).startswith(file.sha256):
         raise ValueError(
-            f"{path} is not {file.name}: its sha256 is {found[:12]}..., expected "
+            f"{path} is not {file.name}: its sha256 is {sha256[:12]}..., expected "
             f"{file.sha256[:12]}...; remove it and try again"
         )
     return path

@@ -10,6 +10,7 @@ from io import FileIO, StringIO
 from itertools import count
 from pathlib import Path
 from typing import IO
+from uuid import uuid4
 
 
 @contextmanager
@@ -17,9 +18,10 @@ def replacing(path: Path) -> Iterator[Path]:
     """Gives the path of a new file beside `path`, with its ending, that then takes its place.
 
     Where the new file cannot be written, it is removed, the old one stays, and an OSError says so.
-    A process that is killed leaves it behind, as .NAME.part.ENDING; the next one overwrites it.
+    It has a name of its own, .NAME.DIGITS.part.ENDING, so that several processes, of several
+    machines, can write the same file; one that is killed leaves it behind.
     """
-    part = path.with_name(f".{path.stem}.part{path.suffix}")
+    part = path.with_name(f".{path.stem}.{uuid4().hex[:12]}.part{path.suffix}")
     try:
         yield part
         os.replace(part, path)

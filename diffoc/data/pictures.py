@@ -54,7 +54,7 @@ def read_picture(
     if len(sides) != 3 or sides[0] not in (1, 3) or min(sides) < 1:
         raise ValueError(f"shape is {shape!r}, expected (C, H, W), C of 1 or 3 channels")
     channels, height, width = sides
-    values, notes = _values(Path(path))
+    values, notes = values_of(Path(path))
     if values.shape[-1] != channels:
         if channels == 3:
             values = values.repeat(3, axis=-1)
@@ -118,8 +118,11 @@ def write_picture(image: Tensor, path: Path, mask: Tensor | None = None) -> None
         Image.fromarray(values[..., 0] if values.shape[-1] == 1 else values).save(part)
 
 
-def _values(path: Path) -> tuple[np.ndarray, list[str]]:
-    """Returns a picture's values (H, W, 1 or 3) in [0, 1], float32, and what was done to them."""
+def values_of(path: Path) -> tuple[np.ndarray, list[str]]:
+    """Returns a picture's values (H, W, 1 or 3) in [0, 1], float32, and what was done to them.
+
+    It is upright and composited over white; for what is refused see :func:`read_picture`.
+    """
     picture, notes = open_picture(path)
     if picture.mode.startswith(("I", "F")):
         if picture.has_transparency_data:

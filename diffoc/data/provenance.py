@@ -43,7 +43,7 @@ def told(error: object) -> str:
 def commit(root: Path = ROOT) -> str:
     """Returns the git commit of a checkout, "+changes" if code or data were changed; else empty.
 
-    Records may be new or changed, they are what is being made. What was found first is kept.
+    Records may be new or changed, they are what is being made. The first answer is kept.
     """
     if not (root / ".git").exists():  # a file in a linked worktree
         return ""
@@ -83,11 +83,11 @@ def device_name(device: str) -> str:
 
 def digest(tensors: dict[str, Tensor] | Tensor) -> str:
     """Returns the first digits of the SHA-256 of tensors: names, types, shapes, values."""
-    found = hashlib.sha256()
+    sha256 = hashlib.sha256()
     for name, tensor in ({"": tensors} if isinstance(tensors, Tensor) else tensors).items():
-        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        found.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return found.hexdigest()[:_DIGITS]
+        sha256.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        sha256.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return sha256.hexdigest()[:_DIGITS]
 
 
 def short(sha256: str) -> str:

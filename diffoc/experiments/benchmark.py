@@ -25,6 +25,7 @@ from diffoc.lowrank import MatrixFree
 from diffoc.priors.pretrained import load_prior, untrained_adm
 from diffoc.problems.operators import average_pool
 from diffoc.process import ReverseProcess
+from diffoc.rules import Adam
 from diffoc.solve import solve
 
 TABLE_1_IMAGES = 5 * 1000
@@ -91,7 +92,8 @@ def measure(
     process = ReverseProcess(prior, steps)
     operator = average_pool(2)
     likelihood = GaussianLikelihood(operator, torch.zeros_like(operator(x)), 0.05)
-    options: dict[str, Any] = {"rank": rank, "derivatives": MatrixFree(keep_activations)}
+    kept = MatrixFree(keep_activations)
+    options: dict[str, Any] = {"rank": rank, "rule": Adam(), "derivatives": kept}
     bare: list[float] = []
     controlled: list[float] = []
     resumed: list[float] = []

@@ -65,7 +65,9 @@ class Computer:
     def __call__(self, cell: Cell) -> tuple[list[Row], Tensor]:
         """Returns a row for every image, and the reconstructions on the CPU."""
         method, protocol = METHODS[cell.method], self.protocol or protocol_of(cell.prior)
-        prior, weights = load_once(cell.prior, self.device)
+        # Without one it is the prior that has been loaded for all others.
+        head = (True,) if cell.keywords.get("learned_variance") else ()
+        prior, weights = load_once(cell.prior, self.device, *head)
         if method.latent and not isinstance(prior, LatentPrior):
             raise UnsupportedTask(f"{cell.method} needs a prior in a latent space: {cell.prior}")
         shape = getattr(prior, "decoded_shape", prior.image_shape)
@@ -211,12 +213,16 @@ def _faces() -> np.ndarray:
 
 
 @cache
-def load_once(name: str, device: str) -> tuple[Denoiser, str]:
+def load_once(name: str, device: str, learned_variance: bool = False) -> tuple[Denoiser, str]:
     """Returns a prior on a device, and the first digits of the SHA-256 of its weights.
 
-    The name is one for :func:`diffoc.load_prior`, or of :mod:`diffoc.experiments.inaccurate`.
+    The name is one for :func:`diffoc.load_prior`, or of :mod:`diffoc.experiments.inaccurate`. With
+    a `learned_variance` it has the head that a setting of that name asks for.
     """
-    prior = load_inaccurate(name) if is_inaccurate(name) else load_prior(name)
+    if is_inaccurate(name):
+        prior = load_inaccurate(name, learned_variance)
+    else:
+        prior = load_prior(name, learned_variance=learned_variance)
     if name in SHIPPED:
         found = short(manifest.manifest_entry(f"{name}.safetensors")["sha256"])
     elif name in REMOTE:

@@ -16,9 +16,10 @@ from diffoc.checks import check_member
 from diffoc.data.downloads import find
 from diffoc.data.provenance import ROOT
 from diffoc.experiments.cells import cells_of
+from diffoc.experiments.inaccurate import accurate_name
 from diffoc.experiments.methods import METHODS, read_tuned
 from diffoc.experiments.paper_tables import TASKS
-from diffoc.experiments.protocol import FFHQ, Protocol
+from diffoc.experiments.protocol import Protocol
 from diffoc.experiments.records import Cell, read
 from diffoc.experiments.summary import markdown
 from diffoc.priors.pretrained import REMOTE
@@ -126,7 +127,7 @@ def lines(table: str) -> list[Line]:
     return [
         Line("Ours (NFE = 2500)", ours, 2500, note="Table 2; NFE counts T times 50"),
         Line("Ours (NFE = 1000)", ours, 1000, note="Table 2, T = 20, 50 iterations"),
-        Line("Released code", method_of(RELEASED), 1000),
+        Line("Released code", method_of(RELEASED), 1000, {"learned_variance": True}),
         Line("PSLD (NFE = 1000)", "" if missing else "psld", note=missing),
         Line("Flash-Diffusion* (NFE = varies)", "", note=severity),
         *others,
@@ -171,6 +172,8 @@ def cells_by_line(
             if not line.method or (latent and prior != PRIOR):
                 continue
             changes = dict(line.changes)
+            if accurate_name(prior).partition("/")[0] != PRIOR:  # which may have no such head
+                changes.pop("learned_variance", None)
             if METHODS[line.method].recipe is None:
                 changes = published(line.method, task)[0] | changes
             if smallest:
@@ -184,9 +187,13 @@ def cells_by_line(
 
 
 def _smallest(line: Line, task: str) -> dict[str, Any]:
-    """Returns two steps and one iteration, for methods that have them; for Table 6 2 to 5 steps."""
+    """Returns two steps and one iteration, for methods that have them; for Table 6 2 to 5 steps.
+
+    The released code's number of steps is one more, that of their ends.
+    """
     settings = METHODS[line.method].settings(task, line.nfe) | dict(line.changes)
     steps = 2 + (HORIZONS.index(line.changes["steps"]) if "steps" in line.changes else 0)
+    steps += METHODS[line.method].recipe is RELEASED
     found = {key: n for key, n in (("steps", steps), ("iterations", 1)) if key in settings}
     # With random weights two steps make values so large that rounding makes Quu indefinite:
     # Tikhonov's constants are raised above it, in proportion.
@@ -213,23 +220,25 @@ def check_protocol(path: Path, protocol: Protocol) -> None:
 def beside_the_paper(
     table: str,
     found: Mapping[tuple[str, str], Mapping[str, float]],
-    images: int,
-    protocol: str = FFHQ.name,
+    head: str,
+    failed: Mapping[tuple[str, str], int] | None = None,
 ) -> str:
     """Returns one of :data:`TABLES` in Markdown for each metric, beside the paper's numbers.
 
-    A place has ours, the paper's in brackets, and the difference. What was `found` are means over
-    `images` images, by label and task; the protocol is named above them.
+    A place has ours, the paper's in brackets, and the difference. What was `found` are means by
+    label and task, and "images", how many they are of; so many others have `failed`. The head says
+    how the images were measured.
     """
-    paper, tasks, parts = paper_numbers(table), tasks_of(table), [f"Protocol: {protocol}"]
+    paper, tasks, parts = paper_numbers(table), tasks_of(table), [head]
     for metric, key in METRICS[table].items():
         rows = []
         for line in lines(table):
             ours = (found.get((line.label, task), {}).get(key) for task in tasks)
             theirs = (paper.get(line.label, {}).get(task, {}).get(metric) for task in tasks)
-            rows.append([line.label, *map(_place, ours, theirs)])
-        title = f"{table}, {metric}: ours (paper's) difference; {images} images"
-        parts.append(f"{title}\n\n{markdown(['method', *tasks], rows)}")
+            counts = _counts([(line.label, task) for task in tasks], found, failed or {})
+            rows.append([line.label, counts, *map(_place, ours, theirs)])
+        title = f"{table}, {metric}: ours (paper's) difference"
+        parts.append(f"{title}\n\n{markdown(['method', 'images', *tasks], rows)}")
     notes = [f"- {line.label}: {note}" for line in lines(table) for note in _notes(line, tasks)]
     return "\n\n".join([*parts, *(["\n".join(notes)] if notes else [])]) + "\n"
 
@@ -243,6 +252,19 @@ def _notes(line: Line, tasks: Sequence[str]) -> Iterator[str]:
         for source in dict.fromkeys(sources.values()):
             where = [task for task in tasks if sources[task] == source]
             yield f"{source}" + (f" ({', '.join(where)})" if len(where) < len(tasks) else "")
+
+
+def _counts(
+    places: Sequence[tuple[str, str]],
+    found: Mapping[tuple[str, str], Mapping[str, float]],
+    failed: Mapping[tuple[str, str], int],
+) -> str:
+    """Returns how many images a row is of, task by task where they differ."""
+    counts = [f"{found[place]['images']:g}" if place in found else "-" for place in places]
+    lost = [f" + {failed[place]} failed" if failed.get(place) else "" for place in places]
+    every = [a + b for a, b in zip(counts, lost, strict=True)]
+    some = {text for text in every if text != "-"}
+    return ", ".join(every) if len(some) > 1 else "".join(some) or "-"
 
 
 def _place(ours: float | None, paper: float | None) -> str:

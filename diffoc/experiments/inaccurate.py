@@ -66,10 +66,14 @@ def accurate_name(name: str) -> str:
     return found[1] if found else name
 
 
-def load_inaccurate(name: str) -> Denoiser:
-    """Returns a prior of the module's names, always the same, on the CPU and in evaluation mode."""
+def load_inaccurate(name: str, learned_variance: bool = False) -> Denoiser:
+    """Returns a prior of the module's names, always the same, on the CPU and in evaluation mode.
+
+    An ADM network has its head for the variance if that is asked for.
+    """
     if found := _NOISE.fullmatch(name):
-        return add_noise(load_prior(found[1]), float(found[2]))
+        prior = load_prior(found[1], learned_variance=learned_variance)
+        return add_noise(prior, float(found[2]))
     base = accurate_name(name)
     if name.startswith(IDENTITY):
         network, _, side = sizes_of(base)
@@ -79,7 +83,7 @@ def load_inaccurate(name: str) -> Denoiser:
         raise ValueError(f"name is {name!r}, expected such as 'faces64+noise0.1'")
     with torch.random.fork_rng(), _SameDraws():
         torch.manual_seed(0)
-        prior = _untrained(base)
+        prior = _untrained(base, learned_variance)
         if name.startswith(RANDOM):
             draw_zeros(prior)
     return prior
@@ -127,14 +131,14 @@ class _SameDraws(TorchDispatchMode):
         return x.copy_(first + second * torch.randn(x.shape, dtype=torch.float64, **kwargs))
 
 
-def _untrained(name: str) -> Denoiser:
+def _untrained(name: str, learned_variance: bool) -> Denoiser:
     if name in _OURS:
         prior = KarrasDenoiser(NETWORKS[name](), default_schedule())
         prior.image_shape = SHIPPED[name]
         return prior.eval().requires_grad_(False)
     network, channels, side = sizes_of(name)
     check_member((*_OURS, "ffhq256", "imagenet256"), prior=network)
-    prior = untrained_adm(network, channels)
+    prior = untrained_adm(network, channels, learned_variance)
     if side:
         prior.image_shape = (prior.image_shape[0], side, side)
     return prior

@@ -39,7 +39,7 @@ from diffoc.experiments import paper_tables
 from diffoc.experiments.spread import of_mean
 from diffoc.experiments.summary import by_image, mean_and_interval, paired, select
 from diffoc.theory import claims, identities
-from diffoc.theory.identity import Identity
+from diffoc.theory.linear_gaussian import Identity
 
 LEDGER = ROOT / "data" / "claims.yaml"
 NOTEBOOKS = ROOT / "notebooks"

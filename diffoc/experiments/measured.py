@@ -27,8 +27,9 @@ from torch import Tensor
 
 from diffoc.checks import check_member
 from diffoc.data.files import csv_text, replacing
-from diffoc.data.pictures import ENDINGS, open_picture
+from diffoc.data.pictures import ENDINGS, values_of
 from diffoc.experiments.records import in_batches
+from diffoc.experiments.runs import whole_products
 from diffoc.problems.metrics import frechet_between, image_metrics, mse_255
 from diffoc.problems.perceptual import LPIPS, perceptual_metrics
 
@@ -73,18 +74,23 @@ def pictures_in(folder: Path) -> dict[str, Path]:
     return found
 
 
-def read_resized(path: Path, side: int, resize: str) -> Tensor:
-    """Returns a square picture as (3, side, side) uint8, made smaller by one of :data:`FILTERS`."""
+def read_resized(path: Path, side: int | None, resize: str) -> tuple[Tensor, list[str]]:
+    """Returns a picture as (3, H, W) uint8, and a note for each change that was made to it.
+
+    With a side it is a square of that size, made of one at least as large by one of
+    :data:`FILTERS` in 8 bits, as others do; None leaves the size. A ValueError refuses what
+    :func:`diffoc.data.pictures.read_picture` does.
+    """
     check_member(FILTERS, filter=resize)
-    picture, _ = open_picture(path)
-    if picture.width != picture.height or picture.width < side:
-        raise ValueError(
-            f"{path} is {picture.width}x{picture.height}, expected a square of at least {side}"
-        )
-    colour = picture.convert("RGB")
-    if colour.width != side:
-        colour = colour.resize((side, side), FILTERS[resize])
-    return torch.from_numpy(np.array(colour)).movedim(-1, 0)
+    values, notes = values_of(path)
+    height, width, _ = values.shape
+    if side is not None and (width != height or width < side):
+        raise ValueError(f"{path} is {width}x{height}, expected a square of at least {side}")
+    pixels = np.uint8(np.round(255 * values)).repeat(3 // values.shape[-1], axis=-1)
+    if side is not None and side != width:
+        pixels = np.array(Image.fromarray(pixels).resize((side, side), FILTERS[resize]))
+    # The range of values of 16 bits, which each picture has its own, is left out of a note.
+    return torch.from_numpy(pixels).movedim(-1, 0), [note.partition(":")[0] for note in notes]
 
 
 def metrics_of(images: Tensor, truth: Tensor) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -140,12 +146,14 @@ class Measured:
 
     Attributes:
         rows: the numbers of each picture, by its name.
+        notes: what was done to some pictures when they were read.
         missing: why a column, or FID, is not there.
         moments: those of the set, by :data:`SETS`, and of its originals, "truth-png" and
             "truth-jpeg".
     """
 
     rows: dict[str, dict[str, float]] = field(default_factory=dict)
+    notes: set[str] = field(default_factory=set)
     missing: dict[str, str] = field(default_factory=dict)
     moments: dict[str, Moments] = field(default_factory=dict)
 
@@ -154,6 +162,7 @@ class Measured:
         if both := self.rows.keys() & other.rows.keys():
             raise ValueError(f"two parts have {min(both)}: remove the files of one")
         self.rows |= other.rows
+        self.notes |= other.notes
         self.missing |= other.missing
         for name, moments in other.moments.items():
             self.moments.setdefault(name, Moments()).merge(moments)
@@ -189,18 +198,22 @@ def measure(
     """
     if lost := [name for name in kept if name not in truth]:
         raise ValueError(f"images has no original of {lost[0]}: expected one picture of that name")
+    whole_products()
     found = Measured()
+
+    def read(path: Path, side: int | None) -> Tensor:
+        image, notes = read_resized(path, side, resize)
+        found.notes |= set(notes)
+        return image
+
     for names in in_batches(list(kept), batch):
-        images = [_read(kept[name]) for name in names]
+        images = [read(kept[name], None) for name in names]
         for name, image in zip(names, images, strict=True):
             if image.shape != images[0].shape:
                 raise ValueError(
                     f"{kept[name]} and {kept[names[0]]} are of different sizes: measure them apart"
                 )
-        originals = [
-            read_resized(truth[name], x.shape[-1], resize)
-            for name, x in zip(names, images, strict=True)
-        ]
+        originals = [read(truth[name], images[0].shape[-1]) for name in names]
         x, t = (torch.stack(some).to(device) for some in (images, originals))
         columns, found.missing = metrics_of(x, t)
         for i, name in enumerate(names):
@@ -227,7 +240,11 @@ def write_part(path: Path, part: Measured) -> None:
     for name, moments in part.moments.items():
         for key, value in vars(moments).items():
             tensors[f"{name}.{key}"] = torch.as_tensor(value).contiguous()
-    text = {"rows": json.dumps(part.rows), "missing": json.dumps(part.missing)}
+    text = {
+        "rows": json.dumps(part.rows),
+        "notes": json.dumps(sorted(part.notes)),
+        "missing": json.dumps(part.missing),
+    }
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as file:
         save_file(tensors, file, text)
@@ -238,7 +255,8 @@ def read_part(path: Path) -> Measured:
     try:
         with safe_open(path, "pt") as file:
             text = file.metadata()
-            part = Measured(json.loads(text["rows"]), json.loads(text["missing"]))
+            rows, notes, missing = (json.loads(text[key]) for key in ("rows", "notes", "missing"))
+            part = Measured(rows, set(notes), missing)
             for name in {key.rpartition(".")[0] for key in file.keys()} - {""}:  # noqa: SIM118
                 sums = (file.get_tensor(f"{name}.{key}") for key in ("count", "total", "products"))
                 part.moments[name] = Moments(int(next(sums)), *sums)
@@ -257,10 +275,6 @@ def write_rows(path: Path, sets: Mapping[str, Measured]) -> None:
     )
     with replacing(path) as file:
         file.write_text(",".join(columns) + "\n" + csv_text(columns, rows), encoding="utf-8")
-
-
-def _read(path: Path) -> Tensor:
-    return torch.from_numpy(np.array(open_picture(path)[0].convert("RGB"))).movedim(-1, 0)
 
 
 def _jpeg(images: Tensor) -> Tensor:

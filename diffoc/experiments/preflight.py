@@ -1,7 +1,8 @@
 """What a day of FFHQ needs and costs, found out before it begins.
 
 Every check returns lines for the reader, and lines for what would fail later. Times are those of a
-few steps on one image here, taken to the full count of evaluations and products.
+few steps on one image here, taken to the full count of evaluations and products. What is made once,
+such as the factors of an operator, is in none of them.
 """
 
 import shutil
@@ -15,9 +16,12 @@ from PIL import Image
 
 from diffoc.data.downloads import cache_folder, find, sha256_of
 from diffoc.data.files import replacing
-from diffoc.experiments.cells import Computer, load_once, time_prior, work_of
+from diffoc.data.pictures import picture_size
+from diffoc.experiments.cells import Computer, time_prior, work_of
 from diffoc.experiments.ffhq import TABLES, Line, cells_by_line
 from diffoc.experiments.inaccurate import is_inaccurate
+from diffoc.experiments.measured import read_resized
+from diffoc.experiments.methods import METHODS
 from diffoc.experiments.records import Cell, as_json
 from diffoc.priors.pretrained import REMOTE
 from diffoc.problems.perceptual import WEIGHTS
@@ -76,48 +80,77 @@ def check_metrics(report: Report) -> None:
 
 
 def check_images(paths: Sequence[Path], side: int, report: Report) -> None:
-    """Reports sizes and kinds of the pictures."""
-    sizes: Counter[tuple[str, str]] = Counter()
+    """Reports sizes and kinds of the pictures, each of which is read as the tables read it."""
+    found: Counter[str] = Counter()
     for path in paths:
         try:
+            _, notes = read_resized(path, side, "lanczos")
             with Image.open(path) as picture:
-                sizes[path.suffix.lower(), f"{picture.width}x{picture.height}"] += 1
-                if picture.width != picture.height or picture.width < side:
-                    report.refuse(
-                        f"images: {path} is {picture.width}x{picture.height}, expected a square of "
-                        f"at least {side}"
-                    )
-        except OSError as error:
-            report.refuse(f"images: {path} cannot be read: {error}")
-    found = ", ".join(f"{n} {kind} of {size}" for (kind, size), n in sizes.items())
-    report.say(f"images: {len(paths)}: {found}")
+                size = f"{picture.width}x{picture.height}"
+        except (ValueError, OSError) as error:
+            report.refuse(f"images: {error}")
+        else:
+            found[", ".join([f"{path.suffix.lower()} of {size}", *notes])] += 1
+    kinds = "; ".join(f"{count} {kind}" for kind, count in found.items())
+    report.say(f"images: {len(paths)}: {kinds}")
 
 
-def time_methods(
-    cells: dict[Cell, Line], compute: Computer, report: Report
-) -> dict[tuple[str, str], float]:
-    """Returns the seconds of an evaluation's worth of work on an image, by row's label and task.
+@dataclass
+class Times:
+    """What images take, measured on one.
 
-    A method of T steps runs two of them. What it took, over F and B by the counts of its row, is
-    how much more it takes than the network alone.
+    Attributes:
+        evaluation, product: of the network, in seconds.
+        ratios: how many times as long as the network alone a method takes, by method and task; 0
+            where it cannot do the task.
+        seconds: likewise what an image takes by methods that have no network.
+    """
+
+    evaluation: float
+    product: float
+    ratios: dict[tuple[str, str], float] = field(default_factory=dict)
+    seconds: dict[tuple[str, str], float] = field(default_factory=dict)
+
+    def work(self, evaluations: float, products: float) -> float:
+        """Returns the seconds of the network alone."""
+        return evaluations * self.evaluation + products * self.product
+
+    def of(self, cell: Cell) -> float:
+        """Returns the seconds of a cell; what was not measured is as slow as anything that was."""
+        work = self.work(*work_of(cell))
+        known, usual = (self.ratios, 1.0) if work else (self.seconds, 0.0)
+        each = known.get((cell.method, cell.task), max(known.values(), default=usual))
+        return each * (work or len(cell.images))
+
+
+def time_methods(cells: dict[Cell, Line], compute: Computer, report: Report) -> Times:
+    """Returns the times of methods; of T steps two are run.
+
+    They run twice, and the second time counts: in the first one libraries are loaded, and what is
+    made once for an operator.
     """
     first = next(iter(cells))
-    one, product = time_prior(first.prior, 1, first.precision, compute.device)
-    report.say(f"network: an evaluation {one:.3g} s, a product {product:.3g} s, one image")
-    found = {}
+    found = Times(*time_prior(first.prior, 1, first.precision, compute.device))
+    report.say(
+        f"network: an evaluation {found.evaluation:.3g} s, a product {found.product:.3g} s, one "
+        "image"
+    )
     for cell, line in cells.items():
         place = f"{line.label}, {cell.task}"
         try:
+            compute(cell)
             rows, _ = compute(cell)
         except UnsupportedTask as error:
             report.say(f"{place}: a dash: {error}")
+            found.ratios[cell.method, cell.task] = 0.0
             continue
         except Exception as error:  # whatever it is, it would fail later
             report.refuse(f"{place}: {error!r}")
             continue
         seconds = float(rows[0]["seconds"])
-        work = float(rows[0]["evaluations"]) * one + float(rows[0]["products"]) * product
-        found[line.label, cell.task] = seconds / work if work else seconds
+        work = found.work(float(rows[0]["evaluations"]), float(rows[0]["products"]))
+        measured, unit = (found.ratios, work) if work else (found.seconds, 1.0)
+        measured[cell.method, cell.task] = seconds / unit
         report.say(
             f"{place}: {seconds:.3g} s, {rows[0]['evaluations']} evaluations, "
             f"{rows[0]['products']} products"
@@ -126,20 +159,20 @@ def time_methods(
     return found
 
 
-def seconds_of(
-    cells: dict[Cell, Line], ratios: dict[tuple[str, str], float], times: tuple[float, float]
-) -> float:
-    """Returns the seconds of cells, from the ratios of :func:`time_methods` and of F and B.
+def try_constants(cells: dict[Cell, Line], compute: Computer, report: Report) -> None:
+    """Runs one iteration of each row of ours with its own horizon and constants.
 
-    A ratio that was not measured on a cell's row or task is the largest of those that were.
+    A short run has larger constants, so it does not show whether Quu is definite with these.
     """
-    total, usual = 0.0, max(ratios.values(), default=1.0)
+    if is_inaccurate(next(iter(cells)).prior) or not compute.device.startswith("cuda"):
+        report.say("the rows' own constants: not tried, it takes trained weights and a GPU")
+        return
     for cell, line in cells.items():
-        evaluations, products = work_of(cell)
-        ratio = ratios.get((line.label, cell.task), usual)
-        work = evaluations * times[0] + products * times[1]
-        total += ratio * work if work else ratio * len(cell.images)
-    return total
+        if METHODS[cell.method].recipe is not None:
+            try:
+                compute(replace(cell, settings=as_json(cell.keywords | {"iterations": 1})))
+            except Exception as error:  # whatever it is, it would fail later
+                report.refuse(f"{line.label}, {cell.task}, one iteration: {error!r}")
 
 
 def largest_batch(cell: Cell, compute: Computer, names: Sequence[str], report: Report) -> None:
@@ -190,24 +223,25 @@ def preflight(
     for name in dict.fromkeys([prior, *(cell.prior for cell in full)]):
         check_weights(name, report)
     check_metrics(report)
-    if report.refused:
+    lost = len(report.refused)
+    side, _ = picture_size(prepared / names[0])
+    check_images(paths, side, report)
+    if lost:
         report.say("the rest needs the weights, or --random-weights")
         return report
-    shape = load_once(prior, device)[0].image_shape
-    check_images(paths, shape[-1], report)
     compute = Computer(prepared, device)
     small = cells_by_line("table1", prior, names[:1], 1, precision, tasks=tasks, smallest=True)
-    ratios = time_methods(small, compute, report)
+    times = time_methods(small, compute, report)
+    try_constants(full, compute, report)
     ours = next((cell for cell, line in full.items() if line.label == "Ours (NFE = 2500)"), None)
     if ours:
         largest_batch(ours, compute, names, report)
-    times = time_prior(prior, 1, precision, device)
     unit = "GPU-hours" if device.startswith("cuda") else "hours of this CPU"
 
     def say_cost(title: str, cells: dict[Cell, Line]) -> float:
         """Reports hours and disk, for all images and for 100; returns the gigabytes."""
-        hours = seconds_of(cells, ratios, times) / 3600
-        size = len(cells) * len(paths) * torch.Size(shape).numel() / 1e9
+        hours = sum(map(times.of, cells)) / 3600
+        size = len(cells) * len(paths) * 3 * side**2 / 1e9
         report.say(
             f"{title}: {len(paths)} images {hours * len(paths):.3g} {unit}, {size:.2g} GB at most; "
             f"100 images {hours * 100:.3g} {unit}"

@@ -203,16 +203,16 @@ def _reconstructions() -> Iterator[tuple[str, Figure]]:
         return y, x0, f"{image_metrics(x0, truth)['psnr'].item():.1f} dB"
 
     names = ("super_resolution", "box_inpainting", "gaussian_blur")
-    found = {name: solved(name, 10) for name in names}
+    by_task = {name: solved(name, 10) for name in names}
     titles = {name: name.replace("_", " ") for name in names}
-    columns = {titles[name]: [truth[0], y[0], x[0]] for name, (y, x, _) in found.items()}
-    captions = {titles[name]: ["", "", quality] for name, (*_, quality) in found.items()}
+    columns = {titles[name]: [truth[0], y[0], x[0]] for name, (y, x, _) in by_task.items()}
+    captions = {titles[name]: ["", "", quality] for name, (*_, quality) in by_task.items()}
     rows = ["truth", "measurement", "reconstruction"]
     yield "reconstructions", plots.reconstructions(columns, rows, captions)
 
     first = names[0]
-    by_steps = {steps: solved(first, steps) for steps in (2, 5)} | {10: found[first]}
-    shown = {"truth": truth, "measurement": found[first][0]}
+    by_steps = {steps: solved(first, steps) for steps in (2, 5)} | {10: by_task[first]}
+    shown = {"truth": truth, "measurement": by_task[first][0]}
     shown |= {f"$T = {steps}$": image for steps, (_, image, _) in by_steps.items()}
     captions = {f"$T = {steps}$": [quality] for steps, (*_, quality) in by_steps.items()}
     columns = {title: list(images) for title, images in shown.items()}

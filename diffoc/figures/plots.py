@@ -122,15 +122,15 @@ def metric_by_method(
     map a method to a task to mean and half-width of its interval; nan is no interval, and what is
     missing has no dot. The label is the metric and its unit.
     """
-    tasks = list(dict.fromkeys(task for found in values.values() for task in found))
+    tasks = list(dict.fromkeys(task for means in values.values() for task in means))
     if not tasks:
         raise ValueError("values is empty, expected a mean for at least one method and task")
     figure = Figure(figsize=(WIDTH, 0.7 + 0.17 * len(values)))
     axes = figure.subplots(1, len(tasks), sharey=True, squeeze=False)[0]
     for ax, task in zip(axes, tasks, strict=True):
-        for place, (name, found) in enumerate(values.items()):
-            if task in found:
-                mean, half = found[task]
+        for place, (name, means) in enumerate(values.items()):
+            if task in means:
+                mean, half = means[task]
                 marker, color = ("s", "vermilion") if name.startswith("Ours") else ("o", "blue")
                 ax.errorbar(mean, place, xerr=half, fmt=marker, color=COLORS[color])
         ax.set_title(task.replace("_", "\n"))
@@ -160,15 +160,15 @@ def quality_curves(
     """
     if not panels:
         raise ValueError("panels is empty, expected at least one")
-    lines = list(dict.fromkeys(name for found in panels.values() for name in found))
+    lines = list(dict.fromkeys(name for curves in panels.values() for name in curves))
     columns = min(3, len(panels))
     height = -(-len(panels) // columns)
     figure = Figure(figsize=(WIDTH, 0.5 + (1.5 if ticks is None else 1.9) * height))
     axes = figure.subplots(height, columns, squeeze=False).flatten()
-    for ax, (title, found) in zip(axes, panels.items(), strict=False):
-        places = sorted({x for curve in found.values() for x, _, _ in curve})
+    for ax, (title, curves) in zip(axes, panels.items(), strict=False):
+        places = sorted({x for curve in curves.values() for x, _, _ in curve})
         as_given = logarithmic or ticks is not None
-        for name, curve in found.items():
+        for name, curve in curves.items():
             number = lines.index(name)
             ax.errorbar(
                 [x if as_given else places.index(x) for x, _, _ in curve],

@@ -23,25 +23,25 @@ from torch import Tensor, nn
 from diffoc.data.images import as_states
 from diffoc.priors.weights import load_shipped
 
-NOISE_STD = 0.01  # s, of the decoder
+FOLD = 4  # pixels of a square's side
+DECODER_STD = 0.01  # s
 
 
 class Autoencoder(nn.Module):
     """Maps images (B, colours, H, W) in [-1, 1] to latents and back.
 
-    Latents are (B, channels, H / fold, W / fold). The hidden layers are `width` channels wide, a
+    Latents are (B, channels, H / 4, W / 4). The hidden layers are `width` channels wide, a
     multiple of 32.
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, width: int = 64, channels: int = 6, fold: int = 4, colours: int = 3) -> None:
+    def __init__(self, width: int = 64, channels: int = 6, colours: int = 3) -> None:
         super().__init__()
         from diffusers import AutoencoderKL  # slow to import
 
-        self.fold = fold
-        folded = colours * fold**2
+        folded = colours * FOLD**2
         self.blocks = AutoencoderKL(
             in_channels=folded,
             out_channels=folded,
@@ -55,7 +55,7 @@ class Autoencoder(nn.Module):
         self.down = nn.Conv2d(folded, channels, 1)
         self.up = nn.Conv2d(channels, folded, 1)
         with torch.no_grad():
-            basis = _lowest_cosines(fold, colours)[:channels]
+            basis = _lowest_cosines(FOLD, colours)[:channels]
             self.down.weight.copy_(basis[:, :, None, None])
             self.up.weight.copy_(basis.mT[:, :, None, None])
             silent = (self.blocks.quant_conv, self.blocks.decoder.conv_out)
@@ -68,7 +68,7 @@ class Autoencoder(nn.Module):
 
     def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Returns mean and log-variance of the latents given images, not standardised."""
-        folded = nn.functional.pixel_unshuffle(x, self.fold)
+        folded = nn.functional.pixel_unshuffle(x, FOLD)
         moments = self.blocks.encode(folded).latent_dist
         return self.down(folded) + moments.mean, moments.logvar
 
@@ -80,7 +80,7 @@ class Autoencoder(nn.Module):
         """Returns images of standardised latents, not clipped."""
         latents = z * self.std + self.mean
         folded = self.up(latents) + self.blocks.decode(latents).sample
-        return nn.functional.pixel_shuffle(folded, self.fold)
+        return nn.functional.pixel_shuffle(folded, FOLD)
 
     @torch.no_grad()
     def standardise(self, x: Tensor) -> None:
@@ -98,7 +98,7 @@ def autoencoding_loss(network: Autoencoder, x: Tensor, generator: torch.Generato
     z = mean + (log_variance / 2).exp() * noise
     divergence = (mean.square() + log_variance.exp() - 1 - log_variance).sum() / 2
     error = (network.decode((z - network.mean) / network.std) - x).square().mean()
-    return error + 2 * NOISE_STD**2 * divergence / x.numel()
+    return error + 2 * DECODER_STD**2 * divergence / x.numel()
 
 
 @torch.no_grad()

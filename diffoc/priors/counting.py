@@ -15,8 +15,10 @@ class CountedPrior(Denoiser):
         precision: "bfloat16" for autocast of the prior alone, or None.
 
     Attributes:
-        evaluations: of single images; divide by the batch for those an image.
-        products: likewise, whenever a gradient passes through the prior.
+        evaluations: the number of evaluations of single images; divide it by the batch for those
+            of an image.
+        products: the number of products of single images, one whenever a gradient passes through
+            the prior.
         of_each: the evaluations and products that each image of a batch needed for itself, (B,)
             each, from a method that computes some of them again for the others; else None.
     """

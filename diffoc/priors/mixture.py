@@ -26,11 +26,11 @@ class GaussianMixture:
     keep the basis, so no linear system is ever solved and no variance is a difference.
 
     Attributes:
-        log_weights: normalised, (B or 1, K).
-        means: (B or 1, K, n); a prior has one row, a posterior one for each problem.
-        basis: U, orthonormal columns, (K, n, r).
-        variances: v, (K, r).
-        floor: w, (K,).
+        log_weights: the components' normalised log-weights, (B or 1, K).
+        means: their means, (B or 1, K, n); a prior has one row, a posterior one for each problem.
+        basis: the bases U with orthonormal columns, (K, n, r).
+        variances: the variances v along them, (K, r).
+        floor: the variance w in all other directions, (K,).
     """
 
     log_weights: Tensor
@@ -176,10 +176,13 @@ class MixturePosterior:
     """The posterior of a mixture under a linear Gaussian measurement: again a mixture.
 
     Attributes:
-        log_weights, means: those of the components, (B, K) and (B, K, n).
+        log_weights: the components' log-weights, (B, K).
+        means: the components' means, (B, K, n).
         log_evidence: log p(y), (B,).
-        gain: A Sigma_k, (K, m, n).
-        factor: Cholesky factor of A Sigma_k A^T + s^2 I, (K, m, m).
+        prior: the mixture before the measurement.
+        measurement: the measurement.
+        gain: the products A Sigma_k, (K, m, n).
+        factor: the Cholesky factors of A Sigma_k A^T + s^2 I, (K, m, m).
     """
 
     log_weights: Tensor

@@ -72,12 +72,12 @@ class DiffusersDenoiser(Denoiser):
     interpolation in the logarithm of the signal-to-noise ratio.
 
     Args:
-        backbone: a `diffusers.UNet2DModel`.
-        alphas_cumprod: :math:`\bar\alpha_i`, decreasing, shape (steps,); the last may be 0, which
-            counts as :math:`2^{-24}`: what is asked for lies before it.
-        prediction_type: "epsilon", "sample" (of x_0) or "v_prediction".
-        schedule: of the noise, within the levels of `alphas_cumprod`, beyond which the network was
-            not trained; None for :func:`schedule_within`.
+        backbone: the network, a `diffusers.UNet2DModel`.
+        alphas_cumprod: the levels :math:`\bar\alpha_i` of its training, decreasing, (steps,); the
+            last may be 0, which counts as :math:`2^{-24}`: what is asked for lies before it.
+        prediction_type: what it predicts, "epsilon", "sample" (of x_0) or "v_prediction".
+        schedule: the noise schedule, within the levels of `alphas_cumprod`, beyond which the
+            network was not trained; None for :func:`schedule_within`.
     """
 
     def __init__(
@@ -222,11 +222,11 @@ def try_network(network: Any, channels: int, folder: Path) -> None:
 def load_network(folder: Path, *kinds: type[ModelMixin]) -> ModelMixin:
     """Returns a folder's network of `diffusers`, of one of these kinds; code in it never runs."""
     config = read_json(folder / "config.json")
-    found = config.get("_class_name")
-    kind = next((kind for kind in kinds if kind.__name__ == found), None)
+    name = config.get("_class_name")
+    kind = next((kind for kind in kinds if kind.__name__ == name), None)
     if kind is None:
         names = " or a ".join(kind.__name__ for kind in kinds)
-        raise ValueError(f"{folder} holds a {found}, expected a {names}")
+        raise ValueError(f"{folder} holds a {name}, expected a {names}")
     known = inspect.signature(kind.__init__).parameters
     if unknown := [key for key in config if key not in known and not key.startswith("_")]:
         raise ValueError(
@@ -248,7 +248,7 @@ def load_network(folder: Path, *kinds: type[ModelMixin]) -> ModelMixin:
             "latents are shifted channel by channel is not supported"
         )
     try:
-        network, found = kind.from_pretrained(
+        network, loading = kind.from_pretrained(
             folder, output_loading_info=True, low_cpu_mem_usage=False
         )
     except Exception as error:  # settings of any kind make it fail anywhere
@@ -259,12 +259,12 @@ def load_network(folder: Path, *kinds: type[ModelMixin]) -> ModelMixin:
         raise ValueError(
             f"{folder} holds no {kind.__name__}, or is damaged: {one_line(error)}"
         ) from error
-    if found["missing_keys"]:  # diffusers would leave them at random
-        raise ValueError(f"{folder} is damaged: {found['missing_keys'][0]} is not in the weights")
-    if found["unexpected_keys"]:  # of a network with more layers than config.json says
+    if missing := loading["missing_keys"]:  # diffusers would leave them at random
+        raise ValueError(f"{folder} is damaged: {missing[0]} is not in the weights")
+    if loading["unexpected_keys"]:  # of a network with more layers than config.json says
         raise ValueError(
             f"{folder} has weights of another network than config.json describes: nothing there "
-            f"takes {found['unexpected_keys'][0]}"
+            f"takes {loading['unexpected_keys'][0]}"
         )
     if not all(parameter.isfinite().all() for parameter in network.parameters()):
         raise ValueError(f"{folder} has weights that are not finite")

@@ -2,42 +2,44 @@ r"""The severity encoder of Flash-Diffusion, Fabian et al. 2024, arXiv:2309.0664
 
 A network that sees a degraded picture returns the latents' estimate :math:`\hat z` and the
 logarithm of the severity :math:`\hat\sigma`, its prediction of the estimate's own error
-:math:`\bar\sigma = \|\hat z - z_0\| / \sqrt n`, n the number of latents. It is trained by
-:mod:`diffoc.training.severity`. One network serves all tasks that measure a picture: it has to see
-from the picture which one it is.
+:math:`\bar\sigma = \|\hat z - z_0\| / \sqrt n`, n the number of latents. One network serves all
+tasks that measure a picture: it has to see from the picture which one it is. Its loss is
+
+.. math:: \bar\sigma^2 + \lambda \, (\log \hat\sigma - \log \bar\sigma)^2,
+
+with no gradient through :math:`\log \bar\sigma`. (Fabian et al. compare variances; logarithms weigh
+easy and hard pictures alike.)
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import cache
 
+import torch
 from azula.nn.unet import UNet
 from torch import Tensor, nn
 
+from diffoc.priors.autoencoder import FOLD, Autoencoder, load_autoencoder
 from diffoc.priors.weights import load_shipped
+from diffoc.problems import tasks
+from diffoc.recipe import TASKS
+
+TRAINED_TASKS = TASKS[:6]  # the last one has no picture as measurement
+ERROR_WEIGHT = 0.1  # lambda
+_GROUP = 4  # images of a batch that share a task and its operator
 
 
 class SeverityEncoder(nn.Module):
-    """Maps pictures (B, colours, H, W) in [-1, 1] to latents' estimates and log severities (B,).
+    """Maps pictures (B, 3, H, W) in [-1, 1] to latents' estimates and log severities (B,).
 
-    The latents are (B, latents, H / fold, W / fold). `channels` and `blocks` say how wide each
-    level of the network is, and how many residual blocks it has each way.
+    The latents are those of :class:`diffoc.priors.autoencoder.Autoencoder`, (B, 6, H / 4, W / 4).
     """
 
-    def __init__(
-        self,
-        channels: Sequence[int] = (48, 80),
-        blocks: Sequence[int] = (2, 3),
-        latents: int = 6,
-        fold: int = 4,
-        colours: int = 3,
-    ) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.fold = fold
-        self.unet = UNet(
-            colours * fold**2, latents + 1, hid_channels=channels, hid_blocks=blocks, norm="group"
-        )
+        self.unet = UNet(3 * FOLD**2, 7, hid_channels=(48, 80), hid_blocks=(2, 3), norm="group")
 
     def forward(self, picture: Tensor) -> tuple[Tensor, Tensor]:
-        output = self.unet(nn.functional.pixel_unshuffle(picture, self.fold))
+        output = self.unet(nn.functional.pixel_unshuffle(picture, FOLD))
         return output[:, :-1], output[:, -1].flatten(1).mean(1)
 
 
@@ -48,3 +50,39 @@ SEVERITY_ENCODERS: dict[str, Callable[[], SeverityEncoder]] = {"faces64_severity
 def load_severity_encoder(name: str = "faces64_severity") -> SeverityEncoder:
     """Returns a trained one of :data:`SEVERITY_ENCODERS`, to evaluate, float32."""
     return load_shipped(SEVERITY_ENCODERS, name)
+
+
+def severity_loss(network: SeverityEncoder, x: Tensor, generator: torch.Generator) -> Tensor:
+    """Returns the loss of images (B, 3, H, W), a task and an operator drawn for every four."""
+    error, log_severity = _estimated(network, x, generator)
+    prediction_error = (log_severity - error.detach().log() / 2).square()
+    return (error + ERROR_WEIGHT * prediction_error).mean()
+
+
+@torch.no_grad()
+def severities(network: SeverityEncoder, x: Tensor, generator: torch.Generator) -> Tensor:
+    """Returns predicted and true severities, (2, B), of images degraded as in training."""
+    error, log_severity = _estimated(network, x, generator)
+    return torch.stack([log_severity.exp(), error.sqrt()])
+
+
+def _estimated(
+    network: SeverityEncoder, x: Tensor, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Returns the mean squared error of the latents' estimate and its prediction, (B,) each."""
+    pictures = torch.cat([_degraded(part, generator) for part in x.split(_GROUP)])
+    with torch.no_grad():
+        truth = _autoencoder().to(x).encode(x)
+    estimate, log_severity = network(pictures)
+    return (estimate - truth).square().flatten(1).mean(1), log_severity
+
+
+def _degraded(x: Tensor, generator: torch.Generator) -> Tensor:
+    index = int(torch.randint(len(TRAINED_TASKS), (), generator=generator))
+    physics = tasks.task(TRAINED_TASKS[index], x.shape[1:], generator)
+    return tasks.as_picture(tasks.measure(physics.to(x.device), x, generator), x.shape[1:])
+
+
+@cache
+def _autoencoder() -> Autoencoder:
+    return load_autoencoder()

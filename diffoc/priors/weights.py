@@ -44,24 +44,24 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def difference(network: nn.Module, weights: Mapping[str, object]) -> str | None:
-    """Returns what is first found that makes weights those of another network; None if nothing."""
+    """Returns the first thing that makes weights those of another network, None if nothing does."""
     expected = network.state_dict()
     if unlike := expected.keys() ^ weights.keys():
         name = min(map(str, unlike))
         return f"{name} is {'missing' if name in expected else 'not of this network'}"
     for name, value in expected.items():
-        found = weights[name]
-        if not isinstance(found, Tensor):
+        weight = weights[name]
+        if not isinstance(weight, Tensor):
             return f"{name} is no tensor"
-        if found.shape != value.shape or found.is_floating_point() != value.is_floating_point():
-            return f"{name} is {found.dtype} {tuple(found.shape)}, expected {tuple(value.shape)}"
+        if weight.shape != value.shape or weight.is_floating_point() != value.is_floating_point():
+            return f"{name} is {weight.dtype} {tuple(weight.shape)}, expected {tuple(value.shape)}"
     return None
 
 
 def load_into(network: nn.Module, weights: Mapping[str, Any], place: Path | str) -> None:
     """Gives a network weights, all of its state, in its own precision; errors name their place."""
-    if found := difference(network, weights):
-        raise ValueError(f"{place} holds another network: {found}")
+    if unlike := difference(network, weights):
+        raise ValueError(f"{place} holds another network: {unlike}")
     for name, value in weights.items():
         if not value.isfinite().all():
             raise ValueError(f"{place} has weights that are not finite: {name}")

@@ -33,9 +33,9 @@ class _Network(nn.Module):
                 f"network fails for images that are {x.dtype} of shape {tuple(x.shape)} on "
                 f"{x.device}, as y is: {one_line(error)}"
             ) from error
-        shape = tuple(getattr(output, "shape", ()))
+        shape: tuple[int, ...] = tuple(output.shape) if isinstance(output, Tensor) else ()
         fits = len(shape) == x.ndim and (shape[0], *shape[2:]) == (len(x), *x.shape[2:])
-        if not isinstance(output, Tensor) or not fits or shape[1] < x.shape[1]:
+        if not fits or shape[1] < x.shape[1]:
             raise ValueError(
                 f"network gives {shown(output)} for images of shape {tuple(x.shape)}, expected a "
                 "tensor of their shape, with more channels at most"
@@ -62,17 +62,18 @@ def wrap(
     >>> result = diffoc.reconstruct(problem, prior)
 
     Args:
-        network: maps noisy images :math:`\sqrt{\bar\alpha_i} x_0 + \sqrt{1 - \bar\alpha_i} z`,
-            (B, C, H, W), and timesteps i, (B,), to a prediction of the images' shape, which is
-            differentiable; no image has a part in another's prediction. Channels beyond the
-            images', a head for the variance, are cut off. A module is put into evaluation mode, and
-            its weights are frozen: its training goes on after `train()` and `requires_grad_()`. One
-            that only a function knows of has to be put there before.
-        alphas_cumprod: :math:`\bar\alpha_i`, decreasing within [0, 1[.
-        shape: of an image, (C, H, W).
-        prediction_type: "epsilon" for z, "sample" for x_0, or "v_prediction".
-        schedule: of the reverse process, within the levels of `alphas_cumprod`; by default
-            :func:`diffoc.priors.pipelines.schedule_within`.
+        network: a differentiable function of noisy images
+            :math:`\sqrt{\bar\alpha_i} x_0 + \sqrt{1 - \bar\alpha_i} z`, (B, C, H, W), and
+            timesteps i, (B,), that returns a prediction of the images' shape; no image has a part
+            in another's prediction. Channels beyond the images', a head for the variance, are cut
+            off. A module is put into evaluation mode, and its weights are frozen: its training
+            goes on after `train()` and `requires_grad_()`. One that only a function knows of has
+            to be put there before.
+        alphas_cumprod: the levels :math:`\bar\alpha_i`, decreasing within [0, 1[.
+        shape: the shape of an image, (C, H, W).
+        prediction_type: what is predicted: "epsilon" for z, "sample" for x_0, or "v_prediction".
+        schedule: the schedule of the reverse process, within the levels of `alphas_cumprod`; by
+            default :func:`diffoc.priors.pipelines.schedule_within`.
 
     Raises:
         ValueError: if an argument is out of its range.
@@ -95,11 +96,11 @@ def wrap_edm(
     r"""Returns a denoiser :math:`D(x_0 + \sigma z; \sigma)`, as EDM and k-diffusion have it.
 
     Args:
-        network: maps noisy images (B, C, H, W) and noise levels sigma (B,) to clean images,
-            otherwise as for :func:`wrap`.
-        shape: as for :func:`wrap`.
-        schedule: of the reverse process; by default azula's variance-preserving one with sigma /
-            alpha from 0.01 to 100.
+        network: a function of noisy images (B, C, H, W) and noise levels sigma (B,) that returns
+            clean images, and for the rest is as for :func:`wrap`.
+        shape: the shape of an image, (C, H, W).
+        schedule: the schedule of the reverse process; by default azula's variance-preserving one
+            with sigma / alpha from 0.01 to 100.
     """
     check_schedule(schedule)
     return _finished(EDMDenoiser(_Network(network), schedule or default_schedule()), shape)

@@ -107,8 +107,8 @@ def perceptual_metrics(
             continue
         pairs = [((x + 1) / 2 if unit_range else x).split(batch) for x in (images, truth)]
         with torch.no_grad():
-            found = [distance(a, b).flatten() for a, b in zip(*pairs, strict=True)]
-        values[name] = torch.cat(found).cpu()
+            distances = [distance(a, b).flatten() for a, b in zip(*pairs, strict=True)]
+        values[name] = torch.cat(distances).cpu()
     return values, missing
 
 

@@ -152,34 +152,32 @@ def gaussian_blur(side: int) -> Blur:
     return _blur(kernel)
 
 
-def motion_blur(side: int, generator: torch.Generator, intensity: float = 0.5) -> Blur:
+def motion_blur(side: int, generator: torch.Generator) -> Blur:
     """Returns a blur by a random :func:`motion_kernel` of 61 x 61 pixels, reflected at the border.
 
-    That is for images of 256 pixels a side, and scales with it. The intensity is in [0, 1].
+    That is for images of 256 pixels a side, and scales with it. The kernel's intensity is 0.5.
     """
-    return _blur(motion_kernel(_kernel_size(side), intensity, generator))
+    return _blur(motion_kernel(_kernel_size(side), 0.5, generator))
 
 
-def nonlinear_blur(side: int, generator: torch.Generator, intensity: float = 0.5) -> Physics:
+def nonlinear_blur(side: int, generator: torch.Generator) -> Physics:
     r"""Returns what a camera that moves measures: light adds up, not pixel values.
 
     .. math:: A(x) = R(h * R^{-1}(x))
 
-    with a random :func:`motion_kernel` h and the camera's response R, that of sRGB (IEC 61966-2-1),
-    extended smoothly beyond [-1, 1]. It needs no weights. Arguments are as for :func:`motion_blur`.
+    with the kernel h of :func:`motion_blur` and the camera's response R, that of sRGB
+    (IEC 61966-2-1), extended smoothly beyond [-1, 1]. It needs no weights.
     """
-    return Physics(A=_CameraBlur(motion_kernel(_kernel_size(side), intensity, generator)))
+    return Physics(A=_CameraBlur(motion_kernel(_kernel_size(side), 0.5, generator)))
 
 
-def phase_retrieval(shape: Sequence[int], oversampling: float = 2.0) -> Physics:
+def phase_retrieval(shape: Sequence[int]) -> Physics:
     r"""Returns the magnitudes of the orthonormal, centred Fourier transform of the padded image.
 
-    Every side of (C, H, W) is padded with zeros by `oversampling` / 8 of it at both ends: 2 pads
-    256 to 384.
+    Every side of (C, H, W) is padded with zeros by a fourth of it at both ends: 256 to 384.
     """
     check_shape(shape, "CHW")
-    check_at_least(0, oversampling=oversampling)
-    vertical, horizontal = (int(oversampling / 8 * length) for length in shape[-2:])
+    vertical, horizontal = (length // 4 for length in shape[-2:])
 
     def magnitudes(x: Tensor) -> Tensor:
         padded = nn.functional.pad(x, (horizontal, horizontal, vertical, vertical))
@@ -244,8 +242,8 @@ def for_each(parts: Sequence[Physics]) -> Physics:
     image.
     """
     first, states = parts[0], [dict(part.named_buffers()) for part in parts]
-    factors = {getattr(part, "factor", None) for part in parts}
-    if len(factors) == 1 and all(
+    factors = {part.factor for part in parts if isinstance(part, Bicubic)}
+    if len(factors) < 2 and all(
         torch.equal(state[name], states[0][name]) for state in states for name in state
     ):
         return first

@@ -44,9 +44,9 @@ class Certificate:
     """Independent runs of a guided chain and what they cost.
 
     Attributes:
-        x0: their ends, (B, ...).
+        x0: the images that the runs end in, (B, ...).
         work: the sum of :math:`|u|^2 / (2 c^2)` and l(x_0), (B,).
-        log_weights: log of w, (B,).
+        log_weights: the logarithm of the weight w, (B,).
     """
 
     x0: Tensor

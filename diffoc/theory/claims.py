@@ -75,11 +75,11 @@ def kl_control_by_autograd() -> float:
     setting = linear_gaussian()
     problem, kernels, times = exact_kernel_problem(setting, 10)
     x = torch.randn(1, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    found = ilqr(problem, x, regularization=0.0, iterations=1)
+    plan = ilqr(problem, x, regularization=0.0, iterations=1)
     errors = []
     for i, (F, _, C) in enumerate(kernels):
-        control = torch.linalg.solve(C, found.controls[i].mT).mT @ F
-        errors.append(relative_error(control, _score(setting, found.states[i], times[i])))
+        control = torch.linalg.solve(C, plan.controls[i].mT).mT @ F
+        errors.append(relative_error(control, _score(setting, plan.states[i], times[i])))
     return max(errors)
 
 
@@ -208,10 +208,10 @@ def rank_one_feedback() -> float:
     x = nominal[0]
 
     def feedback(rank: int | None) -> Tensor:
-        found = ilqr(problem, x, regularization=0.0, rank=rank, rule=FullStep(), iterations=1)
+        plan = ilqr(problem, x, regularization=0.0, rank=rank, rule=FullStep(), iterations=1)
         # The columns of K, one problem each
         return torch.stack(
-            [torch.cat([g.feedback(e[None]) for e in torch.eye(8).double()]) for g in found.gains]
+            [torch.cat([g.feedback(e[None]) for e in torch.eye(8).double()]) for g in plan.gains]
         )
 
     return relative_error(feedback(1), feedback(None))
@@ -265,8 +265,8 @@ def riccati() -> float:
     slope = torch.autograd.functional.jacobian(total, zero)
     best = torch.linalg.solve(torch.autograd.functional.hessian(total, zero), -slope)
     start = torch.zeros(steps, 1, m, dtype=torch.float64)
-    found = ilqr(problem, z, start, regularization=0.0, iterations=1)
-    return relative_error(found.controls.flatten(), best)
+    plan = ilqr(problem, z, start, regularization=0.0, iterations=1)
+    return relative_error(plan.controls.flatten(), best)
 
 
 def mode_shift() -> float:
@@ -314,7 +314,6 @@ def evaluations_of_table_2() -> float:
             process,
             lambda x: x.square().flatten(1).sum(1),
             one,
-            rank=0,
             iterations=iterations,
             rule=Adam(1e-3),
         ).evaluations.item()

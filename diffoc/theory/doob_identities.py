@@ -25,9 +25,12 @@ from diffoc.process import ReverseProcess, drift_and_diffusion
 from diffoc.system import ControlProblem
 from diffoc.theory.beliefs import believed_covariance
 from diffoc.theory.certificate import Guidance
-from diffoc.theory.identity import EXACT, QUADRATURE, SLOPE, Identity
 from diffoc.theory.line import LIKELIHOODS, PRIORS, LineProblem, linear
 from diffoc.theory.linear_gaussian import (
+    EXACT,
+    QUADRATURE,
+    SLOPE,
+    Identity,
     fitted_slope,
     linear_gaussian,
     posterior_from,

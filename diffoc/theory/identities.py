@@ -16,8 +16,10 @@ from diffoc.ilqr import ilqr
 from diffoc.problems.operators import LinearMeasurement
 from diffoc.process import ReverseProcess, drift_and_diffusion
 from diffoc.theory.doob_identities import DOOB_IDENTITIES
-from diffoc.theory.identity import EXACT, SLOPE, Identity
 from diffoc.theory.linear_gaussian import (
+    EXACT,
+    SLOPE,
+    Identity,
     LinearGaussian,
     exact_kernel_problem,
     fitted_slope,

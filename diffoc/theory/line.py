@@ -61,16 +61,14 @@ def bimodal(centre: float = 0.8, spread: float = 0.2, weight: float = 0.6) -> Fu
     return Function(log, (-end, end), "bimodal")
 
 
-def uniform(low: float = -0.8, high: float = 1.0) -> Function:
+def uniform() -> Function:
     """Returns the uniform prior on an interval, not normalised."""
-    return Function(torch.zeros_like, (low, high), "uniform")
+    return Function(torch.zeros_like, (-0.8, 1.0), "uniform")
 
 
-def laplace(centre: float = 0.1, scale: float = 0.3) -> Function:
+def laplace() -> Function:
     """Returns the Laplace prior, not normalised, cut off at 30 scales, where it is 1e-13."""
-    check_above(0, scale=scale)
-    ends = (centre - 30 * scale, centre, centre + 30 * scale)
-    return Function(lambda x: -(x - centre).abs() / scale, ends, "Laplace")
+    return Function(lambda x: -(x - 0.1).abs() / 0.3, (-8.9, 0.1, 9.1), "Laplace")
 
 
 def linear(y: float = 0.4, noise_std: float = 0.3) -> Function:
@@ -78,23 +76,23 @@ def linear(y: float = 0.4, noise_std: float = 0.3) -> Function:
     return Function(lambda x: -((y - x) / noise_std).square() / 2, (), "linear")
 
 
-def square(y: float = 0.5, noise_std: float = 0.2) -> Function:
-    """Returns the likelihood of y = x_0^2 + s noise, up to a constant."""
-    return Function(lambda x: -((y - x.square()) / noise_std).square() / 2, (), "square")
+def square() -> Function:
+    """Returns the likelihood of x_0^2 + 0.2 noise = 0.5, up to a constant."""
+    return Function(lambda x: -((0.5 - x.square()) / 0.2).square() / 2, (), "square")
 
 
-def label(steepness: float = 5.0) -> Function:
+def label() -> Function:
     """Returns the probability that a logistic classifier says "positive" of x_0."""
-    return Function(lambda x: torch.nn.functional.logsigmoid(steepness * (x - 0.2)), (), "label")
+    return Function(lambda x: torch.nn.functional.logsigmoid(5 * (x - 0.2)), (), "label")
 
 
-def indicator(low: float = 0.15, high: float = 0.7) -> Function:
+def indicator() -> Function:
     """Returns the event that x_0 lies in an interval."""
 
     def log(x: Tensor) -> Tensor:
-        return torch.zeros_like(x).masked_fill((x < low) | (x > high), -math.inf)
+        return torch.zeros_like(x).masked_fill((x < 0.15) | (x > 0.7), -math.inf)
 
-    return Function(log, (low, high), "indicator")
+    return Function(log, (0.15, 0.7), "indicator")
 
 
 PRIORS = (bimodal, uniform, laplace)
@@ -183,9 +181,9 @@ class ReverseStep:
     """One step of the reverse chain as probabilities of points: the transition of B states.
 
     Attributes:
-        points: of x_s, (N,).
-        log_weights: of the quadrature, (N,).
-        log_prob: log-probabilities given x_t, (B, N).
+        points: the points x_s, (N,).
+        log_weights: their log-weights in the quadrature, (N,).
+        log_prob: their log-probabilities given x_t, (B, N).
         log_h: log p(y | x_s) at the points, (N,).
     """
 

@@ -1,4 +1,4 @@
-r"""The linear-Gaussian setting, where control and conditional scores are known exactly.
+r"""What a checked statement is, and the linear-Gaussian setting, where most of them are checked.
 
 One Gaussian prior, one linear measurement with Gaussian noise, and the LQR problem of its exact
 reverse kernels: what the identities and the theory notebooks are tried on.
@@ -19,6 +19,30 @@ from diffoc.system import ControlProblem
 
 Kernel = tuple[Tensor, Tensor, Tensor]
 """F (n, n), b (n,) and C (n, n) of one step."""
+
+EXACT = 1e-12
+"""The bound on the relative error of what is equal in exact arithmetic."""
+
+QUADRATURE = 1e-8
+"""The bound on the relative error of what is equal but for two different quadratures."""
+
+SLOPE = 0.05
+"""The bound on the relative deviation of a fitted slope from the theory's."""
+
+
+@dataclass(frozen=True)
+class Identity:
+    """One statement, the setting where it was tried, its relative error and the bound of that."""
+
+    name: str
+    setting: str
+    error: float
+    bound: float
+
+    @property
+    def holds(self) -> bool:
+        """Returns whether the error is within the bound (a NaN is not)."""
+        return self.error <= self.bound
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,7 @@ def values(prior: GaussianMixturePrior, y: float, noise_std: float, steps: int) 
     nodes, weights = np.polynomial.hermite_e.hermegauss(61)
     weights = weights / weights.sum()
     h = stochastic = noise_free = (GRID - y) ** 2 / (2 * noise_std**2)
-    found = []
+    backward = []
     for i in reversed(range(steps)):
         mean = (a[i] * states + b[i] * prior(states, times[i]).mean)[:, 0].numpy()
         std = c[i].item()
@@ -85,13 +85,13 @@ def values(prior: GaussianMixturePrior, y: float, noise_std: float, steps: int) 
         stochastic, _ = _cheapest(expected(stochastic, GRID) @ weights, mean, std)
         noise_free, plan = _cheapest(noise_free, mean, std)
         slopes = [-CubicSpline(GRID, V)(GRID, 1) for V in (h, stochastic, noise_free)]
-        found.append(Values(times[i].item(), slopes[0], slopes[1], slopes[2], plan))
-    return found[::-1]
+        backward.append(Values(times[i].item(), slopes[0], slopes[1], slopes[2], plan))
+    return backward[::-1]
 
 
-def planned_ends(found: list[Values], starts: NDArray[np.float64]) -> NDArray[np.float64]:
+def planned_ends(path: list[Values], starts: NDArray[np.float64]) -> NDArray[np.float64]:
     """Returns where control without noise ends from each start, between points linearly."""
-    for value in found:
+    for value in path:
         starts = np.interp(starts, GRID, value.plan)
     return starts
 

@@ -72,11 +72,11 @@ class ProjectedStep:
     """Dynamics and control cost at one step of the trajectory, for projected products.
 
     Attributes:
-        basis: computes P, (B, n, r), orthonormal.
-        pullback: see :data:`diffoc.lowrank.Pullback`.
+        basis: a function that computes P, (B, n, r), with orthonormal columns.
+        pullback: the step's vector-Jacobian products, see :data:`diffoc.lowrank.Pullback`.
         u: the nominal control, flat, (B, m).
-        r: weight of the control cost.
-        sides: from which the Jacobians are projected.
+        r: the weight of the control cost.
+        sides: the number of sides, 1 or 2, from which the Jacobians are projected.
         kept: the multiple of the identity that is not projected; None for D.1 to the letter.
     """
 
@@ -130,13 +130,13 @@ class Projected(Derivatives):
     for the same P.
 
     Attributes:
-        rank: r, the number of columns of P, from 0, which is the first order, to n.
+        rank: the number r of columns of P, from 0, which is the first order, to n.
         passes: 2 for a range finder, 1 for a random projection.
         sides: 2 for Eqs. 81-84, 1 for Eq. 79.
-        kept: what of each step's Jacobian is a known multiple of the identity, T numbers, and is
-            not projected; the rest is, from the left. None for D.1 to the letter. Input mode only.
-        hessian: "full" or "gauss_newton", see :mod:`diffoc.hessian`.
-        seed: of the random directions, which are the same for every matrix and iteration.
+        kept: the known multiples of the identity, T numbers, in the steps' Jacobians: they are not
+            projected, and the rest is, from the left. None for D.1 to the letter. Input mode only.
+        hessian: which terminal Hessian, "full" or "gauss_newton", see :mod:`diffoc.hessian`.
+        seed: the seed of the random directions, the same for every matrix and iteration.
         together: whether P is pulled back in one batched backward pass, as
             :class:`diffoc.lowrank.MatrixFree` has it.
     """

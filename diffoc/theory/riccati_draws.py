@@ -53,11 +53,11 @@ class Draws:
     r"""Trajectories of the Riccati sampler.
 
     Attributes:
-        states: (T + 1, B, ...).
+        states: the trajectories, (T + 1, B, ...).
         controls: the plan's, the feedback's and the noise's part together, (T, B, ...).
-        cost: J, (B,).
-        log_weights: log of the density :math:`e^{-J} \prod_i (r_i / 2 \pi)^{m / 2}` of the
-            controls over that which they were drawn from, (B,): all equal where the sampler is
+        cost: the total cost J, (B,).
+        log_weights: the logarithm of the density :math:`e^{-J} \prod_i (r_i / 2 \pi)^{m / 2}` of
+            the controls over that which they were drawn from, (B,): all equal where the sampler is
             exact, and then log p(y | x_T) up to the constant that the terminal cost leaves out.
     """
 
@@ -84,7 +84,7 @@ def riccati_draws(
     does not know it is a full step along the gradient, far beyond the optimum.
 
     The running cost is a :class:`diffoc.costs.ControlCost` of weights above 0. The starts x are
-    (B, ...), the controls of plans that :func:`diffoc.ilqr.ilqr` found and the standard normal
+    (B, ...), the controls of plans by :func:`diffoc.ilqr.ilqr` and the standard normal
     noise (T, B, ...). The derivatives, a :class:`diffoc.lowrank.MatrixFree`, count the work. Of
     rank 0 there is no feedback.
     """

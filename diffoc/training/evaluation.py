@@ -19,10 +19,9 @@ from diffoc.data.manifest import load_weights
 from diffoc.priors.autoencoder import Autoencoder, reconstruction_psnr
 from diffoc.priors.networks import SIGMA_MAX, SIGMA_MIN, DigitClassifier, ResidualClassifier
 from diffoc.priors.pretrained import load_prior
-from diffoc.priors.severity import SeverityEncoder
+from diffoc.priors.severity import SeverityEncoder, severities
 from diffoc.priors.weights import classifier, load_into, read_weights
 from diffoc.problems.metrics import frechet_between, frechet_distance, moments
-from diffoc.training.severity import severities
 from diffoc.training.trainer import denoiser, time_of
 
 SIGMAS = (0.1, 0.3, 1.0)
@@ -76,10 +75,10 @@ def report(name: str, samples: int) -> tuple[dict, Tensor]:
     drawn = draw_samples(prior, shape, torch.Generator().manual_seed(0))
     # Of digits every tenth; the first thousand would not do, as the set may be sorted by class.
     some = held_out[::10] if name == "mnist" else held_out
-    found: dict = {f"psnr_sigma_{s:g}": round(denoising_psnr(prior, some, s), 2) for s in SIGMAS}
+    numbers: dict = {f"psnr_sigma_{s:g}": round(denoising_psnr(prior, some, s), 2) for s in SIGMAS}
     if name == "mnist":
-        found |= digits_report(drawn, classifier(), as_states(held_out))
-    return found, drawn
+        numbers |= digits_report(drawn, classifier(), as_states(held_out))
+    return numbers, drawn
 
 
 def score(
@@ -120,8 +119,8 @@ def _judged(
         psnr = reconstruction_psnr(network, held_out)
         return psnr, f"PSNR {psnr:.2f}"
     if isinstance(network, SeverityEncoder):
-        found = severities(network, as_states(held_out), torch.Generator().manual_seed(0))
-        correlation, error = torch.corrcoef(found.log())[0, 1], found[1].mean().item()
+        pairs = severities(network, as_states(held_out), torch.Generator().manual_seed(0))
+        correlation, error = torch.corrcoef(pairs.log())[0, 1], pairs[1].mean().item()
         return -error, f"RMSE {error:.3f}, correlation of severities {correlation:.3f}"
     levels = [denoising_psnr(denoiser(network), held_out, sigma) for sigma in SIGMAS]
     text = " / ".join(f"{psnr:.2f}" for psnr in levels)

@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffoc.checks import check_above, check_alike, check_at_least, check_member, check_tensor
+from diffoc.checks import check_alike, check_at_least, check_member, check_tensor
 from diffoc.data import faces, mnist
 from diffoc.data.manifest import LICENSES, store_weights
 from diffoc.priors.weights import read_weights
@@ -38,6 +38,8 @@ from diffoc.training.evaluation import write_unless_worse
 
 # Variance of the rounding of 8-bit images on the [-1, 1] scale: no fit can know more.
 NOISE_FLOOR = (2 / 255) ** 2 / 12
+# EM ends where a step gains less, in nats a datum.
+TOLERANCE = 1e-4
 _CHUNK = 2000
 # Responsibilities below this add less than float32 can hold; skipping them saves most of a sweep.
 _NEGLIGIBLE = 1e-9
@@ -48,11 +50,11 @@ class PPCAMixture:
     """A mixture of probabilistic principal component analysers.
 
     Attributes:
-        log_weights: (K,), log pi_k; the exponentials sum to one.
-        means: (K, n).
-        loadings: (K, n, r), W_k.
-        noise_variance: (K,), psi_k > 0.
-        history: mean log-likelihood of a datum before each EM step and after the last.
+        log_weights: the logarithms of the weights pi_k, which sum to one, (K,).
+        means: the means mu_k, (K, n).
+        loadings: the loadings W_k, (K, n, r).
+        noise_variance: the noise variances psi_k > 0, (K,).
+        history: the mean log-likelihood of a datum before each EM step and after the last.
     """
 
     log_weights: Tensor
@@ -79,8 +81,6 @@ def fit_mixture(
     rank: int,
     *,
     iterations: int = 100,
-    tolerance: float = 1e-4,
-    floor: float = NOISE_FLOOR,
     generator: torch.Generator,
     progress: Callable[[int, float], None] | None = None,
 ) -> PPCAMixture:
@@ -90,9 +90,9 @@ def fit_mixture(
     component. The likelihood then never decreases, and the mixture has its history.
 
     The data are (N, n) float32 or float64. Of K = `components`, 1 <= K <= N, each has the rank r,
-    1 <= r < n. After at most so many iterations, or where one gains less than `tolerance` nats a
-    datum, it ends. The floor, positive, is the smallest noise variance psi_k: it keeps a component
-    from collapsing. `progress` is called with a step's number and the likelihood before it.
+    1 <= r < n. It ends after so many iterations, or where one gains less than :data:`TOLERANCE`. No
+    noise variance psi_k is below :data:`NOISE_FLOOR`, which keeps a component from collapsing.
+    `progress` is called with a step's number and the likelihood before it.
 
     Source: Tipping and Bishop 1999, appendix C.
     """
@@ -102,16 +102,15 @@ def fit_mixture(
         raise ValueError(f"components must be in [1, {len(data)}], got {components}")
     if not 1 <= rank < n:
         raise ValueError(f"rank must be in [1, {n - 1}], got {rank}")
-    check_at_least(0, iterations=iterations, tolerance=tolerance)
-    check_above(0, floor=floor)
-    mixture = initial_mixture(data, components, rank, floor=floor, generator=generator)
+    check_at_least(0, iterations=iterations)
+    mixture = initial_mixture(data, components, rank, generator)
     history: list[float] = []
     for step in range(iterations):
-        updated, likelihood = em_step(mixture, data, floor=floor)
+        updated, likelihood = em_step(mixture, data)
         history.append(likelihood)
         if progress is not None:
             progress(step, likelihood)
-        if step and likelihood - history[-2] < tolerance:
+        if step and likelihood - history[-2] < TOLERANCE:
             break
         mixture = updated
     else:
@@ -119,9 +118,7 @@ def fit_mixture(
     return replace(mixture, history=tuple(history))
 
 
-def em_step(
-    mixture: PPCAMixture, data: Tensor, *, floor: float = NOISE_FLOOR
-) -> tuple[PPCAMixture, float]:
+def em_step(mixture: PPCAMixture, data: Tensor) -> tuple[PPCAMixture, float]:
     """Takes one step of EM in the two stages of Tipping and Bishop.
 
     With responsibilities R_ik = p(k | x_i), N_k = sum_i R_ik and the local covariance
@@ -157,14 +154,14 @@ def em_step(
         )
         explained = (SW * torch.cholesky_solve(W_new.mT, L).mT).sum()
         loadings[k] = W_new
-        noise[k] = ((share @ d.square().sum(dim=1) - explained) / n).clamp(min=floor)
+        noise[k] = ((share @ d.square().sum(dim=1) - explained) / n).clamp(min=NOISE_FLOOR)
     weights = (mass / mass.sum()).clamp(min=torch.finfo(data.dtype).tiny)
     updated = PPCAMixture(weights.log().to(data.dtype), means, loadings, noise)
     return updated, evidence.double().mean().item()
 
 
 def initial_mixture(
-    data: Tensor, components: int, rank: int, *, floor: float, generator: torch.Generator
+    data: Tensor, components: int, rank: int, generator: torch.Generator
 ) -> PPCAMixture:
     """Returns k-means clusters, each with the closed-form maximum-likelihood probabilistic PCA.
 
@@ -181,7 +178,7 @@ def initial_mixture(
         members = data[labels == k] if counts[k] >= rank + 2 else data
         values, vectors = torch.linalg.eigh(torch.cov(members.T, correction=0))
         values, vectors = values.flip(0), vectors.flip(1)
-        noise[k] = values[rank:].mean().clamp(min=floor)
+        noise[k] = values[rank:].mean().clamp(min=NOISE_FLOOR)
         loadings[k] = vectors[:, :rank] * (values[:rank] - noise[k]).clamp(min=0).sqrt()
     weights = counts.clamp(min=1).to(data.dtype)
     return PPCAMixture((weights / weights.sum()).log(), means, loadings, noise)
@@ -216,11 +213,11 @@ def _kmeans(data: Tensor, components: int, generator: torch.Generator) -> tuple[
     first = torch.randint(len(x), (1,), generator=generator)
     centres = x[first]
     nearest = _squared_distance(x, centres)[:, 0]
-    for found in range(1, components):
+    for distinct in range(1, components):
         # torch.multinomial stops at 2^24 categories and at float32; the inverse CDF does not.
         cumulative = nearest.double().cumsum(dim=0)
         if not cumulative[-1] > 0:
-            raise ValueError(f"components is {components}, but data has {found} distinct rows")
+            raise ValueError(f"components is {components}, but data has {distinct} distinct rows")
         u = torch.rand(1, generator=generator, dtype=torch.float64) * cumulative[-1]
         chosen = x[torch.searchsorted(cumulative, u, right=True)]
         centres = torch.cat([centres, chosen])

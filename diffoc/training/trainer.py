@@ -32,11 +32,9 @@ from diffoc.priors.networks import (
     ResidualClassifier,
     UNetBackbone,
 )
-from diffoc.priors.severity import SEVERITY_ENCODERS
+from diffoc.priors.severity import SEVERITY_ENCODERS, severity_loss
 from diffoc.priors.weights import load_into, read_checkpoint
-from diffoc.training.contraction import changes, excess
-from diffoc.training.faint import LinearDenoiser, faint
-from diffoc.training.severity import severity_loss
+from diffoc.training.states import LinearDenoiser, changes, excess, faint
 
 
 @dataclass(frozen=True)
@@ -44,17 +42,17 @@ class Plan:
     """What a training run depends on besides its data and seed.
 
     Attributes:
-        build: what makes the network.
-        images, batch: the number of images to see, and in a step.
+        build: a function that makes the network.
+        images: the number of images to see.
+        batch: the number of images in a step.
         rate: the learning rate after warm-up; it decays to zero as a cosine.
-        warmup: the images of the linear warm-up.
-        decay: that of the moving average, per step.
-        log_sigma: mean and standard deviation of log sigma (denoisers).
+        warmup: the number of images in the linear warm-up.
+        decay: the factor by which the moving average decays in a step.
+        log_sigma: the mean and standard deviation of log sigma, for denoisers.
         flip: whether to mirror images at random.
         faint: the share of a denoiser's batch that has less image and less noise than its level
-            says, see :mod:`diffoc.training.faint`.
-        contraction: the weight of a denoiser's excess gain, see
-            :mod:`diffoc.training.contraction`.
+            says, see :mod:`diffoc.training.states`.
+        contraction: the weight of a denoiser's excess gain, see there.
         loss: a function of the network, a batch and the generator, for what is no denoiser and no
             classifier.
     """
@@ -111,14 +109,15 @@ class Run:
     """A training run in progress.
 
     Attributes:
-        network, average: the weights that are optimised, and their moving average, the result.
+        network: the network with the weights that are optimised.
+        average: the network with their moving average, the result.
         generator: the source of all randomness after the initialisation, on the CPU so that every
             device sees the same numbers.
-        precision: that of the forward and backward passes, torch.float32 or torch.bfloat16;
-            weights, optimiser and loss stay in float32.
-        seen: the images so far.
+        precision: the precision of the forward and backward passes, torch.float32 or
+            torch.bfloat16; weights, optimiser and loss stay in float32.
+        seen: the number of images seen so far.
         linear: the training images' Gaussian, where the plan has faint states; see :func:`train`.
-        losses: those of the steps since they were last read.
+        losses: the losses of the steps since they were last read.
     """
 
     plan: Plan
@@ -210,7 +209,7 @@ def learning_rate(plan: Plan, seen: int) -> float:
 def denoising_loss(network: nn.Module, x: Tensor, run: Run) -> Tensor:
     r"""Returns EDM's loss :math:`E[(1/\sigma^2 + 1) \|m(x + \sigma z, \sigma) - x\|^2]` per pixel.
 
-    Images x are clean. The plan may add the penalty of :mod:`diffoc.training.contraction`.
+    Images x are clean. The plan may add the penalty of :mod:`diffoc.training.states`.
     """
     mean, std = run.plan.log_sigma
     log_sigma = mean + std * torch.randn(len(x), generator=run.generator)
@@ -230,8 +229,8 @@ def denoising_loss(network: nn.Module, x: Tensor, run: Run) -> Tensor:
     if run.plan.contraction:
         change = changes(x[k:], run.generator)
         after = mean(states[k:] + change, time_of(sigma[k:])).mean
-        found = excess(estimate[k:].detach(), after, change, sigma[k:])
-        loss = loss + run.plan.contraction * found.square().mean()
+        penalty = excess(estimate[k:].detach(), after, change, sigma[k:]).square().mean()
+        loss = loss + run.plan.contraction * penalty
     return loss
 
 

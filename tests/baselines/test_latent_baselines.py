@@ -22,7 +22,6 @@ from diffoc.priors.networks import parameter_count
 from diffoc.priors.pretrained import load_prior
 from diffoc.problems import tasks
 from diffoc.problems.tasks import UnsupportedTask
-from diffoc.training import severity as severity_training
 
 VARIANCE = 0.7**2  # of the toy prior's latents
 N, M = 5, 3
@@ -204,17 +203,17 @@ def test_flash_diffusion_starts_where_the_noise_is_as_large_as_the_severity():
         def forward(self, picture):
             return 0.3 * picture, self.severities.log()
 
-    for correction in (1.0, 2.0):
+    for severities in ((0.1, 0.9), (0.2, 1.8)):
         prior.asked.clear()
         counted = CountedPrior(prior)
-        settings = {"noise_std": 0.05, "steps": 40, "correction": correction}
-        flash_diffusion(counted, physics, y, x, generator(), encoder=Encoder(0.1, 0.9), **settings)
+        settings = {"noise_std": 0.05, "steps": 40, "encoder": Encoder(*severities)}
+        flash_diffusion(counted, physics, y, x, generator(), **settings)
         # The easy picture starts later, when the other one is on its way.
         together = next((z, t) for z, t in prior.asked if len(t) == 2)
         first = (together[0][0], together[1][0]), (prior.asked[0][0][0], prior.asked[0][1][0])
         for i, (z, t) in enumerate(first):
             alpha, sigma = prior.schedule(t)
-            assert (sigma / alpha).item() == pytest.approx(correction * (0.1, 0.9)[i], rel=1e-9)
+            assert (sigma / alpha).item() == pytest.approx(severities[i], rel=1e-9)
             expected = alpha * 0.3 * y[i] + sigma * x[i] / sigma_1
             torch.testing.assert_close(z, expected)
         steps = sum(math.ceil(40 * t.item()) for _, t in first)
@@ -294,10 +293,10 @@ def test_the_severity_loss_is_by_hand(monkeypatch):
         def forward(self, picture):
             return torch.zeros(len(picture), 4, 16, 16), torch.zeros(len(picture))
 
-    monkeypatch.setattr(severity_training, "_autoencoder", Latents)
+    monkeypatch.setattr(severity, "_autoencoder", Latents)
     x = data.portrait("astronaut").repeat(6, 1, 1, 1)
-    expected = 9 + severity_training.ERROR_WEIGHT * torch.tensor(3.0).log().square()
-    torch.testing.assert_close(severity_training.severity_loss(Zero(), x, generator()), expected)
+    expected = 9 + severity.ERROR_WEIGHT * torch.tensor(3.0).log().square()
+    torch.testing.assert_close(severity.severity_loss(Zero(), x, generator()), expected)
 
 
 def test_the_shipped_encoder_predicts_its_own_error():
@@ -306,6 +305,6 @@ def test_the_shipped_encoder_predicts_its_own_error():
     assert parameter_count(network) <= 1_000_000
     portraits = torch.cat([data.portrait(who) for who in ("astronaut", "grace_hopper")])
     x = torch.cat([portraits, portraits.flip(-1)]).repeat_interleave(24, 0)
-    predicted, true = severity_training.severities(network, x, generator()).log()
+    predicted, true = severity.severities(network, x, generator()).log()
     assert torch.corrcoef(torch.stack([predicted, true]))[0, 1] > 0.3
     assert true.exp().mean() < 0.9  # latents have standard deviation 1

@@ -422,9 +422,7 @@ def test_admm_tv_denoises_as_chambolles_algorithm_does():
 
     noisy = (normal(1, 1, 16, 16).cumsum(-1) / 4).contiguous()
     identity = LinearPhysics(A=lambda x: x, A_adjoint=lambda y: y)
-    x0 = admm_tv(
-        Half(), identity, noisy, noisy, seeded(), noise_std=0.1, steps=100, weight=0.2, stepsize=1.0
-    )
+    x0 = admm_tv(Half(), identity, noisy, noisy, seeded(), noise_std=0.1, weight=0.2)
     expected = denoise_tv_chambolle(noisy[0, 0].numpy(), weight=0.2, eps=1e-12, max_num_iter=20_000)
     torch.testing.assert_close(x0[0, 0], torch.from_numpy(expected), rtol=0, atol=5e-3)
 

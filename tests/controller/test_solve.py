@@ -1,5 +1,7 @@
 """The entry point: what it counts, where it stops, and that it is the controller underneath."""
 
+from inspect import signature
+
 import pytest
 import torch
 from azula.noise import VPSchedule
@@ -60,7 +62,8 @@ def test_the_counts_are_those_of_the_network(keep, rank):
     process, likelihood, x = setting()
     calls = []
     process.denoiser.register_forward_hook(lambda *a: calls.append(1))
-    found = solve(process, likelihood, x, rank=rank, iterations=4, derivatives=MatrixFree(keep))
+    options = {"rank": rank, "rule": Adam(), "derivatives": MatrixFree(keep)}
+    found = solve(process, likelihood, x, iterations=4, **options)
     evaluations = 6 + (4 if keep else 8) * 6
     assert evaluations <= len(calls) <= evaluations + 6  # the best iterate, once more
     assert found.evaluations.tolist() == [evaluations] * len(x)
@@ -140,7 +143,14 @@ def test_wrong_arguments_are_named():
         ({"iterations": -1}, "iterations is -1"),
     ):
         with pytest.raises(ValueError, match=message):
-            solve(process, likelihood, x, **wrong)
+            solve(process, likelihood, x, **{"iterations": 1} | wrong)
+
+
+def test_defaults_are_those_of_a_recipe():
+    recipe, parameters = diffoc.Recipe("plain", steps=1, iterations=1), signature(solve).parameters
+    for name in ("derivatives", "rank", "rule", "regularization"):
+        assert parameters[name].default == getattr(recipe, name)
+    assert parameters["control_cost"].default == recipe.weight
 
 
 def test_snr_weights():
@@ -186,7 +196,7 @@ def test_a_digit_is_reconstructed_by_the_trained_prior():
     for precision in (None, "bfloat16"):
         process = ReverseProcess(CountedPrior(prior, precision), 4)
         cost = GaussianLikelihood(operator, y, 0.05)
-        found = solve(process, cost, x, iterations=12, rule=Adam(0.05))
+        found = solve(process, cost, x, rank=1, iterations=12, rule=Adam(0.05))
         assert found.x0.dtype == torch.float32
         assert found.cost < 0.2 * found.costs[0]
         errors[precision] = (found.x0 - image).square().mean().sqrt().item()

@@ -5,17 +5,20 @@ import inspect
 import re
 import shlex
 import subprocess
+from dataclasses import replace
+from functools import wraps
 
 import pytest
 import torch
 from PIL import Image
 
 from diffoc.baselines import Method, no_products
+from diffoc.commands.ffhq import _out as out_of
 from diffoc.commands.main import main, parser_of
 from diffoc.data.pictures import picture_size
 from diffoc.data.provenance import ROOT
 from diffoc.experiments import ffhq, preflight
-from diffoc.experiments.cells import Computer, cells_of
+from diffoc.experiments.cells import Computer, _generator, cells_of, load_once, work_of
 from diffoc.experiments.ffhq import beside_the_paper, cells_by_line, lines, paper_numbers
 from diffoc.experiments.methods import METHODS
 from diffoc.experiments.preflight import (
@@ -23,12 +26,14 @@ from diffoc.experiments.preflight import (
     check_images,
     check_weights,
     largest_batch,
-    seconds_of,
+    time_methods,
+    try_constants,
 )
 from diffoc.experiments.protocol import FFHQ, FFHQ_PROTOCOLS, FFHQ_RELEASED
+from diffoc.experiments.records import as_json
 from diffoc.priors.pretrained import REMOTE, load_prior
 from diffoc.problem import Problem
-from diffoc.problems.tasks import measured
+from diffoc.problems.tasks import UnsupportedTask, measured
 
 SMALL = "random ffhq256/32/64"
 
@@ -68,7 +73,7 @@ def test_settings_are_those_of_the_authors_or_said_to_be_others(monkeypatch):
     for task, value in (("super_resolution", 0.3), ("box_inpainting", 0.5)):
         assert ffhq.published("dps", task)[0] == {"guidance": value}
     assert ffhq.published("mcg", "box_inpainting")[0] == {"guidance": 1.0, "strength": 1.0}
-    text = beside_the_paper("table1", {}, 3)
+    text = beside_the_paper("table1", {}, "")
     borrowed = "tuned on 64x64 faces with 300 evaluations, not on FFHQ"
     for label in ("PNP-ADMM", "ADMM-TV"):
         assert f"- {label}: {borrowed}\n" in text + "\n"
@@ -104,10 +109,19 @@ def test_psld_has_a_row_where_its_model_was_put_and_otherwise_a_dash(tmp_path, m
 
 
 def test_a_table_has_ours_the_paper_s_and_the_difference():
-    found = {("Ours (T = 50)", "super_resolution"): {"psnr": 26.45, "mse_255": 147.0}}
-    text = beside_the_paper("table3", found, 3)
-    assert "| Ours (T = 50) | 26.45 (27.45) -1 | - (31.84) |" in text
+    found = {("Ours (T = 50)", "super_resolution"): {"psnr": 26.45, "mse_255": 147.0, "images": 3}}
+    text = beside_the_paper("table3", found, "Protocol: one")
+    assert text.startswith("Protocol: one\n")
+    assert "| Ours (T = 50) | 3 | 26.45 (27.45) -1 | - (31.84) |" in text
     assert "147 (117) +30" in text
+    # Failed images are in no mean, and a row says so.
+    lost = {("Ours (T = 50)", "super_resolution"): 2, ("ADMM-TV", "motion_blur"): 5}
+    text = beside_the_paper("table3", found, "", lost)
+    assert "| Ours (T = 50) | 3 + 2 failed | 26.45" in text
+    assert "| ADMM-TV | - + 5 failed | - (" in text
+    found["Ours (T = 50)", "motion_blur"] = {"images": 4}
+    text = beside_the_paper("table3", found, "", lost)
+    assert "| Ours (T = 50) | 3 + 2 failed, -, -, -, 4 | 26.45" in text
 
 
 def test_the_chain_and_its_resumption(few, tmp_path, capsys):
@@ -120,6 +134,9 @@ def test_the_chain_and_its_resumption(few, tmp_path, capsys):
         rows = list(csv.DictReader(file))
     records = (tmp_path / "records.csv").read_text()
     assert records.count(FFHQ.name) == 4
+    for said in (FFHQ.name, "the first 2 by name", "filter lanczos", "seed 0", "in float32"):
+        assert said in text
+    assert "| Ours (T = 50) | 2 | " in text
     assert [row["image"] for row in rows] == ["00000", "00001", "mean"] * 2
     mean = sum(float(row["psnr"]) for row in rows[:2]) / 2
     assert float(rows[2]["psnr"]) == pytest.approx(mean, rel=1e-5)
@@ -151,8 +168,10 @@ def test_preflight_refuses_what_would_fail(few, tmp_path, capsys, monkeypatch):
     assert main(tiny) == 1
     said = capsys.readouterr().out
     assert "WOULD FAIL: Ours (T = 50), gaussian_blur: RuntimeError('broken')" in said
-    assert main(command) == 1  # without weights
-    assert "ffhq_10m.pt is missing" in capsys.readouterr().out
+    assert main(command) == 1  # without weights; the images are looked at all the same
+    said = capsys.readouterr().out
+    assert "ffhq_10m.pt is missing" in said
+    assert "images: 1: 1 .png of 256x256" in said
 
 
 def test_weights_are_compared_with_those_of_the_first_use(tmp_path, monkeypatch):
@@ -171,10 +190,14 @@ def test_pictures_that_do_not_fit_are_refused_one_line_each(tmp_path):
     for name, size in (("a", (64, 64)), ("b", (64, 80)), ("c", (32, 32))):
         Image.new("RGB", size).save(tmp_path / f"{name}.png")
     (tmp_path / "d.png").write_bytes(b"no picture")
+    whole = (tmp_path / "a.png").read_bytes()
+    (tmp_path / "e.png").write_bytes(whole[: len(whole) // 2])  # its header is right
+    Image.new("RGBA", (64, 64), (255, 0, 0, 0)).save(tmp_path / "f.png")
     report = Report()
     check_images(sorted(tmp_path.iterdir()), 64, report)
-    assert ["b.png" in report.refused[0], "c.png" in report.refused[1]] == [True, True]
-    assert len(report.refused) == 3
+    for name, line in zip("bcde", report.refused, strict=True):
+        assert f"{name}.png" in line
+    assert "1 .png of 64x64; 1 .png of 64x64, composited over white" in report.lines[0]
 
 
 @pytest.mark.parametrize(("recomputed", "kept"), [(6, 1), (1, 0), (0, 0)])
@@ -201,11 +224,61 @@ def test_the_largest_batch_is_found_by_trying(recomputed, kept):
     assert {iterations for *_, iterations in tried} == {1}
 
 
-def test_hours_follow_the_counts():
-    cells = cells_by_line("table1", SMALL, ["a"], 1, "float32", tasks=["super_resolution"])
-    cells = {cell: line for cell, line in cells.items() if line.method == "dps"}
-    found = seconds_of(cells, {("DPS (NFE = 1000)", "super_resolution"): 1.5}, (0.1, 0.2))
-    assert found == pytest.approx(1.5 * 1000 * 0.3)
+class Clock:
+    """A machine on which the first run of a cell takes 60 s more, and ADMM-TV 1000 s."""
+
+    device = "cpu"
+
+    def __init__(self):
+        self.seen = set()
+
+    def __call__(self, cell):
+        evaluations, products = work_of(cell)
+        seconds = 2 * (0.1 * evaluations + 0.2 * products) if evaluations else 1000.0
+        seconds += 60.0 * (cell not in self.seen)
+        self.seen.add(cell)
+        if (cell.method, cell.task) == ("ddrm", "motion_blur"):
+            raise UnsupportedTask("not separable")
+        counts = {"evaluations": evaluations, "products": products}
+        return [{"seconds": f"{seconds}"} | {k: f"{v}" for k, v in counts.items()}], None
+
+
+def test_hours_are_those_of_a_row_s_own_method_and_task(monkeypatch):
+    """No other method's seconds, and nothing that is done once, is taken to the full counts."""
+    monkeypatch.setattr(preflight, "time_prior", lambda *_: (0.1, 0.2))
+    small = cells_by_line("table1", SMALL, ["a"], 1, "float32", smallest=True)
+    times = time_methods(small, Clock(), Report())
+    for table in ffhq.TABLES:
+        for cell in cells_by_line(table, SMALL, ["a"], 1, "float32"):
+            evaluations, products = work_of(cell)
+            expected = 2 * (0.1 * evaluations + 0.2 * products) if evaluations else 1000
+            if (cell.method, cell.task) == ("ddrm", "motion_blur"):
+                expected = 0
+            assert times.of(cell) == pytest.approx(expected), cell
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("prior", [SMALL, "ffhq256"])
+def test_the_rows_own_constants_are_tried_where_they_can_be(prior, device):
+    cells = cells_by_line("table1", prior, ["a"], 1, "float32", tasks=["gaussian_blur"])
+    tried = []
+
+    class Card:
+        def __call__(self, cell):
+            tried.append((cell.method, cell.keywords))
+            raise ValueError("Quu is not positive definite")
+
+    card = Card()
+    card.device = device
+    try_constants(cells, card, report := Report())
+    if (prior, device) != ("ffhq256", "cuda"):
+        assert not tried
+        assert "not tried" in report.lines[0]
+        return
+    ours = [c for c in cells if METHODS[c.method].recipe]
+    assert tried == [(c.method, c.keywords | {"iterations": 1}) for c in ours]
+    assert len(report.refused) == len(ours) == 3
+    assert "Ours (NFE = 1000), gaussian_blur, one iteration: ValueError" in report.refused[1]
 
 
 def test_originals_in_many_formats_become_one_folder(few, tmp_path):
@@ -366,3 +439,84 @@ def test_sets_that_are_equal_have_no_distance(few, tmp_path, monkeypatch, capsys
     # Means that are moved by d in each of n features have the distance n d^2.
     assert float(means["two"]["fid_png"]) == pytest.approx(12 * (40 / 255) ** 2, rel=1e-3)
     assert float(means["two"]["mse_255"]) == pytest.approx(40**2, rel=1e-5)
+
+
+def test_parts_find_each_other_wherever_the_folders_are(few, tmp_path, capsys):
+    """Two machines see the same files in other places; files of other content are others."""
+    pixels = torch.randint(256, (40, 40, 3), generator=torch.Generator().manual_seed(0)).byte()
+    for machine in ("one", "two"):
+        for folder in ("truth", "kept/set"):
+            (tmp_path / machine / folder).mkdir(parents=True)
+            for i in range(2):
+                path = tmp_path / machine / folder / f"{i}.png"
+                Image.fromarray((pixels + i).numpy()).save(path)
+
+    def part(machine, i):
+        command = ["measure", str(tmp_path / machine / "kept"), "--shard", f"{i}/2"]
+        command += ["--images", str(tmp_path / machine / "truth"), "--out", str(tmp_path / "out")]
+        assert main(command) == 0
+        return capsys.readouterr().out
+
+    assert "part 1 of 2 measured" in part("one", 1)
+    assert "set: 2 images" in part("two", 2)
+    Image.fromarray((pixels + 9).numpy()).save(tmp_path / "two" / "kept" / "set" / "0.png")
+    assert "part 2 of 2 measured" in part("two", 2)
+
+
+def test_rows_that_failed_are_counted_and_the_way_to_try_again_is_said(few, tmp_path, capsys):
+    command = ["ffhq", "table3", "--rehearse", "--prior", "ffhq256/32/64", "--first", "2"]
+    command += ["--tasks", "super_resolution", "--out", str(tmp_path)]
+    broken = METHODS["ddrm"]
+
+    @wraps(broken.run)
+    def run(*given, **settings):
+        raise RuntimeError("broken")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(METHODS, "ddrm", replace(broken, run=run))
+        assert main(command) == 1
+    said = capsys.readouterr().out
+    assert "2 rows failed: the same command with --retry-failed computes them again" in said
+    assert "| DDRM (T = 1000) | - + 2 failed | - (" in (tmp_path / "table3.md").read_text()
+    assert main([*command, "--retry-failed"]) == 0
+    assert "| DDRM (T = 1000) | 2 | " in (tmp_path / "table3.md").read_text()
+
+
+def test_the_released_code_s_row_has_the_variance_of_its_prior_s_head(tmp_path):
+    """The cell's setting asks for the head, which the other rows' prior does not have."""
+    generator = torch.Generator().manual_seed(0)
+    pixels = (255 * torch.rand(64, 64, 3, generator=generator)).byte().numpy()
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    options = {"tasks": ["super_resolution"], "smallest": True}
+    cells = cells_by_line("table1", SMALL, ["a.png"], 1, "float32", **options)
+    (cell,) = [cell for cell, line in cells.items() if line.label == "Released code"]
+    assert cell.keywords["learned_variance"] is True
+    small = replace(cell, settings=as_json(cell.keywords | {"learned_variance": False}))
+    compute = Computer(tmp_path)
+    (learned, x), (without, z) = compute(cell), compute(small)
+    assert not torch.equal(x, z)
+    assert learned[0]["weights_sha256"] != without[0]["weights_sha256"]
+    assert load_once(SMALL, "cpu")[0].backbone.out[2].weight.shape[0] == 3
+    other = cells_by_line("table1", "faces64", ["a"], 1, "float32", **options)
+    assert not any(one.keywords.get("learned_variance") for one in other)
+
+
+def test_a_rehearsal_writes_no_file_of_a_real_run():
+    def folders(*words):
+        stamp = ["VENV=.venv", "-o", ".venv/.diffoc-installed", "-n", "IMAGES=DIR"]
+        made = ["make", *stamp, *words]
+        text = subprocess.run(made, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+        (line,) = [line for line in text.splitlines() if " -m diffoc " in line]
+        args = parser_of().parse_args(shlex.split(line.partition(" -m diffoc ")[2]))
+        args.random_weights |= args.rehearse
+        return out_of(args)
+
+    for target in ("preflight", "figures", *ffhq.TABLES):
+        assert folders(f"ffhq-{target}") != folders(f"ffhq-{target}", "REHEARSE=1")
+
+
+def test_the_page_s_kernel_is_the_one_of_the_seed():
+    """The effective pixels of the one motion kernel that the released protocol has at 256."""
+    generator = _generator(0, "motion_blur")
+    kernel = FFHQ_RELEASED.operator("motion_blur", (3, 256, 256), generator).filter
+    assert f"has {1 / kernel.square().sum():.0f} effective pixels" in PAGE

@@ -89,8 +89,10 @@ def test_fid_is_that_of_torchmetrics_and_of_scipys_square_root(folders):
     kept, truth = (pictures_in(folder) for folder in folders)
     network = Network()
     found = measure(kept, truth, network, batch=5).means()
-    x = torch.stack([read_resized(path, 40, "lanczos") for path in kept.values()])
-    t = torch.stack([read_resized(path, 40, "lanczos") for path in truth.values()])
+    x, t = (
+        torch.stack([read_resized(path, 40, "lanczos")[0] for path in some.values()])
+        for some in (kept, truth)
+    )
     theirs = FrechetInceptionDistance(feature=network)
     theirs.update(t, real=True)
     theirs.update(x, real=False)
@@ -148,11 +150,40 @@ def test_originals_are_found_and_resized(folders):
     for name, theirs in (("lanczos", Image.Resampling.LANCZOS), ("box", Image.Resampling.BOX)):
         with Image.open(path) as picture:
             expected = np.array(picture.resize((40, 40), theirs))
-        assert (read_resized(path, 40, name).movedim(0, -1).numpy() == expected).all()
+        found, notes = read_resized(path, 40, name)
+        assert (found.movedim(0, -1).numpy() == expected).all()
+        assert not notes
     with pytest.raises(ValueError, match="filter is 'nearest'"):
         read_resized(path, 40, "nearest")
     with pytest.raises(ValueError, match="square of at least 100"):
         read_resized(path, 100, "box")
+
+
+def test_pictures_are_read_as_solve_reads_them(tmp_path):
+    """What was visible, in its whole precision; what can be read in two ways is refused."""
+    ramp = np.linspace(0, 1, 64).reshape(8, 8).repeat(5, 0).repeat(5, 1)
+    clear = np.full((40, 40, 4), (255, 0, 0, 255), np.uint8)
+    clear[:4, :, 3] = 0  # red that nobody sees
+    white = np.where(clear[..., 3:] == 0, 255, clear[..., :3])
+    grey = np.round(255 * ramp)[..., None].repeat(3, -1)
+    for name, pixels, expected, note in (
+        ("clear.png", clear, white, "composited over white where it is transparent"),
+        ("many.png", np.round(65535 * ramp).astype(np.uint16), grey, "16 bits, black 0 and white"),
+        ("float.tif", (2 * ramp - 1).astype(np.float32), grey, "values, black -1 and white 1"),
+        ("grey.png", grey[..., 0].astype(np.uint8), grey, None),
+    ):
+        Image.fromarray(pixels).save(tmp_path / name)
+        found, notes = read_resized(tmp_path / name, None, "box")
+        assert abs(found.movedim(0, -1).numpy() - expected).max() == 0, name
+        assert [note in said for said in notes] == [True] * bool(note)
+    pictures = {path.stem: path for path in tmp_path.iterdir()}
+    part = measure(pictures, pictures, None)
+    assert len(part.notes) == 3
+    write_part(tmp_path / "part", part)
+    assert read_part(tmp_path / "part") == part
+    Image.fromarray((300 * ramp).astype(np.float32)).save(tmp_path / "any.tif")
+    with pytest.raises(ValueError, match=r"any\.tif has values from 0 to 300"):
+        read_resized(tmp_path / "any.tif", None, "box")
 
 
 def test_hidden_files_and_folders_are_no_pictures(tmp_path):

@@ -12,10 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from diffoc.data.provenance import device_name
 from diffoc.experiments import runs, spread
 from diffoc.experiments.cells import check_settings, time_prior
+from diffoc.experiments.measured import measure
 from diffoc.experiments.methods import METHODS
 from diffoc.experiments.records import (
     ENVIRONMENT,
@@ -191,7 +193,11 @@ def test_products_are_not_shortened(tmp_path):
     torch.backends.cudnn.allow_tf32 = True  # and where times are taken
     time_prior("mnist", 1, "float32", "cpu", repeats=1)
     asked(CELLS[0])
-    assert found == [False, False]
+    torch.backends.cudnn.allow_tf32 = True  # and where images are measured
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+    pictures = {"a": tmp_path / "a.png"}
+    measure(pictures, pictures, lambda pixels: asked(CELLS[0]) and pixels.float().mean((2, 3)))
+    assert found == [False] * 6
 
 
 def test_a_failure_is_recorded_and_stops_nothing(tmp_path):

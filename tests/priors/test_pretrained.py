@@ -11,6 +11,7 @@ from azula.plugins.utils import load_cards
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
 from torch import nn
 
+from diffoc.priors import wrap
 from diffoc.priors.networks import DigitClassifier, parameter_count
 from diffoc.priors.pipelines import DiffusersDenoiser
 from diffoc.priors.pretrained import EDMDenoiser, load_prior, take_nearest_timesteps
@@ -164,6 +165,14 @@ def test_diffusers_models_agree_with_their_scheduler(kind, tmp_path):
             found = prior(3 * x, torch.tensor(0.5)).mean
         scale = expected.abs().max()
         assert (found - expected).abs().max() / scale < 1e-5, step
+
+
+def test_a_wrapped_network_is_the_prior_that_its_folder_is_loaded_as(tmp_path):
+    network, scheduler = small_unet(), DDPMScheduler()
+    DDPMPipeline(network, scheduler).save_pretrained(tmp_path)
+    x, t = noise(2, 1, 8, 8), torch.tensor(0.5)
+    prior = wrap(lambda x, i: network(x, i).sample, scheduler.alphas_cumprod, (1, 8, 8))
+    torch.testing.assert_close(prior(x, t).mean, load_prior(tmp_path)(x, t).mean)
 
 
 def test_timesteps_between_two_are_in_between():

@@ -3,7 +3,7 @@
 import deepinv
 import pytest
 import torch
-from azula.denoise import GaussianDenoiser
+from azula.denoise import GaussianDenoiser, KarrasDenoiser
 from azula.linalg.covariance import IsotropicCovariance
 from azula.noise import VPSchedule
 from diffusers import DDPMScheduler
@@ -112,6 +112,26 @@ def test_a_wrapped_network_is_a_prior():
             wrap(net, wrong, (1, 8, 8))
     with pytest.raises(ValueError, match="shape is"):
         wrap(net, [0.9, 0.5], (8, 8))
+
+
+def test_a_denoiser_of_azula_s_is_a_prior():
+    """Karras's, of a network that returns zero, is the exact one of N(0, 1)."""
+
+    class Zero(nn.Conv2d):
+        def forward(self, x, log_sigma):
+            return 0 * x
+
+    one = IsotropicCovariance(torch.ones(()))
+    karras = KarrasDenoiser(Zero(1, 1, 1), VPSchedule())
+    gaussian = GaussianDenoiser(torch.zeros(()), one, VPSchedule())
+    problem = diffoc.Problem(lambda x: x[..., ::2], digits()[0][:1, ..., ::2], 0.1)
+    recipe = diffoc.Recipe("short", steps=3, iterations=3)
+    found, expected = (
+        diffoc.reconstruct(problem, prior, recipe, x=torch.zeros(1, 1, 28, 28)).x0
+        for prior in (karras, gaussian)
+    )
+    assert expected.abs().max() > 0.1
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_deepinv_tests_the_model_as_its_own():

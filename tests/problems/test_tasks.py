@@ -307,7 +307,6 @@ def measured_at(physics, height, width):
         (lambda: random_inpainting((1, 8, 8), seeded(), 1.0), "dropped"),
         (lambda: random_inpainting((1, 8, 8), seeded(), 0.999), "dropped"),
         (lambda: box_inpainting((1, 8, 8), seeded(), 7, 1), "box"),
-        (lambda: phase_retrieval((1, 8, 8), -1), "oversampling"),
         (lambda: motion_kernel(4, 0.5, seeded()), "side"),
         (lambda: motion_kernel(5, 1.5, seeded()), "intensity"),
         (lambda: measured_at(super_resolution(4), 2, 2), "physics does not fit"),
