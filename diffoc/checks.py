@@ -162,6 +162,16 @@ def memory_is_full(error: Exception) -> bool:
     return isinstance(error, MemoryError) or any(words in text for words in full)
 
 
+def device_failed(error: Exception) -> bool:
+    """Whether that is what an error says, of a GPU or of one of its libraries.
+
+    A matrix that a library could not decompose is no such error, whichever library it was.
+    """
+    failed = ("cuda error", "cudnn", "cublas", "cusolver", "cufft", "nvml", "find an engine")
+    text = str(error).lower()
+    return not isinstance(error, torch.linalg.LinAlgError) and any(word in text for word in failed)
+
+
 def check_callable(**functions: object) -> None:
     """Raises a TypeError unless arguments can be called, or are None."""
     for name, value in functions.items():

@@ -22,6 +22,9 @@ from diffoc.checks import check_member
 
 Product = Callable[[Tensor], Tensor]
 
+OVERSAMPLING = 5
+"""How many directions are drawn beyond the rank."""
+
 
 def check_rank(x: Tensor, rank: int | None) -> int:
     """Returns the rank, once a Hessian at states x (B, ...) can have it."""
@@ -29,6 +32,16 @@ def check_rank(x: Tensor, rank: int | None) -> int:
     if rank is None or not 0 <= rank <= n:
         raise ValueError(f"rank is {rank}, expected 0 to {n}")
     return rank
+
+
+def random_directions(x: Tensor, count: int, seed: int = 0) -> Tensor:
+    """Returns standard normal vectors (B, n, count) for states x (B, ...).
+
+    They are the same for every problem and iteration, so that no result depends on the batch.
+    """
+    n, generator = x[0].numel(), torch.Generator().manual_seed(seed)
+    omega = torch.randn(n, count, generator=generator, dtype=torch.float64).to(x)
+    return omega.expand(len(x), n, count)
 
 
 def range_finder(product: Product, directions: Tensor) -> Tensor:
@@ -48,7 +61,7 @@ def symmetric_eigen(product: Product, directions: Tensor, rank: int) -> tuple[Te
     Q = range_finder(product, directions)
     small = Q.mT @ product(Q)
     values, vectors = torch.linalg.eigh((small + small.mT) / 2)
-    return _largest(Q @ vectors, values, directions, rank)
+    return largest(Q @ vectors, values, directions, rank)
 
 
 def nystrom(product: Product, directions: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -72,10 +85,10 @@ def nystrom(product: Product, directions: Tensor, rank: int) -> tuple[Tensor, Te
     half = torch.linalg.solve_triangular(L, shifted.mT, upper=False).mT
     U, s, _ = torch.linalg.svd(half, full_matrices=False)
     values = (s.square() - shift[..., 0]).clamp(min=0)
-    return _largest(U, values, directions, rank)
+    return largest(U, values, directions, rank)
 
 
-def _largest(
+def largest(
     vectors: Tensor, values: Tensor, directions: Tensor, rank: int
 ) -> tuple[Tensor, Tensor]:
     r"""Returns the eigenpairs largest in magnitude, chosen by `directions` where equals are cut.

@@ -35,8 +35,16 @@ from torch import Tensor
 
 from diffoc.checks import check_member, check_whole
 from diffoc.costs import ControlCost
-from diffoc.hessian import HESSIANS, check_rank, nystrom, symmetric_eigen, terminal_products
-from diffoc.riccati import matvec
+from diffoc.hessian import (
+    HESSIANS,
+    OVERSAMPLING,
+    check_rank,
+    nystrom,
+    random_directions,
+    symmetric_eigen,
+    terminal_products,
+)
+from diffoc.riccati import UPDATES, matvec
 from diffoc.system import ControlProblem, Derivatives, StepFunction, StepGains
 
 Pullback = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -115,6 +123,7 @@ def low_rank_step(
     Tikhonov's constants, (B,). It returns the gains, and c (B, k) and S' (B, k, k) such that
     Vx = Qx + W c and Vxx = W S' W^T.
     """
+    check_member(UPDATES, update=update)
     rho = (r + a)[:, None, None]
     G = U.mT @ U
     M, definite = _woodbury(S, G, rho)
@@ -182,7 +191,7 @@ class MatrixFree(Derivatives):
     """
 
     keep_activations: bool = True
-    oversampling: int = 5
+    oversampling: int = OVERSAMPLING
     convex: bool = False
     hessian: str = "full"
     together: bool = False
@@ -244,16 +253,6 @@ def control_weight(problem: ControlProblem, i: int) -> float:
             "other costs need derivatives=Dense()"
         )
     return problem.running_cost.weight(i)
-
-
-def random_directions(x: Tensor, count: int, seed: int = 0) -> Tensor:
-    """Returns standard normal vectors (B, n, count) for states x (B, ...).
-
-    They are the same for every problem and iteration, so that no result depends on the batch.
-    """
-    n, generator = x[0].numel(), torch.Generator().manual_seed(seed)
-    omega = torch.randn(n, count, generator=generator, dtype=torch.float64).to(x)
-    return omega.expand(len(x), n, count)
 
 
 def linearize_step(

@@ -67,6 +67,8 @@ def reconstruct(
     Raises:
         ValueError: if the operator, the measurements and the prior do not fit each other, or an
             argument is out of its range.
+        torch.linalg.LinAlgError, DivergenceError: as of :func:`diffoc.ilqr.ilqr`, if one problem
+            cannot be gone on with, for all of them: solve each alone to have the others.
     """
     check_whole(1, starts=starts)
     check_kind(Recipe, recipe=recipe)

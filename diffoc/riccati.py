@@ -21,8 +21,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diffoc.hessian import check_rank
+from diffoc.checks import check_member
+from diffoc.hessian import OVERSAMPLING, check_rank, largest, random_directions
 from diffoc.system import ControlProblem, Derivatives, StepFunction, StepGains
+
+UPDATES = ("full", "paper")
+"""The values that a step back can have, see :meth:`DenseValue.step_back`."""
 
 
 class SingularControlHessianError(torch.linalg.LinAlgError):
@@ -73,6 +77,7 @@ class DenseValue:
         "full" is the value of the policy (k, K) whatever made it (Tassa et al. 2012,
         doi:10.1109/IROS.2012.6386025, Eq. 11).
         """
+        check_member(UPDATES, update=update)
         fxT, fuT = e.fx.mT, e.fu.mT
         Qx = e.lx + matvec(fxT, self.Vx)  # Eq. 40
         Qu = e.lu + matvec(fuT, self.Vx)  # Eq. 41
@@ -137,8 +142,8 @@ def terminal_value(
 ) -> DenseValue:
     """Returns gradient and Hessian of the terminal cost at the final states, (B, ...).
 
-    Of the Hessian only the `rank` eigenvalues that are largest in magnitude are kept; None keeps
-    all, and 0 makes the recursion first order.
+    Of the Hessian only the `rank` eigenvalues that are largest in magnitude are kept, equal ones as
+    :func:`diffoc.hessian.largest` chooses; None keeps all, and 0 makes the recursion first order.
     """
     inputs = (x.detach().requires_grad_(),)
     with torch.enable_grad():
@@ -146,9 +151,9 @@ def terminal_value(
         (Vxx,) = _jacobians(Vx, inputs)
     Vxx = (Vxx + Vxx.mT) / 2
     if rank is not None:
+        omega = random_directions(x, min(x[0].numel(), check_rank(x, rank) + OVERSAMPLING))
         values, vectors = torch.linalg.eigh(Vxx)
-        kept = values.abs().argsort(dim=-1, descending=True)[..., : check_rank(x, rank)]
-        values = torch.zeros_like(values).scatter(-1, kept, values.gather(-1, kept))
+        vectors, values = largest(vectors, values, omega, rank)
         Vxx = (vectors * values.unsqueeze(-2)) @ vectors.mT
     return DenseValue(Vx.detach(), Vxx)
 

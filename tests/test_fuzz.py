@@ -636,6 +636,7 @@ OTHERS = {
     "drift_and_diffusion": "behind the process",
     "draw_noise": "torch.randn",
     "check_inputs": "of a grid, which it checks",
+    "check_recorded": "of a grid, which it checks",
     "check_settings": "of a method, which it checks",
     "take_nearest_timesteps": "of a network that was just loaded",
     "evaluate_once": "of a network that was just made",

@@ -392,7 +392,7 @@ def test_a_prior_s_name_makes_no_path(monkeypatch, capsys):
     monkeypatch.setattr(experiments, "tuning_cells", lambda *a: [])
     monkeypatch.setattr(experiments, "best_trial", lambda rows: None)
     monkeypatch.setattr("diffoc.experiments.records.read", lambda path: {})
-    monkeypatch.setattr("diffoc.experiments.methods.write_tuned", lambda tuned: None)
+    monkeypatch.setattr("diffoc.experiments.methods.write_tuned", lambda *a: None)
     for prior in ("../../elsewhere", "/etc/passwd", "owner/name"):
         main(["run", "table1", "--prior", prior])
         main(["tune", "dps", "--prior", prior])

@@ -6,12 +6,13 @@ Every method is called as ::
 
 and gets these six as one value, :class:`Given`. It returns images (B, ...), not clipped; with a
 :class:`diffoc.priors.latent.LatentPrior` they are decoded. No problem of a batch depends on
-another, but for the noise that they draw from one generator. Keyword arguments are the method's
-settings, in the notation of the notebooks; `steps` is the number T of steps, at least 1, and the
-end of a file says what they cost. A method raises an
-:class:`diffoc.problems.tasks.UnsupportedTask` for a task that it cannot do, and a ValueError that
-names a setting out of its range. Times run from 1 (noise) to 0, :math:`x_t = \alpha_t x_0 +
-\sigma_t z`, and :math:`m(x, t)` is the posterior mean that the prior returns.
+another, but for the noise that they draw from one generator; where a method fails with one, it
+raises for all of them, and the tables run each alone. Keyword arguments are the method's settings,
+in the notation of the notebooks; `steps` is the number T of steps, at least 1, and the end of a
+file says what they cost. A method raises an :class:`diffoc.problems.tasks.UnsupportedTask` for a
+task that it cannot do, and a ValueError that names a setting out of its range. Times run from 1
+(noise) to 0, :math:`x_t = \alpha_t x_0 + \sigma_t z`, and :math:`m(x, t)` is the posterior mean
+that the prior returns.
 
 A file ends with ``METHOD = Method(...)``, which says how the tables run it. They know it by the
 file's name, and nothing else has to be told of a new one.

@@ -194,6 +194,7 @@ def released_process(
     learned_variance: bool = False,
 ) -> AncestralProcess:
     """Returns the process with noise of its own for each of the states `x`, (B, ...)."""
+    check_whole(2, steps=steps)
     noise = draw_noise(steps - 1, x.shape, generator).to(x.device)
     return AncestralProcess(prior, steps, noise, learned_variance)
 

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import torch
 
-from diffoc.checks import memory_is_full
+from diffoc.checks import device_failed, memory_is_full
 from diffoc.data.provenance import ROOT, told
 from diffoc.priors.weights import TRAINED_ON
+from diffoc.result import DivergenceError
 
 COMMANDS = {
     "reports": ("verify", "claims", "benchmark"),
@@ -233,9 +234,18 @@ def main(argv: list[str] | None = None) -> int:
         print(f"diffoc: {said}", file=sys.stderr)
         return 2
     except (RuntimeError, MemoryError) as error:
-        if not memory_is_full(error):
+        if memory_is_full(error):
+            said = "memory is full: give less at once, or smaller numbers"
+        elif device_failed(error):
+            said = f"the device failed, try again or name another --device: {told(error)}"
+        elif isinstance(error, torch.linalg.LinAlgError | DivergenceError):
+            said = (
+                "the numbers cannot be computed with, give a larger --noise-std, a smaller --rank "
+                f"or another --recipe: {told(error)}"
+            )
+        else:
             raise
-        print("diffoc: memory is full: give less at once, or smaller numbers", file=sys.stderr)
+        print(f"diffoc: {said}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("diffoc: interrupted; what was written before is complete", file=sys.stderr)

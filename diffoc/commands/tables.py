@@ -120,8 +120,15 @@ def digits(args: argparse.Namespace) -> int:
 
 
 def tune(args: argparse.Namespace) -> int:
-    """Tries settings of each method on the tuning faces, and writes down the best by mean PSNR."""
-    try_file(data_folder() / "tuned.json")
+    """Tries settings of each method on the tuning images, and writes down the best by mean PSNR.
+
+    With settings or images in place of the protocol's own that is beside the records, and else in
+    `data/tuned.json`, from which the tables run.
+    """
+    path = args.out or ROOT / "data" / "records" / f"tuning_{as_file_name(args.prior)}.csv"
+    own = args.set or (args.images and protocol_of(args.prior).tuning)
+    choices = path.with_suffix(".tuned.json") if own else data_folder() / "tuned.json"
+    try_file(choices)
     experiments.load_once(args.prior, args.device)  # that there is none is said first
     names = args.methods or methods.compared(args.prior, min(args.nfe or [NFE]))
     plan, given = _trials(args, names), _settings(args, names)
@@ -129,7 +136,6 @@ def tune(args: argparse.Namespace) -> int:
         if tried := methods.of_method(given, method).keys() & METHODS[method].trials(NFE)[0].keys():
             raise ValueError(f"set has {min(tried)}, but tune tries values of that for {method}")
     images = picture_names(args.images) if args.images else None
-    path = args.out or ROOT / "data" / "records" / f"tuning_{as_file_name(args.prior)}.csv"
     cells = {
         place: experiments.tuning_cells(
             args.prior,
@@ -142,11 +148,11 @@ def tune(args: argparse.Namespace) -> int:
     }
     compute = experiments.Computer(args.images and args.images.resolve(), args.device)
     status = execute([cell for some in cells.values() for cell in some], compute, path, args)
-    known, tuned = records.by_image(records.read(path)), methods.read_tuned()
+    known, tuned = records.by_image(records.read(path)), methods.read_tuned(choices)
     for (task, method, nfe), trials in plan.items():
         rows = [[known[one] for one in records.alone(cell)] for cell in cells[task, method, nfe]]
         best = experiments.best_trial(rows)
-        if best is None and any(some[0]["status"] == "failed" for some in rows):
+        if best is None and any(row["status"] == "failed" for some in rows for row in some):
             print(f"{method}, {task}, nfe {nfe}: every trial failed")
             continue
         chosen = {} if best is None else trials[best]
@@ -157,7 +163,8 @@ def tune(args: argparse.Namespace) -> int:
         edge = " (at the edge)" if first in (min(values), max(values)) else ""
         said = ", ".join(f"{key} {value:g}" for key, value in chosen.items()) or "unsupported"
         print(f"{method}, {task}, nfe {nfe}: {said}{edge}")
-    methods.write_tuned(tuned)
+    methods.write_tuned(tuned, choices)
+    print(choices)
     return status
 
 
@@ -248,6 +255,8 @@ def fill(
 ) -> dict[str, int]:
     """Computes what a table does not have once its inputs are there; counts cells by status."""
     left = runs.unfinished(cells, path, args.shard, args.retry_failed)
+    # Without a folder pictures are a data set, which a table that has everything does not need.
+    experiments.check_recorded(cells, compute, path, bool(left or compute.folder))
     experiments.check_inputs(left, compute)
     plan(left, len(cells), args)
     found = runs.run_cells(

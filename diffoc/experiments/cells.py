@@ -28,12 +28,13 @@ from diffoc.data import manifest
 from diffoc.data.downloads import cache_folder, sha256_of
 from diffoc.data.pictures import read_picture, write_picture
 from diffoc.data.provenance import digest, short
+from diffoc.experiments import records
 from diffoc.experiments.inaccurate import accurate_name, is_inaccurate, load_inaccurate
 from diffoc.experiments.memory import clock
 from diffoc.experiments.methods import METHODS, equal_work, prior_of, settings_of
 from diffoc.experiments.protocol import COLOUR_FACES, Protocol, protocol_of
 from diffoc.experiments.records import COUNTS, METRICS, Cell, Row, as_json, in_batches
-from diffoc.experiments.runs import method_errors, whole_products
+from diffoc.experiments.runs import method_errors, recorded, whole_products
 from diffoc.priors.counting import CountedPrior
 from diffoc.priors.latent import LatentPrior
 from diffoc.priors.pretrained import REMOTE, SHIPPED, load_prior
@@ -124,6 +125,38 @@ def check_inputs(cells: Sequence[Cell], computer: Computer) -> None:
         shape = getattr(network, "decoded_shape", network.image_shape)
         for name in dict.fromkeys(x for cell in cells if cell.prior == prior for x in cell.images):
             read_images([name], shape, computer.folder)
+
+
+def check_recorded(
+    cells: Sequence[Cell], computer: Computer, path: Path, pictures: bool = True
+) -> None:
+    """Raises a ValueError if a table has results of cells from other inputs than they have now.
+
+    They are weights, precision, protocol and, if they are to be read, pictures: a name or a path
+    may have another content than when the table was begun.
+    """
+    known, found = recorded(path), {}
+    for one in (one for cell in cells for one in records.alone(cell)):
+        row = known.get(one)
+        if row is None or row["status"] != "ok":
+            continue
+        network, weights = load_once(one.prior, computer.device)
+        protocol = computer.protocol or protocol_of(one.prior)
+        now = {"precision": one.precision, "protocol": protocol.name}
+        if not is_inaccurate(one.prior):  # else they are made here, up to this machine's rounding
+            now["weights_sha256"] = weights
+        if pictures:
+            shape = getattr(network, "decoded_shape", network.image_shape)
+            if (shape, one.images) not in found:
+                truth = read_images(one.images, shape, computer.folder)
+                found[shape, one.images] = digest(truth[0])
+            now["image_sha256"] = found[shape, one.images]
+        for key, value in now.items():
+            if row[key] not in ("", value):
+                raise ValueError(
+                    f"out is {path}, which has {records.describe(one)} with {key} {row[key]!r}, "
+                    f"but it is {value!r} now: name another with --out"
+                )
 
 
 def check_settings(method: str, settings: dict) -> None:
@@ -287,7 +320,7 @@ def best_trial(trials: Sequence[Sequence[Row]]) -> int | None:
     scores = {
         i: sum(float(row["psnr"]) for row in rows) / len(rows)
         for i, rows in enumerate(trials)
-        if rows[0]["status"] == "ok"
+        if all(row["status"] == "ok" for row in rows)
     }
     # What is not finite is refused by the metrics, so the largest is one.
     return max(scores, key=scores.__getitem__, default=None)

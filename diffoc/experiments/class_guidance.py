@@ -125,6 +125,7 @@ COLUMNS = (
     *("way", "label", "images", "steps", "strength", *COUNTS),
     *("guided", "judged", "sure", "diversity", "frechet", "seconds", *ENVIRONMENT, "commit"),
 )
+_HEADER = ",".join(COLUMNS) + "\n"
 
 
 def make(way: Way, prior: Denoiser, label: int, images: int, first: int = 0) -> Tensor:
@@ -169,9 +170,9 @@ def record(path: Path, folder: Path, images: int = 100, labels: Sequence[int] = 
     prior = load_prior("mnist")
     digits, classes = mnist("test")
     torch.set_flush_denormal(True)
-    with appending(path, lambda content: content.rfind(b"\n") + 1) as append:
+    with appending(path, lambda content: _parse(path, content)[1]) as append:
         if not path.stat().st_size:
-            append(",".join(COLUMNS) + "\n")
+            append(_HEADER)
         done = {(row["way"], row["label"]) for row in read(path)}
         wanted = [(name, label) for label in labels for name in WAYS]
         for name, label in (some for some in wanted if (some[0], str(some[1])) not in done):
@@ -197,12 +198,18 @@ def read(path: Path) -> list[dict[str, str]]:
 
     A ValueError refuses a table of another version, and a row that has not all of its columns.
     """
-    content = path.read_bytes()
-    text = content[: content.rfind(b"\n") + 1].decode(errors="replace")
-    rows = list(csv.reader(text.splitlines()))
+    return _parse(path, path.read_bytes())[0]
+
+
+def _parse(path: Path, content: bytes) -> tuple[list[dict[str, str]], int]:
+    """Returns the complete rows of a table's content, and the number of bytes they take."""
+    if _HEADER.encode().startswith(content):
+        return [], 0  # was stopped before its first row
+    size = content.rfind(b"\n") + 1
+    rows = list(csv.reader(content[:size].decode(errors="replace").splitlines()))
     if rows[:1] != [list(COLUMNS)] or any(len(row) != len(COLUMNS) or "" in row for row in rows):
         raise ValueError(f"{path} is damaged, or no table of this version: name another")
-    return [dict(zip(COLUMNS, row, strict=True)) for row in rows[1:]]
+    return [dict(zip(COLUMNS, row, strict=True)) for row in rows[1:]], size
 
 
 def guidance_controls(

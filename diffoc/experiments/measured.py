@@ -54,11 +54,12 @@ MOST_FILES = 10**6
 
 
 def _pictures(folder: Path) -> Iterator[Path]:
-    """Yields the pictures in a folder and all folders in it, but for hidden ones."""
+    """Yields the pictures in a folder and all folders in it, but for what is hidden there."""
     for count, path in enumerate(folder.rglob("*")):
         if count >= MOST_FILES:
             raise ValueError(f"{folder} has more than {MOST_FILES:,} files: name a folder in it")
-        if path.suffix.lower() in ENDINGS and not path.name.startswith(".") and not path.is_dir():
+        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if path.suffix.lower() in ENDINGS and not hidden and not path.is_dir():
             yield path
 
 

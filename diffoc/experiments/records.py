@@ -44,8 +44,8 @@ class Cell:
 
     Attributes:
         prior, task, method: their names.
-        precision: that of the network, "bfloat16" or "float32". Results differ in rounding alone,
-            and few CPUs are fast with both: cells that differ in nothing else count as the same.
+        precision: that of the network, "bfloat16" or "float32". Results differ in rounding alone:
+            cells that differ in nothing else count as the same, and a table has one of them.
         nfe: the budget of evaluations an image.
         settings: the method's keyword arguments as JSON with sorted keys, see :func:`as_json`.
         seed: what mask, kernel, noise and sampler are drawn from.

@@ -18,7 +18,7 @@ from joblib import Parallel, delayed, parallel_config
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from diffoc.checks import check_at_least, check_member, memory_is_full
+from diffoc.checks import check_at_least, check_member, device_failed, memory_is_full
 from diffoc.data.files import lock
 from diffoc.data.provenance import environment, told
 from diffoc.experiments import records
@@ -46,8 +46,9 @@ def run_cells(
 ) -> dict[str, int]:
     """Computes cells and appends them to a table; those that it has are skipped.
 
-    A cell whose method fails is recorded with its error, and the others go on; any other error, of
-    the machine, the data or the code, ends the run and is no record. Images that have a record, in
+    Where a method fails with several images, they are computed again as cells of one image each.
+    What fails then is recorded with its error, and the others go on; any other error, of the
+    machine, the data or the code, ends the run and is no record. Images that have a record, in
     whatever batch, are left out, unless they failed and are to be tried again.
 
     With several jobs `compute` is pickled, and workers have one thread each; one job computes here,
@@ -117,12 +118,14 @@ def _part(cells: Sequence[Cell], shard: tuple[int, int] | None) -> list[Cell]:
 
 
 def _results(calls: list[tuple], jobs: int, backend: str, device: str) -> Iterator[tuple]:
-    """Yields what `_attempt` returns, in any order."""
+    """Yields the cells that `_attempt` returns, in any order."""
     if jobs == 1 and backend == "loky":
-        yield from (_attempt(*call) for call in calls)
+        for call in calls:
+            yield from _attempt(*call)
     elif backend == "loky":
         pool = Parallel(jobs, backend="loky", return_as="generator_unordered", batch_size=1)
-        yield from pool(delayed(_attempt)(*call) for call in calls)
+        for done in pool(delayed(_attempt)(*call) for call in calls):
+            yield from done
     else:
         from ray.util.joblib import register_ray
 
@@ -131,7 +134,8 @@ def _results(calls: list[tuple], jobs: int, backend: str, device: str) -> Iterat
         cards = {"ray_remote_args": {"num_gpus": 1}} if device == "cuda" else {}
         with parallel_config("ray", **cards), Parallel(jobs, batch_size=1) as pool:
             for start in range(0, len(calls), jobs):
-                yield from pool(delayed(_attempt)(*call) for call in calls[start : start + jobs])
+                for done in pool(delayed(_attempt)(*call) for call in calls[start : start + jobs]):
+                    yield from done
 
 
 class MethodError(Exception):
@@ -159,14 +163,16 @@ def method_errors(settings: Collection[str] = ()) -> Iterator[None]:
             ) from error
         if isinstance(error, ValueError) and str(error).partition(" ")[0] in settings:
             raise
-        text = str(error).lower()
-        if "cuda error" in text or "cudnn_status" in text:
+        if device_failed(error):
             raise OSError(f"the device failed: {error}") from error
         raise MethodError(told(repr(error))) from error
 
 
-def _attempt(compute: Compute, cell: Cell, device: str, parent: int = 0) -> tuple:
-    """Returns the cell, its complete rows, and its images; in a worker if it has a parent."""
+def _attempt(compute: Compute, cell: Cell, device: str, parent: int = 0) -> list[tuple]:
+    """Returns a cell, its complete rows, and its images; in a worker if it has a parent.
+
+    Where its method fails with several images these are those of each image alone.
+    """
     if parent:
         torch.set_num_threads(1)
         torch.set_flush_denormal(True)
@@ -184,8 +190,10 @@ def _attempt(compute: Compute, cell: Cell, device: str, parent: int = 0) -> tupl
         found = [{"status": "unsupported", "error": told(error)}] * len(cell.images)
     except MethodError as error:
         found = [{"status": "failed", "error": str(error)}] * len(cell.images)
+    if found[0]["status"] == "failed" and len(cell.images) > 1:
+        return [done for one in alone(cell) for done in _attempt(compute, one, device, parent)]
     common = environment(device)
-    return cell, [c | common | row for c, row in zip(cell.rows(), found, strict=True)], images
+    return [(cell, [c | common | row for c, row in zip(cell.rows(), found, strict=True)], images)]
 
 
 def whole_products() -> None:
@@ -267,7 +275,7 @@ def check(
     chosen = dict.fromkeys(owners[i] for i in order[:rows])
     checked, exactly, differences = 0, 0, []
     for cell in chosen:
-        _, new, _ = _attempt(compute, cell, device)
+        new = [row for _, some, _ in _attempt(compute, cell, device) for row in some]
         same = all(new[0][key] == cells[cell][0][key] for key in ENVIRONMENT)
         exact = same and torch.device(device).type == "cpu"
         checked += len(new)

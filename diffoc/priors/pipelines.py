@@ -93,13 +93,7 @@ class DiffusersDenoiser(Denoiser):
         self.prediction_type = prediction_type
         bar = alphas_cumprod.double().clamp(min=2**-24)
         self.schedule = schedule or schedule_within(bar)
-        (first, last), (least, most) = _ratios_of(self.schedule), _ratios(bar)
-        # The usual schedules differ from the usual betas by less than a hundredth.
-        if first < 0.99 * least or last > 1.01 * most:
-            raise ValueError(
-                f"schedule has sigma / alpha from {first:.3g} to {last:.3g}, but the network was "
-                f"trained from {least:.3g} to {most:.3g}: leave schedule out, or take one within"
-            )
+        check_within_levels(self.schedule, bar)
         self.register_buffer("log_snr", (bar / (1 - bar)).log(), persistent=False)
 
     def timestep(self, log_snr: Tensor) -> Tensor:
@@ -135,6 +129,17 @@ def check_schedule(schedule: Schedule | None) -> None:
         raise ValueError(
             f"schedule has sigma / alpha from {first:.3g} at time 0 to {last:.3g} at time 1, "
             "expected finite numbers that grow"
+        )
+
+
+def check_within_levels(schedule: Schedule, alphas_cumprod: Tensor) -> None:
+    """Raises a ValueError if a schedule leaves the levels, (steps,), of a network's training."""
+    (first, last), (least, most) = _ratios_of(schedule), _ratios(alphas_cumprod)
+    # The usual schedules differ from the usual betas by less than a hundredth.
+    if first < 0.99 * least or last > 1.01 * most:
+        raise ValueError(
+            f"schedule has sigma / alpha from {first:.3g} to {last:.3g}, but the network was "
+            f"trained from {least:.3g} to {most:.3g}: leave schedule out, or take one within"
         )
 
 

@@ -26,6 +26,7 @@ from diffoc.priors.latent import LatentPrior, load_pipeline
 from diffoc.priors.networks import NETWORKS
 from diffoc.priors.pipelines import (
     check_schedule,
+    check_within_levels,
     from_hub,
     load_pixel_model,
     scales_of_images,
@@ -111,7 +112,8 @@ def load_prior(
             - a checkpoint of our trainer, a path ending in .pt.
         schedule: of the noise; by default azula's variance-preserving one with
             sigma / alpha from 0.01 to 100, about what these networks were trained for; of a model
-            of diffusers as far as its betas reach.
+            of diffusers as far as its betas reach. For networks with timesteps, of ADM, CompVis and
+            diffusers, it stays within the levels of their training.
         learned_variance: whether "ffhq256" or "imagenet256" keeps its head for the variance of
             ancestral steps, see :class:`diffoc.baselines.released.AncestralProcess`.
         allow_pickle: whether the file of "ffhq64", which is Python code as much as data, may be
@@ -236,6 +238,7 @@ def _load_adm(name: str, schedule: Schedule, learned_variance: bool) -> Denoiser
     path = fetch(REMOTE[name])
     state = read_torch_file(path)
     prior = untrained_adm(name, learned_variance=learned_variance)
+    check_within_levels(schedule, 1 - prior.sigmas.double().square())
     # The second half of the output channels is the interpolation of the variance.
     for key, value in prior.backbone.state_dict().items():
         if key in ("out.2.weight", "out.2.bias") and isinstance(state.get(key), Tensor):

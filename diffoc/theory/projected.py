@@ -55,14 +55,14 @@ import torch
 from torch import Tensor
 
 from diffoc.checks import check_member, check_whole
-from diffoc.hessian import HESSIANS, check_rank, range_finder, terminal_products
-from diffoc.lowrank import (
-    LowRankGains,
-    control_weight,
-    linearize_step,
-    low_rank_step,
+from diffoc.hessian import (
+    HESSIANS,
+    check_rank,
     random_directions,
+    range_finder,
+    terminal_products,
 )
+from diffoc.lowrank import LowRankGains, control_weight, linearize_step, low_rank_step
 from diffoc.riccati import matvec
 from diffoc.system import ControlProblem, Derivatives
 

@@ -11,6 +11,8 @@ import torch
 
 from diffoc.commands.main import FROM_ZERO, main, parser_of
 from diffoc.data.provenance import ROOT, told
+from diffoc.result import DivergenceError
+from diffoc.riccati import SingularControlHessianError
 
 
 def options(parser: argparse.ArgumentParser, words: tuple[str, ...] = ()) -> Iterator[tuple]:
@@ -129,21 +131,38 @@ def test_what_no_setting_can_be_is_refused(value, capsys) -> None:
     assert "argument --set" in capsys.readouterr().err
 
 
+FULL, SINGULAR = "memory is full", "the numbers cannot be computed with"
+
+
 @pytest.mark.parametrize(
-    "error",
+    ("error", "said"),
     [
-        MemoryError(),
-        torch.OutOfMemoryError("CUDA out of memory"),
-        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
+        (MemoryError(), FULL),
+        (torch.OutOfMemoryError("CUDA out of memory"), FULL),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), FULL),
+        (RuntimeError("CUDA error: device-side assert\nCompile with"), "the device failed"),
+        (RuntimeError("cuFFT error: CUFFT_INTERNAL_ERROR"), "the device failed"),
+        (torch.linalg.LinAlgError("linalg.cholesky: it is not\npositive-definite"), SINGULAR),
+        (SingularControlHessianError("Quu is not positive definite"), SINGULAR),
+        (DivergenceError("the cost is not finite", None), SINGULAR),
     ],
 )
-def test_a_full_memory_is_one_line(error, monkeypatch, capsys) -> None:
+def test_what_machine_or_numbers_refuse_is_one_line(error, said, monkeypatch, capsys) -> None:
     def fail(*args: object) -> None:
         raise error
 
     monkeypatch.setattr("diffoc.experiments.records.read", fail)
     assert main(["table", "x.csv"]) == 2
-    assert capsys.readouterr().err.startswith("diffoc: memory is full")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"diffoc: {said}")
+
+
+def test_an_error_of_the_code_is_no_line(monkeypatch) -> None:
+    monkeypatch.setattr(
+        "diffoc.experiments.records.read", lambda path: torch.ones(2) @ torch.ones(3)
+    )
+    with pytest.raises(RuntimeError, match="size"):
+        main(["table", "x.csv"])
 
 
 def test_what_an_error_says_holds_no_password_and_no_place_of_this_machine() -> None:

@@ -266,6 +266,7 @@ def outcome(places, monkeypatch, capsys):
     catch("diffoc.experiments.preflight.preflight")
     catch("diffoc.experiments.measured.measure")
     monkeypatch.setattr("diffoc.experiments.cells.check_inputs", lambda *args: None)
+    monkeypatch.setattr("diffoc.experiments.cells.check_recorded", lambda *args: None)
     monkeypatch.setattr("diffoc.experiments.cells.time_prior", lambda *args: (0.1, 0.1))
     monkeypatch.setattr("diffoc.experiments.runs.unfinished", lambda cells, *args: [])
     monkeypatch.setattr("diffoc.commands.reports.verify", lambda args: 0)

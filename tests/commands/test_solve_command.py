@@ -123,6 +123,24 @@ def test_unknown_recipes_and_budgets_are_refused(picture, capsys):
     assert "budget is 11, expected at least 4 times the 3 steps" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--recipe paper --noise-std 1e-6", "Quu is not positive definite at step"),
+        ("--recipe released --steps 1", "diffoc: steps is 1, expected"),
+    ],
+)
+def test_numbers_that_a_recipe_cannot_compute_with_are_one_line(
+    words, said, picture, tmp_path, capsys
+):
+    arguments = [str(picture), "--prior", "mnist", "--task", "super_resolution", *words.split()]
+    assert command_line.main(["solve", *arguments, "--out", str(tmp_path)]) == 2
+    bar, _, line = capsys.readouterr().err.rpartition("diffoc: ")
+    assert said in f"diffoc: {line}"
+    assert len(line.splitlines()) == 1
+    assert "Traceback" not in bar
+
+
 def test_the_cheapest_of_several_starts_is_written(picture, tmp_path):
     assert command(picture, "--task", "phase_retrieval", "--starts", "3", "--out", tmp_path) == 0
     report = json.loads((tmp_path / "report.json").read_text())

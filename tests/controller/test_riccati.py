@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from diffoc.hessian import random_directions
+from diffoc.lowrank import MatrixFree, low_rank_step
 from diffoc.riccati import DenseValue, Expansion, control_gradient, expand_step, terminal_value
-from diffoc.system import backward_sweep
+from diffoc.system import ControlProblem, backward_sweep
 
 B, N, M, T = 3, 4, 2, 6
 
@@ -386,6 +388,47 @@ def test_truncation_is_of_each_problem_s_own_hessian():
     value = terminal_value(lambda x: (x**4).sum(1), x, rank=1)
     assert torch.allclose(value.Vxx[0], torch.diag(torch.tensor([48.0, 0.0])).double())
     assert torch.allclose(value.Vxx[1], torch.diag(torch.tensor([0.0, 108.0])).double())
+
+
+def quadratic(values):
+    """x^T A x / 2 for an A with these eigenvalues."""
+    Q = torch.linalg.qr(normal(len(values), len(values), seed=72)).Q
+    A = (Q * values.double()) @ Q.mT
+    return A, lambda x, A=A: (x @ A * x).sum(1) / 2
+
+
+@pytest.mark.parametrize("rank", [1, 3, 6])
+def test_of_equal_eigenvalues_the_dense_form_keeps_what_products_keep(rank):
+    """It is the projected directions that both have, not what a decomposition puts first."""
+    A, cost = quadratic(torch.tensor([400.0] * 8 + [0.0] * 12))
+    x = normal(B, 20, seed=51)
+    omega = random_directions(x, rank + 5)[..., :rank]
+    Q = torch.linalg.qr(A @ omega).Q
+    found = terminal_value(cost, x, rank).Vxx
+    torch.testing.assert_close(found, 400 * Q @ Q.mT, rtol=0, atol=1e-9)
+    free = MatrixFree().terminal(ControlProblem(None, None, cost, 1), x, rank)
+    torch.testing.assert_close(found, free.Z @ free.S @ free.Z.mT, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("rank", [1, 5])
+@pytest.mark.parametrize(("dtype", "jitter"), [(torch.float32, 1e-6), (torch.float64, 1e-10)])
+def test_a_jitter_moves_what_the_dense_form_keeps_by_its_own_size(rank, dtype, jitter):
+    A, _ = quadratic(torch.tensor([1.0] * 8 + [0.0] * 12))
+    x, found = normal(1, 20, seed=51).to(dtype), []
+    for seed in range(5):
+        noise = jitter * normal(20, 20, seed=seed)
+        moved = (A + (noise + noise.mT) / 2).to(dtype)
+        found.append(terminal_value(lambda x, A=moved: (x @ A * x).sum(1) / 2, x, rank).Vxx)
+    assert (torch.stack(found) - found[0]).abs().amax() < 500 * jitter
+
+
+def test_an_update_of_another_name_is_refused():
+    value, e, a = random_value(20), random_expansion(10), torch.ones(B).double()
+    with pytest.raises(ValueError, match="update is 'adam', expected one of full, paper"):
+        value.step_back(e, a, "adam")
+    zero = torch.zeros(B, N, 0).double()
+    with pytest.raises(ValueError, match="update is 'adam', expected one of full, paper"):
+        low_rank_step(value.Vx, zero, zero, zero[:, :0], 1.0, a, "adam")
 
 
 # ---------------------------------------------------------------- the open-loop gradient

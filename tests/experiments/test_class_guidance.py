@@ -153,6 +153,16 @@ def test_a_table_of_digits_has_one_writer_and_is_cut_at_whole_rows(tmp_path, mon
         record(path, tmp_path / "images", 2, [3])
 
 
+@pytest.mark.parametrize("content", [b"a,b\n1,2\nhalf", b"no line of it ends", b"\n", bytes(9)])
+def test_a_file_of_something_else_is_not_cut(content, tmp_path):
+    path = tmp_path / "notes.csv"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"notes.csv is damaged, or no table .*name another"):
+        record(path, tmp_path / "images", 2, [3])
+    assert path.read_bytes() == content
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_what_guidance_and_plans_refuse():
     prior, x = load_prior("mnist"), torch.zeros(1, 1, 28, 28)
     with pytest.raises(ValueError, match="strength is -1"):

@@ -205,6 +205,90 @@ def test_the_best_trial_is_that_of_the_highest_mean():
     failed = [{"status": "failed", "psnr": ""}]
     assert best_trial([*ok, failed]) == 1
     assert best_trial([failed]) is None
+    assert best_trial([[ok[0][1], *failed]]) is None  # not by its other images
+
+
+CHANGED = {
+    "image_sha256": lambda m, f: write_picture(-digits()[0][0], f / "0.png"),
+    "weights_sha256": lambda m, f: m.setattr(experiments, "load_once", lambda *a: (MNIST, "x")),
+    "protocol": lambda m, f: m.setattr(
+        experiments, "protocol_of", lambda prior: replace(ONE_OPERATOR, name="another")
+    ),
+    "precision": lambda m, f: None,
+}
+MNIST = load_prior("mnist")
+
+
+@pytest.mark.parametrize("more", [False, True])
+@pytest.mark.parametrize("key", CHANGED)
+def test_a_table_is_gone_on_with_from_the_same_inputs_only(
+    key, more, folder, seen, tmp_path, monkeypatch, capsys
+):
+    """Names stay as they are; of the pictures of a data set, too."""
+    path = tmp_path / "table.csv"
+    command = ["run", "table1", "--prior", "mnist", "--images", str(folder), "--methods", "look"]
+    command += ["--tasks", "gaussian_blur", "--nfe", "2", "--batch", "2", "--out", str(path)]
+    assert main(command) == main(command) == 0
+    before, calls = path.read_bytes(), len(seen)
+    CHANGED[key](monkeypatch, folder)
+    if more:
+        write_picture(digits()[0][5], folder / "5.png")
+    capsys.readouterr()
+    assert main([*command, *["--precision", "bfloat16"] * (key == "precision")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"diffoc: out is {path}")
+    assert f" {key} " in line
+    assert "name another with --out" in line
+    assert (path.read_bytes(), len(seen)) == (before, calls)
+
+
+@pytest.mark.parametrize("name", ["table1_faces64", "tuning_faces64"])
+def test_the_shipped_records_can_be_gone_on_with(name):
+    path = data_folder() / "records" / f"{name}.csv"
+    cells = list(read(path))
+    experiments.check_recorded(cells, Computer(), path, pictures=False)
+    try:
+        experiments.check_recorded(cells, Computer(), path)
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.parametrize(
+    ("prior", "options", "shipped"),
+    [
+        ("faces64", ["--images", "PICTURES"], False),
+        ("faces64", ["--set", "offset=0.1", "--images", "PICTURES"], False),
+        ("mnist", ["--images", "PICTURES"], True),  # whose protocol has none
+        ("mnist", ["--set", "offset=0.1", "--images", "PICTURES"], False),
+    ],
+)
+def test_what_is_tuned_otherwise_lies_beside_its_records(
+    prior, options, shipped, folder, tmp_path, monkeypatch, capsys
+):
+    if prior == "faces64":
+        for file in folder.iterdir():
+            write_picture(portrait("astronaut")[0], file)
+
+    def level(prior, physics, y, x, generator, *, noise_std, level, offset=0.0):
+        return torch.full_like(x, level + offset)
+
+    values = {"level": tuple(i / 4 - 1 for i in range(8))}
+    fake = Method("", level, lambda task, nfe: {}, lambda s: (1, 0), values)
+    monkeypatch.setitem(METHODS, "fake", fake)
+    ours, beside = tmp_path / "data" / "tuned.json", tmp_path / "out" / "a.tuned.json"
+    ours.parent.mkdir()
+    shutil.copy(data_folder() / "tuned.json", ours)
+    before = ours.read_bytes()
+    for module in ("commands.tables", "experiments.methods"):
+        monkeypatch.setattr(f"diffoc.{module}.data_folder", lambda: ours.parent)
+    command = ["tune", "fake", "--prior", prior, "--tasks", "gaussian_blur", *options]
+    command = [str(folder) if word == "PICTURES" else word for word in command]
+    assert main([*command, "--out", str(tmp_path / "out" / "a.csv")]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == str(ours if shipped else beside)
+    assert (ours.read_bytes() == before) == (not shipped)
+    assert beside.exists() == (not shipped)
+    found = methods.read_tuned(ours if shipped else beside)
+    assert found[prior]["fake"]["gaussian_blur"].keys() == {"300"}
 
 
 def test_tuning_writes_the_best_and_a_second_time_computes_nothing(tmp_path, monkeypatch, capsys):

@@ -222,3 +222,12 @@ def test_jpeg_and_names_that_do_not_fit(tmp_path):
         measure(two, two, None)
     with pytest.raises(FileNotFoundError, match="no pictures"):
         pictures_in(tmp_path / "none")
+
+
+def test_pictures_in_hidden_folders_are_none_of_a_set(tmp_path):
+    """Such as a viewer's thumbnails; the set itself may lie in a hidden folder."""
+    folder = tmp_path / ".cache" / "set"
+    for place in (folder, folder / ".thumbs", folder / "part", folder / "part" / ".old" / "deep"):
+        place.mkdir(parents=True)
+        (place / f"{place.name.strip('.')}.png").touch()
+    assert [*pictures_in(folder)] == ["part", "set"]

@@ -28,6 +28,7 @@ from diffoc.experiments.records import (
     read,
     rows_of,
     shard_path,
+    writing,
 )
 from diffoc.experiments.runs import (
     MethodError,
@@ -118,11 +119,11 @@ def test_another_batch_computes_only_what_no_batch_had(tmp_path):
 
     assert run(path, counted, cells("abcd", 2)) == {"ok": 1, "failed": 1, "unsupported": 0}
     assert run(path, counted, cells("abcdef", 3)) == {"ok": 1, "failed": 1, "unsupported": 0}
-    assert "".join(seen) == "abcdef"
+    assert "".join(seen) == "ab" + "ab" + "cdef"  # those of the batch that failed, each alone
     assert unfinished(cells("abcdef", 1), path) == []
-    assert [c.images for c in unfinished(cells("abcdef", 4), path, None, True)] == [("a", "b")]
+    assert [c.images for c in unfinished(cells("abcdef", 4), path, None, True)] == [("b",)]
     assert run(path, counted, cells("abcdef", 1), retry_failed=True)["ok"] == 6
-    assert "".join(seen) == "abcdefab"
+    assert "".join(seen) == "ababcdefb"
     assert all(row["status"] == "ok" for row in by_image(read(path)).values())
     assert "".join(sorted(one.images[0] for one in by_image(read(path)))) == "abcdef"
 
@@ -168,8 +169,10 @@ def test_rows_of_a_batch_that_failed_are_replaced_image_by_image(tmp_path):
         assert sum(found.values()) == len(cells)
         return found["failed"], dict(zip(rows["image"], rows["error"], strict=True)), len(rows)
 
-    whole = repr(RuntimeError("['b', 'd'] broke"))
-    assert again("abcd", 4) == (1, dict.fromkeys("abcd", whole), 4)
+    whole = "the batch broke"  # as it was recorded once
+    failed = {"status": "failed", "error": whole}
+    with writing(path) as append:
+        append([row | failed for row in replace(CELLS[0], images=tuple("abcd")).rows()])
     alone = {name: repr(RuntimeError(f"['{name}'] broke")) for name in "bd"}
     # The first two are done again, of which one fails: the others' record is still the batch's.
     assert again("ab", 1) == (1, {"a": "", "b": alone["b"], "c": whole, "d": whole}, 4)
@@ -179,6 +182,30 @@ def test_rows_of_a_batch_that_failed_are_replaced_image_by_image(tmp_path):
     bad.remove("d")
     assert again("abcd", 4) == (0, dict.fromkeys("abcd", ""), 4)
     assert read(path).keys() == {replace(CELLS[0], images=(name,)) for name in "abcd"}
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_an_image_that_fails_takes_no_other_of_its_batch_with_it(jobs, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    path, kept, cell = tmp_path / "table.csv", [], replace(CELLS[0], images=tuple("abc"))
+    found = run(path, without_b, [cell], jobs=jobs, keep=lambda cell, _: kept.extend(cell.images))
+    assert found == {"ok": 0, "failed": 1, "unsupported": 0}
+    rows = {one.images[0]: row for one, row in by_image(read(path)).items()}
+    for name in "ac":
+        ((expected,), _) = fake(replace(cell, images=(name,)))
+        assert rows[name]["psnr"] == expected["psnr"]
+    assert [rows[name]["status"] for name in "abc"] == ["ok", "failed", "ok"]
+    assert rows["b"]["error"] == "RuntimeError('b broke')"
+    assert {row["batch"] for row in rows.values()} == {"1"}
+    assert kept == ["a", "c"]
+    assert unfinished([cell], path) == []
+
+
+def without_b(cell):
+    with method_errors():
+        if "b" in cell.images:
+            raise RuntimeError("b broke")
+    return fake(cell)
 
 
 def test_products_are_not_shortened(tmp_path):
@@ -201,23 +228,32 @@ def test_products_are_not_shortened(tmp_path):
 
 
 def test_a_failure_is_recorded_and_stops_nothing(tmp_path):
-    broken = {CELLS[2], CELLS[4]}
+    broken = {2, 4}
 
     def fragile(cell):
-        if cell in broken:
+        if cell.task == "one" and cell.seed in broken:
             with method_errors():
                 raise RuntimeError("it broke")
         return fake(cell)
 
     path = tmp_path / "table.csv"
     assert run(path, fragile) == {"ok": 9, "failed": 2, "unsupported": 1}
-    row = read(path)[CELLS[2]][0]
+    row = by_image(read(path))[replace(CELLS[2], images=("a",))]
     assert (row["status"], row["error"]) == ("failed", "RuntimeError('it broke')")
     assert row["versions"]
     assert row["device"]
     broken.clear()
     assert run(path, fragile)["failed"] == 2, "not tried again unless asked for"
     assert run(path, fragile, retry_failed=True) == {"ok": 11, "failed": 0, "unsupported": 1}
+
+
+DEVICE = (
+    *("CUDA error: an illegal memory access", "cuDNN error: CUDNN_STATUS_MAPPING_ERROR"),
+    *("CUBLAS_STATUS_NOT_INITIALIZED", "cusolver error: CUSOLVER_STATUS_INTERNAL_ERROR"),
+    *("cuFFT error: CUFFT_INTERNAL_ERROR", "GET was unable to find an engine to execute this"),
+    "NVML_SUCCESS == r INTERNAL ASSERT",
+)
+"""What torch says of a GPU and its libraries."""
 
 
 @pytest.mark.parametrize(
@@ -228,7 +264,8 @@ def test_a_failure_is_recorded_and_stops_nothing(tmp_path):
         (UnsupportedTask("no"), UnsupportedTask),
         *((MemoryError(), OSError), (torch.OutOfMemoryError("CUDA out of memory"), OSError)),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 9 bytes"), OSError),
-        (RuntimeError("CUDA error: an illegal memory access"), OSError),
+        *((RuntimeError(f"{said} failed"), OSError) for said in DEVICE),
+        (torch.linalg.LinAlgError("cusolver error: the matrix may have NaN"), MethodError),
         *((kind("no"), kind) for kind in (OSError, FileNotFoundError, ImportError, KeyError)),
         *((kind("no"), kind) for kind in (TypeError, NotImplementedError, KeyboardInterrupt)),
     ],
@@ -237,7 +274,7 @@ def test_only_what_a_method_raises_is_a_record(tmp_path, error, kind):
     """What the machine, the data or the code raise ends the run, and the next one computes it."""
 
     def broken(cell):
-        if cell == CELLS[1]:
+        if cell.seed == 1:
             with method_errors():
                 raise error
         return fake(cell)
@@ -246,7 +283,7 @@ def test_only_what_a_method_raises_is_a_record(tmp_path, error, kind):
     if kind in (MethodError, UnsupportedTask):
         run(path, broken, CELLS[:3])
         status = {MethodError: "failed", UnsupportedTask: "unsupported"}[kind]
-        assert read(path)[CELLS[1]][0]["status"] == status
+        assert by_image(read(path))[replace(CELLS[1], images=("a",))]["status"] == status
     else:
         with pytest.raises(kind) as raised:
             run(path, broken, CELLS[:3])

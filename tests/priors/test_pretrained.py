@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -11,10 +12,15 @@ from azula.plugins.utils import load_cards
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
 from torch import nn
 
-from diffoc.priors import wrap
+from diffoc.priors import pretrained, wrap
 from diffoc.priors.networks import DigitClassifier, parameter_count
 from diffoc.priors.pipelines import DiffusersDenoiser
-from diffoc.priors.pretrained import EDMDenoiser, load_prior, take_nearest_timesteps
+from diffoc.priors.pretrained import (
+    EDMDenoiser,
+    load_prior,
+    take_nearest_timesteps,
+    untrained_adm,
+)
 from diffoc.training import trainer as training
 
 
@@ -68,6 +74,22 @@ def test_the_ffhq_network_of_the_paper_at_full_size(cache):
         expected, found = original.eval()(x, t).mean, prior(x, t).mean
     assert expected.std() > 0.1
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "schedule", [VESchedule(1e-3, 50), VESchedule(0.02, 500), VPSchedule(1e-3, 1e-3)]
+)
+def test_an_adm_network_is_used_where_it_was_trained(schedule, cache, monkeypatch):
+    """Of DDPM's betas, which its code has: elsewhere azula takes the first or the last timestep."""
+    small = partial(untrained_adm, channels=32)
+    monkeypatch.setattr(pretrained, "untrained_adm", small)
+    torch.save(small("ffhq256").backbone.state_dict(), cache / "ffhq_10m.pt")
+    bar = DDPMScheduler(1000).alphas_cumprod.double()
+    least, most = (1 / bar[[0, -1]] - 1).sqrt().tolist()
+    with pytest.raises(ValueError, match=f"trained from {least:.3g} to {most:.3g}: leave schedule"):
+        load_prior("ffhq256", schedule)
+    load_prior("ffhq256", VESchedule(least, most))
+    load_prior("ffhq256")
 
 
 def test_adm_files_of_another_kind_are_refused(cache):
