@@ -107,7 +107,7 @@ def by_method(name):
         settings |= LONG.get(name, {}) | more
         if METHODS[name].tuned:
             keyword, values = next(iter(METHODS[name].tuned.items()))
-            settings |= {keyword: values[0]}
+            settings |= {keyword: values[1]}
         method = METHODS[name].run
         return method(used, PHYSICS, Y, images(), generator(), noise_std=NOISE_STD, **settings)
 

@@ -29,7 +29,7 @@ from diffoc.baselines.released import ResidualNorm
 from diffoc.costs import ClassLikelihood, ControlCost, GaussianLikelihood
 from diffoc.data import faces, mnist, portrait
 from diffoc.data.manifest import checked_bytes, load_weights
-from diffoc.data.pictures import picture_size, read_picture, read_transparency
+from diffoc.data.pictures import picture_size, read_picture, read_transparency, values_of
 from diffoc.experiments.cells import cells_of
 from diffoc.experiments.methods import METHODS
 from diffoc.experiments.records import shard_path
@@ -521,7 +521,7 @@ PICTURES = list(pictures())
         ),
     ),
     read=st.sampled_from(
-        [lambda path: read_picture(path, (1, 8, 8))[0], picture_size, read_transparency]
+        [lambda path: read_picture(path, (1, 8, 8))[0], picture_size, read_transparency, values_of]
     ),
 )
 def test_whatever_is_no_picture_is_refused(content, read):
@@ -650,6 +650,7 @@ OTHERS = {
     "open_picture": "behind read_picture",
     "picture_size": "above",
     "read_transparency": "above",
+    "values_of": "above",
     "write_picture": "of a result",
 }
 """Public names of those modules that are no doors, or have tests elsewhere; why."""
