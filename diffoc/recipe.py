@@ -201,8 +201,8 @@ OURS = Recipe(
     untuned=UNTUNED,
     by_task={
         ("super_resolution", 20): {"steps": 5, "smoothness": 2.0, "iterations": 20},
-        ("super_resolution", 50): {"steps": 12, "smoothness": 2.0, "iterations": 0},
-        ("super_resolution", 100): {"steps": 25, "smoothness": 2.0, "iterations": 0},
+        ("super_resolution", 50): {"steps": 12, "smoothness": 1.5, "iterations": 0},
+        ("super_resolution", 100): {"steps": 25, "smoothness": 1.5, "iterations": 0},
         ("super_resolution", 200): {"steps": 15, "smoothness": 3.0, "iterations": 20},
         ("super_resolution", 300): {"steps": 15, "smoothness": 3.0, "iterations": 20},
         ("random_inpainting", 20): {"steps": 5, "smoothness": 3.0, "iterations": 20},
@@ -212,7 +212,7 @@ OURS = Recipe(
         ("random_inpainting", 300): {"steps": 15, "smoothness": 3.0, "iterations": 20},
         ("box_inpainting", 300): {"steps": 15, "smoothness": 2.0, "iterations": 20},
         ("gaussian_blur", 300): {"steps": 60, "smoothness": 2.0, "iterations": 0},
-        ("motion_blur", 300): {"steps": 60, "smoothness": 2.0, "iterations": 0},
+        ("motion_blur", 300): {"steps": 60, "smoothness": 1.5, "iterations": 0},
     },
 )
 r"""The default: a greedy guess, improved by L-BFGS in units of the image until the budget is spent.

@@ -23,7 +23,7 @@ from diffoc.baselines.paper import snr_weights
 from diffoc.costs import GaussianLikelihood
 from diffoc.experiments import cells as experiments
 from diffoc.experiments import ffhq
-from diffoc.experiments.memory import LiveTensors
+from diffoc.experiments.benchmark import LiveTensors
 from diffoc.experiments.protocol import FFHQ
 from diffoc.experiments.records import as_json
 from diffoc.lowrank import MatrixFree

@@ -23,7 +23,7 @@ from __future__ import annotations
 import importlib
 import math
 import pkgutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import wraps
@@ -68,7 +68,8 @@ class Method:
         settings: maps a task's name and a budget of evaluations to keyword arguments; it raises a
             ValueError for a budget that the method cannot have.
         work: maps keyword arguments to the evaluations and products of an image.
-        tuned: the values to try, in all combinations, of one to three keywords tuned for a task.
+        tuned: the values to try, in all combinations, of one to three keywords tuned for a task;
+            keywords of a tuple have their values together.
         largest: the largest value that the first of them may have.
         per_step: the evaluations that each of its `steps` needs at least; trials with a small
             budget have fewer steps.
@@ -80,7 +81,7 @@ class Method:
     run: Callable[..., Tensor]
     settings: Callable[[str, int], dict]
     work: Callable[[dict], tuple[int, int]]
-    tuned: Mapping[str, Sequence[float]] | None = None
+    tuned: Mapping[str | tuple[str, ...], Sequence] | None = None
     largest: float = math.inf
     per_step: int = 1
     latent: bool = False
@@ -93,11 +94,7 @@ class Method:
     def trials(self, nfe: int) -> list[dict]:
         """Returns the settings that are tried for a budget of evaluations, in a fixed order."""
         tuned = self.tuned or {}
-        values = [
-            [max(1, round(v * nfe)) if isinstance(v, Share) else v for v in some]
-            for some in tuned.values()
-        ]
-        trials = [dict(zip(tuned, some, strict=True)) for some in product(*values)] if tuned else []
+        trials = [_trial(tuned, some, nfe) for some in product(*tuned.values())] if tuned else []
         for trial in trials:
             if "steps" in trial:
                 trial["steps"] = max(1, min(trial["steps"], nfe // self.per_step))
@@ -110,7 +107,8 @@ class Method:
         `trials(nfe)[best]`, and one and a half; steps are factors, or differences where one of the
         values is 0.
         """
-        centre, keyword = self.trials(nfe)[best], next(iter(self.tuned or {}))
+        centre = self.trials(nfe)[best]
+        keyword = next(iter(centre))
         values = sorted({trial[keyword] for trial in self.trials(nfe)})
         moved = []
         for step in (-1.5, -0.5, 0.5, 1.5):
@@ -122,6 +120,16 @@ class Method:
             value = min(float(f"{value:.2g}"), self.largest)
             moved.append(centre | {keyword: round(value) if isinstance(values[0], int) else value})
         return [trial for i, trial in enumerate(moved) if trial not in moved[:i]]
+
+
+def _trial(keywords: Iterable[str | tuple[str, ...]], values: Iterable, nfe: int) -> dict:
+    trial: dict[str, float] = {}
+    for keyword, value in zip(keywords, values, strict=True):
+        if isinstance(keyword, tuple):
+            trial |= zip(keyword, value, strict=True)
+        else:
+            trial[keyword] = max(1, round(value * nfe)) if isinstance(value, Share) else value
+    return trial
 
 
 def one_a_step(task: str, nfe: int) -> dict:

@@ -63,7 +63,8 @@ METHOD = Method(
     ours,
     lambda task, nfe: {"budget": nfe},
     _work,
-    tuned={"smoothness": (2.0, 3.0), "steps": (15, 60), "iterations": (0, 20)},
+    # A plan, or more steps of the guess alone.
+    tuned={"smoothness": (1.5, 2.0, 3.0, 4.0), ("steps", "iterations"): ((15, 20), (60, 0))},
     per_step=4,
     recipe=OURS,
 )

@@ -70,6 +70,6 @@ METHOD = Method(
     pnp_admm,
     one_a_step,
     no_products,
-    # From 1 the box diverges; by the weight other tasks lose a decibel.
-    tuned={"first_std": (0.2, 0.4, 0.7, 1.0), "weight": (1.0, 3.0)},
+    # From 0.7 the box diverges.
+    tuned={"weight": (0.3, 1.0, 3.0, 10.0), "first_std": (0.4, 0.7)},
 )

@@ -35,19 +35,19 @@ def measure(args: argparse.Namespace) -> int:
     truth = pictures_in(args.images)
     out = args.out or args.kept.parent / f"{args.kept.name}-measured"
     try_file(out / "measured.csv")
-    found = {}
+    sets = {}
     for name, folder in measured.sets_in(args.kept).items():
         kept = {path.stem: path for path in pictures_in(folder).values() if path.parent == folder}
         part = _measured(kept, truth, out / name, args)
         if part is None:
             print(f"{name}: part {args.shard[0]} of {args.shard[1]} measured, others to come")
             continue
-        found[name] = part
+        sets[name] = part
         means = ", ".join(f"{key} {value:.4g}" for key, value in part.means().items())
         print(f"{name}: {len(part.rows)} images: {means}")
-    if found:
-        _say_missing(found.values())
-        measured.write_rows(out / "measured.csv", found)
+    if sets:
+        _say_missing(sets.values())
+        measured.write_rows(out / "measured.csv", sets)
         print(out / "measured.csv")
     return 0
 
@@ -55,7 +55,7 @@ def measure(args: argparse.Namespace) -> int:
 def _measured(
     kept: dict[str, Path], truth: dict[str, Path], place: Path, args: argparse.Namespace
 ) -> Measured | None:
-    """Returns the set measured, whose parts that are there already are read; None if not all."""
+    """Returns a set's numbers, once all parts are measured, else None; parts are kept and read."""
     if lost := [name for name in kept if name not in truth]:
         raise ValueError(f"images has no original of {lost[0]}: expected one picture of that name")
     i, n = args.shard or (1, 1)
@@ -175,26 +175,26 @@ def _compare(
 ) -> None:
     """Measures what was kept, writes the table, and draws the first images."""
     truth = {Path(name).stem: originals / name for name in names}
-    found: dict[tuple[str, str], Measured] = {}
+    sets: dict[tuple[str, str], Measured] = {}
     args.batch = max(args.batch, 16)
     for key, folder in folders.items():
         if (out / "kept" / folder).is_dir():
             kept = {k: path for k, path in pictures_in(out / "kept" / folder).items() if k in truth}
             part = _measured(kept, truth, out / "measured" / folder, args)
             if part is not None:
-                found[key] = part
-    _say_missing(found.values())
-    rows = {", ".join(key): part for key, part in found.items()}
+                sets[key] = part
+    _say_missing(sets.values())
+    rows = {", ".join(key): part for key, part in sets.items()}
     measured.write_rows(out / f"{args.table}.csv", rows)
-    means = {key: part.means() | {"images": len(part.rows)} for key, part in found.items()}
+    means = {key: part.means() | {"images": len(part.rows)} for key, part in sets.items()}
     text = tables.beside_the_paper(args.table, means, head, failed)
     if args.rehearse:
         text = "A REHEARSAL: random weights, two steps. The numbers mean nothing.\n\n" + text
     path = out / f"{args.table}.md"
     path.write_text(text, encoding="utf-8")
     print(f"\n{text}\n{path}")
-    for task in dict.fromkeys(task for _, task in found):
-        shown = [out / "kept" / folders[key] for key in found if key[1] == task]
+    for task in dict.fromkeys(task for _, task in sets):
+        shown = [out / "kept" / folders[key] for key in sets if key[1] == task]
         print(_draw([truth, *map(pictures_in, shown)], out / f"{args.table}-{task}.png"))
 
 
@@ -224,9 +224,9 @@ def _chosen(args: argparse.Namespace) -> list[Path]:
         if not args.random_weights:
             raise ValueError("images is missing: name the folder of FFHQ's pictures")
         args.images = _generated(_out(args) / "generated")
-    found = list(pictures_in(args.images).values())
+    paths = list(pictures_in(args.images).values())
     count = args.first or args.last or (FIGURE_IMAGES if args.rehearse else 1000)
-    return found[:count] if args.first else found[-count:]
+    return paths[:count] if args.first else paths[-count:]
 
 
 def _generated(folder: Path) -> Path:

@@ -18,8 +18,7 @@ from diffoc.priors.weights import TRAINED_ON
 from diffoc.result import DivergenceError
 
 COMMANDS = {
-    "reports": ("verify", "claims", "benchmark"),
-    "networks": ("fit", "train", "evaluate"),
+    "theory_and_priors": ("verify", "claims", "benchmark", "fit", "train", "evaluate"),
     "solve": ("solve",),
     "tables": ("run", "tune", "check", "table", "figures", "digits"),
     "ffhq": ("preflight", "ffhq", "measure"),
@@ -257,14 +256,14 @@ def _setting(text: str) -> tuple[str, object]:
     if not equals:
         raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
     try:
-        found = json.loads(value)
+        parsed = json.loads(value)
     except json.JSONDecodeError:
-        found = value
-    if not isinstance(found, bool | int | float) and not (isinstance(found, str) and found):
+        parsed = value
+    if not isinstance(parsed, bool | int | float) and not (isinstance(parsed, str) and parsed):
         raise argparse.ArgumentTypeError(
             f"{text!r} has no value that a setting can have: give a number, true, false or a word"
         )
-    return key, found
+    return key, parsed
 
 
 def _shard(text: str) -> tuple[int, int]:
@@ -291,13 +290,13 @@ FROM_ZERO = {"seed", "seeds", "rank", "ranks", "iterations"}
 """Options that may be zero; all other numbers are positive."""
 
 LEAST = {"noise_std": 1e-6}
-"""Of options whose squares' inverses float32 has to hold."""
+"""The least values of options whose squares' inverses float32 has to hold."""
 
 MOST = {"rate": 1.0, "noise_std": 1e3, "samples": 10**6, "seed": 2**63 - 1, "seeds": 2**63 - 1}
-"""Of options; other whole numbers are at most 10^9, of which no memory holds more."""
+"""The largest values of options; other whole numbers are at most 10^9: no memory holds more."""
 
 WORKERS = 4 * (os.cpu_count() or 1)
-"""The most of one machine: more would only take its memory."""
+"""The most workers of one machine: more would only take its memory."""
 
 
 def _check_words(words: Sequence[str]) -> None:

@@ -44,7 +44,7 @@ class _Cancelled(Exception):
 
 
 class Panel:
-    """Image, task, noise, recipe and budget by hand; measurement, image and cost as they move.
+    """Widgets to choose image, task, noise, recipe and budget, and to watch the reconstruction.
 
     Attributes:
         view: the widget, to be displayed.

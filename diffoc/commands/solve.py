@@ -46,6 +46,12 @@ FAMILIAR = {"faces64": {0.3: 27.6, 1.0: 21.8}}
 WRITTEN = ("measurement.png", "reconstruction.png", "comparison.png", "report.json")
 """What `solve` writes beside measurement.npz, which stays as it is where it was read."""
 
+TWIN = (
+    "the image and its twin, turned by 180 degrees, explain the measurement equally well: "
+    "--starts N tries several starts, and the cheapest image is written"
+)
+"""A note on phase retrieval."""
+
 RECIPES = {recipe.name: recipe for recipe in (OURS, STOPPED, COLD, PAPER, RELEASED)}
 """What `--recipe` names; the tables run the same ones."""
 
@@ -57,12 +63,12 @@ class Settings:
     Attributes:
         task: a key of :data:`diffoc.problems.tasks.TASKS`.
         prior: a name or path for :func:`diffoc.load_prior`.
-        noise_std: of the measurement.
+        noise_std: the measurement's noise, on the scale of images in [-1, 1].
         recipe: a key of :data:`RECIPES`.
-        budget, steps, iterations, rank: in place of the recipe's; None for those. A budget takes
-            the place of the recipe's iterations, too; where both are given, both are limits.
-        starts: see :func:`diffoc.reconstruct.reconstruct`; the cheapest image is written.
-        seed: of mask, kernel, noise and whatever else is random.
+        budget, steps, iterations, rank: numbers that replace the recipe's; None leaves them. A
+            budget replaces the recipe's iterations, too; with iterations given, both are limits.
+        starts: the number of starts, of which the cheapest image is written.
+        seed: the seed of mask, kernel, noise and whatever else is random.
     """
 
     task: str
@@ -124,6 +130,8 @@ def solve(args: argparse.Namespace) -> int:
         case = from_picture(args.image, prior.image_shape, settings, args.crop)
         assert case.truth is not None
         case.notes.extend(unfamiliar(prior, settings, case.truth))
+    if args.task == "phase_retrieval":
+        case.notes.append(TWIN)
     for note in case.notes:
         print(f"note: {note}")
     result, report = run(case, prior, settings, args.device)

@@ -81,17 +81,17 @@ def _cells(args: argparse.Namespace, images: Sequence[str]) -> tuple[str, list[C
 def check(args: argparse.Namespace) -> int:
     """Computes the cells of random rows again; 1 if a number differs."""
     compute = experiments.Computer(args.images and args.images.resolve(), args.device)
-    found = runs.check(args.records, compute, args.rows, args.seed, args.device)
-    for line in found.differences:
+    checked = runs.check(args.records, compute, args.rows, args.seed, args.device)
+    for line in checked.differences:
         print(line)
-    for place, allowed in sorted(found.tolerances.items()):
+    for place, allowed in sorted(checked.tolerances.items()):
         print(f"{', '.join(place)}: PSNR may be off by {allowed:.3g} dB on another machine")
     print(
-        f"{found.rows} rows computed again, {found.exact} on the same machine and versions (to "
-        f"the last digit), {found.rows - found.exact} elsewhere (within the tolerance): "
-        f"{len(found.differences)} differences"
+        f"{checked.rows} rows computed again, {checked.exact} on the same machine and versions (to "
+        f"the last digit), {checked.rows - checked.exact} elsewhere (within the tolerance): "
+        f"{len(checked.differences)} differences"
     )
-    return int(bool(found.differences))
+    return int(bool(checked.differences))
 
 
 def table(args: argparse.Namespace) -> int:
@@ -122,8 +122,8 @@ def digits(args: argparse.Namespace) -> int:
 def tune(args: argparse.Namespace) -> int:
     """Tries settings of each method on the tuning images, and writes down the best by mean PSNR.
 
-    With settings or images in place of the protocol's own that is beside the records, and else in
-    `data/tuned.json`, from which the tables run.
+    They go to `data/tuned.json`, from which the tables run, or to a file beside the records if the
+    settings or images are not the protocol's.
     """
     path = args.out or ROOT / "data" / "records" / f"tuning_{as_file_name(args.prior)}.csv"
     own = args.set or (args.images and protocol_of(args.prior).tuning)
@@ -173,8 +173,8 @@ def _trials(
 ) -> dict[tuple[str, str, int], list[dict]]:
     """Returns the settings to try by task, method and budget.
 
-    With the usual budget or a smaller one, the only one that a method has, or images of one's own
-    they are all of its trials; with a larger budget they lie around the best of those.
+    With the usual budget, a smaller one, the only one that a method can have, or images of one's
+    own, all its trials are tried; with a larger budget those around the best of them.
     """
     cost, plan = _product_cost(args), {}
     tasks, budgets = args.tasks or paper_tables.TASKS, args.nfe or [NFE]
@@ -238,10 +238,10 @@ def execute(
     try_file(path)
     if args.keep:
         try_folder(args.keep)
-    found = fill(cells, compute, path, args, keep, str(path), _print_plan)
-    if found["failed"]:
+    counts = fill(cells, compute, path, args, keep, str(path), _print_plan)
+    if counts["failed"]:
         print("those that failed are computed again with --retry-failed")
-    return int(found["failed"] > 0)
+    return int(counts["failed"] > 0)
 
 
 def fill(
@@ -259,7 +259,7 @@ def fill(
     experiments.check_recorded(cells, compute, path, bool(left or compute.folder))
     experiments.check_inputs(left, compute)
     plan(left, len(cells), args)
-    found = runs.run_cells(
+    counts = runs.run_cells(
         cells,
         compute,
         path,
@@ -271,8 +271,8 @@ def fill(
         keep=keep,
         work=lambda cell: experiments.work_of(cell)[0],
     )
-    print(f"{title}: " + ", ".join(f"{count} {name}" for name, count in found.items()))
-    return found
+    print(f"{title}: " + ", ".join(f"{count} {name}" for name, count in counts.items()))
+    return counts
 
 
 def _print_plan(left: Sequence[Cell], cells: int, args: argparse.Namespace) -> None:

@@ -1,7 +1,7 @@
 """Experiments beside the tables as grids of cells: few steps, rank, a wrong score, our own parts.
 
-What is tuned has the value that was best on the tuning faces with the trained prior, or with that
-of the colour faces, for a cell's budget; where nothing was tuned for that, for 300 evaluations.
+A tuned setting has the value that was best on the tuning faces for a cell's budget, with its own
+prior or else that of the colour faces; or that for 300 evaluations, if none was tuned for it.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -19,29 +19,29 @@ from diffoc.problems.tasks import TASKS as ALL_TASKS
 from diffoc.recipe import COLD
 
 TASKS = recipe.TASKS[:2]
-"""Of the paper's Tables 4 to 6 too."""
+"""The tasks of the grids, and of the paper's Tables 4 to 6."""
 
 TUNED = ("faces64", 300)
-"""The prior and the budget whose tuned values a cell has where there are none of its own."""
+"""The prior and the budget whose tuned values stand in where a cell has none of its own."""
 
 HORIZONS = (5, 10, 20, 50, 100, 200)
 """T, as in Figure 3 and Table 6."""
 
 BUDGETS = (20, 50, 100, 200, 300)
-"""Evaluations, for which each method is tuned."""
+"""The numbers of evaluations for which each method is tuned."""
 
 RANKS = (0, 1, 4, 16)
 REGULARIZATIONS = (0, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1, "lemma_4_2")
-"""Of Tables 4 and 5."""
+"""Tikhonov's constants a of Tables 4 and 5."""
 
 NOISE_LEVELS = (0.1, 0.2)
-"""Of the weights' noise, relative to their root mean square."""
+"""The levels of the weights' noise, relative to their root mean square."""
 
 CONSTANT_COSTS = (0.3, 3.0, 30.0, 300.0)
-"""r of all controls, where the controller that is not stopped loses its weights."""
+"""The values of r for ours with one control cost r at all steps in place of the weighted one."""
 
 NO_COST = 1e-6
-"""w of the controller that is not stopped, where it loses its cost: zero makes Quu singular."""
+"""The weight w for ours almost without a control cost: zero would make Quu singular."""
 
 Choice = tuple[str, str, str, int, dict]
 """Prior, task, method, budget and settings of a cell."""
@@ -56,8 +56,8 @@ def equal_budgets(prior: str, tasks: Sequence[str]) -> Iterator[Choice]:
 def equal_horizons(prior: str, tasks: Sequence[str]) -> Iterator[Choice]:
     """Yields Figure 3 and Table 6, the same T: DPS has T evaluations, ours 300, or 4 T if more.
 
-    DPS takes as many steps of its T evaluations as its trials chose. Ours is there with the greedy
-    guess and without.
+    How many steps DPS makes of its T evaluations was tuned. Ours appears with the greedy guess and
+    without it.
     """
     for name, steps in product(tasks, HORIZONS):
         some, nfe = {"steps": steps}, max(TUNED[1], 4 * steps)
@@ -74,10 +74,10 @@ def few_steps(prior: str, tasks: Sequence[str]) -> Iterator[Choice]:
 
 
 def rank(prior: str, tasks: Sequence[str]) -> Iterator[Choice]:
-    """Tables 4 and 5: the paper's settings but for what varies, with ten steps and 20 iterations.
+    """Yields Tables 4 and 5: one setting of the paper varied, with ten steps and 20 iterations.
 
     The terminal Hessian of rank k, propagated exactly or by the projections of Appendix D.1, and
-    Tikhonov's constant a. With a = 0 and no control cost, Eq. 28, Quu has the rank k alone: that
+    Tikhonov's constant a. With a = 0 and no control cost, Eq. 28, Quu has only rank k: that
     cell fails, as the paper says. With the control cost Quu stays regular. The first order has
     nothing to project, and Adam makes its constant irrelevant, see
     :func:`diffoc.baselines.paper.paper`.
@@ -94,7 +94,7 @@ def rank(prior: str, tasks: Sequence[str]) -> Iterator[Choice]:
 
 
 def published(prior: str, tasks: Sequence[str]) -> Iterator[Choice]:
-    """Tables 4 to 6 and Figure 3 by the paper's algorithm at its settings for NFE 1000.
+    """Yields Tables 4 to 6 and Figure 3 by the paper's algorithm at its settings for NFE 1000.
 
     The rank k, Tikhonov's constant a, and the number of steps T vary one at a time, with the 50
     iterations that the paper fixes and, for k and T, with as many as make the work equal: an
@@ -122,9 +122,9 @@ def robustness(
 ) -> Iterator[Choice]:
     """Yields Figure 6: DPS and ours with copies of a prior that are wrong, and what needs no prior.
 
-    Ours is there with its guess, which knows that images are smooth, and with one that does not.
-    Without trained weights there are only priors of random ones. Nothing is tuned for other budgets
-    than 300 evaluations.
+    Ours appears with its guess, which knows that images are smooth, and with one that does not.
+    Where there are no trained weights, all priors have random ones. Methods are tuned for 300
+    evaluations only.
     """
     if trained:
         wrong = [prior, *(f"{prior}+noise{level:g}" for level in NOISE_LEVELS), UNTRAINED + prior]
@@ -146,8 +146,8 @@ def robustness(
 def parts(prior: str, tasks: Sequence[str]) -> Iterator[Choice]:
     """Yields ours, not stopped, and the same with one of its parts taken away, at 300 evaluations.
 
-    In place of the weighted control cost there are constant ones, and none, so that the comparison
-    is with the best of them.
+    The weighted control cost is replaced by several constant ones and by almost none, so that it
+    can be compared with the best of these.
     """
     nfe = TUNED[1]
     for name in tasks:
@@ -180,9 +180,9 @@ def ablation_cells(
 ) -> list[Cell]:
     """Returns the cells of one of :data:`ABLATIONS`, each once.
 
-    The tasks are some that are tuned for 300 evaluations, the methods those to keep, by default
-    all. Only `robustness` can do without trained weights, and takes a budget, where 300 evaluations
-    take too long. The rest is as for :func:`diffoc.experiments.cells.cells_of`.
+    The tasks must be tuned for 300 evaluations; the methods are those to keep, by default all.
+    Only `robustness` can do without trained weights, and takes a budget, as 300 evaluations may
+    take too long. Other arguments are those of :func:`diffoc.experiments.cells.cells_of`.
     """
     check_member(ABLATIONS, table=table)
     if not trained and table != "robustness":
@@ -207,8 +207,8 @@ def ablation_cells(
 
 
 def _tuned(prior: str, method: str, task: str, nfe: int) -> dict:
-    """Returns a method's settings for a budget, tuned for it or, as far as they go, for 300."""
-    found = METHODS[method].settings(task, nfe)
+    """Returns a method's settings, tuned for the budget or, where they fit it, for 300."""
+    settings = METHODS[method].settings(task, nfe)
     tuned = read_tuned()
     own = tuned.get(accurate_name(prior), {}).get(method, {}).get(task)
     own = own or tuned.get(TUNED[0], {}).get(method, {}).get(task)
@@ -217,11 +217,11 @@ def _tuned(prior: str, method: str, task: str, nfe: int) -> dict:
             f"tasks has {task!r}, for which {method} is not tuned with {TUNED[0]}: leave it out"
         )
     if str(nfe) in own:
-        return found | own[str(nfe)]
+        return settings | own[str(nfe)]
     # Steps that are a share of 300 evaluations are none of another budget.
     trials = METHODS[method].tuned or {}
     shares = {key for key, some in trials.items() if any(isinstance(v, Share) for v in some)}
-    found |= {key: value for key, value in own[str(TUNED[1])].items() if key not in shares}
-    if "steps" in found:
-        found["steps"] = min(found["steps"], nfe // METHODS[method].per_step)
-    return found
+    settings |= {key: value for key, value in own[str(TUNED[1])].items() if key not in shares}
+    if "steps" in settings:
+        settings["steps"] = min(settings["steps"], nfe // METHODS[method].per_step)
+    return settings

@@ -9,18 +9,21 @@ turns, and the fastest of each count, so that other work on the machine does not
 import itertools
 import math
 import platform
-from collections.abc import Sequence
+import time
+import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from azula.denoise import Denoiser
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffoc.checks import check_above, check_at_least
 from diffoc.costs import GaussianLikelihood
-from diffoc.experiments.memory import clock, peak_memory
 from diffoc.lowrank import MatrixFree
 from diffoc.priors.pretrained import load_prior, untrained_adm
 from diffoc.problems.operators import average_pool
@@ -40,12 +43,12 @@ class Row:
     Attributes:
         shape: the states', (B, C, H, W).
         steps, rank, keep_activations: T, k, and whether activations are kept.
-        evaluations, products: how many an image takes.
+        evaluations, products: the numbers that one image takes.
         bare_seconds, seconds: the time of the bare network, and of the controller.
-        bare_bytes, bytes: the most memory of both beyond the weights; the bare network's has the
-            activations of all steps if they are kept, else of one.
+        bare_bytes, bytes: the peak memory of the bare network and of the controller, without the
+            weights; the former has the activations of all steps if they are kept, else of one.
         ratio: the controller's time in units of the bare network's.
-        beyond: the controller's memory beyond the network's, in float32 numbers, over T n.
+        beyond: the controller's memory minus the network's, in float32 numbers, over T n.
     """
 
     shape: tuple[int, ...]
@@ -107,7 +110,7 @@ def measure(
         resumed.append(clock(x.device))
         bare.append(resumed[0] - start)
 
-    found = solve(process, likelihood, x, iterations=repeats + 1, callback=between, **options)
+    result = solve(process, likelihood, x, iterations=repeats + 1, callback=between, **options)
     least = _network_bytes(process, x, keep_activations)
     most, _ = peak_memory(lambda: solve(process, likelihood, x, iterations=2, **options), x.device)
     return Row(
@@ -115,8 +118,8 @@ def measure(
         steps=steps,
         rank=rank,
         keep_activations=keep_activations,
-        evaluations=(int(found.evaluations[0]) - steps) // (repeats + 1),
-        products=int(found.products[0]) // (repeats + 1),
+        evaluations=(int(result.evaluations[0]) - steps) // (repeats + 1),
+        products=int(result.products[0]) // (repeats + 1),
         bare_seconds=min(bare),
         seconds=min(controlled),
         bare_bytes=least,
@@ -134,6 +137,64 @@ def _network_bytes(process: ReverseProcess, x: Tensor, keep_activations: bool) -
     t = process.times[0].to(x)
     _, kept = peak_memory(lambda: process.denoiser(x.detach().requires_grad_(), t).mean, x.device)
     return one + (process.horizon - 1) * kept
+
+
+class LiveTensors(TorchDispatchMode):
+    """Counts the bytes of the tensors made while it is active that are still alive.
+
+    Activations that autograd keeps count, what a kernel allocates for itself does not. It works on
+    every device. `live` and `peak` are the bytes now, and at most.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._alive: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        before = {id(s) for s in _storages((args, kwargs))}
+        result = func(*args, **(kwargs or {}))
+        for storage in _storages(result):
+            if id(storage) not in before | self._alive:
+                self._alive.add(id(storage))
+                self.live += storage.nbytes()
+                weakref.finalize(storage, self._forget, id(storage), storage.nbytes())
+        self.peak = max(self.peak, self.live)
+        return result
+
+    def _forget(self, key: int, size: int) -> None:
+        self._alive.remove(key)
+        self.live -= size
+
+
+def _storages(tree: object) -> list[torch.UntypedStorage]:
+    return [t.untyped_storage() for t in tree_leaves(tree) if isinstance(t, Tensor)]
+
+
+def peak_memory(run: Callable[[], object], device: torch.device) -> tuple[int, int]:
+    """Returns the most bytes in use during `run`, and those that its result keeps beyond.
+
+    On a CUDA device as its allocator counts them, elsewhere those of :class:`LiveTensors`.
+    """
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        result = run()
+        most = torch.cuda.max_memory_allocated(device) - before
+        after = torch.cuda.memory_allocated(device) - before
+    else:
+        with LiveTensors() as tensors:
+            result = run()
+        most, after = tensors.peak, tensors.live
+    del result  # was alive until here
+    return most, after
+
+
+def clock(device: torch.device | str) -> float:
+    """Returns seconds, once a device has done what it was asked for; differences count."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def flop(prior: Denoiser, shape: Sequence[int]) -> tuple[int, int]:
@@ -195,8 +256,8 @@ def run(
     """Measures priors, projects Table 1, prints both, and returns them as numbers for JSON.
 
     Names are those of priors, see :func:`diffoc.load_prior`; with random weights "ffhq256" and
-    "imagenet256" need no files. A batch of images is compared with as many one after another; 1 is
-    no comparison. Other arguments are as for :func:`measure` and :func:`project`.
+    "imagenet256" need no files. A batch at once is compared with as many images one after
+    another, unless it is of 1. Other arguments are those of :func:`measure` and :func:`project`.
     """
     check_at_least(1, batch=batch)
     load = untrained_adm if random_weights else load_prior
@@ -208,7 +269,7 @@ def run(
         network = untrained_adm("ffhq256")
     table = project(*flop(network, (1, *network.image_shape)), ranks, teraflops)
     on_cuda = torch.device(device).type == "cuda"
-    found: dict[str, Any] = {
+    report: dict[str, Any] = {
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name(device) if on_cuda else platform.machine(),
         "threads": torch.get_num_threads(),
@@ -216,8 +277,8 @@ def run(
         "priors": {},
         "projected": {"teraflops": teraflops, "table_1": [asdict(row) for row in table]},
     }
-    print(f"{found['device']}, {found['threads']} threads, torch {found['torch']}")
-    print(f"seconds of an iteration with T = {steps}; MB beyond the weights ({found['memory']})")
+    print(f"{report['device']}, {report['threads']} threads, torch {report['torch']}")
+    print(f"seconds of an iteration with T = {steps}; MB beyond the weights ({report['memory']})")
     print(
         f"{'prior':<12} B rank activations  F/step B/step  bare s  diffoc s  ratio  "
         "bare MB  diffoc MB  more / (T n)"
@@ -241,7 +302,7 @@ def run(
                 f"{name}, rank {one.rank}: {batch} images at once {many.seconds:.3f} s, one "
                 f"after another {batch * one.seconds:.3f} s"
             )
-        found["priors"][name] = [asdict(row) for row in rows]
+        report["priors"][name] = [asdict(row) for row in rows]
     print("\nPROJECTED from the FLOP of ffhq256, not measured: Table 1 on a device that sustains")
     print(f"{teraflops:g} TFLOP/s, which is an assumption")
     for line in table:
@@ -249,7 +310,7 @@ def run(
             f"NFE {line.nfe}, rank {line.rank}, activations {_kept(line)}: {line.seconds:.1f} s an "
             f"image, {line.gpu_hours:.0f} GPU-hours for {TABLE_1_IMAGES} images"
         )
-    return found
+    return report
 
 
 def _kept(row: Row | Projection) -> str:

@@ -1,6 +1,6 @@
 """What the tables compare: images, tasks, methods and their budgets as cells, and how one is run.
 
-Measurements depend on the seed and the image alone, so that all methods see the same, in whatever
+Measurements depend only on the seed and the image, so that all methods see the same, whatever the
 batches: noise and initial state are each image's own, and so is the task's mask or kernel where the
 :mod:`protocol <diffoc.experiments.protocol>` says so.
 """
@@ -29,8 +29,8 @@ from diffoc.data.downloads import cache_folder, sha256_of
 from diffoc.data.pictures import read_picture, write_picture
 from diffoc.data.provenance import digest, short
 from diffoc.experiments import records
+from diffoc.experiments.benchmark import clock
 from diffoc.experiments.inaccurate import accurate_name, is_inaccurate, load_inaccurate
-from diffoc.experiments.memory import clock
 from diffoc.experiments.methods import METHODS, equal_work, prior_of, settings_of
 from diffoc.experiments.protocol import COLOUR_FACES, Protocol, protocol_of
 from diffoc.experiments.records import COUNTS, METRICS, Cell, Row, as_json, in_batches
@@ -54,9 +54,9 @@ class Computer:
     """Computes cells, in this process or in another; see :data:`diffoc.experiments.runs.Compute`.
 
     Attributes:
-        folder: of pictures, or None for the test set of faces, whose names are numbers.
+        folder: the pictures' folder; None for the test set of faces, whose names are numbers.
         device: "cpu", "cuda" or "cuda:i".
-        protocol: how images are measured, by default as the prior's tables have it.
+        protocol: how images are measured; None for the protocol of the prior's tables.
     """
 
     folder: Path | None = None
@@ -132,10 +132,10 @@ def check_recorded(
 ) -> None:
     """Raises a ValueError if a table has results of cells from other inputs than they have now.
 
-    They are weights, precision, protocol and, if they are to be read, pictures: a name or a path
-    may have another content than when the table was begun.
+    Inputs are weights, precision, protocol and, where `pictures` is set, the pictures: a name or a
+    path may have another content than when the table was begun.
     """
-    known, found = recorded(path), {}
+    known, digests = recorded(path), {}
     for one in (one for cell in cells for one in records.alone(cell)):
         row = known.get(one)
         if row is None or row["status"] != "ok":
@@ -147,10 +147,10 @@ def check_recorded(
             now["weights_sha256"] = weights
         if pictures:
             shape = getattr(network, "decoded_shape", network.image_shape)
-            if (shape, one.images) not in found:
+            if (shape, one.images) not in digests:
                 truth = read_images(one.images, shape, computer.folder)
-                found[shape, one.images] = digest(truth[0])
-            now["image_sha256"] = found[shape, one.images]
+                digests[shape, one.images] = digest(truth[0])
+            now["image_sha256"] = digests[shape, one.images]
         for key, value in now.items():
             if row[key] not in ("", value):
                 raise ValueError(
@@ -196,7 +196,7 @@ class _NoPrior(LatentPrior):
 
 
 class _NoOperator(LinearPhysics):
-    """What a method gets in place of an operator, likewise."""
+    """What a method gets in place of an operator, to tell when it begins."""
 
     def A(self, *args: object, **options: object) -> NoReturn:
         raise _Begun
@@ -207,7 +207,7 @@ class _NoOperator(LinearPhysics):
 def metrics_of(x0: Tensor, truth: Tensor) -> dict[str, Tensor]:
     """Returns the metrics of the tables, (B,) each, by names of the records' `METRICS`.
 
-    Those of LPIPS are there where its weights are, for images that its networks can take.
+    LPIPS is among them where its weights are, for images that its networks can take.
     """
     metrics = image_metrics(x0, truth)
     if min(truth.shape[-2:]) >= SMALLEST:
@@ -257,12 +257,12 @@ def load_once(name: str, device: str, learned_variance: bool = False) -> tuple[D
     else:
         prior = load_prior(name, learned_variance=learned_variance)
     if name in SHIPPED:
-        found = short(manifest.manifest_entry(f"{name}.safetensors")["sha256"])
+        weights = short(manifest.manifest_entry(f"{name}.safetensors")["sha256"])
     elif name in REMOTE:
-        found = short(sha256_of(cache_folder() / REMOTE[name].name))
+        weights = short(sha256_of(cache_folder() / REMOTE[name].name))
     else:
-        found = digest(prior.state_dict())
-    return prior.to(device), found
+        weights = digest(prior.state_dict())
+    return prior.to(device), weights
 
 
 def cells_of(
@@ -281,7 +281,7 @@ def cells_of(
 
     The prior is a name for :func:`load_once`; methods in a latent space use another. Budgets are of
     evaluations; a cell has `batch` images. The precision is "bfloat16" or "float32". The overrides
-    are keyword arguments in place of the methods' own; METHOD.KEY is one's alone. With a
+    replace keyword arguments of all methods, or as METHOD.KEY of one. With a
     `product_cost` each method has the evaluations that make its work equal, see
     :func:`diffoc.experiments.methods.equal_work`.
     """

@@ -4,9 +4,8 @@ The chain is DDPM's of the shipped prior in colour, the problem is a portrait se
 operator. Every method is written as what it does to the chain's kernels. Its -log w is recorded,
 whose mean is :math:`E[\sum_i |u_i|^2 / 2 c_i^2 + l(x_0)]` for a shift of the means
 (:mod:`diffoc.theory.certificate`) and the same with the kernels' divergence in place of the squares
-for the Riccati sampler (:mod:`diffoc.theory.riccati_draws`). By how much two methods differ in it
-is by how much the divergences of their paths from the posterior's differ, in nats: log p(y) is the
-same for all.
+for the Riccati sampler (:mod:`diffoc.theory.riccati_draws`). Two methods differ in it by as
+much as their paths' divergences from the posterior's do, in nats: log p(y) is the same for all.
 
 What that needs: noise in every guided step; a shift that knows the past and not the noise to come;
 the likelihood's own noise level; one chain, with the same T, for all that are compared. It does not
@@ -85,7 +84,7 @@ class Case:
 
     @property
     def means(self) -> ReverseProcess:
-        """DDPM's without noise, which is planned on."""
+        """Returns DDPM's chain without noise, on which plans are made."""
         return ancestral_mean(self.prior, len(self.noise), self.x, torch.Generator())
 
 
@@ -128,14 +127,14 @@ def pgdm(case: Case) -> Guidance:
     return guidance
 
 
-def mmps(case: Case, iterations: int = 3) -> Guidance:
+def mmps(case: Case) -> Guidance:
     """Returns MMPS's, E[x_0 | x_t, y] by Tweedie's covariance in the place of E[x_0 | x_t]."""
     conditioned = MMPSDenoiser(
         case.prior,
         case.y.flatten(1),
         lambda x0: case.physics.A(x0).flatten(1),
         IsotropicCovariance(case.y.new_tensor(NOISE_STD**2)),
-        iterations=iterations,
+        iterations=3,
     )
     chain = case.chain
 
@@ -146,7 +145,7 @@ def mmps(case: Case, iterations: int = 3) -> Guidance:
     return guidance
 
 
-def paper(case: Case, iterations: int = 20) -> Guidance:
+def paper(case: Case) -> Guidance:
     """Returns the paper's plan, made without noise from the start, in open loop."""
     times = case.means.times
     plan = solve(
@@ -157,7 +156,7 @@ def paper(case: Case, iterations: int = 20) -> Guidance:
         rule=Adam(5e-3),
         regularization=1e-3,
         rank=0,
-        iterations=iterations,
+        iterations=20,
     )
     return lambda i, x, mean: plan.controls[i]
 
@@ -168,7 +167,7 @@ def open_loop(case: Case) -> Guidance:
 
 
 def riccati(case: Case, rank: int) -> tuple[Tensor, float]:
-    """Runs the Riccati sampler around that plan: x_0 and -log w."""
+    """Returns x_0 and -log w of the Riccati sampler of a rank around :attr:`Case.planned`."""
     means = case.means
     price = ControlCost(noise_price(case.prior.schedule, means.times))
     problem = ControlProblem(means.step, price, case.cost, means.horizon)
@@ -180,8 +179,8 @@ def riccati(case: Case, rank: int) -> tuple[Tensor, float]:
 
 def _shifted(guidance: Callable[[Case], Guidance], case: Case) -> tuple[Tensor, float]:
     with evaluating(case.prior):
-        found = certify(case.chain, case.cost, guidance(case), case.x)
-    return found.x0, -found.log_weights.item()
+        run = certify(case.chain, case.cost, guidance(case), case.x)
+    return run.x0, -run.log_weights.item()
 
 
 METHODS: dict[str, Callable[[Case], tuple[Tensor, float]]] = {

@@ -79,14 +79,11 @@ def ancestral(
     return process, sigma.item() * noise[0]
 
 
-def planned(
-    process: ReverseProcess, cost: ClassLikelihood, x: Tensor, strength: float, iterations: int = 1
-) -> Result:
-    """Returns images by iLQR of rank 0, whose first guess are guidance's controls of a strength.
+def planned(process: ReverseProcess, cost: ClassLikelihood, x: Tensor, strength: float) -> Result:
+    """Returns images by an iteration of iLQR of rank 0 from guidance's controls of a strength.
 
-    The process is ancestral, in input mode, the initial states are (B, ...). It takes at most
-    T (2 + 4 iterations) evaluations: an iteration tries three step sizes, and those who refuse all
-    roll out again.
+    The process is ancestral, in input mode, the initial states are (B, ...). It takes at most 6 T
+    evaluations: an iteration tries three step sizes, and images that refuse all roll out again.
     """
     weights = noise_weights(process)
     return solve(
@@ -96,7 +93,7 @@ def planned(
         guidance_controls(process, cost, x, strength)[0],
         control_cost=ControlCost(weights),
         rank=0,
-        iterations=iterations,
+        iterations=1,
         rule=LineSearch(trials=3, contraction=0.25),
         regularization=DAMPING * weights,
     )
@@ -161,7 +158,7 @@ def measures(digits: Tensor, label: int, real: Tensor) -> dict[str, float]:
     }
 
 
-def record(path: Path, folder: Path, images: int = 100, labels: Sequence[int] = range(10)) -> None:
+def record(path: Path, folder: Path, images: int, labels: Sequence[int] = range(10)) -> None:
     """Makes digits of labels in all ways, and appends a row for each to a table, a CSV file.
 
     Rows that the table has are not made again. The digits, `images` of each way and label, at least
@@ -222,10 +219,9 @@ def guidance_controls(
 
     .. math:: u = -w \, b_t \, \frac{\sigma_t^2}{\alpha_t} \nabla_{x_t} J(m(x_t, t)) .
 
-    The process is in input mode: the last step's would act on the image itself, which no control
-    does. The cost J is any that maps images (B, ...) to costs (B,), no image having a part in
-    another's. The strength is w; 1 for the score, 0 for no guidance. It takes T evaluations and T
-    products.
+    The process is in input mode: a control after the last step would act on the image itself, and
+    is left out. The cost J maps images (B, ...) to costs (B,), each image to its own. The strength
+    w is 1 for the score, and 0 for no guidance. The work is T evaluations and T products.
 
     Source: Dhariwal & Nichol 2021, arXiv:2105.05233; at Tweedie's estimate, Chung et al. 2022,
     arXiv:2209.14687.

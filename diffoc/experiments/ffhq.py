@@ -27,7 +27,7 @@ from diffoc.recipe import Recipe
 
 PRIOR, LATENT_PRIOR = "ffhq256", "ffhq256_latent"
 NFE = 1000
-"""Of the other methods."""
+"""The budget of the other methods."""
 
 HORIZONS = (10, 20, 50, 100)
 """T of Table 6: the third is the one of Table 3, the others are ours."""
@@ -52,11 +52,11 @@ class Line:
     """A row of a table.
 
     Attributes:
-        label: the paper's; of rows that it does not have, our own.
+        label: the paper's, or our own for a row that it does not have.
         method, nfe: the method's name, "" for one that cannot run, and its budget.
-        changes: settings in place of the method's own.
-        note: where the settings are from, or why it cannot run.
-        may_fail: whether it fails in the paper, too.
+        changes: settings that replace the method's own.
+        note: where the settings are from, or why the method cannot run.
+        may_fail: whether the method fails in the paper, too.
     """
 
     label: str
@@ -76,7 +76,7 @@ MCG_CODE = "github.com/HJ-harry/MCG_diffusion, for inpainting of FFHQ"
 
 
 def published(method: str, task: str) -> tuple[dict[str, Any], str]:
-    """Returns settings of a method of others on FFHQ with 1000 evaluations, and their source.
+    """Returns settings for FFHQ and 1000 evaluations of a method that has no recipe, and a source.
 
     What was tuned on FFHQ here counts most, then what its authors, or those of DPS and MCG, ran on
     FFHQ, then what they ran on other images, and last what was tuned on our small faces.
@@ -101,8 +101,8 @@ def published(method: str, task: str) -> tuple[dict[str, Any], str]:
     if method == "psld":
         return {"guidance": 0.1, "gluing": 0.1}, "run/inverse_*_ldm.sh of github.com/LituRout/PSLD"
     budgets = tuned.get("faces64", {}).get(method, {}).get(task, {})
-    found = budgets.get(str(NFE)) or budgets.get("300") or {}
-    return found, "tuned on 64x64 faces with 300 evaluations, not on FFHQ"
+    usual = budgets.get(str(NFE)) or budgets.get("300") or {}
+    return usual, "tuned on 64x64 faces with 300 evaluations, not on FFHQ"
 
 
 def lines(table: str) -> list[Line]:
@@ -165,7 +165,7 @@ def cells_by_line(
     """
     if tasks and (other := [task for task in tasks if task not in tasks_of(table)]):
         raise ValueError(f"tasks has {other[0]}, {table} has {', '.join(tasks_of(table))}")
-    found: dict[Cell, Line] = {}
+    lines_of: dict[Cell, Line] = {}
     for line in lines(table):
         for task in tasks or tasks_of(table):
             latent = bool(line.method) and METHODS[line.method].latent
@@ -182,23 +182,23 @@ def cells_by_line(
             cells = cells_of(
                 used, [task], [line.method], [line.nfe], [0], images, batch, precision, changes
             )
-            found |= dict.fromkeys(cells, line)
-    return found
+            lines_of |= dict.fromkeys(cells, line)
+    return lines_of
 
 
 def _smallest(line: Line, task: str) -> dict[str, Any]:
     """Returns two steps and one iteration, for methods that have them; for Table 6 2 to 5 steps.
 
-    The released code's number of steps is one more, that of their ends.
+    The released code counts the ends of the steps, which are one more.
     """
     settings = METHODS[line.method].settings(task, line.nfe) | dict(line.changes)
     steps = 2 + (HORIZONS.index(line.changes["steps"]) if "steps" in line.changes else 0)
     steps += METHODS[line.method].recipe is RELEASED
-    found = {key: n for key, n in (("steps", steps), ("iterations", 1)) if key in settings}
+    smallest = {key: n for key, n in (("steps", steps), ("iterations", 1)) if key in settings}
     # With random weights two steps make values so large that rounding makes Quu indefinite:
     # Tikhonov's constants are raised above it, in proportion.
     constant = settings.get("regularization", "")
-    return found | ({} if isinstance(constant, str) else {"regularization": 1e8 * constant})
+    return smallest | ({} if isinstance(constant, str) else {"regularization": 1e8 * constant})
 
 
 def paper_numbers(table: str) -> dict[str, dict[str, Any]]:
@@ -208,7 +208,7 @@ def paper_numbers(table: str) -> dict[str, dict[str, Any]]:
 
 
 def check_protocol(path: Path, protocol: Protocol) -> None:
-    """Raises a ValueError if there is a table with rows of another protocol."""
+    """Raises a ValueError if a table has rows of another protocol."""
     cells = read(path) if path.exists() else {}
     if others := {rows[0]["protocol"] for rows in cells.values()} - {protocol.name, ""}:
         raise ValueError(
@@ -219,23 +219,23 @@ def check_protocol(path: Path, protocol: Protocol) -> None:
 
 def beside_the_paper(
     table: str,
-    found: Mapping[tuple[str, str], Mapping[str, float]],
+    means: Mapping[tuple[str, str], Mapping[str, float]],
     head: str,
     failed: Mapping[tuple[str, str], int] | None = None,
 ) -> str:
     """Returns one of :data:`TABLES` in Markdown for each metric, beside the paper's numbers.
 
-    A place has ours, the paper's in brackets, and the difference. What was `found` are means by
-    label and task, and "images", how many they are of; so many others have `failed`. The head says
-    how the images were measured.
+    A place has our number, the paper's in brackets, and the difference. The means are those of a
+    label and task, with their number of images as "images"; `failed` has that of the failed ones.
+    The head says how the images were measured.
     """
     paper, tasks, parts = paper_numbers(table), tasks_of(table), [head]
     for metric, key in METRICS[table].items():
         rows = []
         for line in lines(table):
-            ours = (found.get((line.label, task), {}).get(key) for task in tasks)
+            ours = (means.get((line.label, task), {}).get(key) for task in tasks)
             theirs = (paper.get(line.label, {}).get(task, {}).get(metric) for task in tasks)
-            counts = _counts([(line.label, task) for task in tasks], found, failed or {})
+            counts = _counts([(line.label, task) for task in tasks], means, failed or {})
             rows.append([line.label, counts, *map(_place, ours, theirs)])
         title = f"{table}, {metric}: ours (paper's) difference"
         parts.append(f"{title}\n\n{markdown(['method', 'images', *tasks], rows)}")
@@ -256,11 +256,11 @@ def _notes(line: Line, tasks: Sequence[str]) -> Iterator[str]:
 
 def _counts(
     places: Sequence[tuple[str, str]],
-    found: Mapping[tuple[str, str], Mapping[str, float]],
+    means: Mapping[tuple[str, str], Mapping[str, float]],
     failed: Mapping[tuple[str, str], int],
 ) -> str:
     """Returns how many images a row is of, task by task where they differ."""
-    counts = [f"{found[place]['images']:g}" if place in found else "-" for place in places]
+    counts = [f"{means[place]['images']:g}" if place in means else "-" for place in places]
     lost = [f" + {failed[place]} failed" if failed.get(place) else "" for place in places]
     every = [a + b for a, b in zip(counts, lost, strict=True)]
     some = {text for text in every if text != "-"}

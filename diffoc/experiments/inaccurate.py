@@ -31,14 +31,14 @@ from diffoc.priors.networks import NETWORKS
 from diffoc.priors.pretrained import SHIPPED, default_schedule, load_prior, shape_of, untrained_adm
 
 UNTRAINED, RANDOM, IDENTITY = "untrained ", "random ", "identity "
-"""Before a prior's name."""
+"""What a prior's name begins with."""
 
 _NOISE = re.compile(r"(.+)\+noise(\d+(?:\.\d+)?(?:e-?\d+)?)", re.ASCII)
 
 _OURS = ("mnist", "faces64")
 
 MOST = 4096
-"""The channels and the side of a network that is made smaller or larger."""
+"""The most channels, and the largest side, that a name may ask for."""
 
 
 class IdentityDenoiser(Denoiser):
@@ -62,18 +62,18 @@ def accurate_name(name: str) -> str:
     """Returns the name of the prior that a wrong one is made of."""
     for prefix in (UNTRAINED, RANDOM, IDENTITY):
         name = name.removeprefix(prefix)
-    found = _NOISE.fullmatch(name)
-    return found[1] if found else name
+    noisy = _NOISE.fullmatch(name)
+    return noisy[1] if noisy else name
 
 
 def load_inaccurate(name: str, learned_variance: bool = False) -> Denoiser:
     """Returns a prior of the module's names, always the same, on the CPU and in evaluation mode.
 
-    An ADM network has its head for the variance if that is asked for.
+    With `learned_variance` an ADM network has its head for the variance.
     """
-    if found := _NOISE.fullmatch(name):
-        prior = load_prior(found[1], learned_variance=learned_variance)
-        return add_noise(prior, float(found[2]))
+    if noisy := _NOISE.fullmatch(name):
+        prior = load_prior(noisy[1], learned_variance=learned_variance)
+        return add_noise(prior, float(noisy[2]))
     base = accurate_name(name)
     if name.startswith(IDENTITY):
         network, _, side = sizes_of(base)
@@ -93,7 +93,7 @@ def add_noise(prior: Denoiser, level: float) -> Denoiser:
     """Adds Gaussian noise to the weights of a prior, in place, and returns it.
 
     The level, at least 0, is relative to the root mean square of every tensor. The noise of two
-    levels differs by a factor alone.
+    levels differs only by a factor.
     """
     check_at_least(0, level=level)
     generator = torch.Generator().manual_seed(0)

@@ -63,15 +63,15 @@ def small_problems(seed: int = 0) -> list[Problem]:
     blur = (-distance.square() / 4.5).exp()
     blur = blur / blur.sum(dim=1, keepdim=True)
     gaussians = [("inpainting", smooth, identity[::2], 0.05), ("blur", rough, blur, 0.2)]
-    found = []
+    problems = []
     for name, covariance, A, noise_std in gaussians:
         prior = GaussianPrior(place.cos() / 4, covariance, VPSchedule())
         truth = prior.mean + torch.linalg.cholesky(covariance) @ _normal((16,), generator)
         y = A @ truth + noise_std * _normal((len(A),), generator)
-        found.append(problem(name, prior, A, y, noise_std))
+        problems.append(problem(name, prior, A, y, noise_std))
     A = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
     y = torch.tensor([0.28], dtype=torch.float64)
-    return [*found, problem("ring", ring_prior(), A, y, 0.2)]
+    return [*problems, problem("ring", ring_prior(), A, y, 0.2)]
 
 
 def ring_prior() -> GaussianMixturePrior:
@@ -84,13 +84,13 @@ def ring_prior() -> GaussianMixturePrior:
     return GaussianMixturePrior(mixture, VPSchedule())
 
 
-def digit_problem(seed: int = 0) -> Problem:
+def digit_problem() -> Problem:
     """Returns a digit under the shipped mixture, averaged over 2 x 2 pixels, n = 784, float64."""
     weights = {k: v.double() for k, v in manifest.load_weights("mixture_mnist").items()}
     prior = GaussianMixturePrior(mixture_from_loadings(**weights), VPSchedule())
     A = as_matrix(average_pool(2), (1, 28, 28), torch.float64)
     truth = data.digits()[0][6].double().flatten()
-    noise = _normal((len(A),), torch.Generator().manual_seed(seed))
+    noise = _normal((len(A),), torch.Generator().manual_seed(0))
     return problem("digit", prior, A, A @ truth + 0.05 * noise, 0.05)
 
 

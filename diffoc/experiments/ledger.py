@@ -1,15 +1,15 @@
 """The ledger: the paper's claims, what became of them, and the numbers behind each verdict.
 
 `data/claims.yaml` is a list of claims. A claim has an `id`, its `place` in the paper, what it
-`says`, a `verdict` with its `reason`, and `numbers`; one that was not run has `planned` in place
-of them. A number says `what` it is and in which `unit`, is a `value` or a bound, `at_most`, and
-has one source:
+`says`, a `verdict` with its `reason`, and `numbers`; a claim that was not run has `planned` in
+place of numbers. A number says `what` it is and in which `unit`, is a `value` or a bound,
+`at_most`, and has one source:
 
 - `notebook`: a text that the cell of this id prints in a file; the number is in the text;
-- `records`: the mean over images of a column of a table, over the rows that agree with `where`, or
-  with `minus` of its differences to the rows that agree with that;
-- `recompute`: the function of that name in :mod:`diffoc.theory.claims` or
-  :mod:`diffoc.experiments.paper_tables`, or else the group of that name in
+- `records`: the mean over images of a column of a table, in the rows that agree with `where`, or,
+  if there is `minus`, the mean of its differences to the rows that agree with `minus`;
+- `recompute`: the function of that name in :mod:`diffoc.theory.claims`, the number of that name in
+  :data:`diffoc.experiments.paper_tables.NUMBERS`, or the group of that name in
   :mod:`diffoc.theory.identities`, which stands for its largest error.
 
 A value that is recomputed may be off by as much as `within`, one from records by half of the last
@@ -55,7 +55,7 @@ VERDICTS = (
     NOT_RUN,
 )
 DIGITS = {"ssim": 3}
-"""How many digits are shown behind the point of a column of records; of others two."""
+"""The number of digits behind the point, by column of records; two for all others."""
 _NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?")
 
 
@@ -109,17 +109,17 @@ class Number:
         number = f"at most {self.at_most:g}" if self.value is None else f"{self.value:g}"
         return f"{number} {self.unit}".rstrip()
 
-    def disagreement(self, found: float) -> str | None:
-        """Returns how the number disagrees with what was found; None if it does not."""
+    def disagreement(self, value: float) -> str | None:
+        """Returns how the number disagrees with its source's value; None if it does not."""
         within = self.within
         if isinstance(self.source, Recorded):
             within = 0.5 * 10.0 ** -DIGITS.get(self.source.column, 2)
         # A NaN agrees with nothing.
         if self.value is not None and within is not None:
-            agrees = abs(found - self.value) <= within
+            agrees = abs(value - self.value) <= within
         else:
-            agrees = self.at_most is not None and found <= self.at_most
-        return None if agrees else f"the ledger has {self}, {self.source} gives {found:.6g}"
+            agrees = self.at_most is not None and value <= self.at_most
+        return None if agrees else f"the ledger has {self}, {self.source} gives {value:.6g}"
 
 
 @dataclass(frozen=True)
@@ -208,12 +208,12 @@ def told(number: Number, records: Path = RECORDS) -> str:
 def rounding(source: Recorded) -> float | None:
     """Returns by how much rounding moves a number from records; None where it was not measured."""
     first, second = source.where, source.minus or {}
-    found = [
+    changes = [
         of_mean(source.column, row["method"], row["task"])
         for row in (first, second)
         if {"method", "task"} <= row.keys()
     ]
-    known = [change for change in found if change is not None]
+    known = [change for change in changes if change is not None]
     return sum(known) if known and len(known) == 1 + bool(second) else None
 
 
@@ -223,11 +223,10 @@ def recomputable() -> dict[str, Callable[[], float]]:
     groups = {group.__name__: partial(_largest_error, group) for group in identities.IDENTITIES}
     functions = {
         name: function
-        for module in (claims, paper_tables)
-        for name, function in inspect.getmembers(module, inspect.isfunction)
-        if function.__module__ == module.__name__ and not name.startswith("_")
+        for name, function in inspect.getmembers(claims, inspect.isfunction)
+        if function.__module__ == claims.__name__ and not name.startswith("_")
     }
-    return {**groups, **functions}
+    return {**groups, **functions, **paper_tables.NUMBERS}
 
 
 def _largest_error(group: Callable[[], Iterator[Identity]]) -> float:
@@ -236,8 +235,8 @@ def _largest_error(group: Callable[[], Iterator[Identity]]) -> float:
 
 def counts(ledger: list[Claim]) -> dict[str, int]:
     """Returns how many claims have each verdict, in the order of :data:`VERDICTS`."""
-    found = Counter(claim.verdict for claim in ledger)
-    return {verdict: found[verdict] for verdict in VERDICTS}
+    verdicts = Counter(claim.verdict for claim in ledger)
+    return {verdict: verdicts[verdict] for verdict in VERDICTS}
 
 
 def run(
@@ -245,7 +244,7 @@ def run(
 ) -> int:
     """Prints the ledger, and what disagrees with its source: returns 1 if anything does, else 0.
 
-    Other arguments are as for :func:`check`.
+    Other arguments are those of :func:`check`.
     """
     ledger = read(path)
     print(f"{len(ledger)} claims")
@@ -264,7 +263,8 @@ def run(
             skipped = quick and isinstance(number.source, Computed)
             compared += not skipped
             moves = rounding(number.source) if isinstance(number.source, Recorded) else None
-            spread = "" if moves is None else f", moved by {moves:.2g} by rounding"
+            spread = ", rounding not measured" if isinstance(number.source, Recorded) else ""
+            spread = spread if moves is None else f", moved by {moves:.2g} by rounding"
             mark = "  DISAGREES" if problem else "  not recomputed" if skipped else ""
             print(
                 f"    {told(number, records)}: {number.what} ({number.source}{spread}){mark}",

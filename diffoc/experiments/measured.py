@@ -39,10 +39,10 @@ FILTERS = {
     "box": Image.Resampling.BOX,
     "bilinear": Image.Resampling.BILINEAR,
 }
-"""Of Pillow, all of them anti-aliased; FFHQ's own pictures of 128 pixels are made by Lanczos."""
+"""Pillow's filters, all anti-aliased; FFHQ's own pictures of 128 pixels are made by Lanczos."""
 
 COLUMNS = ("psnr", "mse_255", "ssim", "ssim_uniform", *LPIPS)
-"""Of a picture; the mean of `psnr` and the PSNR of the mean `mse_255` are two numbers."""
+"""The numbers of a picture; the mean of `psnr` is not the PSNR of the mean `mse_255`."""
 
 SETS = ("png", "jpeg")
 """How the images come to FID's network: as kept, and as JPEG, as the paper's authors save them."""
@@ -50,7 +50,7 @@ SETS = ("png", "jpeg")
 Features = Callable[[Tensor], Tensor]
 _ZERO = torch.zeros((), dtype=torch.float64)
 MOST_FILES = 10**6
-"""In a folder that is searched for pictures: more are those of a disk, not of a set."""
+"""The most files in a folder of pictures: more are those of a disk, not of a set."""
 
 
 def _pictures(folder: Path) -> Iterator[Path]:
@@ -65,21 +65,21 @@ def _pictures(folder: Path) -> Iterator[Path]:
 
 def pictures_in(folder: Path) -> dict[str, Path]:
     """Returns the pictures in a folder and all folders in it, by name without ending, in order."""
-    found: dict[str, Path] = {}
+    paths: dict[str, Path] = {}
     for path in sorted(_pictures(folder), key=lambda path: (path.stem, str(path))):
-        if path.stem in found:
-            raise ValueError(f"{folder} has two pictures {path.stem}: {found[path.stem]}, {path}")
-        found[path.stem] = path
-    if not found:
+        if path.stem in paths:
+            raise ValueError(f"{folder} has two pictures {path.stem}: {paths[path.stem]}, {path}")
+        paths[path.stem] = path
+    if not paths:
         raise FileNotFoundError(f"{folder} has no pictures: expected PNG or JPEG files there")
-    return found
+    return paths
 
 
 def read_resized(path: Path, side: int | None, resize: str) -> tuple[Tensor, list[str]]:
     """Returns a picture as (3, H, W) uint8, and a note for each change that was made to it.
 
-    With a side it is a square of that size, made of one at least as large by one of
-    :data:`FILTERS` in 8 bits, as others do; None leaves the size. A ValueError refuses what
+    A picture has to be a square with at least the side that is given, and is resized to it in 8
+    bits by one of :data:`FILTERS`; None leaves the size. A ValueError refuses what
     :func:`diffoc.data.pictures.read_picture` does.
     """
     check_member(FILTERS, filter=resize)
@@ -97,17 +97,17 @@ def read_resized(path: Path, side: int | None, resize: str) -> tuple[Tensor, lis
 def metrics_of(images: Tensor, truth: Tensor) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Returns the :data:`COLUMNS`, (B,) each, and why others are missing.
 
-    Images and originals are (B, 3, H, W) uint8. All is computed where they are, but `ssim_uniform`,
-    which is scikit-image's SSIM as it is by default.
+    Images and originals are (B, 3, H, W) uint8, on the device that computes all but
+    `ssim_uniform`, which is scikit-image's SSIM with its default arguments.
     """
     pairs = zip(truth.cpu().numpy(), images.cpu().numpy(), strict=True)
     x, t = (z.float() / 127.5 - 1 for z in (images, truth))
-    found = image_metrics(x, t)
+    usual = image_metrics(x, t)
     perceptual, missing = perceptual_metrics(x, t, list(LPIPS))
     own = {
-        "psnr": found["psnr"],
-        "mse_255": mse_255(found["mse"]),
-        "ssim": found["ssim"],
+        "psnr": usual["psnr"],
+        "mse_255": mse_255(usual["mse"]),
+        "ssim": usual["ssim"],
         "ssim_uniform": torch.tensor([structural_similarity(*p, channel_axis=0) for p in pairs]),
     }
     return {key: value.cpu() for key, value in (own | perceptual).items()}, missing
@@ -149,8 +149,8 @@ class Measured:
         rows: the numbers of each picture, by its name.
         notes: what was done to some pictures when they were read.
         missing: why a column, or FID, is not there.
-        moments: those of the set, by :data:`SETS`, and of its originals, "truth-png" and
-            "truth-jpeg".
+        moments: the features' moments: by :data:`SETS` those of the pictures, and as "truth-png"
+            and "truth-jpeg" those of the originals.
     """
 
     rows: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -171,15 +171,15 @@ class Measured:
     def means(self) -> dict[str, float]:
         """Returns the means of the columns that all pictures have, `psnr_of_mse`, and FIDs."""
         rows = pd.DataFrame(self.rows.values(), columns=COLUMNS)
-        found = rows.mean(skipna=False).dropna().to_dict()
-        if "mse_255" in found:
-            mean = torch.tensor(found["mse_255"], dtype=torch.float64)
-            found["psnr_of_mse"] = (10 * torch.log10(255**2 / mean)).item()
+        means = rows.mean(skipna=False).dropna().to_dict()
+        if "mse_255" in means:
+            mean = torch.tensor(means["mse_255"], dtype=torch.float64)
+            means["psnr_of_mse"] = (10 * torch.log10(255**2 / mean)).item()
         for name in SETS:
             if name in self.moments and self.moments[name].count > 1:
                 pair = (self.moments[key].gaussian() for key in (name, f"truth-{name}"))
-                found[f"fid_{name}"] = frechet_between(*pair)
-        return found
+                means[f"fid_{name}"] = frechet_between(*pair)
+        return means
 
 
 def measure(
@@ -200,11 +200,11 @@ def measure(
     if lost := [name for name in kept if name not in truth]:
         raise ValueError(f"images has no original of {lost[0]}: expected one picture of that name")
     whole_products()
-    found = Measured()
+    whole = Measured()
 
     def read(path: Path, side: int | None) -> Tensor:
         image, notes = read_resized(path, side, resize)
-        found.notes |= set(notes)
+        whole.notes |= set(notes)
         return image
 
     for names in in_batches(list(kept), batch):
@@ -216,23 +216,23 @@ def measure(
                 )
         originals = [read(truth[name], images[0].shape[-1]) for name in names]
         x, t = (torch.stack(some).to(device) for some in (images, originals))
-        columns, found.missing = metrics_of(x, t)
+        columns, whole.missing = metrics_of(x, t)
         for i, name in enumerate(names):
-            found.rows[name] = {key: value[i].item() for key, value in columns.items()}
+            whole.rows[name] = {key: value[i].item() for key, value in columns.items()}
         if network is not None:
             sets = {"png": x, "jpeg": _jpeg(x), "truth-png": t, "truth-jpeg": _jpeg(t)}
             for key, pixels in sets.items():
                 with torch.no_grad():
-                    found.moments.setdefault(key, Moments()).add(network(pixels))
-    return found
+                    whole.moments.setdefault(key, Moments()).add(network(pixels))
+    return whole
 
 
 def sets_in(folder: Path) -> dict[str, Path]:
     """Returns the folders that have pictures, in a folder or itself, by their path from it."""
-    found = {path.parent for path in _pictures(folder)}
-    if not found:
+    folders = {path.parent for path in _pictures(folder)}
+    if not folders:
         raise FileNotFoundError(f"{folder} has no pictures: expected what --keep wrote there")
-    return {path.relative_to(folder).as_posix(): path for path in sorted(found)}
+    return {path.relative_to(folder).as_posix(): path for path in sorted(folders)}
 
 
 def write_part(path: Path, part: Measured) -> None:
@@ -271,19 +271,19 @@ def write_rows(path: Path, sets: Mapping[str, Measured]) -> None:
     columns = ("set", "image", *COLUMNS, "psnr_of_mse", "fid_png", "fid_jpeg")
     rows = (
         {"set": name, "image": image} | {key: f"{value:.7g}" for key, value in row.items()}
-        for name, found in sets.items()
-        for image, row in (*found.rows.items(), ("mean", found.means()))
+        for name, one in sets.items()
+        for image, row in (*one.rows.items(), ("mean", one.means()))
     )
     with replacing(path) as file:
         file.write_text(",".join(columns) + "\n" + csv_text(columns, rows), encoding="utf-8")
 
 
 def _jpeg(images: Tensor) -> Tensor:
-    """Images (B, 3, H, W) uint8 as they come back from JPEG files of Pillow's usual quality, 75."""
-    found = []
+    """Returns images (B, 3, H, W) uint8 as JPEG files of quality 75, Pillow's, give them back."""
+    decoded = []
     for image in images.cpu():
         file = io.BytesIO()
         Image.fromarray(image.movedim(0, -1).numpy()).save(file, "JPEG")
         with Image.open(file) as picture:
-            found.append(torch.from_numpy(np.array(picture)).movedim(-1, 0))
-    return torch.stack(found).to(images.device)
+            decoded.append(torch.from_numpy(np.array(picture)).movedim(-1, 0))
+    return torch.stack(decoded).to(images.device)

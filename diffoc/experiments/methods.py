@@ -19,7 +19,7 @@ LATENT = {"faces64": "faces64_latent"}
 
 
 def prior_of(method: str, prior: str) -> str:
-    """Returns the prior that a method of a table has: methods in a latent space have another."""
+    """Returns the prior that a method has in a prior's tables: one of latents if it needs that."""
     return LATENT.get(prior, prior) if METHODS[method].latent else prior
 
 
@@ -48,24 +48,23 @@ def read_tuned(path: Path | None = None) -> dict:
         tuned = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{damaged}: {error}") from error
-    found = [tuned]
+    entries = [tuned]
     for level in ("prior", "method", "task", "budget", "keyword"):
-        for each in found:
+        for each in entries:
             if not isinstance(each, dict):
                 raise ValueError(f"{damaged}: expected values by {level} in place of {each!r}")
             if level == "budget" and not all(map(str.isdigit, each)):
                 raise ValueError(f"{damaged}: budgets are {[*each]}, expected whole numbers")
-        found = [value for each in found for value in each.values()]
-    for value in found:
+        entries = [value for each in entries for value in each.values()]
+    for value in entries:
         number = isinstance(value, int | float) and math.isfinite(value)
         if not number and not isinstance(value, str):
             raise ValueError(f"{damaged}: a value is {value!r}, expected a finite number")
     return tuned
 
 
-def write_tuned(tuned: dict, path: Path | None = None) -> None:
+def write_tuned(tuned: dict, path: Path) -> None:
     """Replaces what :func:`read_tuned` reads."""
-    path = path or data_folder() / "tuned.json"
     with replacing(path) as part:
         part.write_text(json.dumps(tuned, indent=2, sort_keys=True) + "\n")
 
@@ -73,20 +72,20 @@ def write_tuned(tuned: dict, path: Path | None = None) -> None:
 def settings_of(
     prior: str, method: str, task: str, nfe: int, overrides: dict, tuned: dict | None = None
 ) -> dict:
-    """Returns all settings of a method: by budget, as tuned (:func:`read_tuned`), overridden."""
+    """Returns a method's settings for a budget, as tuned (:func:`read_tuned`), then overridden."""
     check_member(METHODS, method=method)
     overrides = of_method(overrides, method)
-    found = METHODS[method].settings(task, nfe) | overrides
+    settings = METHODS[method].settings(task, nfe) | overrides
     tuned = read_tuned() if tuned is None else tuned
     best = tuned.get(prior, {}).get(method, {}).get(task, {}).get(str(nfe))
     keyword = next(iter(METHODS[method].tuned or {}), None)
-    if best is None and keyword is not None and keyword not in found:
+    if best is None and keyword is not None and keyword not in settings:
         raise ValueError(
             f"method {method} is not tuned for {task} with {prior} and nfe {nfe}: run `python "
             f"-m diffoc tune {method} --prior {prior} --tasks {task} --nfe {nfe}`, or give "
             f"--set {keyword}=VALUE"
         )
-    return found | (best or {}) | overrides
+    return settings | (best or {}) | overrides
 
 
 def of_method(settings: Mapping[str, Any], method: str) -> dict[str, Any]:

@@ -126,7 +126,7 @@ def distance_table(
             prior = CountedPrior(problem.prior)
             began = time.perf_counter()
             try:
-                found = method(
+                drawn = method(
                     prior,
                     problem.physics,
                     problem.measurement.y.expand(samples, -1),
@@ -141,10 +141,10 @@ def distance_table(
             row["seconds"] = time.perf_counter() - began
             row["evaluations"] = prior.evaluations / samples
             row["products"] = prior.products / samples
-            if bad := int((~found.isfinite()).any(dim=1).sum()):
+            if bad := int((~drawn.isfinite()).any(dim=1).sum()):
                 row["reason"] = f"{bad} of {samples} samples are not finite"
             else:
-                row |= posterior_distances(found.detach(), posterior, reference, axes)
+                row |= posterior_distances(drawn.detach(), posterior, reference, axes)
     return rows
 
 

@@ -1,8 +1,8 @@
 """What a day of FFHQ needs and costs, found out before it begins.
 
 Every check returns lines for the reader, and lines for what would fail later. Times are those of a
-few steps on one image here, taken to the full count of evaluations and products. What is made once,
-such as the factors of an operator, is in none of them.
+few steps on one image here, taken to the full count of evaluations and products. They leave out
+what is made once, such as the factors of an operator.
 """
 
 import shutil
@@ -30,7 +30,7 @@ from diffoc.problems.tasks import UnsupportedTask
 
 @dataclass
 class Report:
-    """What was found: `lines` for the reader, and what would fail later, `refused`, a line each."""
+    """Two lists of lines: `lines` inform the reader, `refused` tell what would fail later."""
 
     lines: list[str] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
@@ -56,13 +56,13 @@ def check_weights(prior: str, report: Report) -> None:
         except (FileNotFoundError, ValueError) as error:
             report.refuse(f"weights: {error}")
         else:
-            found, note = sha256_of(path), cache_folder() / f"{path.name}.sha256"
+            digest, note = sha256_of(path), cache_folder() / f"{path.name}.sha256"
             if not note.exists():
                 with replacing(note) as part:
-                    part.write_text(found + "\n")
+                    part.write_text(digest + "\n")
             first = note.read_text().strip()
-            report.say(f"weights: {path}, {path.stat().st_size / 1e6:,.0f} MB, sha256 {found}")
-            if found != first:
+            report.say(f"weights: {path}, {path.stat().st_size / 1e6:,.0f} MB, sha256 {digest}")
+            if digest != first:
                 report.refuse(
                     f"weights: {path} has changed since its first use, sha256 {first[:12]}...: "
                     f"remove {note} if that is meant"
@@ -81,7 +81,7 @@ def check_metrics(report: Report) -> None:
 
 def check_images(paths: Sequence[Path], side: int, report: Report) -> None:
     """Reports sizes and kinds of the pictures, each of which is read as the tables read it."""
-    found: Counter[str] = Counter()
+    sizes: Counter[str] = Counter()
     for path in paths:
         try:
             _, notes = read_resized(path, side, "lanczos")
@@ -90,8 +90,8 @@ def check_images(paths: Sequence[Path], side: int, report: Report) -> None:
         except (ValueError, OSError) as error:
             report.refuse(f"images: {error}")
         else:
-            found[", ".join([f"{path.suffix.lower()} of {size}", *notes])] += 1
-    kinds = "; ".join(f"{count} {kind}" for kind, count in found.items())
+            sizes[", ".join([f"{path.suffix.lower()} of {size}", *notes])] += 1
+    kinds = "; ".join(f"{count} {kind}" for kind, count in sizes.items())
     report.say(f"images: {len(paths)}: {kinds}")
 
 
@@ -100,10 +100,10 @@ class Times:
     """What images take, measured on one.
 
     Attributes:
-        evaluation, product: of the network, in seconds.
-        ratios: how many times as long as the network alone a method takes, by method and task; 0
+        evaluation, product: the seconds that each takes of the network.
+        ratios: a method's time in units of its evaluations' and products', by method and task; 0
             where it cannot do the task.
-        seconds: likewise what an image takes by methods that have no network.
+        seconds: the time of an image, by method and task, for methods that have no network.
     """
 
     evaluation: float
@@ -112,7 +112,7 @@ class Times:
     seconds: dict[tuple[str, str], float] = field(default_factory=dict)
 
     def work(self, evaluations: float, products: float) -> float:
-        """Returns the seconds of the network alone."""
+        """Returns the seconds of so many evaluations and products."""
         return evaluations * self.evaluation + products * self.product
 
     def of(self, cell: Cell) -> float:
@@ -124,15 +124,15 @@ class Times:
 
 
 def time_methods(cells: dict[Cell, Line], compute: Computer, report: Report) -> Times:
-    """Returns the times of methods; of T steps two are run.
+    """Returns the times of methods, from runs of two steps.
 
     They run twice, and the second time counts: in the first one libraries are loaded, and what is
     made once for an operator.
     """
     first = next(iter(cells))
-    found = Times(*time_prior(first.prior, 1, first.precision, compute.device))
+    times = Times(*time_prior(first.prior, 1, first.precision, compute.device))
     report.say(
-        f"network: an evaluation {found.evaluation:.3g} s, a product {found.product:.3g} s, one "
+        f"network: an evaluation {times.evaluation:.3g} s, a product {times.product:.3g} s, one "
         "image"
     )
     for cell, line in cells.items():
@@ -142,21 +142,21 @@ def time_methods(cells: dict[Cell, Line], compute: Computer, report: Report) -> 
             rows, _ = compute(cell)
         except UnsupportedTask as error:
             report.say(f"{place}: a dash: {error}")
-            found.ratios[cell.method, cell.task] = 0.0
+            times.ratios[cell.method, cell.task] = 0.0
             continue
         except Exception as error:  # whatever it is, it would fail later
             report.refuse(f"{place}: {error!r}")
             continue
         seconds = float(rows[0]["seconds"])
-        work = found.work(float(rows[0]["evaluations"]), float(rows[0]["products"]))
-        measured, unit = (found.ratios, work) if work else (found.seconds, 1.0)
+        work = times.work(float(rows[0]["evaluations"]), float(rows[0]["products"]))
+        measured, unit = (times.ratios, work) if work else (times.seconds, 1.0)
         measured[cell.method, cell.task] = seconds / unit
         report.say(
             f"{place}: {seconds:.3g} s, {rows[0]['evaluations']} evaluations, "
             f"{rows[0]['products']} products"
             + (f", {seconds / work:.2f} times the network's" if work else "")
         )
-    return found
+    return times
 
 
 def try_constants(cells: dict[Cell, Line], compute: Computer, report: Report) -> None:

@@ -1,4 +1,4 @@
-"""What the tables hold fixed, as values that their records name; `docs/protocol.md` is the page."""
+"""What the tables hold fixed, as values that records name; `docs/protocol.md` explains them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,18 +16,16 @@ class Protocol:
 
     Attributes:
         name: what the records have in their column `protocol`.
-        operator_per_image: the tasks of which each image has a mask, box or kernel of its own,
-            drawn from the seed, the task and the image; of the others one drawn from seed and task
-            serves all.
-        held_out: the names of the images of the tables; none where a command names them.
-        tuning: likewise those of the images that methods are tuned on; none is in both.
-        noise_std: of the measurements, on the scale of images in [-1, 1].
-        precision: of the network; None for any.
+        operator_per_image: the tasks where each image has its own mask, box or kernel, drawn from
+            seed, task and image; in the others all share one, drawn from seed and task.
+        held_out: the names of the tables' images; empty where a command names them.
+        tuning: the names of the images that methods are tuned on, none of which is held out.
+        noise_std: the measurements' noise, on the scale of images in [-1, 1].
+        precision: the network's; None for any.
         product_cost: c, what a vector-Jacobian product costs in evaluations of the network; None
             where it was not measured.
-        dropped: the least and the largest fraction of the pixels that random inpainting drops,
-            between which an operator's is drawn.
-        noise_on_dropped: whether there is noise where inpainting has dropped a pixel, too.
+        dropped: the range from which the fraction of pixels that random inpainting drops is drawn.
+        noise_on_dropped: whether pixels that inpainting has dropped have noise.
     """
 
     name: str
@@ -54,7 +52,7 @@ ONE_OPERATOR = Protocol(
     "[0, 1], Gaussian 11x11 windows within the image; LPIPS 0.1 on [-1, 1], _01 on [0, 1]",
     operator_per_image=(),
 )
-"""Of pictures from a folder, and of the other priors."""
+"""The protocol of priors that have none of their own."""
 
 COLOUR_FACES = Protocol(
     name="colour faces, an operator per image, 1",
@@ -63,10 +61,10 @@ COLOUR_FACES = Protocol(
     precision="float32",
     product_cost=0.9,
 )
-"""Of the tables of colour faces. The cost of a product is that of `faces64`, see the page."""
+"""The protocol of the colour faces. The cost of a product is that of `faces64`, see the page."""
 
 FFHQ = Protocol("FFHQ, the paper's text: an operator per image, 92 % dropped and no noise there, 1")
-"""Of the paper's tables, as its text has them; the images are those of a folder that is named."""
+"""The protocol of the paper's text; a command names the folder of the images."""
 
 FFHQ_RELEASED = replace(
     FFHQ,
@@ -75,7 +73,7 @@ FFHQ_RELEASED = replace(
     dropped=(0.3, 0.7),
     noise_on_dropped=True,
 )
-"""The same as the authors' code has them: a mask or box for each image, one kernel for a run."""
+"""The protocol of the authors' code: a mask or box for each image, one kernel for a run."""
 
 FFHQ_PROTOCOLS = {"paper": FFHQ, "released": FFHQ_RELEASED}
 

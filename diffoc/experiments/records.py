@@ -25,7 +25,7 @@ from diffoc.checks import check_at_least, check_member
 from diffoc.data.files import appending, csv_text
 
 REQUIRED = ("psnr", "ssim", "mse", "residual_over_noise")
-"""What every row has whose status is "ok"; other metrics where the weights of LPIPS are."""
+"""The metrics of every row whose status is "ok"; others need the weights of LPIPS."""
 
 METRICS = (*REQUIRED, "lpips_alex", "lpips_vgg", "lpips_alex_01")
 
@@ -44,7 +44,7 @@ class Cell:
 
     Attributes:
         prior, task, method: their names.
-        precision: that of the network, "bfloat16" or "float32". Results differ in rounding alone:
+        precision: that of the network, "bfloat16" or "float32". Results differ only by rounding:
             cells that differ in nothing else count as the same, and a table has one of them.
         nfe: the budget of evaluations an image.
         settings: the method's keyword arguments as JSON with sorted keys, see :func:`as_json`.
@@ -184,13 +184,13 @@ def rows_of(path: Path) -> pd.DataFrame:
 def frame(rows: Sequence[Row]) -> pd.DataFrame:
     """Returns rows with a column for each keyword of their settings, and numbers as numbers.
 
-    What a row does not have is NaN. A keyword that has the name of a column has none of its own.
+    What a row does not have is NaN. A keyword with the name of another column is left out.
     """
-    found = pd.DataFrame(rows, columns=COLUMNS).astype({"nfe": int})
+    table = pd.DataFrame(rows, columns=COLUMNS).astype({"nfe": int})
     numbers = list(_NUMBERS)
-    found[numbers] = found[numbers].replace("", "nan").astype(float)
-    settings = pd.DataFrame([json.loads(text) for text in found["settings"]], index=found.index)
-    return found.join(settings[settings.columns.difference(COLUMNS)])
+    table[numbers] = table[numbers].replace("", "nan").astype(float)
+    settings = pd.DataFrame([json.loads(text) for text in table["settings"]], index=table.index)
+    return table.join(settings[settings.columns.difference(COLUMNS)])
 
 
 def describe(cell: Cell) -> str:
@@ -228,7 +228,7 @@ def _parse(path: Path, content: bytes) -> tuple[list[tuple[Cell, list[Row]]], in
         return [], 0  # was stopped before its first cell
     if not lines or lines[0] + b"\n" != _HEADER.encode():
         raise ValueError(f"{path} is no table of this version: name another")
-    found: list[tuple[Cell, list[Row]]] = []
+    cells: list[tuple[Cell, list[Row]]] = []
     rows: list[Row] = []
     size = done = len(_HEADER)
     for number, line in enumerate(lines[1:], 2):
@@ -245,7 +245,7 @@ def _parse(path: Path, content: bytes) -> tuple[list[tuple[Cell, list[Row]]], in
         rows.append(row)
         size += len(line) + 1
         if len(rows) == int(row["batch"]):
-            found.append((Cell.of(rows), rows))
+            cells.append((Cell.of(rows), rows))
             rows, done = [], size
     # A torn line is the beginning of a row of the same cell, but for its last value.
     values = next(csv.reader([torn.decode(errors="replace")]), [])[:-1]
@@ -255,7 +255,7 @@ def _parse(path: Path, content: bytes) -> tuple[list[tuple[Cell, list[Row]]], in
     if done < len(content):
         left = len(content) - done
         _LOG.warning("%s: %d bytes of an unfinished cell at its end are left out", path, left)
-    return found, done
+    return cells, done
 
 
 def _check(row: Row, first: Row) -> None:

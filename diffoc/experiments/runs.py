@@ -27,7 +27,7 @@ from diffoc.experiments.spread import tolerance
 from diffoc.problems.tasks import UnsupportedTask
 
 Compute = Callable[[Cell], tuple[list[Row], Tensor | None]]
-"""Gives a row for every image of a cell, and the images; what the cell itself says is added."""
+"""Returns a row for each image of a cell, and the images; the cell's own columns are added."""
 
 
 def run_cells(
@@ -84,8 +84,8 @@ def run_cells(
         [known[one]["status"] for one in alone(cell) if one in known]
         for cell in _part(cells, shard)
     ]
-    found = [max(statuses, key=order.index) for statuses in some if statuses]
-    return {name: found.count(name) for name in ("ok", "failed", "unsupported")}
+    outcomes = [max(statuses, key=order.index) for statuses in some if statuses]
+    return {name: outcomes.count(name) for name in ("ok", "failed", "unsupported")}
 
 
 def unfinished(
@@ -94,7 +94,7 @@ def unfinished(
     shard: tuple[int, int] | None = None,
     retry_failed: bool = False,
 ) -> list[Cell]:
-    """Returns the cells that :func:`run_cells` would compute; arguments are as there."""
+    """Returns the cells that :func:`run_cells` would compute from these arguments."""
     known = recorded(path)
     had = {one for one, row in known.items() if not (retry_failed and row["status"] == "failed")}
     left = [
@@ -171,7 +171,7 @@ def method_errors(settings: Collection[str] = ()) -> Iterator[None]:
 def _attempt(compute: Compute, cell: Cell, device: str, parent: int = 0) -> list[tuple]:
     """Returns a cell, its complete rows, and its images; in a worker if it has a parent.
 
-    Where its method fails with several images these are those of each image alone.
+    Where its method fails with several images, these are returned for each image by itself.
     """
     if parent:
         torch.set_num_threads(1)
@@ -182,18 +182,18 @@ def _attempt(compute: Compute, cell: Cell, device: str, parent: int = 0) -> list
     whole_products()
     images = None
     try:
-        found, images = compute(cell)
-        if len(found) != len(cell.images):
-            raise TypeError(f"compute gave {len(found)} rows of {len(cell.images)} images")
-        found = [{"status": "ok"} | row for row in found]
+        results, images = compute(cell)
+        if len(results) != len(cell.images):
+            raise TypeError(f"compute gave {len(results)} rows of {len(cell.images)} images")
+        results = [{"status": "ok"} | row for row in results]
     except UnsupportedTask as error:
-        found = [{"status": "unsupported", "error": told(error)}] * len(cell.images)
+        results = [{"status": "unsupported", "error": told(error)}] * len(cell.images)
     except MethodError as error:
-        found = [{"status": "failed", "error": str(error)}] * len(cell.images)
-    if found[0]["status"] == "failed" and len(cell.images) > 1:
+        results = [{"status": "failed", "error": str(error)}] * len(cell.images)
+    if results[0]["status"] == "failed" and len(cell.images) > 1:
         return [done for one in alone(cell) for done in _attempt(compute, one, device, parent)]
     common = environment(device)
-    return [(cell, [c | common | row for c, row in zip(cell.rows(), found, strict=True)], images)]
+    return [(cell, [c | common | row for c, row in zip(cell.rows(), results, strict=True)], images)]
 
 
 def whole_products() -> None:
@@ -239,8 +239,8 @@ def _end_with(parent: int) -> None:
 class Checked:
     """What :func:`check` found: counts of rows, and a line for each number that does not agree.
 
-    Of the rows `exact` had to agree to the last digit. Tolerances are what PSNR may be off by
-    elsewhere, by method, task and precision.
+    Of the `rows`, `exact` is the number that had to agree to the last digit. The tolerances are
+    those of PSNR on other machines, by method, task and precision.
     """
 
     rows: int
@@ -262,12 +262,12 @@ def check(
     On the CPU of the record, with the same versions and threads, metrics and counts have to agree
     to the last digit; elsewhere, and on a GPU, whose sums have no fixed order, metrics have to be
     within the tolerance that was measured for method, task and precision, see
-    :mod:`diffoc.experiments.spread`. All rows of the cells of the chosen rows are compared, `only`
-    of cells that it allows, such as those that are soon computed.
+    :mod:`diffoc.experiments.spread`. Where a row is chosen, all rows of its cell are compared;
+    `only` tells from which cells to choose, such as those that are soon computed.
     """
     check_at_least(1, rows=rows)
-    found = records.read(path).items()
-    cells = {cell: some for cell, some in found if some[0]["status"] == "ok" and only(cell)}
+    known = records.read(path).items()
+    cells = {cell: some for cell, some in known if some[0]["status"] == "ok" and only(cell)}
     owners = [cell for cell in cells for _ in cell.images]
     if not owners:
         raise ValueError(f"path {path} has no row that could be checked")
@@ -291,7 +291,7 @@ def _compare(cell: Cell, old: Row, new: Row, exact: bool) -> list[str]:
     if new["status"] != "ok":
         return [f"{place}: fails now: {new['error']}"]
     inputs = ("image_sha256", "weights_sha256", "operator", "protocol")
-    found = [
+    differences = [
         f"{place}: {key} is {new[key]} now, {old[key]} in the record"
         for key in inputs
         if new.get(key, "") != old[key]
@@ -302,5 +302,5 @@ def _compare(cell: Cell, old: Row, new: Row, exact: bool) -> list[str]:
         if then and now and not exact:
             agree = abs(float(then) - float(now)) <= tolerance(key, cell, float(then))
         if then and not agree:
-            found.append(f"{place}: {key} is {new.get(key)} now, {then} in the record")
-    return found
+            differences.append(f"{place}: {key} is {new.get(key)} now, {then} in the record")
+    return differences

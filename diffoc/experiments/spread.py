@@ -7,7 +7,6 @@ In bfloat16 rounding depends on the CPU's instructions, and changes more.
 """
 
 from functools import cache
-from pathlib import Path
 
 import pandas as pd
 
@@ -16,21 +15,21 @@ from diffoc.experiments.records import Cell
 
 SPREAD = ROOT / "data" / "records" / "spread_faces64.csv"
 MARGIN = 3
-"""How many of the changes that were measured a number may be off by."""
+"""How many times the measured change a number may be off by."""
 
 LEAST = {"psnr": 0.003, "ssim": 0.0003}
-"""Which is what is allowed at least."""
+"""The least change that is allowed."""
 
 COLUMNS = ["psnr_face", "psnr_mean", "ssim_face", "ssim_mean"]
 
 UNMEASURED = {"psnr": 0.3, "ssim": 0.02, "lpips_alex": 0.02, "lpips_vgg": 0.02}
-"""What is allowed where nothing was measured, absolute; of other metrics a tenth."""
+"""The change that is allowed where none was measured; a tenth of the value for others."""
 
 
 @cache
-def measured(path: Path = SPREAD) -> dict[tuple[str, str, str], dict[str, float]]:
+def measured() -> dict[tuple[str, str, str], dict[str, float]]:
     """Returns numbers by the names of :data:`COLUMNS`, by method, task and precision."""
-    return pd.read_csv(path).set_index(["method", "task", "precision"])[COLUMNS].to_dict("index")
+    return pd.read_csv(SPREAD).set_index(["method", "task", "precision"])[COLUMNS].to_dict("index")
 
 
 def tolerance(metric: str, cell: Cell, value: float) -> float:
@@ -48,9 +47,9 @@ def tolerance(metric: str, cell: Cell, value: float) -> float:
 def of_mean(metric: str, method: str, task: str) -> float | None:
     """Returns the greatest change of a mean over faces, in any precision; None if unmeasured."""
     key = f"{metric}_mean"
-    found = [
+    changes = [
         columns[key]
         for (*place, _), columns in measured().items()
         if place == [method, task] and key in columns
     ]
-    return max(found, default=None)
+    return max(changes, default=None)

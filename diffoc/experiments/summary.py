@@ -1,4 +1,4 @@
-"""Means of a table of records, with their uncertainty.
+"""Means and differences of a table of records, with their uncertainty.
 
 Rows are tables of :func:`diffoc.experiments.records.rows_of`.
 """
@@ -6,10 +6,13 @@ Rows are tables of :func:`diffoc.experiments.records.rows_of`.
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
+import numpy as np
 import pandas as pd
 from scipy.stats import t as student
+from scipy.stats import ttest_1samp
 
 from diffoc.experiments.inaccurate import accurate_name
 from diffoc.experiments.methods import METHODS
@@ -27,7 +30,7 @@ def select(rows: pd.DataFrame, **wanted: object) -> pd.DataFrame:
 
 
 def mean_and_interval(values: Iterable[float]) -> tuple[float, float]:
-    """Returns the mean, and half the width of its 95 % interval; not a number for one value.
+    """Returns the mean, and half the width of its 95 % interval; NaN for one value.
 
     The interval is by Student's t, for values that are independent.
     """
@@ -45,15 +48,15 @@ def by_method(rows: pd.DataFrame, metric: str) -> dict[str, dict[str, tuple[floa
 
     A label names the budget if the rows have several of its method.
     """
-    found: dict[str, dict[str, tuple[float, float]]] = defaultdict(dict)
+    table: dict[str, dict[str, tuple[float, float]]] = defaultdict(dict)
     for (label, task), some in rows.groupby([_with_budget(rows), "task"], sort=False):
         if len(images := by_image(some, metric)):
-            found[label][task] = mean_and_interval(images)
-    return dict(found)
+            table[label][task] = mean_and_interval(images)
+    return dict(table)
 
 
 Curve = list[tuple[float, float, float]]
-"""Of (abscissa, mean, half-width of the interval), in ascending order."""
+"""Triples (abscissa, mean, half-width of the interval), in ascending order."""
 
 
 def by_budget(rows: pd.DataFrame, metric: str) -> dict[str, dict[str, Curve]]:
@@ -68,24 +71,24 @@ def by_setting(rows: pd.DataFrame, metric: str) -> dict[str, dict[str, Curve]]:
     of its method. Rows of methods that have nothing to tune are left out.
     """
     rows = rows[rows["method"].isin([name for name, one in METHODS.items() if one.tuned])]
-    found: dict[str, dict[str, Curve]] = {}
+    panels: dict[str, dict[str, Curve]] = {}
     for label, some in rows.groupby(_with_budget(rows), sort=False):
         settings = pd.DataFrame(map(json.loads, some["settings"]))
         keyword = settings.nunique().idxmax()
-        found |= curves(some.assign(panel=f"{label}: {keyword}"), "panel", "task", keyword, metric)
-    return found
+        panels |= curves(some.assign(panel=f"{label}: {keyword}"), "panel", "task", keyword, metric)
+    return panels
 
 
 def curves(
     rows: pd.DataFrame, panel: str, line: str, abscissa: str, metric: str
 ) -> dict[str, dict[str, Curve]]:
     """Maps a panel to a line to its curve; these and the abscissa are columns of the rows."""
-    found: dict[str, dict[str, Curve]] = defaultdict(dict)
+    panels: dict[str, dict[str, Curve]] = defaultdict(dict)
     for (title, name), some in rows.groupby([panel, line], sort=False):
         images = ((float(x), by_image(each, metric)) for x, each in some.groupby(abscissa))
         if curve := [(x, *mean_and_interval(each)) for x, each in images if len(each)]:
-            found[title][name] = curve
-    return dict(found)
+            panels[title][name] = curve
+    return dict(panels)
 
 
 def labels(rows: pd.DataFrame) -> pd.Series:
@@ -107,6 +110,73 @@ def paired(first: pd.DataFrame, second: pd.DataFrame, metric: str) -> tuple[floa
     return mean_and_interval(gap)
 
 
+@dataclass(frozen=True)
+class Difference:
+    """By how much a method is ahead of another row of a table on one task.
+
+    Attributes:
+        task, method, nfe: the names and the budget of the other row.
+        images: the number of images that both rows have.
+        mean: the mean difference.
+        half: half the width of its 95 % interval.
+        p, corrected: the p-value of a paired t-test, as it is and corrected by :func:`holm` over
+            the whole table; like `half` they are NaN for a single image.
+    """
+
+    task: str
+    method: str
+    nfe: int
+    images: int
+    mean: float
+    half: float
+    p: float
+    corrected: float
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    r"""Returns p-values corrected for their number by Holm's step-down method.
+
+    .. math:: \tilde p_{(i)} = \max_{j \le i} \min(1, (m - j + 1)\, p_{(j)})
+
+    for the m values in ascending order. If all differences with a corrected value of at most
+    0.05 are taken for real, at least one is not with a probability of at most 0.05. NaN stays NaN
+    and does not count. Source: Holm 1979, Scandinavian Journal of Statistics 6, 65-70.
+    """
+    corrected = np.array(p_values, dtype=float)
+    known = np.flatnonzero(~np.isnan(corrected))
+    order = known[np.argsort(corrected[known], kind="stable")]
+    scaled = corrected[order] * np.arange(len(order), 0, -1)
+    corrected[order] = np.minimum(1, np.maximum.accumulate(scaled))
+    return corrected.tolist()
+
+
+def differences(
+    rows: pd.DataFrame, method: str, nfe: int, metric: str = "psnr"
+) -> list[Difference]:
+    """Returns by how much a method is ahead of every other row of a table, task by task.
+
+    Seeds of an image are averaged first, and rows without a result are left out. Intervals and
+    p-values are those of a paired t-test, and Holm's correction is over all that is returned.
+
+    >>> [one for one in differences(rows, "ours", 300) if one.corrected < 0.05]
+    """
+    places = rows.groupby(["task", "method", "nfe"], sort=False)
+    values = {place: by_image(some, metric) for place, some in places}
+    ours = {task: some for (task, *place), some in values.items() if place == [method, nfe]}
+    if not any(map(len, ours.values())):
+        raise ValueError(f"rows has no {method} with nfe {nfe} that was measured by {metric}")
+    gaps = []
+    for (task, other, budget), some in values.items():
+        if task in ours and (other, budget) != (method, nfe):
+            gap = (ours[task] - some).dropna()
+            if len(gap):
+                mean, half = mean_and_interval(gap)
+                p = float(ttest_1samp(gap, 0.0).pvalue) if len(gap) > 1 else np.nan
+                gaps.append(Difference(task, other, budget, len(gap), mean, half, p, p))
+    corrected = holm([one.p for one in gaps])
+    return [replace(one, corrected=p) for one, p in zip(gaps, corrected, strict=True)]
+
+
 def plus_minus(mean: float, half: float, sign: str = "") -> str:
     """Returns a mean and its half-width as text; `sign` is "+" for a difference."""
     return f"{mean:{sign}.2f}" + ("" if math.isnan(half) else f" ± {half:.2f}")
@@ -120,7 +190,7 @@ def markdown(head: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
 
 
 def described(rows: pd.DataFrame) -> str:
-    """Returns a sentence on what a table is of: priors, images, operators, the network's numbers.
+    """Returns a sentence on a table: its priors, images, operators, and the network's numbers.
 
     Priors that are made of another, as `faces64+noise0.1`, go by the other's name.
     """

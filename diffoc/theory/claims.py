@@ -41,12 +41,12 @@ STEPS = 20
 
 
 def theorem_4_1_second_order() -> float:
-    """Returns the slope of the error against a, in logarithms, V_xx kept, in output mode."""
+    """Returns the slope of log error against log a, with V_xx kept, in output mode."""
     return second_order_slope("output", STEPS)
 
 
 def theorem_4_3_second_order() -> float:
-    """Does as :func:`theorem_4_1_second_order`, in input mode."""
+    """Returns the slope of :func:`theorem_4_1_second_order` in input mode."""
     return second_order_slope("input", STEPS)
 
 
@@ -167,7 +167,7 @@ def mean_of_guided_flow() -> float:
 
 
 def spread_of_guided_flow() -> float:
-    """Returns the standard deviation there; the posterior's is s / sqrt(1 + s^2) = 0.447."""
+    """Returns the standard deviation at that end; the posterior's is s / sqrt(1 + s^2) = 0.447."""
     return _guided_flow()[1]
 
 
@@ -178,7 +178,7 @@ def spread_of_posterior() -> float:
     return posterior.covariance.sqrt().item()
 
 
-def decay_with_few_steps(steps: int = 20) -> float:
+def decay_with_few_steps() -> float:
     """Returns how much farther conditional sampling ends from its target than unconditional.
 
     Euler steps of Eq. 9 with the exact conditional score against those of Eq. 3, n = 8.
@@ -187,12 +187,12 @@ def decay_with_few_steps(steps: int = 20) -> float:
     setting = linear_gaussian()
     prior, measurement = setting.prior, setting.measurement
     posterior = prior.posterior(measurement)
-    times, distances = torch.linspace(1, 0, steps + 1, dtype=torch.float64), []
+    times, distances = torch.linspace(1, 0, STEPS + 1, dtype=torch.float64), []
     for guided in (False, True):
         x = torch.cat([torch.zeros(1, 8), torch.eye(8)]).double()
         for t in times[:-1]:
             guidance = prior.conditional_score(x, t, measurement) if guided else 0.0
-            x = euler(prior, x, t, 1 / steps, guidance)
+            x = euler(prior, x, t, 1 / STEPS, guidance)
         columns = x[1:] - x[:1]
         mean = posterior.mean[0] if guided else prior.mean
         C = posterior.covariance if guided else prior.matrix

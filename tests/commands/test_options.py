@@ -269,7 +269,7 @@ def outcome(places, monkeypatch, capsys):
     monkeypatch.setattr("diffoc.experiments.cells.check_recorded", lambda *args: None)
     monkeypatch.setattr("diffoc.experiments.cells.time_prior", lambda *args: (0.1, 0.1))
     monkeypatch.setattr("diffoc.experiments.runs.unfinished", lambda cells, *args: [])
-    monkeypatch.setattr("diffoc.commands.reports.verify", lambda args: 0)
+    monkeypatch.setattr("diffoc.commands.theory_and_priors.verify", lambda args: 0)
     monkeypatch.setattr("diffoc.commands.solve.unfamiliar", lambda *args: [])
 
     def solved(case, prior, settings, device):

@@ -11,6 +11,7 @@ from diffoc.commands import main as command_line
 from diffoc.commands.solve import (
     FROM_PICTURES,
     OURS,
+    TWIN,
     Settings,
     from_measurement,
     from_picture,
@@ -50,6 +51,7 @@ def test_every_task_from_a_picture_and_again_from_its_measurement(name, picture,
     assert "grey made from colour" not in printed  # the file has three equal channels
     clipped = np.load(out / "measurement.npz")["y"]
     share = 100 * (abs(clipped) > 1).mean()
+    assert (f"note: {TWIN}\n" in printed) == (name == "phase_retrieval")
     told = f"note: measurement.png clips {share:.1f} % of the values" in printed
     assert told == (name != "phase_retrieval" and share > 0)
     report = json.loads((out / "report.json").read_text())
@@ -144,6 +146,7 @@ def test_numbers_that_a_recipe_cannot_compute_with_are_one_line(
 def test_the_cheapest_of_several_starts_is_written(picture, tmp_path):
     assert command(picture, "--task", "phase_retrieval", "--starts", "3", "--out", tmp_path) == 0
     report = json.loads((tmp_path / "report.json").read_text())
+    assert TWIN in report["notes"]
     assert len(report["costs_of_starts"]) == 3
     assert report["cost"] == min(report["costs_of_starts"])
 

@@ -10,8 +10,14 @@ from torch import nn
 
 from diffoc.commands.main import main
 from diffoc.costs import ControlCost, GaussianLikelihood
-from diffoc.experiments.benchmark import bare_iteration, flop, measure, project
-from diffoc.experiments.memory import LiveTensors, peak_memory
+from diffoc.experiments.benchmark import (
+    LiveTensors,
+    bare_iteration,
+    flop,
+    measure,
+    peak_memory,
+    project,
+)
 from diffoc.ilqr import ilqr
 from diffoc.lowrank import MatrixFree
 from diffoc.priors.pretrained import untrained_adm

@@ -91,7 +91,7 @@ def test_a_plan_is_no_dearer_than_guidance_and_still_sure_of_its_label():
     alone = make(Way(steps, strength), prior, 4, 1)
     torch.testing.assert_close(alone, greedy[:1], rtol=1e-3, atol=1e-3)
     before = prior.evaluations
-    found = planned(process, cost, x, strength, iterations=1)
+    found = planned(process, cost, x, strength)
     assert prior.evaluations - before <= 2 * 6 * steps
     running = ControlCost(noise_weights(process))
     spent = class_guidance.SHARPNESS * cost(greedy) + sum(

@@ -76,7 +76,7 @@ def test_what_is_printed(folder, capsys):
     assert "\n   1 not run\n" in out
     assert "EXACT  Eq. 1  [one]" in out
     assert "at most 1e-12 relative error: error (01_small, last)" in out
-    assert "22 dB: mean PSNR (records, small.csv)" in out
+    assert "22 dB: mean PSNR (records, small.csv, rounding not measured)" in out
     assert "Planned: notebook 99" in out
     assert out.endswith("4 of 4 numbers agree with their sources\n")
 

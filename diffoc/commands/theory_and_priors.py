@@ -1,4 +1,7 @@
-"""The subcommands of the shipped priors: fit, train, evaluate."""
+"""The subcommands of the theory and of the shipped priors.
+
+They are verify, claims and benchmark; and fit, train and evaluate.
+"""
 
 import argparse
 import json
@@ -12,13 +15,62 @@ import torch
 
 from diffoc import figures
 from diffoc.data import images as data
-from diffoc.data.files import try_file, try_folder
+from diffoc.data.files import replacing, try_file, try_folder
 from diffoc.data.provenance import ROOT
+from diffoc.experiments import benchmark as measuring
+from diffoc.experiments import ledger
 from diffoc.priors import weights
 from diffoc.priors.autoencoder import Autoencoder, encoded, load_autoencoder
+from diffoc.theory import identities
 from diffoc.training import evaluation, mixtures, trainer
 
 Labelled = tuple[np.ndarray, np.ndarray | None]
+
+
+def verify(args: argparse.Namespace) -> int:
+    """Prints every identity with its error and bound; 1 if one is above its bound."""
+    print(f"{'identity':<68} {'setting':<56} {'error':>8} {'bound':>8}")
+    total = failed = 0
+    for group in identities.IDENTITIES:
+        for row in group():
+            total += 1
+            failed += not row.holds
+            said = f"{row.name:<68} {row.setting:<56} {row.error:8.1e} {row.bound:8.0e}"
+            print(said if row.holds else f"{said}  ABOVE ITS BOUND", flush=True)
+    print(f"{total - failed} of {total} within their bounds")
+    return int(failed > 0)
+
+
+def claims(args: argparse.Namespace) -> int:
+    """Prints the ledger; 1 if a number disagrees."""
+    if args.notebooks and not any(args.notebooks.glob("*.ipynb")):
+        raise FileNotFoundError(
+            f"notebooks {args.notebooks} has none: expected a folder of .ipynb files"
+        )
+    return ledger.run(ledger.LEDGER, args.notebooks or ledger.NOTEBOOKS, quick=args.quick)
+
+
+def benchmark(args: argparse.Namespace) -> int:
+    """Prints what the controller costs, measured here, and what Table 1 would, projected."""
+    if args.out:
+        try_file(args.out)
+        if args.out.suffix != ".json":
+            raise ValueError(f"out is {args.out}, expected a name that ends in .json")
+    costs = measuring.run(
+        args.priors or ["mnist", "faces64"],
+        steps=args.steps,
+        ranks=args.ranks,
+        batch=args.batch,
+        repeats=args.repeats,
+        device=args.device,
+        teraflops=args.teraflops,
+        random_weights=args.random_weights,
+    )
+    if args.out:
+        with replacing(args.out) as part:
+            part.write_text(json.dumps(costs, indent=2) + "\n")
+        print(args.out)
+    return 0
 
 
 def fit(args: argparse.Namespace) -> int:

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from diffoc.experiments.comparison import differences, holm
 from diffoc.experiments.records import COLUMNS, frame
+from diffoc.experiments.summary import differences, holm
 
 
 def rejected_by_closed_testing(p_values, level):
