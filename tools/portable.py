@@ -45,6 +45,7 @@ MARGIN = 3
 TESTS = (
     "test_ablations",
     "test_baselines_beyond",
+    "test_certificates",
     "test_class_guidance",
     "test_experiments",
     "test_full_size",
@@ -52,11 +53,14 @@ TESTS = (
     "test_inaccurate",
     "test_latent",
     "test_latent_baselines",
+    "test_operator_per_image",
     "test_pixel_baselines",
     "test_recipes",
+    "test_released",
     "test_solve_command",
     "test_shipped_priors",
     "test_solve",
+    "test_states",
     "test_training",
 )
 """Those whose computations in float32 go through many steps."""
