@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from diffoc.commands import ffhq, main, networks, reports, solve, tables
+from diffoc.commands import ffhq, main, solve, tables, theory_and_priors
 from diffoc.data import files
 from diffoc.data import images as data
 from diffoc.data.pictures import write_picture
@@ -283,7 +283,7 @@ def outcome(places, monkeypatch, capsys):
 
     monkeypatch.setattr("diffoc.commands.solve.run", solved)
     monkeypatch.setattr("diffoc.priors.pretrained.load_prior", LOAD)
-    for module in (ffhq, networks, reports, solve, tables):
+    for module in (ffhq, solve, tables, theory_and_priors):
         for name in ("try_file", "try_folder"):
             if hasattr(module, name):
                 tried = getattr(files, name)
