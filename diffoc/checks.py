@@ -163,9 +163,9 @@ def memory_is_full(error: Exception) -> bool:
 
 
 def device_failed(error: Exception) -> bool:
-    """Whether that is what an error says, of a GPU or of one of its libraries.
+    """Returns whether an error says that a GPU, or one of its libraries, failed.
 
-    A matrix that a library could not decompose is no such error, whichever library it was.
+    A matrix that could not be decomposed is no failure of the device, whichever library says so.
     """
     failed = ("cuda error", "cudnn", "cublas", "cusolver", "cufft", "nvml", "find an engine")
     text = str(error).lower()
