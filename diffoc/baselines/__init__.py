@@ -25,7 +25,7 @@ import math
 import pkgutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import wraps
 from itertools import product
 from typing import TYPE_CHECKING
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from deepinv.physics import Physics
 
 TRIALS = 8
-"""How many settings of each method are tried for a task, for all methods alike."""
+"""How many settings of each method are tried for a task at least, for all methods alike."""
 
 
 class Share(float):
@@ -70,7 +70,7 @@ class Method:
         work: maps keyword arguments to the evaluations and products of an image.
         tuned: the values to try, in all combinations, of one to three keywords tuned for a task;
             keywords of a tuple have their values together.
-        largest: the largest value that the first of them may have.
+        largest: the largest values that they may have, by keyword.
         per_step: the evaluations that each of its `steps` needs at least; trials with a small
             budget have fewer steps.
         latent: whether the method needs a :class:`diffoc.priors.latent.LatentPrior`.
@@ -82,14 +82,14 @@ class Method:
     settings: Callable[[str, int], dict]
     work: Callable[[dict], tuple[int, int]]
     tuned: Mapping[str | tuple[str, ...], Sequence] | None = None
-    largest: float = math.inf
+    largest: Mapping[str, float] = field(default_factory=dict)
     per_step: int = 1
     latent: bool = False
     recipe: Recipe | None = None
 
     def __post_init__(self) -> None:
-        if self.tuned and math.prod(map(len, self.tuned.values())) != TRIALS:
-            raise ValueError(f"tuned is {self.tuned}, expected {TRIALS} trials, no more, no fewer")
+        if self.tuned and math.prod(map(len, self.tuned.values())) < TRIALS:
+            raise ValueError(f"tuned is {self.tuned}, expected {TRIALS} trials, no fewer")
 
     def trials(self, nfe: int) -> list[dict]:
         """Returns the settings that are tried for a budget of evaluations, in a fixed order."""
@@ -98,28 +98,57 @@ class Method:
         for trial in trials:
             if "steps" in trial:
                 trial["steps"] = max(1, min(trial["steps"], nfe // self.per_step))
-        return [trial for i, trial in enumerate(trials) if trial not in trials[:i]]
+        return _each_once(trials)
 
-    def trials_near(self, best: int, nfe: int) -> list[dict]:
-        """Returns the settings that are tried for a budget once another has been tuned.
+    def trials_near(self, best: Mapping[str, float], usual: int, nfe: int) -> list[dict]:
+        """Returns the settings that are tried for a budget once a smaller one has been tuned.
 
-        The first keyword moves half a step of its values to either side of the other's best one,
-        `trials(nfe)[best]`, and one and a half; steps are factors, or differences where one of the
-        values is 0.
+        The first keyword moves half a step of its values to either side of the best value for the
+        budget `usual`, and one and a half. Shares of the budget grow with it.
         """
-        centre = self.trials(nfe)[best]
-        keyword = next(iter(centre))
+        shares = [key for key, some in (self.tuned or {}).items() if isinstance(some[0], Share)]
+        centre = {k: round(v * nfe / usual) if k in shares else v for k, v in best.items()}
+        keyword = next(iter(self.trials(nfe)[0]))
+        return _each_once(
+            centre | {keyword: self._moved(keyword, centre[keyword], step, nfe)}
+            for step in (-1.5, -0.5, 0.5, 1.5)
+        )
+
+    def outward(self, best: Mapping, tried: Sequence[Mapping], nfe: int) -> list[dict]:
+        """Returns what is still to be tried if the best of the settings lies at an edge of these.
+
+        Each keyword whose best value is the smallest or largest of those tried goes a step further
+        while the others keep their best values. Keywords of a tuple stay.
+        """
+        trials = []
+        for keyword in self.tuned or {}:
+            if isinstance(keyword, tuple):
+                continue
+            values = [trial[keyword] for trial in tried]
+            for step, edge in ((-1, min(values)), (1, max(values))):
+                if best[keyword] == edge:
+                    trials.append({**best, keyword: self._moved(keyword, edge, step, nfe)})
+        return [trial for trial in _each_once(trials) if trial not in tried]
+
+    def _moved(self, keyword: str, value: float, step: float, nfe: int) -> float:
+        """Returns a value moved by so many steps of its keyword's values, within its limits.
+
+        Steps are factors, or differences where one of the values is 0.
+        """
         values = sorted({trial[keyword] for trial in self.trials(nfe)})
-        moved = []
-        for step in (-1.5, -0.5, 0.5, 1.5):
-            if values[0] > 0:
-                ratio = (values[-1] / values[0]) ** (1 / (len(values) - 1))
-                value = centre[keyword] * ratio**step
-            else:
-                value = max(0, centre[keyword] + step * values[-1] / (len(values) - 1))
-            value = min(float(f"{value:.2g}"), self.largest)
-            moved.append(centre | {keyword: round(value) if isinstance(values[0], int) else value})
-        return [trial for i, trial in enumerate(moved) if trial not in moved[:i]]
+        intervals = max(1, len(values) - 1)
+        if values[0] > 0:
+            moved = value * (values[-1] / values[0]) ** (step / intervals)
+        else:
+            moved = max(0, value + step * values[-1] / intervals)
+        most = nfe // self.per_step if keyword == "steps" else math.inf
+        moved = min(float(f"{moved:.2g}"), self.largest.get(keyword, most))
+        return max(1, round(moved)) if isinstance(values[0], int) else moved
+
+
+def _each_once(trials: Iterable[dict]) -> list[dict]:
+    trials = list(trials)
+    return [trial for i, trial in enumerate(trials) if trial not in trials[:i]]
 
 
 def _trial(keywords: Iterable[str | tuple[str, ...]], values: Iterable, nfe: int) -> dict:

@@ -112,5 +112,5 @@ METHOD = Method(
     lambda task, nfe: {"steps": 6, "iterations": max(1, nfe // 6 - 1)},
     lambda s: (s["steps"] * (s["iterations"] + 1), s["steps"] * s["iterations"]),
     tuned={"blend": (0.03, 0.1, 0.3, 1.0), "regularization": (0.0, 0.01)},
-    largest=1.0,
+    largest={"blend": 1.0},
 )

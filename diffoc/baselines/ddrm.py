@@ -69,5 +69,5 @@ METHOD = Method(
     one_a_step,
     no_products,
     tuned={"eta": (0.3, 0.6, 0.85, 1.0), "steps": (Share(1 / 15), Share(1))},
-    largest=1.0,
+    largest={"eta": 1.0},
 )

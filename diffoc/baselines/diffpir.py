@@ -67,4 +67,5 @@ METHOD = Method(
     _settings,
     no_products,
     tuned={"strength": (0.1, 0.25, 0.8, 2.0), "renewal": (0.1, 1.0)},
+    largest={"renewal": 1.0},
 )

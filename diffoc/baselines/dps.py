@@ -49,5 +49,5 @@ METHOD = Method(
     dps,
     one_a_step,
     product_a_step,
-    tuned={"guidance": (1.0, 3.0, 10.0, 30.0), "steps": (Share(1 / 6), Share(1))},
+    tuned={"guidance": (1.0, 3.0, 10.0, 30.0), "steps": (Share(1 / 18), Share(1 / 6), Share(1))},
 )

@@ -34,4 +34,5 @@ METHOD = Method(
     one_a_step,
     product_a_step,
     tuned={"guidance": (0.03, 0.1, 0.3, 1.0), "strength": (0.1, 1.0)},
+    largest={"strength": 1.0},
 )

@@ -52,5 +52,5 @@ METHOD = Method(
     lambda task, nfe: {"steps": nfe, "iterations": 1},
     lambda settings: (settings["steps"], 2 * settings["steps"]),
     tuned={"eta": (0.0, 0.3, 0.6, 1.0), "steps": (Share(1 / 3), Share(1))},
-    largest=1.0,
+    largest={"eta": 1.0},
 )

@@ -73,4 +73,5 @@ METHOD = Method(
     one_a_step,
     product_a_step,
     tuned={"guidance": (0.25, 0.5, 1.0, 2.0), "eta": (0.0, 1.0)},
+    largest={"eta": 1.0},
 )

@@ -58,5 +58,5 @@ METHOD = Method(
     one_a_step,
     no_products,
     tuned={"strength": (0.1, 0.3, 0.6, 1.0), "steps": (Share(1 / 3), Share(1))},
-    largest=1.0,
+    largest={"strength": 1.0},
 )

@@ -2,7 +2,7 @@
 
 import argparse
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 
@@ -26,6 +26,12 @@ from diffoc.problems.perceptual import missing_metrics
 
 NFE = 300
 """The usual budget of evaluations."""
+
+OUTWARD = 4
+"""How often `tune` goes a step beyond the edge of a grid where the best setting lies at it."""
+
+Place = tuple[str, str, int]
+"""A task, a method and a budget."""
 
 
 def run(args: argparse.Namespace) -> int:
@@ -122,8 +128,9 @@ def digits(args: argparse.Namespace) -> int:
 def tune(args: argparse.Namespace) -> int:
     """Tries settings of each method on the tuning images, and writes down the best by mean PSNR.
 
-    They go to `data/tuned.json`, from which the tables run, or to a file beside the records if the
-    settings or images are not the protocol's.
+    Where the best of a whole grid lies at its edge, settings outside are tried, too: those of
+    :meth:`diffoc.baselines.Method.outward`. The best go to `data/tuned.json`, from which the tables
+    run, or to a file beside the records if the settings or images are not the protocol's.
     """
     path = args.out or ROOT / "data" / "records" / f"tuning_{as_file_name(args.prior)}.csv"
     own = args.set or (args.images and protocol_of(args.prior).tuning)
@@ -135,6 +142,35 @@ def tune(args: argparse.Namespace) -> int:
     for method in names:
         if tried := methods.of_method(given, method).keys() & METHODS[method].trials(NFE)[0].keys():
             raise ValueError(f"set has {min(tried)}, but tune tries values of that for {method}")
+    status, best = _try_all(args, plan, given, path)
+    for _ in range(OUTWARD):
+        new = {place: _outward(args, place, trials, best[place]) for place, trials in plan.items()}
+        if not any(new.values()):
+            break
+        plan = {place: [*trials, *new[place]] for place, trials in plan.items()}
+        status, best = _try_all(args, plan, given, path)
+    tuned = methods.read_tuned(choices)
+    for (task, method, nfe), chosen in best.items():
+        if chosen is None:
+            print(f"{method}, {task}, nfe {nfe}: every trial failed")
+            continue
+        place = tuned.setdefault(args.prior, {}).setdefault(method, {})
+        place.setdefault(task, {})[str(nfe)] = chosen
+        at_edge = _outward(args, (task, method, nfe), plan[task, method, nfe], chosen)
+        said = ", ".join(f"{key} {value:g}" for key, value in chosen.items()) or "unsupported"
+        print(f"{method}, {task}, nfe {nfe}: {said}{' (at the edge)' if at_edge else ''}")
+    methods.write_tuned(tuned, choices)
+    print(choices)
+    return status
+
+
+def _try_all(
+    args: argparse.Namespace, plan: Mapping[Place, list[dict]], given: dict, path: Path
+) -> tuple[int, dict[Place, dict | None]]:
+    """Computes what is left of the trials; returns the exit status, and the best by place.
+
+    The best is None where every trial failed, and empty where the method does not do the task.
+    """
     images = picture_names(args.images) if args.images else None
     cells = {
         place: experiments.tuning_cells(
@@ -148,29 +184,31 @@ def tune(args: argparse.Namespace) -> int:
     }
     compute = experiments.Computer(args.images and args.images.resolve(), args.device)
     status = execute([cell for some in cells.values() for cell in some], compute, path, args)
-    known, tuned = records.by_image(records.read(path)), methods.read_tuned(choices)
-    for (task, method, nfe), trials in plan.items():
-        rows = [[known[one] for one in records.alone(cell)] for cell in cells[task, method, nfe]]
-        best = experiments.best_trial(rows)
-        if best is None and any(row["status"] == "failed" for some in rows for row in some):
-            print(f"{method}, {task}, nfe {nfe}: every trial failed")
-            continue
-        chosen = {} if best is None else trials[best]
-        place = tuned.setdefault(args.prior, {}).setdefault(method, {})
-        place.setdefault(task, {})[str(nfe)] = chosen
-        values = [trial[next(iter(METHODS[method].tuned or {}))] for trial in trials]
-        first = next(iter(chosen.values()), None)
-        edge = " (at the edge)" if first in (min(values), max(values)) else ""
-        said = ", ".join(f"{key} {value:g}" for key, value in chosen.items()) or "unsupported"
-        print(f"{method}, {task}, nfe {nfe}: {said}{edge}")
-    methods.write_tuned(tuned, choices)
-    print(choices)
-    return status
+    known, best = records.by_image(records.read(path)), {}
+    for place, trials in plan.items():
+        rows = [[known[one] for one in records.alone(cell)] for cell in cells[place]]
+        chosen = experiments.best_trial(rows)
+        failed = any(row["status"] == "failed" for some in rows for row in some)
+        best[place] = trials[chosen] if chosen is not None else None if failed else {}
+    return status, best
 
 
-def _trials(
-    args: argparse.Namespace, names: Sequence[str]
-) -> dict[tuple[str, str, int], list[dict]]:
+def _outward(
+    args: argparse.Namespace, place: Place, trials: list[dict], best: dict | None
+) -> list[dict]:
+    """Returns what to try beyond an edge of a whole grid, which its best setting lies at."""
+    task, method, nfe = place
+    if not best or not _whole_grid(args, method, task, nfe):
+        return []
+    return METHODS[method].outward(best, trials, nfe)
+
+
+def _whole_grid(args: argparse.Namespace, method: str, task: str, nfe: int) -> bool:
+    """Returns whether all of a method's trials are tried, and not those around an earlier best."""
+    return nfe <= NFE or bool(args.images) or not methods.takes(method, task, NFE)
+
+
+def _trials(args: argparse.Namespace, names: Sequence[str]) -> dict[Place, list[dict]]:
     """Returns the settings to try by task, method and budget.
 
     With the usual budget, a smaller one, the only one that a method can have, or images of one's
@@ -183,12 +221,11 @@ def _trials(
         if not METHODS[method].tuned:
             raise ValueError(f"method is {method!r}, which has nothing to tune")
         nfe = asked if cost is None else methods.equal_work(method, task, asked, cost)
-        usual = METHODS[method].trials(NFE)
         known = methods.read_tuned().get(args.prior, {}).get(method, {}).get(task, {}).get(str(NFE))
-        if nfe <= NFE or args.images or not methods.takes(method, task, NFE):
+        if _whole_grid(args, method, task, nfe):
             plan[task, method, nfe] = METHODS[method].trials(nfe)
-        elif known in usual:
-            plan[task, method, nfe] = METHODS[method].trials_near(usual.index(known), nfe)
+        elif known and known.keys() == METHODS[method].trials(NFE)[0].keys():
+            plan[task, method, nfe] = METHODS[method].trials_near(known, NFE, nfe)
         else:
             raise ValueError(
                 f"method {method} is not tuned for {task} with {args.prior} and nfe {NFE}, which "

@@ -142,16 +142,17 @@ def test_what_was_not_tuned_is_not_guessed(seen):
         settings_of("mnist", "magic", "box_inpainting", 4, {})
 
 
-def test_no_method_has_more_trials_than_the_others():
+def test_every_method_has_eight_trials_and_dps_has_more():
     counts = {name: len(method.trials(300)) for name, method in METHODS.items() if method.tuned}
+    assert counts.pop("dps") == 12
     assert set(counts.values()) == {TRIALS}
-    assert set(METHODS) - set(counts) == {"deep_image_prior"}
+    assert set(METHODS) - set(counts) == {"deep_image_prior", "dps"}
     with pytest.raises(ValueError, match="expected 8 trials"):
         Method("", dps, lambda task, nfe: {}, no_products, {"guidance": tuple(range(7))})
 
 
 def method_of(**tuned):
-    largest = tuned.pop("largest", float("inf"))
+    largest = tuned.pop("largest", {})
     return Method("", dps, lambda task, nfe: {}, no_products, tuned, largest)
 
 
@@ -163,17 +164,38 @@ def test_trials_are_all_pairs_and_then_lie_around_the_best():
         {"guidance": 4.0, "steps": 50},
     ]
     # Factors of 4 are half a step to the factor 2, one and a half to 8; steps go with the budget.
-    found = two.trials_near(2, 1200)
+    found = two.trials_near({"guidance": 4.0, "steps": 50}, 300, 1200)
     assert [trial["guidance"] for trial in found] == [0.5, 2.0, 8.0, 32.0]
     assert {trial["steps"] for trial in found} == {200}
     # With a value of zero there are no factors; what is too large or small is tried once.
-    bounded = method_of(eta=(0.0, 0.2, 0.4, 1.2), steps=(2, 3), largest=1.2)
-    assert [t["eta"] for t in bounded.trials_near(6, 300)] == [0.6, 1.0, 1.2]
-    assert [t["eta"] for t in bounded.trials_near(0, 300)] == [0.0, 0.2, 0.6]
+    bounded = method_of(eta=(0.0, 0.2, 0.4, 1.2), steps=(2, 3), largest={"eta": 1.2})
+    near = [bounded.trials_near({"eta": eta, "steps": 2}, 300, 300) for eta in (1.2, 0.0)]
+    assert [[t["eta"] for t in some] for some in near] == [[0.6, 1.0, 1.2], [0.0, 0.2, 0.6]]
     whole = replace(method_of(steps=(5, 10, 20, 40), weight=(1.0, 2.0)), per_step=4)
-    assert [t["steps"] for t in whole.trials_near(2, 300)] == [4, 7, 14, 28]
+    found = whole.trials_near({"steps": 10, "weight": 1.0}, 300, 300)
+    assert [t["steps"] for t in found] == [4, 7, 14, 28]
     # What the budget has no room for is not tried, and nothing is tried twice.
     assert whole.trials(50) == [{"steps": T, "weight": w} for T in (5, 10, 12) for w in (1.0, 2.0)]
+
+
+def test_a_best_setting_at_an_edge_is_followed_outwards():
+    """One keyword at a time, as far as it may go; inside, and at an end, there is no edge."""
+    some = method_of(guidance=(1.0, 4.0, 16.0, 64.0), steps=(Share(1 / 4), Share(1)))
+    grid = some.trials(100)
+    assert some.outward({"guidance": 16.0, "steps": 100}, grid, 100) == []
+    assert some.outward({"guidance": 64.0, "steps": 25}, grid, 100) == [
+        {"guidance": 260.0, "steps": 25},
+        {"guidance": 64.0, "steps": 6},
+    ]
+    # A second time from there: the steps lie inside now.
+    more = [*grid, {"guidance": 260.0, "steps": 25}, {"guidance": 64.0, "steps": 6}]
+    found = some.outward({"guidance": 260.0, "steps": 25}, more, 100)
+    assert [trial["guidance"] for trial in found] == [1000.0]
+    ends = method_of(eta=(0.0, 0.2, 0.4, 1.0), strength=(0.1, 1.0), largest={"strength": 1.0})
+    assert ends.outward({"eta": 0.0, "strength": 1.0}, ends.trials(9), 9) == []
+    pairs = method_of(smoothness=(1.0, 2.0, 4.0, 8.0), **{"a": (0.0, 0.1)})
+    tried = pairs.trials(9)
+    assert pairs.outward({"smoothness": 2.0, "a": 0.1}, tried, 9) == [{"smoothness": 2.0, "a": 0.2}]
 
 
 def test_equal_work_counts_products():
@@ -315,8 +337,10 @@ def test_tuning_writes_the_best_and_a_second_time_computes_nothing(tmp_path, mon
     for _ in range(2):
         assert main(command) == 0
         assert "fake, gaussian_blur, nfe 300: level 0.4, steps 150\n" in capsys.readouterr().out
-    assert calls == [(v, s) for v in (0.1, 0.4, 1.6, 6.4) for s in (150, 300)]
-    assert len(read(path)) == TRIALS, "all trials are in the records"
+    assert calls[:TRIALS] == [(v, s) for v in (0.1, 0.4, 1.6, 6.4) for s in (150, 300)]
+    # At the edge of its steps the best is as good as any, and the first of these stays the best.
+    assert calls[TRIALS:] == [(0.4, 75)]
+    assert len(read(path)) == len(calls), "all trials are in the records"
     calls.clear()
     for _ in range(2):
         assert main([*command, "--nfe", "400"]) == 0
@@ -330,7 +354,7 @@ def test_tuning_writes_the_best_and_a_second_time_computes_nothing(tmp_path, mon
     }
     calls.clear()
     assert main([*command, "--nfe", "40"]) == 0
-    assert calls == [(v, s) for v in (0.1, 0.4, 1.6, 6.4) for s in (20, 40)]
+    assert calls == [*((v, s) for v in (0.1, 0.4, 1.6, 6.4) for s in (20, 40)), (0.4, 10)]
 
 
 def test_each_colour_face_has_an_operator_of_its_own(monkeypatch):
