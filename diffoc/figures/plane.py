@@ -20,4 +20,4 @@ def draw_prior(axis: Axes, setting: PlanarMixture, side: tuple[float, float] = (
     y, s = setting.y, setting.noise_std
     axis.axvspan(y - s, y + s, color=COLORS["orange"], alpha=0.2, lw=0)
     axis.axvline(y, color=COLORS["orange"], lw=1)
-    axis.set(aspect="equal", xlabel="$x_1$", ylabel="$x_2$")
+    axis.set(aspect="equal", xlabel="first coordinate (measured)", ylabel="second coordinate")
