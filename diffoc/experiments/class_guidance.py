@@ -217,7 +217,7 @@ def guidance_controls(
     The posterior mean that a step uses is moved to that of the conditional score, where the cost
     is a negative log-likelihood and its value at Tweedie's estimate stands for that of x_t:
 
-    .. math:: u = -w \, b_t \, \frac{\sigma_t^2}{\alpha_t} \nabla_{x_t} J(m(x_t, t)) .
+    .. math:: u = -w \, b_t \, \frac{\sigma_t^2}{\alpha_t} \nabla_{x_t} \ell_0(m(x_t, t)) .
 
     The process is in input mode: a control after the last step would act on the image itself, and
     is left out. The cost J maps images (B, ...) to costs (B,), each image to its own. The strength
