@@ -1,0 +1,143 @@
+"""Writes the tables of faces in README.md and docs/results.md again, from the records.
+
+    python tools/tables.py
+
+A table is known by the first cell of its head, and text around it stays. What new records change
+in the sentences is for a person to mend; the script prints how many differences are beyond chance.
+"""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+
+from diffoc.experiments.methods import METHODS
+from diffoc.experiments.paper_tables import TASKS
+from diffoc.experiments.records import rows_of
+from diffoc.experiments.summary import by_image, differences, paired, select
+
+ROOT = Path(__file__).parents[1]
+IN_README = ("Ours", "PnP-ADMM", "DiffPIR", "DDRM", "DPS")
+OURS, PAPERS = "ours", ("paper", "released")
+
+Table = dict[str, list[str]]
+"""The cells of a table's rows by their first ones: one for each task."""
+
+
+def rows_with(nfe: int) -> pd.DataFrame:
+    """Returns the rows with a budget, of the methods and tasks that have all 32 faces."""
+    rows = rows_of(ROOT / "data" / "records" / "table1_faces64.csv")
+    rows = rows[rows["nfe"] == nfe]
+    return rows[rows.groupby(["method", "task"])["image"].transform("size") == 32]
+
+
+def cells(form: Callable[..., str], *some: pd.DataFrame) -> list[str]:
+    """Returns a cell for each task, of the rows that each of the tables has of it, or a dash."""
+    of_task = [[select(rows, task=task) for rows in some] for task in TASKS]
+    return [form(*each) if all(map(len, each)) else "–" for each in of_task]
+
+
+def score(rows: pd.DataFrame) -> str:
+    """Returns mean PSNR and SSIM."""
+    psnr, ssim = (by_image(rows, metric).mean() for metric in ("psnr", "ssim"))
+    return f"{psnr:.2f} / {ssim:.3f}"
+
+
+def work(rows: pd.DataFrame) -> str:
+    """Returns mean evaluations F and products B."""
+    return ", ".join(f"{rows[metric].mean():.0f}" for metric in ("evaluations", "products"))
+
+
+def gap(first: pd.DataFrame, second: pd.DataFrame) -> str:
+    """Returns the paired difference in PSNR, with its interval."""
+    mean, half = paired(first, second, "psnr")
+    return f"{mean:+.2f} ± {half:.2f}".replace("-", "−")
+
+
+def ssim_gap(first: pd.DataFrame, second: pd.DataFrame) -> str:
+    """Returns the paired difference in SSIM, with its interval."""
+    mean, half = paired(first, second, "ssim")
+    return f"{mean:+.3f} ± {half:.3f}".replace("-", "−")
+
+
+def residuals(*some: pd.DataFrame) -> str:
+    """Returns mean residuals in units of the noise."""
+    return " / ".join(f"{rows['residual_over_noise'].mean():.2f}" for rows in some)
+
+
+def split(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """Returns the rows of each method, in the order of their PSNR on the first task."""
+    first = select(rows, task=TASKS[0]).groupby("method")["psnr"].mean()
+    names = dict.fromkeys(rows["method"])
+    return {
+        name: select(rows, method=name) for name in sorted(names, key=lambda n: -first.get(n, 0))
+    }
+
+
+def label(method: str) -> str:
+    """Returns a method's name in tables."""
+    return METHODS[method].label
+
+
+def tables() -> dict[str, Table]:
+    """Maps the first cell of a table's head to its rows."""
+    usual, more, most = (split(rows_with(nfe)) for nfe in (300, 570, 1000))
+    ours, papers = usual[OURS], [most[name] for name in PAPERS]
+    equal = {label(name): cells(score, rows) for name, rows in more.items()}
+    equal |= {f"Ours minus {label(name)}": cells(gap, ours, rows) for name, rows in more.items()}
+    their = {f"{label(name)}, NFE 1000": cells(score, most[name]) for name in PAPERS}
+    their |= {f"Ours minus {label(name)}": cells(gap, ours, most[name]) for name in PAPERS}
+    their |= {f"{label(name)} minus DPS": cells(gap, most[name], usual["dps"]) for name in PAPERS}
+    their |= {"residual, Paper / Released": cells(residuals, *papers)}
+    return {
+        "method": {label(name): cells(score, rows) for name, rows in usual.items()},
+        "F / B": {label(name): cells(work, rows) for name, rows in usual.items()},
+        "ours minus PnP-ADMM": {
+            "PSNR, dB": cells(gap, ours, usual["pnp_admm"]),
+            "SSIM": cells(ssim_gap, ours, usual["pnp_admm"]),
+        },
+        "570 evaluations": equal,
+        "32 faces": their,
+    }
+
+
+def written(text: str, found: dict[str, Table]) -> str:
+    """Returns a page with these tables in place of those that have their heads."""
+    for head, rows in found.items():
+        titles = [task.replace("_", " ") for task in TASKS]
+        start = re.search(
+            rf"^\| {re.escape(head)} \|(.*)\|\n(\| -.*\n)(\|.*\n)*", text, re.MULTILINE
+        )
+        if start is None:
+            raise ValueError(f"there is no table that starts with {head!r}")
+        kept = [titles.index(title.strip()) for title in start[1].split("|")]
+        body = "".join(
+            f"| {' | '.join([first, *(row[i] for i in kept)])} |\n" for first, row in rows.items()
+        )
+        table = f"| {head} |{start[1]}|\n{start[2]}{body}"
+        text = text[: start.start()] + table + text[start.end() :]
+    return text
+
+
+def pages() -> dict[Path, str]:
+    """Maps the two pages to what they should be."""
+    found = tables()
+    readme = {"PSNR in dB / SSIM": {name: found["method"][name] for name in IN_README}}
+    return {
+        ROOT / name: written((ROOT / name).read_text(encoding="utf-8"), some)
+        for name, some in (("docs/results.md", found), ("README.md", readme))
+    }
+
+
+def main() -> None:
+    """Writes the pages."""
+    for path, text in pages().items():
+        path.write_text(text, encoding="utf-8")
+    gaps = differences(rows_with(300), OURS, 300, "psnr")
+    ahead = sum(each.corrected < 0.05 and each.mean > 0 for each in gaps)
+    print(f"ours is ahead in {ahead} of {len(gaps)} comparisons in PSNR")
+
+
+if __name__ == "__main__":
+    main()
