@@ -96,11 +96,7 @@ def greedy_controls(
     check_size(expected, y=y)
     if smoothness and x.ndim != 4:
         raise ValueError(f"smoothness is {smoothness}, but x has shape {tuple(x.shape)}: take 0")
-    blurs = y.shape == x.shape and is_physics(physics, "Blur", "BlurFFT")
-    kernels = physics.filter if blurs else None
-    errors = _errors(x, smoothness, kernels)
-    # Smooth errors make the system ill-conditioned, and what has not converged is rounding.
-    trials, tol = (200, 1e-5) if smoothness else (50, 1e-3)
+    correct = image_correction(physics, y, x, noise_std, smoothness)
     controls, u = [], torch.zeros_like(x)
     for i in range(process.horizon):
         controls.append(u)
@@ -110,15 +106,37 @@ def greedy_controls(
         with evaluating(process.denoiser):
             mean = process.denoiser(x, t).mean.to(x.dtype)
         _, b, _ = process.coefficients[i]
-        covariance, precondition = errors((alpha / sigma) ** 2, noise_std)
-        u = b * correction(physics, y, mean, covariance, trials, tol, precondition)
+        u = b * correct(mean, (alpha / sigma) ** 2)
         x = process.affine(i, x, mean)
     return torch.stack(controls)
 
 
+def image_correction(
+    physics: LinearPhysics, y: Tensor, x: Tensor, noise_std: float, smoothness: float = 0.0
+) -> Callable[[Tensor, float | Tensor], Tensor]:
+    r"""Returns the function of an estimate m and of a number :math:`1 / \rho^2` that returns
+
+    .. math:: \delta = \arg\min_d \frac{\|A (m + d) - y\|^2}{s^2}
+              + d^T \Big(\frac{1}{\rho^2} + V^{-1}\Big) d
+
+    with the variances V of :func:`image_spectrum`. Estimates have the shape of x, (B, ...), with
+    a smoothness above 0 (B, C, H, W). Measurements y are (B, ...), and the noise s is above 0.
+    """
+    blurs = y.shape == x.shape and is_physics(physics, "Blur", "BlurFFT")
+    errors = _errors(x, smoothness, physics.filter if blurs else None)
+    # Smooth errors make the system ill-conditioned, and what has not converged is rounding.
+    trials, tol = (200, 1e-5) if smoothness else (50, 1e-3)
+
+    def correct(mean: Tensor, known: float | Tensor) -> Tensor:
+        covariance, precondition = errors(known, noise_std)
+        return correction(physics, y, mean, covariance, trials, tol, precondition)
+
+    return correct
+
+
 def _errors(
     x: Tensor, smoothness: float, kernels: Tensor | None
-) -> Callable[[Tensor, float], tuple[Linear, Linear]]:
+) -> Callable[[float | Tensor, float], tuple[Linear, Linear]]:
     r"""Returns what makes :math:`C = \rho^2 / s^2`, for images like x, of snr squared and s.
 
     With it comes an approximate inverse of :math:`I + A C A^T`, for the A of a blur with such
@@ -133,7 +151,7 @@ def _errors(
     def multiply(gain: Tensor) -> Linear:
         return lambda d: rows.mT @ (gain * (rows @ d @ columns.mT)) @ columns
 
-    def covariance(known: Tensor, s: float) -> tuple[Linear, Linear]:
+    def covariance(known: float | Tensor, s: float) -> tuple[Linear, Linear]:
         gain = 1 / ((known + 1 / spectrum) * s**2)
         inverse = _unchanged if powers is None else multiply(1 / (1 + powers * gain))
         return multiply(gain), inverse

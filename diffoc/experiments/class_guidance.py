@@ -220,8 +220,9 @@ def guidance_controls(
     .. math:: u = -w \, b_t \, \frac{\sigma_t^2}{\alpha_t} \nabla_{x_t} \ell_0(m(x_t, t)) .
 
     The process is in input mode: a control after the last step would act on the image itself, and
-    is left out. The cost :math:`\ell_0` maps images (B, ...) to costs (B,), each image to its own. The strength
-    w is 1 for the score, and 0 for no guidance. The work is T evaluations and T products.
+    is left out. The cost :math:`\ell_0` maps images (B, ...) to costs (B,), each image to its own.
+    The strength w is 1 for the score, and 0 for no guidance. The work is T evaluations and T
+    products.
 
     Source: Dhariwal & Nichol 2021, arXiv:2105.05233; at Tweedie's estimate, Chung et al. 2022,
     arXiv:2209.14687.

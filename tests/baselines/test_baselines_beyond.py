@@ -3,16 +3,20 @@
 import inspect
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
+from azula.denoise import DiracPosterior
 from azula.noise import VPSchedule
 from azula.sample import DDIMSampler
 from deepinv.physics import LinearPhysics, Physics
+from scipy.fft import dct
 
 from diffoc.baselines.d_flow import d_flow
 from diffoc.baselines.daps import _end_of_chain, daps
 from diffoc.baselines.decomposition import decompose
 from diffoc.baselines.diffpir import diffpir
+from diffoc.baselines.diffpir_smooth import diffpir_smooth
 from diffoc.baselines.mmps import mmps
 from diffoc.baselines.ndtm import ndtm
 from diffoc.baselines.pgdm import pgdm
@@ -468,3 +472,39 @@ def test_a_face_is_restored_better_than_by_interpolation(method):
     assert found.dtype == torch.float32
     nearest = y.repeat_interleave(4, -1).repeat_interleave(4, -2)
     assert image_metrics(found, truth)["psnr"] > image_metrics(nearest, truth)["psnr"]
+
+
+@pytest.mark.parametrize("smoothness", [0.0, 3.0])
+def test_diffpir_with_smooth_errors_takes_its_step(smoothness):
+    """Against dense linear algebra, with scipy's cosines."""
+    H, W, lam, s = 5, 6, 0.8, 0.3
+    n, generator = H * W, torch.Generator().manual_seed(0)
+    A = torch.randn(7, n, generator=generator, dtype=torch.float64) / n**0.5
+    physics = LinearPhysics(
+        A=lambda x, **_: x.flatten(1) @ A.mT, A_adjoint=lambda y, **_: (y @ A).view(-1, 1, H, W)
+    )
+    prior = GaussianPrior(torch.zeros(n).double(), 0.2 * torch.eye(n).double(), VPSchedule())
+
+    class OfImages(CountedPrior):
+        def forward(self, x_t, t, **kwargs):
+            mean = super().forward(x_t.flatten(1), t, **kwargs).mean
+            return DiracPosterior(mean=mean.view_as(x_t))
+
+    x = noise(2, 1, H, W, seed=5)
+    y, one = noise(2, 7, seed=6), torch.Generator().manual_seed(0)
+    settings = {"steps": 2, "strength": lam, "smoothness": smoothness}
+    found = diffpir_smooth(OfImages(prior), physics, y, x, one, noise_std=s, **settings)
+
+    one.manual_seed(0)
+    waves = torch.from_numpy(np.kron(*(dct(np.eye(k), axis=0, norm="ortho") for k in (H, W))))
+    k = torch.arange(max(H, W), dtype=torch.float64)
+    V = (1 + k[:H, None] ** 2 + k[:W] ** 2) ** (-smoothness / 2)
+    V *= 0.25 / V.mean()
+    for t, later in pairwise(torch.tensor([1.0, 1 - 0.5**0.5, 0.0], dtype=torch.float64)):
+        (alpha_t, sigma_t), (alpha_s, sigma_s) = map(prior.schedule, (t, later))
+        m = prior(x.flatten(1), t).mean
+        precision = waves.mT @ torch.diag(lam * (alpha_t / sigma_t) ** 2 + 1 / V.flatten()) @ waves
+        d = torch.linalg.solve(A.mT @ A / s**2 + precision, A.mT @ (y - m @ A.mT).mT / s**2).mT
+        drawn = torch.randn(x.shape, generator=one, dtype=torch.float64)
+        x = alpha_s * (m + d).view_as(x) + sigma_s * drawn
+    torch.testing.assert_close(found, x, rtol=1e-3, atol=1e-3 if not smoothness else 1e-5)

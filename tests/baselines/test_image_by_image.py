@@ -29,7 +29,7 @@ SHORT = {
     # With less, its conjugate gradients make 0.06 of 1e-15, whoever is beside the image.
     "diffpir": {"strength": 1e4},
 }
-LOOSE = {"paper": 1e-7, "pnp_admm": 1e-5, "diffpir": 1e-3, "ours": 1e-4}
+LOOSE = {"paper": 1e-7, "pnp_admm": 1e-5, "diffpir": 1e-3, "diffpir_smooth": 1e-4, "ours": 1e-4}
 """Adam divides by small gradients; conjugate gradients stop at 1e-5 of their start, and lose digits
 where they are many."""
 
