@@ -2,7 +2,7 @@
 
     python tools/certificate.py --factor 4 --steps 20 --methods none dps   # what is missing
 
-Notebook 14 reads the record; `diffoc/experiments/certificates.py` says what the methods are.
+Notebook 14b reads the record; `diffoc/experiments/certificates.py` says what the methods are.
 """
 
 from __future__ import annotations
