@@ -427,7 +427,7 @@ def settings_by_name(name):
     method = METHODS[name]
     # Ours from the guess has to have four evaluations for each of its thirty steps.
     budgets = {"stopped": 120, "ours": 120}
-    budgets |= {"paper": 1000, "released": 1000}
+    budgets |= {"paper": 1000, "paper_tuned": 1000, "released": 1000}
     nfe = budgets.get(name, 12)
     found = method.settings("random_inpainting", nfe)
     return found | (method.trials(nfe)[-1] if method.tuned else {})

@@ -214,7 +214,7 @@ def test_equal_work_counts_products():
 
 def test_the_table_s_methods_are_those_that_can_have_its_budget():
     few, many = compared("faces64", 300), compared("faces64", 1000)
-    assert set(many) - set(few) == {"paper", "released"}
+    assert set(many) - set(few) == {"paper", "paper_tuned", "released"}
     assert {"ours", "dps", "psld"} <= set(few)
     assert "deep_image_prior" not in many
     assert "psld" not in compared("mnist", 300)

@@ -131,7 +131,7 @@ def test_another_batch_computes_only_what_no_batch_had(tmp_path):
 @pytest.mark.parametrize("method", METHODS)
 def test_a_setting_that_no_method_takes_is_no_record(method):
     """It ends the run, before the first cell where the method looks at it before it begins."""
-    nfe = {"paper": 1000, "released": 1000}.get(method, 300)
+    nfe = {"paper": 1000, "paper_tuned": 1000, "released": 1000}.get(method, 300)
     good = METHODS[method].settings("super_resolution", nfe)
     good |= METHODS[method].trials(nfe)[0] if METHODS[method].tuned else {}
     check_settings(method, good)
