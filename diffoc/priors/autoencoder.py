@@ -12,15 +12,15 @@ and with a small s: the divergence only keeps the latents from growing and from 
 decoder does not need. Latents are standardised channel by channel.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
-from scipy.fft import dct
 from torch import Tensor, nn
 
+from diffoc.checks import check_member
 from diffoc.data.images import as_states
+from diffoc.greedy import cosines
 from diffoc.priors.weights import load_shipped
 
 FOLD = 4  # pixels of a square's side
@@ -118,13 +118,10 @@ def encoded(network: Autoencoder, images: np.ndarray) -> np.ndarray:
     return torch.cat([network.encode(as_states(part)) for part in parts]).numpy()
 
 
-AUTOENCODERS: dict[str, Callable[[], Autoencoder]] = {"faces64_autoencoder": Autoencoder}
-"""What builds each autoencoder that ships, with random weights."""
-
-
 def load_autoencoder(name: str = "faces64_autoencoder", folder: Path | None = None) -> Autoencoder:
-    """Returns a trained one of :data:`AUTOENCODERS`, to evaluate, float32."""
-    return load_shipped(AUTOENCODERS, name, folder)
+    """Returns the one that ships, trained, to evaluate, float32; see :func:`load_shipped`."""
+    check_member(["faces64_autoencoder"], name=name)
+    return load_shipped(Autoencoder, name, folder)
 
 
 def _lowest_cosines(side: int, colours: int) -> Tensor:
@@ -134,9 +131,7 @@ def _lowest_cosines(side: int, colours: int) -> Tensor:
     three colours it gives their mean and two differences, which count as a frequency between the
     squares' third and fourth.
     """
-    space, colour = (
-        torch.from_numpy(dct(np.eye(n), axis=0, norm="ortho")) for n in (side, colours)
-    )
+    space, colour = cosines(side), cosines(colours)
     basis = torch.kron(colour, torch.kron(space, space))
     index = torch.arange(side).float()
     frequency = (index[:, None].square() + index.square()).flatten()

@@ -170,9 +170,8 @@ def load_prior(
             "of `python -m diffoc train`, ending in .pt"
         )
     if name in SHIPPED and name.endswith("_latent"):
-        images = name.removesuffix("_latent")
-        prior = LatentPrior(prior, load_autoencoder(f"{images}_autoencoder"))
-        prior.decoded_shape = SHIPPED[images]
+        prior = LatentPrior(prior, load_autoencoder())
+        prior.decoded_shape = SHIPPED[name.removesuffix("_latent")]
     elif hasattr(prior, "image_shape"):
         shape = prior.image_shape
     if shape is None:

@@ -11,7 +11,6 @@ with no gradient through :math:`\log \bar\sigma`. (Fabian et al. compare varianc
 easy and hard pictures alike.)
 """
 
-from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -43,13 +42,9 @@ class SeverityEncoder(nn.Module):
         return output[:, :-1], output[:, -1].flatten(1).mean(1)
 
 
-SEVERITY_ENCODERS: dict[str, Callable[[], SeverityEncoder]] = {"faces64_severity": SeverityEncoder}
-"""What builds each severity encoder, with random weights."""
-
-
-def load_severity_encoder(name: str = "faces64_severity") -> SeverityEncoder:
-    """Returns a trained one of :data:`SEVERITY_ENCODERS`, to evaluate, float32."""
-    return load_shipped(SEVERITY_ENCODERS, name)
+def load_severity_encoder() -> SeverityEncoder:
+    """Returns the trained one, to evaluate, float32."""
+    return load_shipped(SeverityEncoder, "faces64_severity")
 
 
 def severity_loss(network: SeverityEncoder, x: Tensor, generator: torch.Generator) -> Tensor:

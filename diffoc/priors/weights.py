@@ -86,12 +86,9 @@ def read_checkpoint(path: Path) -> dict:
 Network = TypeVar("Network", bound=nn.Module)
 
 
-def load_shipped(
-    builders: Mapping[str, Callable[[], Network]], name: str, folder: Path | None = None
-) -> Network:
+def load_shipped(build: Callable[[], Network], name: str, folder: Path | None = None) -> Network:
     """Returns a trained network by name, in float32, to evaluate; the default folder is `data/`."""
-    check_member(builders, name=name)
-    network = builders[name]()
+    network = build()
     load_into(network, load_weights(name, folder), f"{name}.safetensors")
     return network.eval().requires_grad_(False)
 
@@ -105,10 +102,6 @@ def classifier(
     architecture and seed, and no part in what it judges.
     """
     check_member(("mnist", "judge"), name=name)
-    return load_shipped(_CLASSIFIERS, "classifier" if name == "mnist" else name, folder)
-
-
-_CLASSIFIERS: dict[str, Callable[[], DigitClassifier | ResidualClassifier]] = {
-    "classifier": DigitClassifier,
-    "judge": ResidualClassifier,
-}
+    if name == "mnist":
+        return load_shipped(DigitClassifier, "classifier", folder)
+    return load_shipped(ResidualClassifier, name, folder)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from diffoc.data.files import replacing
 from diffoc.data.images import as_states
-from diffoc.priors.autoencoder import AUTOENCODERS, autoencoding_loss
+from diffoc.priors.autoencoder import Autoencoder, autoencoding_loss
 from diffoc.priors.networks import (
     NETWORKS,
     SIGMA_MAX,
@@ -32,7 +32,7 @@ from diffoc.priors.networks import (
     ResidualClassifier,
     UNetBackbone,
 )
-from diffoc.priors.severity import SEVERITY_ENCODERS, severity_loss
+from diffoc.priors.severity import SeverityEncoder, severity_loss
 from diffoc.priors.weights import load_into, read_checkpoint
 from diffoc.training.states import LinearDenoiser, changes, excess, faint
 
@@ -87,14 +87,12 @@ PLANS = {
         faint=0.4,
         contraction=20.0,
     ),
-    **{
-        name: Plan(build, images=50_000, batch=32, rate=2e-3, flip=True, loss=autoencoding_loss)
-        for name, build in AUTOENCODERS.items()
-    },
-    **{
-        name: Plan(build, images=24_000, batch=32, flip=True, loss=severity_loss)
-        for name, build in SEVERITY_ENCODERS.items()
-    },
+    "faces64_autoencoder": Plan(
+        Autoencoder, images=50_000, batch=32, rate=2e-3, flip=True, loss=autoencoding_loss
+    ),
+    "faces64_severity": Plan(
+        SeverityEncoder, images=24_000, batch=32, flip=True, loss=severity_loss
+    ),
     # Latents are twice as wide as images: the noise levels move with them.
     "faces64_latent": Plan(
         NETWORKS["faces64_latent"], images=100_000, batch=32, rate=2e-3, log_sigma=(-0.4, 1.4)
