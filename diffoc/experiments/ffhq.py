@@ -4,7 +4,6 @@ A row is a method of ours or of others with the settings that the paper, or the 
 published; what nobody published is what the 64x64 faces were tuned to, and the table says so.
 """
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,11 +13,10 @@ from diffoc.baselines.paper import PAPER
 from diffoc.baselines.released import RELEASED
 from diffoc.checks import check_member
 from diffoc.data.downloads import find
-from diffoc.data.provenance import ROOT
 from diffoc.experiments.cells import cells_of
 from diffoc.experiments.inaccurate import accurate_name
 from diffoc.experiments.methods import METHODS, read_tuned
-from diffoc.experiments.paper_tables import TASKS
+from diffoc.experiments.paper_tables import TASKS, paper_rows
 from diffoc.experiments.protocol import Protocol
 from diffoc.experiments.records import Cell, read
 from diffoc.experiments.summary import markdown
@@ -202,9 +200,8 @@ def _smallest(line: Line, task: str) -> dict[str, Any]:
 
 
 def paper_numbers(table: str) -> dict[str, dict[str, Any]]:
-    """Returns the paper's own rows by label, from `data/paper_tables.json`."""
-    text = (ROOT / "data" / "paper_tables.json").read_text(encoding="utf-8")
-    return {row["label"]: row for row in json.loads(text)[table]}
+    """Returns the paper's own rows by label."""
+    return {row["label"]: row for row in paper_rows(table)}
 
 
 def check_protocol(path: Path, protocol: Protocol) -> None:

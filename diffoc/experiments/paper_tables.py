@@ -19,7 +19,8 @@ _FROM_DPS = ("dps", "ddrm", "mcg", "pnp_admm", "score_sde", "admm_tv")
 """The methods whose numbers are those of the paper of DPS, arXiv:2209.14687."""
 
 
-def _paper(table: str) -> list[dict]:
+def paper_rows(table: str) -> list[dict]:
+    """Returns the paper's own rows of a table, from `data/paper_tables.json`."""
     return json.loads((ROOT / "data" / "paper_tables.json").read_text(encoding="utf-8"))[table]
 
 
@@ -33,7 +34,7 @@ def _gap(table: str, part: slice = slice(None)) -> float:
 
     The part is one of the cells, which are in the order of rows.
     """
-    cells = [row[task] for row in _paper(table) for task in TASKS if task in row]
+    cells = [row[task] for row in paper_rows(table) for task in TASKS if task in row]
     gaps = [cell["psnr"] - _psnr(cell["mse"]) for cell in cells if cell["psnr"] is not None]
     return max(map(abs, gaps[part]))
 
@@ -45,7 +46,7 @@ def _table_1_firsts(nfe: int, exchanged: bool = False) -> float:
     inpainting, 21.19, stands under box inpainting, see issue 8 of
     github.com/DPS2022/diffusion-posterior-sampling, which quotes it.
     """
-    rows = _paper("table1")
+    rows = paper_rows("table1")
     for row in rows:
         if exchanged and row["method"] in _FROM_DPS:
             box, random = row["box_inpainting"], row["random_inpainting"]
@@ -57,7 +58,7 @@ def _table_1_firsts(nfe: int, exchanged: bool = False) -> float:
 
 def _table_3_firsts(metric: str) -> float:
     """Counts the tasks, of five, where the paper's method has the highest PSNR or SSIM."""
-    ours, *rest = _paper("table3")
+    ours, *rest = paper_rows("table3")
     return _firsts(ours, rest, [metric], 1)
 
 
@@ -72,13 +73,13 @@ def _firsts(ours: dict, rest: list[dict], metrics: Sequence[str], sign: int) -> 
 
 def _table_4_gain(psnr: Callable[[dict], float]) -> float:
     """Returns what rank 1 gains over rank 0 in PSNR, super-resolution, in dB."""
-    first, second = (psnr(row["super_resolution"]) for row in _paper("table4")[:2])
+    first, second = (psnr(row["super_resolution"]) for row in paper_rows("table4")[:2])
     return second - first
 
 
 def _table_5_spread() -> float:
     """Returns the largest range of the printed PSNR over Table 5's positive constants, in dB."""
-    columns = ([row[task]["psnr"] for row in _paper("table5")[1:]] for task in TASKS[:2])
+    columns = ([row[task]["psnr"] for row in paper_rows("table5")[1:]] for task in TASKS[:2])
     return max(max(column) - min(column) for column in columns)
 
 
@@ -86,7 +87,7 @@ def _table_6_gap_rotated() -> float:
     """Returns Table 6's :func:`_gap` with the second PSNR of a column put last."""
     worst = 0.0
     for task in TASKS[:2]:
-        psnr, mse = ([row[task][name] for row in _paper("table6")] for name in ("psnr", "mse"))
+        psnr, mse = ([row[task][name] for row in paper_rows("table6")] for name in ("psnr", "mse"))
         rotated = [psnr[0], *psnr[2:], psnr[1]]
         worst = max(worst, *(abs(p - _psnr(m)) for p, m in zip(rotated, mse, strict=True)))
     return worst

@@ -24,7 +24,7 @@ from diffoc.experiments.measured import read_resized
 from diffoc.experiments.methods import METHODS
 from diffoc.experiments.records import Cell, as_json
 from diffoc.priors.pretrained import REMOTE
-from diffoc.problems.perceptual import WEIGHTS
+from diffoc.problems.perceptual import WEIGHTS, weights_of
 from diffoc.problems.tasks import UnsupportedTask
 
 
@@ -71,10 +71,9 @@ def check_weights(prior: str, report: Report) -> None:
 
 def check_metrics(report: Report) -> None:
     """Reports the metrics' files; a column whose weights are missing is left out."""
-    hub = Path(torch.hub.get_dir()) / "checkpoints"
-    for name, file in WEIGHTS.items():
+    for name in WEIGHTS:
         try:
-            report.say(f"metric weights: {name}: {find(file, hub)}")
+            report.say(f"metric weights: {name}: {weights_of(name)}")
         except (FileNotFoundError, ValueError) as error:
             report.say(f"metric weights: {name}: no column without them: {error}")
 

@@ -31,6 +31,7 @@ COLORS = {
     "sky": "#56B4E9",
     "black": "#000000",
 }
+MARKERS = "os^DvPX"
 
 WIDTH = 5.5
 """Inches of a column of text in the paper's format (NeurIPS)."""
@@ -54,7 +55,7 @@ PRINT = _BOTH | {
     "xtick.labelsize": 7,
     "ytick.labelsize": 7,
     "legend.fontsize": 7,
-    "axes.prop_cycle": cycler(color=list(COLORS.values()), marker=list("os^DvPX")),
+    "axes.prop_cycle": cycler(color=list(COLORS.values()), marker=list(MARKERS)),
     "axes.linewidth": 0.6,
     "lines.linewidth": 1.0,
     "lines.markersize": 3.5,

@@ -14,9 +14,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from torch import Tensor
 
 from diffoc.experiments.summary import Curve
-from diffoc.figures import COLORS, PRINT, WIDTH, show
-
-MARKERS = "os^DvPX"
+from diffoc.figures import COLORS, MARKERS, PRINT, WIDTH, show
 
 
 @mpl.rc_context(PRINT)

@@ -1,19 +1,6 @@
 """Inverse problems: operators, how they measure, and how a reconstruction is judged."""
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from diffoc.problems.tasks import (
-        box_inpainting,
-        gaussian_blur,
-        measure,
-        motion_blur,
-        nonlinear_blur,
-        phase_retrieval,
-        random_inpainting,
-        super_resolution,
-        task,
-    )
+from typing import Any
 
 __all__ = [
     "box_inpainting",
@@ -28,7 +15,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> object:
+def __getattr__(name: str) -> Any:
     """Returns the tasks, when they are asked for: deepinv takes as long to import as all else."""
     if name in __all__:
         from diffoc.problems import tasks

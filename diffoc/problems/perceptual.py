@@ -53,6 +53,11 @@ the paper's authors gives it [0, 1], which halves all contrasts and makes anothe
 SMALLEST = 32  # side of an image of which AlexNet leaves a pixel in its last layer
 
 
+def weights_of(net: str) -> Path:
+    """Returns the file of one of :data:`WEIGHTS`, in the cache or in the folder of torch's hub."""
+    return find(WEIGHTS[net], Path(torch.hub.get_dir()) / "checkpoints")
+
+
 def download() -> list[Path]:
     """Fetches the weights of all networks into the cache, 0.9 GB; raises as `fetch` does."""
     return [fetch(file) for file in WEIGHTS.values()]
@@ -71,7 +76,7 @@ def missing_metrics() -> dict[str, str]:
             missing[name] = f"the package {package} is missing: pip install -e '.[metrics]'"
             continue
         try:
-            find(WEIGHTS[net], _hub_folder())
+            weights_of(net)
         except FileNotFoundError as error:
             missing[name] = str(error)
     return missing
@@ -114,7 +119,7 @@ def perceptual_metrics(
 
 def lpips_network(net: str) -> nn.Module:
     """Returns the package's LPIPS, of images (B, 3, H, W) in [-1, 1], by "alex" or "vgg"."""
-    return _lpips_network(net, find(WEIGHTS[net], _hub_folder()))
+    return _lpips_network(net, weights_of(net))
 
 
 @cache
@@ -141,7 +146,7 @@ def inception() -> nn.Module:
     It is torchmetrics', resizing to 299 x 299 as the original TensorFlow code does; torch-fidelity
     is the package that has the network.
     """
-    path = find(WEIGHTS["inception"], _hub_folder())
+    path = weights_of("inception")
     read_torch_file(path)  # refuses a file with code in it, which torch-fidelity would run
     from torchmetrics.image.fid import NoTrainInceptionV3
 
@@ -155,7 +160,3 @@ def _as_colour(images: Tensor, name: str) -> Tensor:
     if not images.isfinite().all():
         raise ValueError(f"{name} has values that are not finite")
     return images.float().clamp(-1, 1).expand(-1, 3, -1, -1)
-
-
-def _hub_folder() -> Path:
-    return Path(torch.hub.get_dir()) / "checkpoints"

@@ -25,7 +25,7 @@ from diffoc.process import ReverseProcess, drift_and_diffusion
 from diffoc.system import ControlProblem
 from diffoc.theory.beliefs import believed_covariance
 from diffoc.theory.certificate import Guidance
-from diffoc.theory.line import LIKELIHOODS, PRIORS, LineProblem, linear
+from diffoc.theory.line import LIKELIHOODS, PRIORS, LineProblem, linear, nodes
 from diffoc.theory.linear_gaussian import (
     EXACT,
     QUADRATURE,
@@ -323,25 +323,20 @@ def flow_push_forward() -> Iterator[Identity]:
     exact = prior.posterior(LinearMeasurement(one, y * one, s))
     # In z = x / alpha and tau = sigma / alpha the flow is dz/dtau = -tau grad log p_tau(z).
     tau = 1e3
-    edges = np.linspace(-9, 9, 91)
-    unit, w = np.polynomial.legendre.leggauss(16)
-    half = np.diff(edges)[:, None] / 2
-    starts, weights = (tau * (edges[:-1, None] + half * (unit + 1))).ravel(), (half * w).ravel()
+    points, log_w = nodes(tuple(np.linspace(-9, 9, 91)))
+    starts = tau * points
 
     def slope(tau: float, z: np.ndarray) -> np.ndarray:
         at = torch.tensor(tau, dtype=torch.float64)
         return -tau * prior.mixture.score(torch.from_numpy(z)[:, None], one[0, 0], at)[:, 0].numpy()
 
-    ends = solve_ivp(slope, (tau, 0), starts, method="DOP853", rtol=1e-12, atol=1e-13).y[:, -1]
-    density = prior.mixture.log_prob(
-        torch.from_numpy(starts)[:, None], one[0, 0], torch.tensor(tau, dtype=torch.float64)
-    )
-    believed = weights * density.exp().numpy() * np.exp(-((y - ends) ** 2) / (2 * s**2))
-    mean = torch.tensor((believed @ ends) / believed.sum(), dtype=torch.float64)
-    second = torch.tensor((believed @ ends**2) / believed.sum(), dtype=torch.float64)
+    path = solve_ivp(slope, (tau, 0), starts.numpy(), method="DOP853", rtol=1e-12, atol=1e-13)
+    ends = torch.from_numpy(path.y[:, -1])
+    log_density = prior.mixture.log_prob(starts[:, None], one[0, 0], tau * one[0, 0])
+    believed = (log_w + log_density - ((y - ends) / s).square() / 2).softmax(0)
     for name, value, reference in (
-        ("mean", mean, exact.mean[0, 0]),
-        ("second moment", second, exact.covariance[0, 0, 0] + exact.mean[0, 0] ** 2),
+        ("mean", believed @ ends, exact.mean[0, 0]),
+        ("second moment", believed @ ends**2, exact.covariance[0, 0, 0] + exact.mean[0, 0] ** 2),
     ):
         yield Identity(
             f"D-Flow's density, carried by the flow: posterior {name}",

@@ -66,12 +66,12 @@ def test_psnr_of_an_mse():
 
 
 def test_a_changed_cell_of_the_papers_tables_is_noticed(monkeypatch):
-    def changed(table, paper=paper_tables._paper):
+    def changed(table, paper=paper_tables.paper_rows):
         rows = paper(table)
         rows[0]["super_resolution"]["psnr"] = 26.6
         return rows
 
-    monkeypatch.setattr(paper_tables, "_paper", changed)
+    monkeypatch.setattr(paper_tables, "paper_rows", changed)
     numbers = paper_tables.NUMBERS
     assert math.isclose(numbers["table_3_gap"](), 0.849, abs_tol=1e-3)
     assert numbers["table_3_firsts_by_psnr"]() == 5
