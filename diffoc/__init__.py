@@ -14,7 +14,7 @@ priors come by name, from :func:`load_prior`; :func:`reconstruct` gives the imag
 Equation numbers in the docstrings are the paper's.
 """
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 from diffoc.baselines.paper import PAPER
 from diffoc.baselines.released import RELEASED
@@ -26,9 +26,6 @@ from diffoc.reconstruct import reconstruct
 from diffoc.result import Result
 from diffoc.solve import solve
 from diffoc.theory.riccati_draws import RICCATI
-
-if TYPE_CHECKING:
-    from diffoc.problems.reconstructor import Reconstructor
 
 __all__ = [
     "COLD",
@@ -49,7 +46,7 @@ __all__ = [
 __version__ = "0.1.0"
 
 
-def __getattr__(name: str) -> object:
+def __getattr__(name: str) -> Any:
     """Imports `Reconstructor` when it is asked for: deepinv takes as long as all else."""
     if name == "Reconstructor":
         from diffoc.problems.reconstructor import Reconstructor

@@ -85,8 +85,6 @@ def paper(
     own size, undoes the factor: a constant a changes nothing then.
 
     Args:
-        steps: the number T of the process's steps.
-        iterations: the number of iterations.
         rank: the rank k of the terminal Hessian.
         rate: Adam's learning rate.
         weight_scale: the factor of :func:`snr_weights`.

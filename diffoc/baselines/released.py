@@ -292,7 +292,6 @@ def released(
     Args:
         steps: the number T of points in time, 2 to 1000; at most 22 where the prior's schedule ends
             at 100 times as much noise as image.
-        iterations: the number of iterations.
         rate: AdamW's learning rate.
         weight_scale: the factor of :func:`released_weights`.
         learned_variance: whether a step's variance is that of the prior's own head.

@@ -86,12 +86,11 @@ def _entries(folder: Path) -> dict:
     return entries
 
 
-def register_file(file: str, license: str, source: str, folder: Path | None = None) -> dict:
+def register_file(file: str, license: str, source: str, folder: Path) -> dict:
     """Writes or replaces the entry of a file in the manifest of its folder, and returns it.
 
     License and source say in words what may be done with it and how it came about.
     """
-    folder = data_folder() if folder is None else Path(folder)
     if not (folder / file).is_file():
         raise FileNotFoundError(f"{folder / file} is missing: write it before it is registered")
     content = (folder / file).read_bytes()

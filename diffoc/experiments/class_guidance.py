@@ -125,10 +125,10 @@ COLUMNS = (
 _HEADER = ",".join(COLUMNS) + "\n"
 
 
-def make(way: Way, prior: Denoiser, label: int, images: int, first: int = 0) -> Tensor:
-    """Returns digits of a label, (images, 1, 28, 28), numbered from `first`: see `ancestral`."""
+def make(way: Way, prior: Denoiser, label: int, images: int) -> Tensor:
+    """Returns digits of a label, (images, 1, 28, 28)."""
     labels = torch.full((images,), label)
-    process, x = ancestral(prior, way.steps, labels, first)
+    process, x = ancestral(prior, way.steps, labels)
     if way.strength is None:
         with torch.no_grad():
             return process.rollout(x)[-1]

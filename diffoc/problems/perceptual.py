@@ -106,7 +106,7 @@ def perceptual_metrics(
     for name in names:
         net, unit_range = LPIPS[name]
         try:
-            distance = lpips_network(net).to(images.device)
+            distance = _lpips_network(net, weights_of(net)).to(images.device)
         except (FileNotFoundError, ModuleNotFoundError) as error:
             missing[name] = str(error)
             continue
@@ -117,13 +117,9 @@ def perceptual_metrics(
     return values, missing
 
 
-def lpips_network(net: str) -> nn.Module:
-    """Returns the package's LPIPS, of images (B, 3, H, W) in [-1, 1], by "alex" or "vgg"."""
-    return _lpips_network(net, weights_of(net))
-
-
 @cache
 def _lpips_network(net: str, path: Path) -> nn.Module:
+    """Returns the package's LPIPS, of images (B, 3, H, W) in [-1, 1], with a trunk from a file."""
     import lpips
 
     # The package would download the trunk, so it gets a random one first; it warns of its own use

@@ -123,18 +123,13 @@ def exact_kernel_problem(
     return ControlProblem(dynamics, running_cost, setting.likelihood, steps), kernels, times
 
 
-def as_mixture(prior: GaussianPrior) -> GaussianMixture:
-    """Returns the prior as a mixture of one: another implementation of the same oracles."""
-    L, Q = torch.linalg.eigh(prior.matrix)
-    return GaussianMixture(
-        torch.zeros(1, 1, dtype=L.dtype), prior.mean[None, None], Q[None], L[None], L[:1]
-    )
-
-
 def posterior_from(setting: LinearGaussian, x: Tensor, t: float = 1.0) -> MixturePosterior:
-    """Returns p(x_0 | x_t = x, y) of a setting by conditioning a mixture of one, for x (B, n)."""
+    """Returns p(x_0 | x_t = x, y), x (B, n), by a mixture of one, which has oracles of its own."""
+    L, Q = torch.linalg.eigh(setting.prior.matrix)
+    weight, mean = torch.zeros(1, 1, dtype=L.dtype), setting.prior.mean[None, None]
+    mixture = GaussianMixture(weight, mean, Q[None], L[None], L[:1])
     scales = setting.prior.schedule(torch.tensor(t, dtype=torch.float64))
-    return as_mixture(setting.prior).given_noisy(x, *scales).given(setting.measurement)
+    return mixture.given_noisy(x, *scales).given(setting.measurement)
 
 
 def relative_error(value: Tensor, reference: Tensor) -> float:

@@ -47,14 +47,9 @@ _NEGLIGIBLE = 1e-9
 
 @dataclass(frozen=True)
 class PPCAMixture:
-    """A mixture of probabilistic principal component analysers.
+    """The module's mixture: log pi_k (K,), mu_k (K, n), W_k (K, n, r) and psi_k > 0 (K,).
 
-    Attributes:
-        log_weights: the logarithms of the weights pi_k, which sum to one, (K,).
-        means: the means mu_k, (K, n).
-        loadings: the loadings W_k, (K, n, r).
-        noise_variance: the noise variances psi_k > 0, (K,).
-        history: the mean log-likelihood of a datum before each EM step and after the last.
+    Its history is the mean log-likelihood of a datum before each EM step and after the last.
     """
 
     log_weights: Tensor
@@ -251,9 +246,7 @@ MIXTURES = {
 }
 
 
-def fit_mixture_prior(
-    name: str, out_dir: Path | str, seed: int = 0, progress: bool = True
-) -> dict[str, float]:
+def fit_mixture_prior(name: str, out_dir: Path | str, seed: int = 0) -> dict[str, float]:
     """Fits one of the shipped mixtures on its whole training split, writes and registers it.
 
     Images are dequantised, v -> (v + u) / 127.5 - 1 with u uniform in [-1/2, 1/2), so that the
@@ -281,13 +274,7 @@ def fit_mixture_prior(
         print(f"step {step:3d}  log-likelihood {likelihood:.3f}", flush=True)
 
     start = perf_counter()
-    mixture = fit_mixture(
-        train,
-        sizes.components,
-        sizes.rank,
-        generator=generator,
-        progress=report if progress else None,
-    )
+    mixture = fit_mixture(train, sizes.components, sizes.rank, generator=generator, progress=report)
     seconds = perf_counter() - start
     tensors = {
         "log_weights": mixture.log_weights,

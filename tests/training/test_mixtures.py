@@ -245,7 +245,7 @@ def test_prior_is_written_registered_and_reproducible(small_faces):
     first, second = small_faces / "a", small_faces / "b"
     for out in (first, second):
         out.mkdir()
-        numbers = mixtures.fit_mixture_prior("faces32", out, seed=3, progress=False)
+        numbers = mixtures.fit_mixture_prior("faces32", out, seed=3)
     assert numbers["images"] == 120  # each face and its mirror image
     assert numbers["components"] == 2
     file = "mixture_faces32.safetensors"
