@@ -78,11 +78,8 @@ def _costs(name: str, costs: Tensor, x: Tensor) -> Tensor:
 class Counts:
     """The work done by a batch, in units of one problem.
 
-    Attributes:
-        evaluations: the number of evaluations of the dynamics.
-        products: the number of their vector-Jacobian products.
-        tangents: the number of their Jacobian-vector products, which only
-            :class:`diffoc.theory.projected.Projected` takes.
+    These are evaluations of the dynamics, their vector-Jacobian products, and, as tangents, their
+    Jacobian-vector products, which only :class:`diffoc.theory.projected.Projected` takes.
     """
 
     evaluations: int = 0

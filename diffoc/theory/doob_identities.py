@@ -156,10 +156,15 @@ def riccati_sampler() -> Iterator[Identity]:
         yield Identity(
             "Riccati sampler: KL(its paths || posterior's) = 0", where, max(divergences), EXACT
         )
+    m, k, r = 40, 5, 0.3
+    g = torch.Generator().manual_seed(0)
+    U, root = (torch.randn(*shape, generator=g, dtype=torch.float64) for shape in ((m, k), (k, k)))
+    S, unit = root @ root.mT, torch.eye(m, dtype=torch.float64)
+    pushed, _ = low_rank_draw(U.expand(m, m, k), S.expand(m, k, k), r, unit)
     yield Identity(
         "Rank-k value: draws have covariance (r I + U S U')^-1",
         "m = 40, k = 5, unit vectors pushed through",
-        low_rank_error(),
+        relative_error(pushed.mT @ pushed, torch.linalg.inv(r * unit + U @ S @ U.mT)),
         EXACT,
     )
 
@@ -200,16 +205,6 @@ def draws_by_products() -> Iterator[Identity]:
     yield Identity("Draws by products: covariance given y", where, error, EXACT)
     error = relative_error(draws.log_weights, evidence)
     yield Identity("Draws by products: every weight is p(y|x_T)", where, error, EXACT)
-
-
-def low_rank_error(m: int = 40, k: int = 5, r: float = 0.3) -> float:
-    """Returns the error of the covariance of low-rank draws against a dense inverse."""
-    g = torch.Generator().manual_seed(0)
-    U, root = (torch.randn(*shape, generator=g, dtype=torch.float64) for shape in ((m, k), (k, k)))
-    S = root @ root.mT
-    unit = torch.eye(m, dtype=torch.float64)
-    pushed, _ = low_rank_draw(U.expand(m, m, k), S.expand(m, k, k), r, unit)
-    return relative_error(pushed.mT @ pushed, torch.linalg.inv(r * unit + U @ S @ U.mT))
 
 
 def girsanov() -> Iterator[Identity]:
