@@ -108,8 +108,8 @@ def dps(case: Case, scale: float = 1.0) -> Guidance:
 
     def guidance(i: int, x: Tensor, mean: Tensor) -> Tensor:
         m, pull = _tweedie(case, i, x)
-        direction = case.physics.A_adjoint(case.y - case.physics.A(m))
-        return scale * pull(direction) / (case.y - case.physics.A(m)).norm()
+        residual = case.y - case.physics.A(m)
+        return scale * pull(case.physics.A_adjoint(residual)) / residual.norm()
 
     return guidance
 
