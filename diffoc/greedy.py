@@ -94,8 +94,6 @@ def greedy_controls(
     except (RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"x has shape {tuple(x.shape)}, which physics cannot take") from error
     check_size(expected, y=y)
-    if smoothness and x.ndim != 4:
-        raise ValueError(f"smoothness is {smoothness}, but x has shape {tuple(x.shape)}: take 0")
     correct = image_correction(physics, y, x, noise_std, smoothness)
     controls, u = [], torch.zeros_like(x)
     for i in range(process.horizon):
@@ -114,14 +112,16 @@ def greedy_controls(
 def image_correction(
     physics: LinearPhysics, y: Tensor, x: Tensor, noise_std: float, smoothness: float = 0.0
 ) -> Callable[[Tensor, float | Tensor], Tensor]:
-    r"""Returns the function of an estimate m and of a number :math:`1 / \rho^2` that returns
+    r"""Returns the function of an estimate m and of a number k that returns
 
-    .. math:: \delta = \arg\min_d \frac{\|A (m + d) - y\|^2}{s^2}
-              + d^T \Big(\frac{1}{\rho^2} + V^{-1}\Big) d
+    .. math:: \delta = \arg\min_d \frac{\|A (m + d) - y\|^2}{s^2} + d^T (k + V^{-1}) d
 
-    with the variances V of :func:`image_spectrum`. Estimates have the shape of x, (B, ...), with
-    a smoothness above 0 (B, C, H, W). Measurements y are (B, ...), and the noise s is above 0.
+    with the covariance V of :func:`image_spectrum`; for :math:`k = \alpha_t^2 / \sigma_t^2` that is
+    the module's. Estimates have the shape of x, (B, ...), with a smoothness above 0 (B, C, H, W).
+    Measurements y are (B, ...), and the noise s is above 0.
     """
+    if smoothness and x.ndim != 4:
+        raise ValueError(f"smoothness is {smoothness}, but x has shape {tuple(x.shape)}: take 0")
     blurs = y.shape == x.shape and is_physics(physics, "Blur", "BlurFFT")
     errors = _errors(x, smoothness, physics.filter if blurs else None)
     # Smooth errors make the system ill-conditioned, and what has not converged is rounding.

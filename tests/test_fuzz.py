@@ -593,6 +593,7 @@ OTHERS = {
     "residual_of": "behind the costs",
     "correction": "behind greedy_controls and the methods",
     "cosines": "behind greedy_controls",
+    "image_correction": "behind greedy_controls",
     "image_spectrum": "behind greedy_controls",
     "method": "decorates the methods, above",
     "methods": "has no argument",

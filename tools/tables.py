@@ -26,10 +26,17 @@ Table = dict[str, list[str]]
 
 
 def rows_with(nfe: int) -> pd.DataFrame:
-    """Returns the rows with a budget, of the methods and tasks that have all 32 faces."""
+    """Returns the results with a budget, of the methods and tasks that have all 32 faces.
+
+    A ValueError tells of a method with several settings for a task: which of them does not.
+    """
     rows = rows_of(ROOT / "data" / "records" / "table1_faces64.csv")
-    rows = rows[rows["nfe"] == nfe]
-    return rows[rows.groupby(["method", "task"])["image"].transform("size") == 32]
+    rows = rows[(rows["nfe"] == nfe) & (rows["status"] == "ok")]
+    each = rows.groupby(["method", "task"])
+    for (method, task), settings in each["settings"].unique().items():
+        if len(settings) > 1:
+            raise ValueError(f"{method} has {', '.join(settings)} for {task}: keep the rows of one")
+    return rows[each["image"].transform("nunique") == 32]
 
 
 def cells(form: Callable[..., str], *some: pd.DataFrame) -> list[str]:

@@ -70,7 +70,7 @@ class Method:
         work: maps keyword arguments to the evaluations and products of an image.
         tuned: the values to try, in all combinations, of one to three keywords tuned for a task;
             keywords of a tuple have their values together.
-        largest: the largest values that they may have, by keyword.
+        largest, smallest: the extreme values that they may have, by keyword.
         per_step: the evaluations that each of its `steps` needs at least; trials with a small
             budget have fewer steps.
         latent: whether the method needs a :class:`diffoc.priors.latent.LatentPrior`.
@@ -83,6 +83,7 @@ class Method:
     work: Callable[[dict], tuple[int, int]]
     tuned: Mapping[str | tuple[str, ...], Sequence] | None = None
     largest: Mapping[str, float] = field(default_factory=dict)
+    smallest: Mapping[str, float] = field(default_factory=dict)
     per_step: int = 1
     latent: bool = False
     recipe: Recipe | None = None
@@ -118,7 +119,7 @@ class Method:
         """Returns what is still to be tried if the best of the settings lies at an edge of these.
 
         Each keyword whose best value is the smallest or largest of those tried goes a step further
-        while the others keep their best values. Keywords of a tuple stay.
+        while the others keep their best values. Keywords of a tuple, or with one value, stay.
         """
         trials = []
         for keyword in self.tuned or {}:
@@ -126,7 +127,7 @@ class Method:
                 continue
             values = [trial[keyword] for trial in tried]
             for step, edge in ((-1, min(values)), (1, max(values))):
-                if best[keyword] == edge:
+                if best[keyword] == edge and min(values) < max(values):
                     trials.append({**best, keyword: self._moved(keyword, edge, step, nfe)})
         return [trial for trial in _each_once(trials) if trial not in tried]
 
@@ -142,7 +143,8 @@ class Method:
         else:
             moved = max(0, value + step * values[-1] / intervals)
         most = nfe // self.per_step if keyword == "steps" else math.inf
-        moved = min(float(f"{moved:.2g}"), self.largest.get(keyword, most))
+        moved = min(float(f"{moved:.2g}"), most, self.largest.get(keyword, math.inf))
+        moved = max(moved, self.smallest.get(keyword, -math.inf))
         return max(1, round(moved)) if isinstance(values[0], int) else moved
 
 

@@ -173,4 +173,5 @@ METHOD = Method(
     _settings,
     lambda settings: (settings["steps"] * settings["ode_steps"], 0),
     tuned={"likelihood_std": (0.01, 0.02, 0.03, 0.05), "last_level": (0.05, 0.1)},
+    smallest={"last_level": 0.013},
 )

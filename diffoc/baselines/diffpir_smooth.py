@@ -27,7 +27,7 @@ from diffoc.greedy import image_correction
 def diffpir_smooth(
     given: Given, *, steps: int = 100, strength: float = 0.25, smoothness: float = 2.0
 ) -> Tensor:
-    r"""Returns images (B, C, H, W), for a noise above 0.
+    r"""Returns images (B, C, H, W), or (B, ...) with smoothness 0, for a noise above 0.
 
     Args:
         strength: the weight :math:`\lambda` of the prior, above 0.

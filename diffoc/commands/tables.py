@@ -129,8 +129,9 @@ def tune(args: argparse.Namespace) -> int:
     """Tries settings of each method on the tuning images, and writes down the best by mean PSNR.
 
     Where the best of a whole grid lies at its edge, settings outside are tried, too: those of
-    :meth:`diffoc.baselines.Method.outward`. The best go to `data/tuned.json`, from which the tables
-    run, or to a file beside the records if the settings or images are not the protocol's.
+    :meth:`diffoc.baselines.Method.outward`, `OUTWARD` times at most. The best go to
+    `data/tuned.json`, from which the tables run, or to a file beside the records if the settings or
+    images are not the protocol's.
     """
     path = args.out or ROOT / "data" / "records" / f"tuning_{as_file_name(args.prior)}.csv"
     own = args.set or (args.images and protocol_of(args.prior).tuning)
@@ -142,13 +143,21 @@ def tune(args: argparse.Namespace) -> int:
     for method in names:
         if tried := methods.of_method(given, method).keys() & METHODS[method].trials(NFE)[0].keys():
             raise ValueError(f"set has {min(tried)}, but tune tries values of that for {method}")
-    status, best = _try_all(args, plan, given, path)
-    for _ in range(OUTWARD):
-        new = {place: _outward(args, place, trials, best[place]) for place, trials in plan.items()}
-        if not any(new.values()):
+    status, new = 0, plan
+    for times in range(1 + OUTWARD):
+        cells = [cell for place in new for cell in _trial_cells(args, given, place, new[place])]
+        compute = experiments.Computer(args.images and args.images.resolve(), args.device)
+        status |= execute(cells, compute, path, args)
+        best = _best(args, given, plan, path)
+        beyond = {
+            (task, method, nfe): METHODS[method].outward(chosen, plan[task, method, nfe], nfe)
+            for (task, method, nfe), chosen in best.items()
+            if chosen
+        }
+        new = {place: some for place, some in beyond.items() if some and _whole_grid(args, *place)}
+        if not new or times == OUTWARD:
             break
-        plan = {place: [*trials, *new[place]] for place, trials in plan.items()}
-        status, best = _try_all(args, plan, given, path)
+        plan = {place: [*trials, *new.get(place, [])] for place, trials in plan.items()}
     tuned = methods.read_tuned(choices)
     for (task, method, nfe), chosen in best.items():
         if chosen is None:
@@ -156,7 +165,7 @@ def tune(args: argparse.Namespace) -> int:
             continue
         place = tuned.setdefault(args.prior, {}).setdefault(method, {})
         place.setdefault(task, {})[str(nfe)] = chosen
-        at_edge = _outward(args, (task, method, nfe), plan[task, method, nfe], chosen)
+        at_edge = beyond.get((task, method, nfe))
         said = ", ".join(f"{key} {value:g}" for key, value in chosen.items()) or "unsupported"
         print(f"{method}, {task}, nfe {nfe}: {said}{' (at the edge)' if at_edge else ''}")
     methods.write_tuned(tuned, choices)
@@ -164,46 +173,33 @@ def tune(args: argparse.Namespace) -> int:
     return status
 
 
-def _try_all(
-    args: argparse.Namespace, plan: Mapping[Place, list[dict]], given: dict, path: Path
-) -> tuple[int, dict[Place, dict | None]]:
-    """Computes what is left of the trials; returns the exit status, and the best by place.
-
-    The best is None where every trial failed, and empty where the method does not do the task.
-    """
+def _trial_cells(
+    args: argparse.Namespace, given: dict, place: Place, trials: Sequence[dict]
+) -> list[Cell]:
+    """Returns the cell of each trial."""
     images = picture_names(args.images) if args.images else None
-    cells = {
-        place: experiments.tuning_cells(
-            args.prior,
-            *place,
-            [methods.of_method(given, place[1]) | trial for trial in trials],
-            _precision(args),
-            images,
-        )
-        for place, trials in plan.items()
-    }
-    compute = experiments.Computer(args.images and args.images.resolve(), args.device)
-    status = execute([cell for some in cells.values() for cell in some], compute, path, args)
+    settings = [methods.of_method(given, place[1]) | trial for trial in trials]
+    return experiments.tuning_cells(args.prior, *place, settings, _precision(args), images)
+
+
+def _best(
+    args: argparse.Namespace, given: dict, plan: Mapping[Place, list[dict]], path: Path
+) -> dict[Place, dict | None]:
+    """Returns the best of the trials by place, once they are all recorded.
+
+    It is None where every trial failed, and empty where the method does not do the task.
+    """
     known, best = records.by_image(records.read(path)), {}
     for place, trials in plan.items():
-        rows = [[known[one] for one in records.alone(cell)] for cell in cells[place]]
+        cells = _trial_cells(args, given, place, trials)
+        rows = [[known[one] for one in records.alone(cell)] for cell in cells]
         chosen = experiments.best_trial(rows)
         failed = any(row["status"] == "failed" for some in rows for row in some)
         best[place] = trials[chosen] if chosen is not None else None if failed else {}
-    return status, best
+    return best
 
 
-def _outward(
-    args: argparse.Namespace, place: Place, trials: list[dict], best: dict | None
-) -> list[dict]:
-    """Returns what to try beyond an edge of a whole grid, which its best setting lies at."""
-    task, method, nfe = place
-    if not best or not _whole_grid(args, method, task, nfe):
-        return []
-    return METHODS[method].outward(best, trials, nfe)
-
-
-def _whole_grid(args: argparse.Namespace, method: str, task: str, nfe: int) -> bool:
+def _whole_grid(args: argparse.Namespace, task: str, method: str, nfe: int) -> bool:
     """Returns whether all of a method's trials are tried, and not those around an earlier best."""
     return nfe <= NFE or bool(args.images) or not methods.takes(method, task, NFE)
 
@@ -222,7 +218,7 @@ def _trials(args: argparse.Namespace, names: Sequence[str]) -> dict[Place, list[
             raise ValueError(f"method is {method!r}, which has nothing to tune")
         nfe = asked if cost is None else methods.equal_work(method, task, asked, cost)
         known = methods.read_tuned().get(args.prior, {}).get(method, {}).get(task, {}).get(str(NFE))
-        if _whole_grid(args, method, task, nfe):
+        if _whole_grid(args, task, method, nfe):
             plan[task, method, nfe] = METHODS[method].trials(nfe)
         elif known and known.keys() == METHODS[method].trials(NFE)[0].keys():
             plan[task, method, nfe] = METHODS[method].trials_near(known, NFE, nfe)

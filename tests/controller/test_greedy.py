@@ -12,7 +12,14 @@ from scipy.fft import dct
 
 from diffoc.baselines.ours import ours
 from diffoc.baselines.stopped import stopped
-from diffoc.greedy import PIXEL_VARIANCE, correction, cosines, greedy_controls, image_spectrum
+from diffoc.greedy import (
+    PIXEL_VARIANCE,
+    correction,
+    cosines,
+    greedy_controls,
+    image_correction,
+    image_spectrum,
+)
 from diffoc.priors.counting import CountedPrior
 from diffoc.priors.gaussian import GaussianPrior
 from diffoc.priors.pretrained import load_prior
@@ -190,6 +197,9 @@ def test_bad_arguments():
     flat = physics_of(torch.eye(4))
     with pytest.raises(ValueError, match="smoothness is 2, but x has shape"):
         greedy_controls(ReverseProcess(prior, 2), flat, torch.ones(1, 4), torch.ones(1, 4), 0.1, 2)
+    # Else the vectors of a batch would be the rows of an image.
+    with pytest.raises(ValueError, match="smoothness is 2, but x has shape"):
+        image_correction(flat, torch.ones(3, 4), torch.ones(3, 4), 0.1, 2)
     with pytest.raises(ValueError, match="output mode"):
         greedy_controls(ReverseProcess(prior, 2, mode="output"), physics, x, x, 0.1)
     with pytest.raises(ValueError, match="budget is 10"):

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pandas as pd
@@ -18,13 +19,14 @@ from diffoc.baselines import TRIALS, Method, Share, no_products
 from diffoc.baselines.dps import dps
 from diffoc.baselines.paper import TABLE_2, paper
 from diffoc.commands.main import main
+from diffoc.commands.tables import OUTWARD
 from diffoc.data import digits, portrait
 from diffoc.data.manifest import data_folder, manifest_entry
 from diffoc.data.pictures import picture_names, write_picture
 from diffoc.data.provenance import ROOT
 from diffoc.experiments import cells as experiments
 from diffoc.experiments import methods
-from diffoc.experiments.cells import Computer, best_trial, cells_of, work_of
+from diffoc.experiments.cells import Computer, best_trial, cells_of, check_settings, work_of
 from diffoc.experiments.methods import LATENT, METHODS, compared, equal_work, settings_of
 from diffoc.experiments.protocol import COLOUR_FACES, ONE_OPERATOR, protocol_of
 from diffoc.experiments.records import COLUMNS, METRICS, as_json, frame, read
@@ -143,6 +145,16 @@ def test_what_was_not_tuned_is_not_guessed(seen):
         settings_of("mnist", "magic", "box_inpainting", 4, {})
 
 
+def test_the_tuned_rows_of_the_paper_are_not_its_published_ones():
+    with pytest.raises(ValueError, match="paper_tuned is not tuned for gaussian_blur"):
+        settings_of("faces64", "paper_tuned", "gaussian_blur", 1000, {}, tuned={})
+    best = {"gaussian_blur": {"1000": METHODS["paper_tuned"].trials(1000)[0]}}
+    tuned = {"faces64": {"paper_tuned": best}}
+    found = settings_of("faces64", "paper_tuned", "gaussian_blur", 1000, {}, tuned)
+    published = settings_of("faces64", "paper", "gaussian_blur", 1000, {}, {})
+    assert found == published | {"rate": 5e-3, "weight_scale": 1e-6, "keep_activations": True}
+
+
 def test_every_method_has_eight_trials_and_dps_has_more():
     counts = {name: len(method.trials(300)) for name, method in METHODS.items() if method.tuned}
     assert counts.pop("dps") == 12
@@ -197,6 +209,21 @@ def test_a_best_setting_at_an_edge_is_followed_outwards():
     pairs = method_of(smoothness=(1.0, 2.0, 4.0, 8.0), **{"a": (0.0, 0.1)})
     tried = pairs.trials(9)
     assert pairs.outward({"smoothness": 2.0, "a": 0.1}, tried, 9) == [{"smoothness": 2.0, "a": 0.2}]
+
+
+@pytest.mark.parametrize("name", sorted(set(METHODS) - {"deep_image_prior"}))
+def test_what_lies_beyond_an_edge_can_be_run(name):
+    """From both ends of the grid, along its first keyword and its last, as far as `tune` goes."""
+    method, nfe = METHODS[name], 300 if name in compared("faces64", 300) else 1000
+    for end, keyword in product((0, -1), (0, -1)):
+        tried = method.trials(nfe)
+        best = tried[end]
+        for _ in range(OUTWARD):
+            if not (new := method.outward(best, tried, nfe)):
+                break
+            for trial in new:
+                check_settings(name, method.settings("super_resolution", nfe) | trial)
+            best, tried = new[keyword], [*tried, *new]
 
 
 def test_equal_work_counts_products():
@@ -356,6 +383,37 @@ def test_tuning_writes_the_best_and_a_second_time_computes_nothing(tmp_path, mon
     calls.clear()
     assert main([*command, "--nfe", "40"]) == 0
     assert calls == [*((v, s) for v in (0.1, 0.4, 1.6, 6.4) for s in (20, 40)), (0.4, 10)]
+
+
+def test_tuning_goes_beyond_an_edge_so_often_and_says_what_is_left(tmp_path, monkeypatch, capsys):
+    """What failed is tried again once, when it is asked for, and not with each step outwards."""
+    black = np.zeros((512, 64, 64, 3), dtype=np.uint8)
+    monkeypatch.setattr(experiments, "_faces", lambda: black)
+    tuned, calls = {}, []
+    monkeypatch.setattr(methods, "read_tuned", lambda path=None: tuned)
+    monkeypatch.setattr(methods, "write_tuned", lambda new, path=None: tuned.update(new))
+
+    def bright(prior, physics, y, x, generator, *, noise_std, darkness):
+        calls.append(darkness)
+        if darkness == 2:
+            raise RuntimeError("diverged")
+        return torch.full_like(x, 1 / darkness)
+
+    values = {"darkness": [2.0**i for i in range(8)]}
+    fake = Method("", bright, lambda task, nfe: {}, lambda s: (1, 0), values)
+    monkeypatch.setitem(METHODS, "fake", fake)
+    command = ["tune", "fake", "--tasks", "gaussian_blur", "--out", str(tmp_path / "tuning.csv")]
+    for options in ([], ["--retry-failed"]):
+        calls.clear()
+        assert main([*command, *options]) == 1
+        said = capsys.readouterr().out
+        assert "fake, gaussian_blur, nfe 300: darkness 2000 (at the edge)\n" in said
+        assert calls.count(2) == 1 + len(COLOUR_FACES.tuning)
+        assert [v for v in calls if v > 128] == ([] if options else [260, 520, 1000, 2000])
+    calls.clear()
+    assert main([*command, "--nfe", "400"]) == 0
+    assert calls == [710, 1400, 2800, 5700]
+    assert "nfe 400: darkness 5700 (at the edge)\n" in capsys.readouterr().out
 
 
 def test_each_colour_face_has_an_operator_of_its_own(monkeypatch):
@@ -637,6 +695,21 @@ def test_the_tables_of_results_and_readme_are_those_of_the_records():
     gaps = differences(tool["rows_with"](300), "ours", 300, "psnr")
     ahead = sum(d.corrected < 0.05 and d.mean > 0 for d in gaps)
     assert f"{ahead} of {len(gaps)} comparisons" in text
+
+
+def test_a_table_has_only_what_is_complete_and_of_one_setting():
+    """A face that failed, or that a method cannot do, and two settings for a task."""
+    tool = runpy.run_path(str(ROOT / "tools" / "tables.py"))
+    rows = tool["rows_of"](ROOT / "data" / "records" / "table1_faces64.csv")
+    names = tool["rows_with"].__globals__
+    names["rows_of"] = lambda path: rows
+    dps = (rows["method"] == "dps") & (rows["nfe"] == 300) & (rows["task"] == "box_inpainting")
+    again = rows[dps].assign(settings='{"guidance": 3.0}')
+    rows.loc[rows[dps].index[0], ["status", "psnr", "ssim"]] = "failed", np.nan, np.nan
+    assert tool["tables"]()["method"]["DPS"][tool["TASKS"].index("box_inpainting")] == "–"
+    rows = pd.concat([rows, again])
+    with pytest.raises(ValueError, match=r"dps has .* for box_inpainting: keep the rows of one"):
+        tool["tables"]()
 
 
 def table_of(text, head, first=None):
