@@ -341,7 +341,7 @@ def changed(branch, option, value):
     return " ".join([*words, option, value])
 
 
-@pytest.mark.parametrize(("command", "branch", "option", "value"), every())
+@pytest.mark.parametrize(("command", "branch", "option", "value"), list(every()))
 def test_an_option_has_an_effect_or_is_refused(command, branch, option, value, outcome):
     if option == "image" and "--measurement" in branch:
         branch, value = "", value + " " + branch  # a picture beside a measurement
