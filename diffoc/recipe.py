@@ -218,7 +218,7 @@ OURS = Recipe(
 r"""The default: a greedy guess, improved by L-BFGS in units of the image until the budget is spent.
 
 What keeps most of the noise from being fitted is the control cost :math:`w \alpha_i^2 /
-\sigma_i^2`. For the tasks of Table 1 there is what eight trials on eight colour faces chose: a plan
+\sigma_i^2`. For the tasks of Table 1 there is what the trials on eight colour faces chose: a plan
 of 15 steps, and on the blurs the guess in 60 steps alone; for two tasks at smaller budgets, too.
 A problem without a task has the plan.
 """
