@@ -121,6 +121,7 @@ LONG = {
     "released": METHODS["released"].settings("random_inpainting", 1000)
     | {"steps": 3, "iterations": 2},
 }
+LONG["paper_tuned"] = LONG["paper"]
 OF_IMAGES = [name for name, m in METHODS.items() if not m.latent and name != "deep_image_prior"]
 
 DOORS = {
