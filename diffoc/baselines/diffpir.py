@@ -17,6 +17,7 @@ same noise as all others and fits priors of any range: measurements as the mean 
 of which the noise leaves a hundredth, and means that are clipped to [-1, 1].
 """
 
+from collections.abc import Callable
 from itertools import pairwise
 
 import torch
@@ -40,17 +41,32 @@ def diffpir(
             released code 0.1 for deblurring and super-resolution, and 1 for inpainting, where
             predicted noise would keep what was dropped as it was guessed first.
     """
-    physics, prior, x = require_linear(given.physics), given.prior, given.x
+    require_linear(given.physics)
     check_above(0, noise_std=given.noise_std, strength=strength)
     check_steps(steps=steps)
     check_within(0, 1, renewal=renewal)
-    correction = corrections(physics, x)
+    correction = corrections(given.physics, given.x)
+
+    def correct(mean: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        rho = strength * (given.noise_std * alpha / sigma).item() ** 2
+        return correction(given.y, mean, 1 / rho)
+
+    return corrected_samples(given, steps, renewal, correct)
+
+
+def corrected_samples(
+    given: Given, steps: int, renewal: float, correct: Callable[[Tensor, Tensor, Tensor], Tensor]
+) -> Tensor:
+    r"""Returns images (B, ...) whose means are corrected in every step, and noised again.
+
+    `correct` returns what is added to a mean, from that, :math:`\alpha_t` and :math:`\sigma_t`.
+    """
+    prior, x = given.prior, given.x
     times = 1 - torch.linspace(0, 1, steps + 1, dtype=x.dtype, device=x.device).sqrt()
     for t, s in pairwise(times):
         (alpha_t, sigma_t), (alpha_s, sigma_s) = prior.schedule(t), prior.schedule(s)
-        rho = strength * (given.noise_std * alpha_t / sigma_t).item() ** 2
         mean = prior(x, t).mean
-        x0 = mean + correction(given.y, mean, 1 / rho)
+        x0 = mean + correct(mean, alpha_t, sigma_t)
         predicted = (x - alpha_t * x0) / sigma_t
         noise = (1 - renewal) ** 0.5 * predicted + renewal**0.5 * given.noise()
         x = alpha_s * x0 + sigma_s * noise

@@ -11,13 +11,12 @@ With white V, as large as may be, that is DiffPIR. All noise is renewed, as the 
 chose on every task.
 """
 
-from itertools import pairwise
-
 import torch
 from torch import Tensor
 
 from diffoc.baselines import Given, Method, method, no_products, one_a_step
 from diffoc.baselines.decomposition import require_linear
+from diffoc.baselines.diffpir import corrected_samples
 from diffoc.checks import check_above, check_at_least, check_steps
 from diffoc.greedy import image_correction
 
@@ -33,18 +32,16 @@ def diffpir_smooth(
         strength: the weight :math:`\lambda` of the prior, above 0.
         smoothness: that of the errors, at least 0, see :func:`diffoc.greedy.image_spectrum`.
     """
-    physics, prior, x = require_linear(given.physics), given.prior, given.x
+    physics = require_linear(given.physics)
     check_above(0, noise_std=given.noise_std, strength=strength)
     check_at_least(0, smoothness=smoothness)
     check_steps(steps=steps)
-    correct = image_correction(physics, given.y, x, given.noise_std, smoothness)
-    times = 1 - torch.linspace(0, 1, steps + 1, dtype=x.dtype, device=x.device).sqrt()
-    for t, s in pairwise(times):
-        (alpha_t, sigma_t), (alpha_s, sigma_s) = prior.schedule(t), prior.schedule(s)
-        mean = prior(x, t).mean
-        x0 = mean + correct(mean, strength * (alpha_t / sigma_t) ** 2)
-        x = alpha_s * x0 + sigma_s * given.noise()
-    return x
+    correction = image_correction(physics, given.y, given.x, given.noise_std, smoothness)
+
+    def correct(mean: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        return correction(mean, strength * (alpha / sigma) ** 2)
+
+    return corrected_samples(given, steps, 1.0, correct)
 
 
 METHOD = Method(
