@@ -7,8 +7,8 @@ posterior mean are independent; here they are those of images, :mod:`diffoc.gree
     \hat x_0 = m + \arg\min_d \frac{\|y - A (m + d)\|^2}{s^2}
         + d^T \Big(\lambda \frac{\alpha_t^2}{\sigma_t^2} + V^{-1}\Big) d .
 
-Without :math:`V^{-1}` this is DiffPIR. All noise is renewed, as the trials of DiffPIR chose on every
-task.
+Without :math:`V^{-1}` this is DiffPIR. All noise is renewed, as the trials of DiffPIR chose on
+every task.
 """
 
 import torch
