@@ -21,7 +21,7 @@ from diffoc.baselines.released import RELEASED
 from diffoc.priors.pretrained import load_prior
 from diffoc.priors.weights import classifier
 from diffoc.problem import Problem
-from diffoc.recipe import COLD, OURS, STOPPED, Recipe
+from diffoc.recipe import COLD, OURS, QUICK, STOPPED, Recipe
 from diffoc.reconstruct import reconstruct
 from diffoc.result import Result
 from diffoc.solve import solve
@@ -31,6 +31,7 @@ __all__ = [
     "COLD",
     "OURS",
     "PAPER",
+    "QUICK",
     "RELEASED",
     "RICCATI",
     "STOPPED",

@@ -14,8 +14,9 @@ control. The prior is evaluated once a step, and never differentiated.
 Neighbouring pixels are wrong together, because images are smooth. So v may be a covariance, whose
 variances S(k) of cosines fall with the frequency as those of images do (:func:`image_spectrum`);
 then :math:`\rho_t^2` is one number for each frequency, and a measured pixel moves those around it.
-Free Hunch (Rissanen et al. 2024, arXiv:2410.11149) has a covariance of cosines as well, and learns
-more of it along the way.
+So are the colours of a pixel, because images are mostly grey (:data:`COLOURS`). Free Hunch
+(Rissanen et al. 2024, arXiv:2410.11149) has a covariance of cosines as well, and learns more of it
+along the way.
 
 The closed form is solved by conjugate gradients of its own: deepinv's proximal maps stop theirs by
 the worst image of a batch, which couples its images. Smooth errors make that system
@@ -44,6 +45,12 @@ Linear = Callable[[Tensor], Tensor]
 
 PIXEL_VARIANCE = 0.25
 """v: half the range of an image in [-1, 1] as a standard deviation."""
+
+COLOURS = {(1, 1, 1): 0.90, (1, 0, -1): 0.07, (1, -2, 1): 0.03}
+"""Grey, red against blue, green against both; and their shares of the variance of RGB images.
+
+The shares are those of the faces that the prior `faces64` was trained on.
+"""
 
 
 def image_spectrum(shape: Sequence[int], smoothness: float) -> Tensor:
@@ -76,12 +83,14 @@ def greedy_controls(
     x: Tensor,
     noise_std: float,
     smoothness: float = 0.0,
+    coloured: bool = False,
 ) -> Tensor:
     """Returns the controls (T, B, ...) of a process in input mode; T evaluations, and no product.
 
     The physics is linear and has `A` and `A_adjoint`; measurements y and initial states x are
     (B, ...). The last correction would act on the image itself, which no control of this mode does.
     The smoothness is that of :func:`image_spectrum`; other than 0 it is for images (B, C, H, W).
+    Coloured errors are those of :data:`COLOURS`, for images (B, 3, H, W).
     """
     check_above(0, noise_std=noise_std)
     check_at_least(0, smoothness=smoothness)
@@ -94,7 +103,7 @@ def greedy_controls(
     except (RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"x has shape {tuple(x.shape)}, which physics cannot take") from error
     check_size(expected, y=y)
-    correct = image_correction(physics, y, x, noise_std, smoothness)
+    correct = image_correction(physics, y, x, noise_std, smoothness, coloured)
     controls, u = [], torch.zeros_like(x)
     for i in range(process.horizon):
         controls.append(u)
@@ -110,22 +119,30 @@ def greedy_controls(
 
 
 def image_correction(
-    physics: LinearPhysics, y: Tensor, x: Tensor, noise_std: float, smoothness: float = 0.0
+    physics: LinearPhysics,
+    y: Tensor,
+    x: Tensor,
+    noise_std: float,
+    smoothness: float = 0.0,
+    coloured: bool = False,
 ) -> Callable[[Tensor, float | Tensor], Tensor]:
     r"""Returns the function of an estimate m and of a number k that returns
 
     .. math:: \delta = \arg\min_d \frac{\|A (m + d) - y\|^2}{s^2} + d^T (k + V^{-1}) d
 
-    with the covariance V of :func:`image_spectrum`; for :math:`k = \alpha_t^2 / \sigma_t^2` that is
-    the module's. Estimates have the shape of x, (B, ...), with a smoothness above 0 (B, C, H, W).
-    Measurements y are (B, ...), and the noise s is above 0.
+    with the covariance V of :func:`image_spectrum`, and where `coloured` of :data:`COLOURS`; for
+    :math:`k = \alpha_t^2 / \sigma_t^2` that is the module's. Estimates have the shape of x,
+    (B, ...), with a smoothness above 0 (B, C, H, W). Measurements y are (B, ...), and the noise s
+    is above 0.
     """
     if smoothness and x.ndim != 4:
         raise ValueError(f"smoothness is {smoothness}, but x has shape {tuple(x.shape)}: take 0")
+    if coloured and (x.ndim != 4 or x.shape[1] != 3):
+        raise ValueError(f"coloured is True, but x has shape {tuple(x.shape)}: take False")
     blurs = y.shape == x.shape and is_physics(physics, "Blur", "BlurFFT")
-    errors = _errors(x, smoothness, physics.filter if blurs else None)
+    errors = _errors(x, smoothness, coloured, physics.filter if blurs else None)
     # Smooth errors make the system ill-conditioned, and what has not converged is rounding.
-    trials, tol = (200, 1e-5) if smoothness else (50, 1e-3)
+    trials, tol = (200, 1e-5) if smoothness or coloured else (50, 1e-3)
 
     def correct(mean: Tensor, known: float | Tensor) -> Tensor:
         covariance, precondition = errors(known, noise_std)
@@ -135,21 +152,34 @@ def image_correction(
 
 
 def _errors(
-    x: Tensor, smoothness: float, kernels: Tensor | None
+    x: Tensor, smoothness: float, coloured: bool, kernels: Tensor | None
 ) -> Callable[[float | Tensor, float], tuple[Linear, Linear]]:
     r"""Returns what makes :math:`C = \rho^2 / s^2`, for images like x, of snr squared and s.
 
     With it comes an approximate inverse of :math:`I + A C A^T`, for the A of a blur with such
     kernels, (1 or B, 1 or C, h, w), and without kernels the unit matrix.
     """
-    if not smoothness:
+    if not smoothness and not coloured:
         return lambda known, s: (lambda d: d / ((known + 1 / PIXEL_VARIANCE) * s**2), _unchanged)
     rows, columns = (cosines(length).to(x) for length in x.shape[-2:])
     spectrum = image_spectrum(x.shape[-2:], smoothness).to(x)
     powers = None if kernels is None else _powers(kernels, x.shape[-2:]).to(x)
+    axes = None
+    if coloured:
+        axes = torch.tensor([*COLOURS]).to(x)
+        axes = axes / axes.norm(dim=1, keepdim=True)
+        spectrum = 3 * torch.tensor([*COLOURS.values()]).to(x)[:, None, None] * spectrum
+        powers = None if powers is None else powers.mean(dim=1, keepdim=True)
 
     def multiply(gain: Tensor) -> Linear:
-        return lambda d: rows.mT @ (gain * (rows @ d @ columns.mT)) @ columns
+        def product(d: Tensor) -> Tensor:
+            waves = rows @ d @ columns.mT
+            if axes is None:
+                return rows.mT @ (gain * waves) @ columns
+            mixed = torch.einsum("kc,bchw->bkhw", axes, waves)
+            return rows.mT @ torch.einsum("kc,bkhw->bchw", axes, gain * mixed) @ columns
+
+        return product
 
     def covariance(known: float | Tensor, s: float) -> tuple[Linear, Linear]:
         gain = 1 / ((known + 1 / spectrum) * s**2)

@@ -74,6 +74,17 @@ def deterministic(
     return ReverseProcess(prior, steps)
 
 
+def dense_near_image(
+    prior: Denoiser, steps: int, x: Tensor, generator: torch.Generator
+) -> ReverseProcess:
+    """Returns the process of DDIM's steps at the times (1 - i/T)^2; it draws nothing.
+
+    Most of an image is settled at small noise, where these steps are short.
+    """
+    times = torch.linspace(1, 0, steps + 1, dtype=torch.float64).square()
+    return ReverseProcess(prior, times)
+
+
 @dataclass(frozen=True)
 class Recipe:
     r"""How a problem is solved; a frozen value with a name.
@@ -101,6 +112,8 @@ class Recipe:
         smoothness: the smoothness, at least 0, of the errors that the guess takes the prior's
             estimate to have, see :func:`diffoc.greedy.image_spectrum`; it is 0 for states that are
             not (B, C, H, W).
+        coloured: whether it takes them to be mostly grey, see :data:`diffoc.greedy.COLOURS`; it has
+            no effect on states that are not (B, 3, H, W).
         from_noise: whether the process starts from random noise. The default, zero, is the most
             probable noise; a random start would only add the texture of a sample.
         stopped: whether an image is left where its residual is as small as the noise (the
@@ -129,6 +142,7 @@ class Recipe:
     weights: Callable[[Schedule, Tensor], Tensor] = constant
     guess: bool = False
     smoothness: float = 0.0
+    coloured: bool = False
     from_noise: bool = False
     stopped: bool = False
     process: Callable[[Denoiser, int, Tensor, torch.Generator], ReverseProcess] = deterministic
@@ -228,3 +242,14 @@ STOPPED = Recipe("stopped", steps=10, budget=300, spare=0.15, weight=0.3, guess=
 
 COLD = replace(STOPPED, name="cold", iterations=25, budget=None, weight=1.0, guess=False)
 """As `STOPPED`, from controls of zero: without the guess, which the paper does not have."""
+
+QUICK = Recipe(
+    "quick",
+    steps=15,
+    iterations=0,
+    guess=True,
+    smoothness=3.0,
+    coloured=True,
+    process=dense_near_image,
+)
+"""The greedy guess alone, of smooth and mostly grey errors, in 30 evaluations for any task."""

@@ -88,8 +88,9 @@ def reconstruct(
         guess = None
         if recipe.guess and problem.linear:
             smoothness = recipe.smoothness if x.ndim == 4 else 0.0  # other states are no pictures
+            coloured = recipe.coloured and x.ndim == 4 and x.shape[1] == 3
             guess = greedy_controls(
-                process, problem.physics, problem.y, x, problem.noise_std, smoothness
+                process, problem.physics, problem.y, x, problem.noise_std, smoothness, coloured
             )
         spent = 0 if guess is None else recipe.steps
         reserved = spent + 2 * recipe.steps * (recipe.draw is not None)

@@ -565,6 +565,7 @@ OTHERS = {
     "COLD": "a recipe",
     "OURS": "a recipe",
     "PAPER": "a recipe",
+    "QUICK": "a recipe",
     "RELEASED": "a recipe",
     "RICCATI": "a recipe",
     "STOPPED": "a recipe",

@@ -68,7 +68,9 @@ def parser_of() -> argparse.ArgumentParser:
     solver.add_argument("--prior", default="faces64", help="a name or path for load_prior")
     solver.add_argument("--out", type=Path, default=Path("solved"), metavar="DIR")
     solver.add_argument("--noise-std", type=float, default=0.05, help="on the scale [-1, 1]")
-    solver.add_argument("--recipe", help="ours by default; or stopped, cold, paper, released")
+    solver.add_argument(
+        "--recipe", help="ours by default; or quick, stopped, cold, paper, released"
+    )
     solver.add_argument("--budget", type=int, help="evaluations, in place of the recipe's")
     solver.add_argument("--steps", type=int, help="T of the reverse process, likewise")
     solver.add_argument("--iterations", type=int, help="of the controller, likewise")

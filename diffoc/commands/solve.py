@@ -33,7 +33,7 @@ from diffoc.priors.latent import LatentPrior
 from diffoc.problem import Problem
 from diffoc.problems.metrics import SMALLEST, image_metrics
 from diffoc.problems.tasks import NOISE_STD, measure, measured, task
-from diffoc.recipe import COLD, OURS, STOPPED, Recipe
+from diffoc.recipe import COLD, OURS, QUICK, STOPPED, Recipe
 from diffoc.reconstruct import reconstruct
 from diffoc.result import Result
 
@@ -52,7 +52,7 @@ TWIN = (
 )
 """A note on phase retrieval."""
 
-RECIPES = {recipe.name: recipe for recipe in (OURS, STOPPED, COLD, PAPER, RELEASED)}
+RECIPES = {recipe.name: recipe for recipe in (OURS, QUICK, STOPPED, COLD, PAPER, RELEASED)}
 """What `--recipe` names; the tables run the same ones."""
 
 

@@ -57,12 +57,13 @@ def equal_horizons(prior: str, tasks: Sequence[str]) -> Iterator[Choice]:
     """Yields Figure 3 and Table 6, the same T: DPS has T evaluations, ours 300, or 4 T if more.
 
     How many steps DPS makes of its T evaluations was tuned. Ours appears with the greedy guess and
-    without it.
+    without it, and as the guess alone, which has 2 T.
     """
     for name, steps in product(tasks, HORIZONS):
         some, nfe = {"steps": steps}, max(TUNED[1], 4 * steps)
         yield prior, name, "dps", steps, _tuned(prior, "dps", name, steps)
         yield prior, name, "ours", nfe, _tuned(prior, "ours", name, nfe) | some
+        yield prior, name, "quick", 2 * steps, _tuned(prior, "quick", name, 2 * steps) | some
         some["iterations"] = iterations_within(nfe, steps)
         yield prior, name, "cold", nfe, _tuned(prior, "cold", name, nfe) | some
 

@@ -37,6 +37,7 @@ LOOSE = {
     "diffpir": 1e-3,
     "diffpir_smooth": 1e-4,
     "ours": 1e-4,
+    "quick": 1e-4,
 }
 """Adam divides by small gradients; conjugate gradients stop at 1e-5 of their start, and lose digits
 where they are many."""

@@ -13,6 +13,7 @@ from scipy.fft import dct
 from diffoc.baselines.ours import ours
 from diffoc.baselines.stopped import stopped
 from diffoc.greedy import (
+    COLOURS,
     PIXEL_VARIANCE,
     correction,
     cosines,
@@ -89,14 +90,24 @@ def test_the_spectrum_is_of_the_cosine_transform(smoothness):
         torch.testing.assert_close(covariance, PIXEL_VARIANCE * torch.eye(54).double())
 
 
+@pytest.mark.parametrize("coloured", [False, True])
 @pytest.mark.parametrize("smoothness", [0.0, 2.5])
-def test_a_step_is_the_posterior_mean_under_a_prior_of_that_spectrum(smoothness):
+def test_a_step_is_the_posterior_mean_under_a_prior_of_that_spectrum(smoothness, coloured):
     """E[x_0 | x_t, y] by joint Gaussian algebra: no time, mask or weight is left out."""
     generator, s = seeded(), 0.3
-    H, W = 5, 4
+    H, W, channels = 5, 4, 3 if coloured else 1
     waves = torch.kron(cosines(H), cosines(W))
     C = waves.mT @ torch.diag(image_spectrum((H, W), smoothness).flatten()) @ waves
-    prior = GaussianPrior(torch.zeros(H * W, dtype=torch.float64), C, VPSchedule())
+    if coloured:
+        # Grey has 0.9 of the variance of three colours, red minus blue 0.07, the third 0.03.
+        between = sum(
+            3 * share * torch.outer(axis, axis) / axis.dot(axis)
+            for axis, share in ((torch.tensor(a).double(), v) for a, v in COLOURS.items())
+        )
+        assert between.diagonal().mean() == pytest.approx(1)
+        C = torch.kron(between, C)
+    n = channels * H * W
+    prior = GaussianPrior(torch.zeros(n, dtype=torch.float64), C, VPSchedule())
 
     class Images(CountedPrior):
         def forward(self, x, t):
@@ -104,13 +115,13 @@ def test_a_step_is_the_posterior_mean_under_a_prior_of_that_spectrum(smoothness)
 
     mask = torch.rand(1, 1, H, W, generator=generator, dtype=torch.float64) < 0.4
     physics = LinearPhysics(A=lambda x, **_: mask * x, A_adjoint=lambda y, **_: mask * y)
-    x, y = torch.randn(2, 2, 1, H, W, generator=generator, dtype=torch.float64)
+    x, y = torch.randn(2, 2, channels, H, W, generator=generator, dtype=torch.float64)
     y = mask * y
     process = ReverseProcess(Images(prior), 3)
-    u = greedy_controls(process, physics, y, x, s, smoothness)[1]
+    u = greedy_controls(process, physics, y, x, s, smoothness, coloured)[1]
     alpha, sigma = prior.schedule(process.times[0])
-    A = torch.diag(mask.flatten().double())
-    precision = torch.linalg.inv(C) + alpha**2 / sigma**2 * torch.eye(H * W) + A / s**2
+    A = torch.diag(mask.expand(1, channels, H, W).flatten().double())
+    precision = torch.linalg.inv(C) + alpha**2 / sigma**2 * torch.eye(n) + A / s**2
     information = alpha / sigma**2 * x.flatten(1) + y.flatten(1) / s**2
     expected = torch.linalg.solve(precision, information.mT).mT.reshape(x.shape)
     mean = prior(x.flatten(1), process.times[0]).mean.reshape(x.shape)
@@ -118,17 +129,18 @@ def test_a_step_is_the_posterior_mean_under_a_prior_of_that_spectrum(smoothness)
     torch.testing.assert_close(u, b * (expected - mean), rtol=2e-3, atol=2e-3)
 
 
-@pytest.mark.parametrize(("name", "most"), [("gaussian_blur", 25), ("motion_blur", 200)])
-def test_a_blur_s_guess_is_the_minimum_after_few_iterations(name, most):
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(("name", "most"), [("gaussian_blur", 25), ("motion_blur", 250)])
+def test_a_blur_s_guess_is_the_minimum_after_few_iterations(name, most, channels):
     """The gradient of what the first control minimises, at the largest noise level.
 
     There C has a condition number of 10^4, and without a preconditioner the gradient of the
     Gaussian blur is a tenth of what it was after 200 iterations.
     """
     generator = seeded()
-    parts = [task(name, (1, 32, 32), generator).double() for _ in range(2)]
+    parts = [task(name, (channels, 32, 32), generator).double() for _ in range(2)]
     physics, applied = for_each(parts), []
-    truth = torch.randn(2, 1, 32, 32, generator=generator, dtype=torch.float64)
+    truth = torch.randn(2, channels, 32, 32, generator=generator, dtype=torch.float64)
     truth = truth.cumsum(-1).cumsum(-2) / 32
     y = physics.A(truth) + 0.05 * torch.randn(truth.shape, generator=generator).double()
     forward = physics.A
@@ -144,11 +156,18 @@ def test_a_blur_s_guess_is_the_minimum_after_few_iterations(name, most):
             return DiracPosterior(0 * x)
 
     process = ReverseProcess(Prior(GaussianPrior(torch.zeros(1), torch.eye(1), VPSchedule())), 2)
-    u = greedy_controls(process, physics, y, 0 * truth, 0.05, 2.0)[1]
+    u = greedy_controls(process, physics, y, 0 * truth, 0.05, 2.0, channels == 3)[1]
     assert len(applied) <= most
     alpha, sigma = process.denoiser.schedule(process.times[0])
-    waves = torch.kron(cosines(32), cosines(32))
+    waves = torch.kron(torch.eye(channels).double(), torch.kron(cosines(32), cosines(32)))
     precision = (alpha / sigma) ** 2 + 1 / image_spectrum((32, 32), 2.0).flatten()
+    if channels == 3:
+        axes = torch.tensor([*COLOURS]).double()
+        axes = axes / axes.norm(dim=1, keepdim=True)
+        waves = torch.kron(axes, torch.eye(32 * 32).double()) @ waves
+        shares = 3 * torch.tensor([*COLOURS.values()]).double()
+        spectrum = shares[:, None] * image_spectrum((32, 32), 2.0).flatten()
+        precision = ((alpha / sigma) ** 2 + 1 / spectrum).flatten()
 
     def gradient(d):
         smooth = ((d.flatten(1) @ waves.mT) * precision) @ waves
@@ -200,6 +219,8 @@ def test_bad_arguments():
     # Else the vectors of a batch would be the rows of an image.
     with pytest.raises(ValueError, match="smoothness is 2, but x has shape"):
         image_correction(flat, torch.ones(3, 4), torch.ones(3, 4), 0.1, 2)
+    with pytest.raises(ValueError, match="coloured is True, but x has shape"):
+        greedy_controls(ReverseProcess(prior, 2), physics, x, x, 0.1, 2, True)
     with pytest.raises(ValueError, match="output mode"):
         greedy_controls(ReverseProcess(prior, 2, mode="output"), physics, x, x, 0.1)
     with pytest.raises(ValueError, match="budget is 10"):

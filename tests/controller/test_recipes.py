@@ -24,7 +24,7 @@ from diffoc.problem import Problem
 from diffoc.problems import tasks
 from diffoc.problems.tasks import measure, super_resolution, task
 from diffoc.process import ReverseProcess
-from diffoc.recipe import COLD, OURS, STOPPED, TASKS, Recipe
+from diffoc.recipe import COLD, OURS, QUICK, STOPPED, TASKS, Recipe
 from diffoc.reconstruct import reconstruct
 from diffoc.rules import LBFGS
 
@@ -64,7 +64,9 @@ def test_every_door_has_the_same_default():
     assert RECIPES[Settings("gaussian_blur", "mnist").recipe] is OURS
     assert RECIPES[Panel().recipe.value] is OURS
     assert Settings("gaussian_blur", "mnist").changed == OURS.at("gaussian_blur")
-    assert [METHODS[name].recipe for name in ("stopped", "cold", "paper", "released")] == [
+    names = ("quick", "stopped", "cold", "paper", "released")
+    assert [METHODS[name].recipe for name in names] == [
+        QUICK,
         STOPPED,
         COLD,
         diffoc.PAPER,
@@ -85,7 +87,7 @@ def test_what_ours_has_for_a_task_is_what_was_tuned():
     }
 
 
-@pytest.mark.parametrize("name", ["ours", "stopped", "paper"])
+@pytest.mark.parametrize("name", ["ours", "quick", "stopped", "paper"])
 def test_rows_count_what_an_image_needs_for_itself(name):
     """Beside another, which needs other trials, a row counts what the prior counts alone."""
     problem, truth = digit_problem("gaussian_blur")
@@ -93,6 +95,7 @@ def test_rows_count_what_an_image_needs_for_itself(name):
     measured = torch.cat([problem.y, problem.physics.A(noise)])
     settings = {
         "ours": {"budget": 60, "steps": 5},
+        "quick": {"steps": 5},
         "stopped": {"budget": 60, "steps": 5},
         "paper": TABLE_2["gaussian_blur"] | {"steps": 3, "iterations": 2},
     }[name]
@@ -109,7 +112,7 @@ def test_rows_count_what_an_image_needs_for_itself(name):
     assert counted(measured).work(2) == alone
 
 
-@pytest.mark.parametrize("recipe", [OURS, STOPPED])
+@pytest.mark.parametrize("recipe", [OURS, QUICK, STOPPED])
 def test_nothing_of_an_image_depends_on_its_neighbour(recipe):
     """A digit beside a picture of noise, which needs other steps, trials and evaluations."""
     recipe = replace(recipe, steps=5, budget=60)

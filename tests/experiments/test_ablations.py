@@ -60,22 +60,26 @@ def test_few_steps_takes_what_was_tuned_for_each_budget():
             assert cell.keywords == own
         elif cell.method == "ours":
             assert cell.nfe == cell.keywords["budget"] >= 4 * cell.keywords["steps"]
+        elif cell.method == "quick":
+            assert work_of(cell) == (2 * cell.keywords["steps"] * len(cell.images), 0)
+            assert 2 * cell.keywords["steps"] <= cell.nfe
         else:
             assert cell.keywords["steps"] * (1 + cell.keywords["iterations"]) <= cell.nfe
             expected = tuned["cold"][cell.task]["300"]["control_cost"]
             assert cell.keywords["control_cost"] == expected
     by_method = {
         method: {cell.nfe for cell in cells("few_steps", methods=[method])}
-        for method in ("dps", "ours")
+        for method in ("dps", "ours", "quick")
     }
     assert by_method["dps"] == {*HORIZONS, *BUDGETS}
+    assert by_method["quick"] == {2 * T for T in HORIZONS}
     assert by_method["ours"] == {*BUDGETS, 400, 800}
     steps = {cell.keywords["steps"] for cell in cells("few_steps", methods=["cold"])}
     assert steps == set(HORIZONS)
 
 
 def test_steps_that_a_budget_has_no_room_for_are_fewer(monkeypatch):
-    tuned = {"ours": {"steps": 60}, "dps": {"guidance": 3.0, "steps": 300}, "cold": {}}
+    tuned = {"ours": {"steps": 60}, "dps": {"guidance": 3.0, "steps": 300}, "cold": {}, "quick": {}}
     known = {"faces64": {key: {TASKS[0]: {"300": some}} for key, some in tuned.items()}}
     monkeypatch.setattr("diffoc.experiments.ablations.read_tuned", lambda: known)
     for cell in cells("few_steps", tasks=TASKS[:1]):

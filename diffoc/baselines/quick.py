@@ -1,0 +1,31 @@
+"""The guess alone in few steps, :data:`diffoc.recipe.QUICK`, as a row of tables."""
+
+from dataclasses import replace
+
+from torch import Tensor
+
+from diffoc.baselines import Given, Method, method
+from diffoc.recipe import QUICK
+
+
+@method
+def quick(
+    given: Given, *, steps: int = QUICK.steps, smoothness: float = QUICK.smoothness
+) -> Tensor:
+    """Returns images (B, ...) by :data:`diffoc.recipe.QUICK`, each for 2 T evaluations.
+
+    Args:
+        smoothness: of the guess's errors, not negative.
+    """
+    return given.reconstruct(replace(QUICK, steps=steps, smoothness=smoothness))
+
+
+METHOD = Method(
+    "Ours, quick",
+    quick,
+    lambda task, nfe: {"steps": min(QUICK.steps, nfe // 2)},
+    lambda settings: (2 * settings["steps"], 0),
+    tuned={"smoothness": (1.75, 2.0, 2.25, 2.5, 2.75, 3.0, 3.25, 3.5)},
+    per_step=2,
+    recipe=QUICK,
+)
