@@ -89,7 +89,10 @@ def runs() -> pd.DataFrame:
 
 
 def summarise() -> None:
-    """Writes the greatest change of a face, and of the mean over faces, of each method and task."""
+    """Writes the greatest change of a face, and of the mean over faces, of each method and task.
+
+    What the table has of methods and tasks without runs here stays.
+    """
     recorded = pd.read_csv(TABLE).query("nfe == 300")
     changes, place, metrics = runs(), list(PLACE), list(METRICS)
     key, plain = [*place, "image"], changes["jitter"] == 0
@@ -105,7 +108,9 @@ def summarise() -> None:
     for metric in METRICS:
         for of, greatest in {"face": faces, "mean": means}.items():
             spread[f"{metric}_{of}"] = greatest[metric].map("{:.2g}".format)
-    spread.to_csv(SPREAD, lineterminator="\n")
+    before = pd.read_csv(SPREAD, dtype=str).set_index(place)
+    kept = before.loc[~before.index.isin(spread.index)]  # of runs that are no longer in build/
+    pd.concat([spread, kept]).sort_index().to_csv(SPREAD, lineterminator="\n")
     print(SPREAD.relative_to(ROOT))
 
 
