@@ -2,6 +2,7 @@
 
 import csv
 import inspect
+import json
 import re
 import shlex
 import subprocess
@@ -30,7 +31,7 @@ from diffoc.experiments.preflight import (
     try_constants,
 )
 from diffoc.experiments.protocol import FFHQ, FFHQ_PROTOCOLS, FFHQ_RELEASED
-from diffoc.experiments.records import as_json
+from diffoc.experiments.records import as_json, rows_of
 from diffoc.priors.pretrained import REMOTE, load_prior
 from diffoc.problem import Problem
 from diffoc.problems.tasks import UnsupportedTask, measured
@@ -520,3 +521,31 @@ def test_the_page_s_kernel_is_the_one_of_the_seed():
     generator = _generator(0, "motion_blur")
     kernel = FFHQ_RELEASED.operator("motion_blur", (3, 256, 256), generator).filter
     assert f"has {1 / kernel.square().sum():.0f} effective pixels" in PAGE
+
+
+@pytest.mark.parametrize(
+    ("notebook", "cells", "record"),
+    [
+        ("09_inverse_problems", ("cell-02", "cell-09", "cell-19"), "table1"),
+        ("12_few_steps", ("few-02", "few-09", "few-ffhq"), "few_steps"),
+    ],
+)
+def test_notebooks_show_ffhq_rows_once_there_are_records(
+    notebook, cells, record, tmp_path, monkeypatch, capsys
+):
+    """With the records of faces in their place: what is shown is that many images."""
+    monkeypatch.setenv("DIFFOC_FIGURES", str(tmp_path))
+    text = (ROOT / "notebooks" / f"{notebook}.ipynb").read_text(encoding="utf-8")
+    sources = {cell["id"]: "".join(cell["source"]) for cell in json.loads(text)["cells"]}
+    names = {}
+    for cell in cells[:-1]:
+        exec(sources[cell], names)
+    shown = names["folder"] / f"{record}_faces64.csv"
+    (tmp_path / f"{record}_ffhq256.csv").write_bytes(shown.read_bytes())
+    names["folder"] = tmp_path
+    names["display"] = lambda *shown: print(*(getattr(one, "data", "") for one in shown))
+    capsys.readouterr()
+    exec(sources[cells[-1]], names)
+    printed = capsys.readouterr().out
+    assert "nothing was run" not in printed
+    assert f"{len(set(rows_of(shown)['image']))} images" in printed
