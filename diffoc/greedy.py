@@ -22,7 +22,8 @@ The closed form is solved by conjugate gradients of its own: deepinv's proximal 
 the worst image of a batch, which couples its images. Smooth errors make that system
 ill-conditioned. A blur with a symmetric kernel nearly multiplies every cosine by a number, so that
 its system is nearly diagonal in cosines. The diagonal is the preconditioner of all blurs: a
-Gaussian one then needs ten iterations where 200 did not do, a motion blur up to 170.
+Gaussian one then needs ten iterations where 200 did not do, a motion blur up to 170. A box's first
+steps stop at 200 short of it, which moves its images by a tenth of a decibel at most.
 """
 
 from __future__ import annotations

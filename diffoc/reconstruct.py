@@ -92,6 +92,13 @@ def reconstruct(
             guess = greedy_controls(
                 process, problem.physics, problem.y, x, problem.noise_std, smoothness, coloured
             )
+        if not recipe.planned and recipe.draw is None and (guess is None or recipe.steps < 2):
+            # The first control of a guess is zero: no control would know the measurements.
+            what = "a linear deepinv physics" if guess is None else "at least 2 steps"
+            raise ValueError(
+                f"recipe {recipe.name!r} has no iterations here, and a guess needs {what}: name "
+                "another recipe, or give iterations"
+            )
         spent = 0 if guess is None else recipe.steps
         reserved = spent + 2 * recipe.steps * (recipe.draw is not None)
         schedule, times = process.denoiser.schedule, process.times

@@ -66,7 +66,8 @@ class Settings:
         noise_std: the measurement's noise, on the scale of images in [-1, 1].
         recipe: a key of :data:`RECIPES`.
         budget, steps, iterations, rank: numbers that replace the recipe's; None leaves them. A
-            budget replaces the recipe's iterations, too; with iterations given, both are limits.
+            budget replaces the recipe's iterations, too; with iterations given, both are limits; it
+            limits the steps of a guess alone.
         starts: the number of starts, of which the cheapest image is written.
         seed: the seed of mask, kernel, noise and whatever else is random.
     """
@@ -95,7 +96,11 @@ class Settings:
         """
         names = ("budget", "steps", "iterations", "rank")
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        recipe = replace(RECIPES[self.recipe], **given).at(self.task)
+        recipe = RECIPES[self.recipe]
+        if self.budget is not None and given.get("iterations", recipe.iterations) == 0:
+            # A guess alone has two evaluations a step.
+            given["steps"] = min(given.get("steps", recipe.steps), given.pop("budget") // 2)
+        recipe = replace(recipe, **given).at(self.task)
         limited = recipe.iterations and self.iterations is None
         return replace(recipe, iterations=None) if self.budget and limited else recipe
 

@@ -77,7 +77,7 @@ CASES = {
             "PICTURE --prior mnist --task super_resolution",
             *(
                 f"PICTURE --prior mnist --task random_inpainting --recipe {name}"
-                for name in ("quick", "stopped", "cold", "paper", "released")
+                for name in ("quick --steps 100", "stopped", "cold", "paper", "released")
             ),
             "PICTURE --prior mnist --task phase_retrieval --budget 200 --iterations 9",
             "--measurement MEASUREMENT --prior mnist --task super_resolution",

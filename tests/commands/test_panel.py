@@ -23,6 +23,9 @@ def test_every_task_runs_and_is_shown(name, recipe):
     panel.recipe.value = recipe
     panel.button.click()
     panel.worker.join()
+    if recipe == "quick" and name in ("nonlinear_blur", "phase_retrieval"):
+        assert "a guess needs a linear deepinv physics" in panel.status.value
+        return
     assert panel.status.value.startswith("iteration ")
     assert panel.status.value.endswith("done")
     assert not panel.button.disabled

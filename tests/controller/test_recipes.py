@@ -78,9 +78,10 @@ def test_recipes_know_the_tasks_by_name():
     assert tuple(tasks.TASKS) == TASKS
 
 
-def test_what_ours_has_for_a_task_is_what_was_tuned():
-    tuned = json.loads((data_folder() / "tuned.json").read_text())["faces64"]["ours"]
-    assert OURS.by_task == {
+@pytest.mark.parametrize("recipe", [OURS, QUICK])
+def test_what_ours_has_for_a_task_is_what_was_tuned(recipe):
+    tuned = json.loads((data_folder() / "tuned.json").read_text())["faces64"][recipe.name]
+    assert recipe.by_task == {
         (name, int(nfe)): values
         for name, budgets in tuned.items()
         for nfe, values in budgets.items()
@@ -231,3 +232,35 @@ def test_what_was_tuned_is_left_out_where_a_reader_changes_it():
     assert replace(OURS, rank=1).at("gaussian_blur").steps == 60
     assert Settings("gaussian_blur", "mnist", steps=20).changed == own.at("gaussian_blur")
     assert Settings("gaussian_blur", "mnist", budget=60).changed.iterations == 0
+
+
+def test_a_guess_alone_is_refused_where_it_would_not_know_the_measurements():
+    problem, _ = digit_problem()
+    prior = load_prior("mnist")
+    found, other = (
+        reconstruct(replace(problem, y=y), prior, QUICK).x0 for y in (problem.y, -problem.y)
+    )
+    assert (found - other).abs().max() > 0.5
+    with pytest.raises(ValueError, match="a guess needs at least 2 steps"):
+        reconstruct(problem, prior, replace(QUICK, steps=1))
+    hidden = diffoc.Problem(problem.physics.A, problem.y, 0.05)
+    with pytest.raises(ValueError, match="'quick' has no iterations here, and a guess needs a lin"):
+        reconstruct(hidden, prior, QUICK)
+    unplanned = replace(hidden, task="gaussian_blur")  # for which OURS is a guess alone
+    with pytest.raises(ValueError, match="'ours' has no iterations here"):
+        reconstruct(unplanned, prior)
+    with pytest.raises(ValueError, match="nfe is 3"):
+        METHODS["quick"].settings("gaussian_blur", 3)
+
+
+def test_a_budget_limits_the_steps_of_a_guess_alone():
+    changed = {
+        n: Settings("gaussian_blur", "mnist", recipe="quick", budget=n).changed for n in (20, 99)
+    }
+    assert [(some.steps, some.iterations, some.smoothness) for some in changed.values()] == [
+        (10, 0, 3.0),
+        (15, 0, 3.0),
+    ]
+    planned = Settings("motion_blur", "mnist", recipe="quick", budget=200, iterations=2).changed
+    assert (planned.budget, planned.iterations) == (200, 2)
+    assert Settings("motion_blur", "mnist", recipe="quick").changed.smoothness == 2.25
