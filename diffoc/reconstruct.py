@@ -92,7 +92,7 @@ def reconstruct(
             guess = greedy_controls(
                 process, problem.physics, problem.y, x, problem.noise_std, smoothness, coloured
             )
-        if not recipe.planned and recipe.draw is None and (guess is None or recipe.steps < 2):
+        if recipe.guess and not recipe.planned and (guess is None or recipe.steps < 2):
             # The first control of a guess is zero: no control would know the measurements.
             what = "a linear deepinv physics" if guess is None else "at least 2 steps"
             raise ValueError(

@@ -21,7 +21,7 @@ from diffoc.baselines.paper import TABLE_2, paper
 from diffoc.commands.main import main
 from diffoc.commands.tables import OUTWARD
 from diffoc.data import digits, portrait
-from diffoc.data.manifest import data_folder, manifest_entry
+from diffoc.data.manifest import data_folder, load_weights, manifest_entry
 from diffoc.data.pictures import picture_names, write_picture
 from diffoc.data.provenance import ROOT
 from diffoc.experiments import cells as experiments
@@ -771,3 +771,12 @@ def test_paired_differences_are_those_of_a_paired_t_test():
     assert gap() == pytest.approx((mean, half))
     with pytest.raises(ValueError, match="no image in common"):
         paired(frame(rows["a"]), frame([]), "psnr")
+
+
+def test_the_gallery_has_every_method_as_it_was_tuned():
+    """Else `python tools/gallery.py` has to be run: notebook 09 shows it beside the table."""
+    tool = runpy.run_path(str(ROOT / "tools" / "gallery.py"))
+    assert tool["shown"](data_folder()) == tool["settings"]()
+    images = load_weights(tool["NAME"])
+    assert set(images) == set(tool["settings"]())
+    assert {(image.dtype, image.shape) for image in images.values()} == {(torch.uint8, (3, 64, 64))}
