@@ -145,7 +145,7 @@ def test_a_table_on_a_full_disk_keeps_whole_cells_and_is_gone_on_with(tmp_path, 
 def test_the_command_line_says_what_could_not_be_written(tmp_path, full_disk, capsys):
     write_picture(data.digits()[0][0], tmp_path / "a.png")
     command = ["solve", str(tmp_path / "a.png"), "--task", "super_resolution", "--prior", "mnist"]
-    command += ["--steps", "1", "--iterations", "0", "--out", str(tmp_path / "solved")]
+    command += ["--steps", "2", "--iterations", "0", "--out", str(tmp_path / "solved")]
     with full_disk(100):
         assert main(command) == 2
     assert "diffoc: " in (error := capsys.readouterr().err)

@@ -9,6 +9,7 @@ from PIL import Image
 
 from diffoc.commands import main as command_line
 from diffoc.commands.solve import (
+    COLD,
     FROM_PICTURES,
     OURS,
     TWIN,
@@ -192,15 +193,17 @@ def test_unfit_measurements_are_refused(picture, tmp_path, capsys):
         command("--task", "super_resolution")
 
 
-@pytest.mark.parametrize("name", ["nonlinear_blur", "gaussian_blur"])
-def test_the_controller_starts_from_the_most_probable_noise(name, picture, tmp_path):
+@pytest.mark.parametrize("recipe", [COLD, OURS])
+def test_the_controller_starts_from_the_most_probable_noise(recipe, picture, tmp_path):
     """Without iterations the image is that of zeros, of linear tasks under the greedy guess."""
+    name = "gaussian_blur" if recipe.guess else "nonlinear_blur"
     arguments = ["--prior", "mnist", "--iterations", "0", "--out", str(tmp_path), "--task", name]
+    arguments += ["--recipe", recipe.name]
     assert command_line.main(["solve", str(picture), *arguments]) == 0
 
-    process, start = ReverseProcess(load_prior("mnist"), OURS.steps), torch.zeros(1, *SHAPE)
+    process, start = ReverseProcess(load_prior("mnist"), recipe.steps), torch.zeros(1, *SHAPE)
     guess = None
-    if name == "gaussian_blur":
+    if recipe.guess:
         y = torch.from_numpy(np.load(tmp_path / "measurement.npz")["y"])
         physics = task(name, SHAPE, torch.Generator().manual_seed(0))
         guess = greedy_controls(process, physics, y, start, NOISE_STD, OURS.smoothness)

@@ -49,13 +49,15 @@ def test_equal_budgets_and_equal_steps_are_told_apart():
             tuned = read_tuned()["faces64"][method][TASK][str(int(x))]
             assert row["steps"].item() == tuned["steps"]
     horizons = summary.equal_horizons(found, "psnr")[TASK]
-    assert set(horizons) == {"DPS", "Ours", "Ours, cold"}
+    assert set(horizons) == {"DPS", "Ours", "Ours, quick", "Ours, cold"}
     for label, curve in horizons.items():
         assert [x for x, _, _ in curve] == [5, 10, 20, 50, 100, 200]
         for x, place, _ in curve:
             row = row_of(found, place)
             if label == "DPS":
                 assert row["nfe"].item() == x
+            elif label == "Ours, quick":
+                assert (row["steps"].item(), row["nfe"].item()) == (x, 2 * x)
             else:
                 assert (row["steps"].item(), row["nfe"].item()) == (x, max(300, 4 * x))
 

@@ -546,7 +546,10 @@ def test_the_table_of_spreads_is_of_methods_and_tasks_that_there_are():
     assert {method for method, _, _ in found} <= set(METHODS)
     assert {task for _, task, _ in found} <= set(TASKS)
     for columns in found.values():
-        assert 0 <= columns["psnr_mean"] <= columns["psnr_face"] < 3
+        assert 0 <= columns["psnr_mean"] <= columns["psnr_face"]
+    # The page on portability names it.
+    chaotic = {key[:2] for key, columns in found.items() if columns["psnr_face"] > 1}
+    assert chaotic == {("cold", "random_inpainting")}
 
 
 def test_a_machine_is_named_with_the_instructions_that_it_may_use(monkeypatch):
