@@ -50,7 +50,8 @@ PIXEL_VARIANCE = 0.25
 COLOURS = {(1, 1, 1): 0.90, (1, 0, -1): 0.07, (1, -2, 1): 0.03}
 """Grey, red against blue, green against both; and their shares of the variance of RGB images.
 
-The shares are those of the faces that the prior `faces64` was trained on.
+They are near the shares in the errors of the prior `faces64` at much noise, 0.90, 0.07 and 0.02;
+its training faces have 0.93, 0.06 and 0.01.
 """
 
 
