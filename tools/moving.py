@@ -22,7 +22,6 @@ from diffoc.figures.plots import reconstructions, steering
 from diffoc.priors.pretrained import load_prior
 from diffoc.problem import Problem
 from diffoc.problems.tasks import NOISE_STD, as_picture, measure, task
-from diffoc.process import ReverseProcess
 from diffoc.recipe import OURS
 from diffoc.reconstruct import reconstruct
 
@@ -83,7 +82,7 @@ def write_reconstruction(path: Path, name: str = "super_resolution", frames: int
     ours, sampled = Recorded(prior), Recorded(prior)
     planned = reconstruct(Problem(physics, y, NOISE_STD), prior, OURS)
     with torch.no_grad():
-        process = ReverseProcess(ours, len(planned.controls))
+        process = OURS.process(ours, len(planned.controls), truth, generator)
         x0 = process.rollout(planned.states[0], planned.controls)[-1]
     _, sigma = prior.schedule(torch.ones(()))
     noise = sigma * torch.randn(truth.shape, generator=generator)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from diffoc.baselines import Given, Method, method
 from diffoc.checks import check_above
-from diffoc.recipe import OURS, constant, snr_squared
+from diffoc.recipe import OURS, constant, deterministic, snr_squared
 
 
 @method
@@ -20,11 +20,13 @@ def ours(
     iterations: int | None = OURS.iterations,
     weighted: bool = True,
     in_units: bool = True,
+    coloured: bool = True,
+    dense: bool = True,
     stopped: bool = False,
 ) -> Tensor:
     r"""Returns images (B, ...) by :data:`diffoc.recipe.OURS`.
 
-    The last three settings are there to see what each part is worth, see the grid `parts` of
+    The last five settings are there to see what each part is worth, see the grid `parts` of
     :mod:`diffoc.experiments.ablations`.
 
     Args:
@@ -34,6 +36,8 @@ def ours(
         iterations: of the plan, at most; 0 leaves the guess as it is, None is no limit.
         weighted: whether the cost is :math:`w \alpha_i^2 / \sigma_i^2`; without, it is w.
         in_units: whether L-BFGS measures in units of the image; without, in those of the state.
+        coloured: whether the guess's errors are mostly grey.
+        dense: whether steps are dense near the image; without, they are uniform in time.
         stopped: whether the discrepancy principle ends it all the same.
     """
     check_above(0, weight=weight)
@@ -46,6 +50,8 @@ def ours(
         iterations=iterations,
         weights=snr_squared if weighted else constant,
         preconditioned=in_units,
+        coloured=coloured,
+        process=OURS.process if dense else deterministic,
         stopped=stopped,
     )
     return given.reconstruct(recipe)
@@ -63,8 +69,8 @@ METHOD = Method(
     ours,
     lambda task, nfe: {"budget": nfe},
     _work,
-    # A plan, or more steps of the guess alone.
-    tuned={"smoothness": (1.5, 2.0, 3.0, 4.0), ("steps", "iterations"): ((15, 20), (60, 0))},
+    # A plan, or the guess alone in more steps.
+    tuned={"smoothness": (2.0, 2.5, 3.0, 3.5), ("steps", "iterations"): ((15, 20), (30, 0))},
     per_step=4,
     recipe=OURS,
 )

@@ -30,6 +30,14 @@ EXACT, PROJECTED = "exact recursion", "Appendix D.1"
 WHOLE = "all parts"
 """Ours, with all its parts, in :func:`by_part`."""
 
+TAKEN_AWAY = {
+    "coloured": "the guess knows no colours",
+    "dense": "steps uniform in time",
+    "in_units": "not preconditioned",
+    "stopped": "stopped at the noise level",
+}
+"""What :func:`by_part` calls a part that a setting of ours takes away."""
+
 ROUGH = ", no smoothness"
 """After the label of a controller whose guess does not know that images are smooth."""
 
@@ -107,10 +115,9 @@ def _part(settings: dict) -> str:
         return "no plan, the guess alone"
     if settings.get("smoothness") == 0:
         return "the guess knows no smoothness"
-    if "in_units" in settings:
-        return "not preconditioned"
-    if "stopped" in settings:
-        return "stopped at the noise level"
+    for key, label in TAKEN_AWAY.items():
+        if key in settings:
+            return label
     if "weighted" in settings:
         return f"constant cost {settings['weight']:g}"
     return "almost no cost" if settings.get("weight") == NO_COST else WHOLE

@@ -154,7 +154,7 @@ def parts(prior: str, tasks: Sequence[str]) -> Iterator[Choice]:
     for name in tasks:
         usual = _tuned(prior, "ours", name, nfe)
         changes: list[dict] = [{}, {"iterations": 0}, {"smoothness": 0.0}, {"in_units": False}]
-        changes += [{"stopped": True}, {"weight": NO_COST}]
+        changes += [{"coloured": False}, {"dense": False}, {"stopped": True}, {"weight": NO_COST}]
         changes += [{"weighted": False, "weight": r} for r in CONSTANT_COSTS]
         for change in changes:
             yield prior, name, "ours", nfe, usual | change

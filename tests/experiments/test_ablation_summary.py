@@ -70,6 +70,8 @@ def test_parts_are_named_by_what_was_taken_away():
         summary.WHOLE: 1,
         "no plan, the guess alone": 1,
         "the guess knows no smoothness": 1,
+        "the guess knows no colours": 1,
+        "steps uniform in time": 1,
         "not preconditioned": 1,
         "stopped at the noise level": 1,
         "almost no cost": 1,

@@ -123,8 +123,9 @@ def test_parts_takes_away_one_at_a_time():
         assert usual == {"budget": 300} | tuned[name]["300"]
         changed = [{k for k in s if s[k] != usual.get(k)} for s in others]
         assert changed[:3] == [{"iterations"}, {"smoothness"}, {"in_units"}]
-        assert changed[3:] == [{"stopped"}, {"weight"}] + [{"weighted", "weight"}] * 4
-        assert [s["weight"] for s in others[5:]] == sorted(s["weight"] for s in others[5:])
+        assert changed[3:6] == [{"coloured"}, {"dense"}, {"stopped"}]
+        assert changed[6:] == [{"weight"}] + [{"weighted", "weight"}] * 4
+        assert [s["weight"] for s in others[7:]] == sorted(s["weight"] for s in others[7:])
 
 
 @pytest.mark.parametrize(
