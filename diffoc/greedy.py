@@ -23,7 +23,9 @@ the worst image of a batch, which couples its images. Smooth errors make that sy
 ill-conditioned. A blur with a symmetric kernel nearly multiplies every cosine by a number, so that
 its system is nearly diagonal in cosines. The diagonal is the preconditioner of all blurs: a
 Gaussian one then needs ten iterations where 200 did not do, a motion blur up to 170. A mask keeps
-some pixels of such a system; with those of its inverse a box needs 40 iterations instead of 1000.
+some pixels of such a system; with those of its inverse a box needs 40 to 70 iterations instead of
+1000, a random mask 190 instead of 350. Other operators have none: 4x super-resolution with the
+noise 0.05 needs 250, and with 0.01 nearly the 1000 at which iterations end.
 """
 
 from __future__ import annotations
@@ -143,7 +145,7 @@ def image_correction(
         raise ValueError(f"coloured is True, but x has shape {tuple(x.shape)}: take False")
     errors = _errors(x, smoothness, coloured, physics if y.shape == x.shape else None)
     # Smooth errors make the system ill-conditioned, and what has not converged is rounding.
-    trials, tol = (400, 1e-5) if smoothness or coloured else (50, 1e-3)
+    trials, tol = (1000, 1e-5) if smoothness or coloured else (50, 1e-3)
 
     def correct(mean: Tensor, known: float | Tensor) -> Tensor:
         covariance, precondition = errors(known, noise_std)
@@ -158,15 +160,15 @@ def _errors(
     r"""Returns what makes :math:`C = \rho^2 / s^2`, for images like x, of snr squared and s.
 
     With it comes an approximate inverse of :math:`I + A C A^T`, for a physics with measurements
-    like x. For blurs it is that of the matrix's diagonal in cosines. For masks of zeros and ones it
-    is :math:`I - A C (I + C)^{-1} A^T`, which has the rows of :math:`(I + C)^{-1}` where a mask is
-    one. For all others it is the unit matrix.
+    like x. For blurs it is that of the matrix's diagonal in cosines. For masks of at most one it is
+    :math:`I - A A^T + A (I + C)^{-1} A^T`, which for zeros and ones is a part of
+    :math:`(I + C)^{-1}` between kept pixels. For all others it is the unit matrix.
     """
     if not smoothness and not coloured:
         return lambda known, s: (lambda d: d / ((known + 1 / PIXEL_VARIANCE) * s**2), _unchanged)
     rows, columns = (cosines(length).to(x) for length in x.shape[-2:])
     blurs = is_physics(physics, "Blur", "BlurFFT")
-    masks = is_physics(physics, "Inpainting") and physics.mask.square().equal(physics.mask)
+    masks = is_physics(physics, "Inpainting") and bool(physics.mask.abs().max() <= 1)
     powers = _powers(physics.filter, x.shape[-2:]).mean(dim=1, keepdim=True).to(x) if blurs else 0
     axes, shares = torch.eye(x.shape[1]).to(x), torch.ones(x.shape[1])
     if coloured:
@@ -186,8 +188,9 @@ def _errors(
         if blurs:
             return multiply(gain), multiply(1 / (1 + powers * gain))
         if masks:
-            share = multiply(gain / (1 + gain))
-            return multiply(gain), lambda w: w - physics.A(share(physics.A_adjoint(w)))
+            inverse, A, back = multiply(1 / (1 + gain)), physics.A, physics.A_adjoint
+            # Not I - A C (I + C)^-1 A^T: where C is large, that is lost in rounding.
+            return multiply(gain), lambda w: (w - A(back(w))) + A(inverse(back(w)))
         return multiply(gain), _unchanged
 
     return covariance

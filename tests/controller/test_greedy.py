@@ -7,7 +7,7 @@ import pytest
 import torch
 from azula.denoise import DiracPosterior
 from azula.noise import VPSchedule
-from deepinv.physics import LinearPhysics
+from deepinv.physics import Inpainting, LinearPhysics
 from scipy.fft import dct
 
 from diffoc.baselines.ours import ours
@@ -179,6 +179,25 @@ def test_a_guess_is_the_minimum_after_few_iterations(name, most, channels):
 
     d = u / process.coefficients[0][1]
     assert gradient(d).norm() < 1e-4 * gradient(0 * d).norm()
+
+
+@pytest.mark.parametrize("s", [5e-2, 1e-3, 1e-4])
+@pytest.mark.parametrize("kept", [1.0, 0.5])
+def test_a_mask_s_guess_is_that_of_float64_at_any_noise(s, kept):
+    """What is subtracted in the preconditioner must not be lost in float32's rounding."""
+    generator = seeded()
+    parts = [task("box_inpainting", (3, 32, 32), generator) for _ in range(2)]
+    mask = kept * torch.cat([part.mask for part in parts])
+    truth = torch.randn(2, 3, 32, 32, generator=generator, dtype=torch.float64)
+    truth = truth.cumsum(-1).cumsum(-2) / 32
+    found = {}
+    for dtype in (torch.float32, torch.float64):
+        physics = Inpainting((3, 32, 32), mask=mask.to(dtype))
+        y = physics.A(truth.to(dtype))
+        correct = image_correction(physics, y, 0 * truth.to(dtype), s, 3.0, True)
+        found[dtype] = correct(0 * truth.to(dtype), 1e-3).double()
+    error = (found[torch.float32] - found[torch.float64]).norm()
+    assert error < 1e-2 * found[torch.float64].norm()
 
 
 @pytest.mark.parametrize("method", ["ddim", "ddpm"])
