@@ -143,7 +143,7 @@ def image_correction(
         raise ValueError(f"smoothness is {smoothness}, but x has shape {tuple(x.shape)}: take 0")
     if coloured and (x.ndim != 4 or x.shape[1] != 3):
         raise ValueError(f"coloured is True, but x has shape {tuple(x.shape)}: take False")
-    errors = _errors(x, smoothness, coloured, physics if y.shape == x.shape else None)
+    errors = _errors(x, smoothness, coloured, physics, y.shape == x.shape)
     # Smooth errors make the system ill-conditioned, and what has not converged is rounding.
     trials, tol = (1000, 1e-5) if smoothness or coloured else (50, 1e-3)
 
@@ -155,20 +155,20 @@ def image_correction(
 
 
 def _errors(
-    x: Tensor, smoothness: float, coloured: bool, physics: LinearPhysics | None
+    x: Tensor, smoothness: float, coloured: bool, physics: LinearPhysics, alike: bool
 ) -> Callable[[float | Tensor, float], tuple[Linear, Linear]]:
     r"""Returns what makes :math:`C = \rho^2 / s^2`, for images like x, of snr squared and s.
 
-    With it comes an approximate inverse of :math:`I + A C A^T`, for a physics with measurements
-    like x. For blurs it is that of the matrix's diagonal in cosines. For masks of at most one it is
-    :math:`I - A A^T + A (I + C)^{-1} A^T`, which for zeros and ones is a part of
+    With it comes an approximate inverse of :math:`I + A C A^T`, where measurements are like x, as
+    `alike` says. For blurs it is that of the matrix's diagonal in cosines. For masks of at most one
+    it is :math:`I - A A^T + A (I + C)^{-1} A^T`, which for zeros and ones is a part of
     :math:`(I + C)^{-1}` between kept pixels. For all others it is the unit matrix.
     """
     if not smoothness and not coloured:
         return lambda known, s: (lambda d: d / ((known + 1 / PIXEL_VARIANCE) * s**2), _unchanged)
     rows, columns = (cosines(length).to(x) for length in x.shape[-2:])
-    blurs = is_physics(physics, "Blur", "BlurFFT")
-    masks = is_physics(physics, "Inpainting") and bool(physics.mask.abs().max() <= 1)
+    blurs = alike and is_physics(physics, "Blur", "BlurFFT")
+    masks = alike and is_physics(physics, "Inpainting") and bool(physics.mask.abs().max() <= 1)
     powers = _powers(physics.filter, x.shape[-2:]).mean(dim=1, keepdim=True).to(x) if blurs else 0
     axes, shares = torch.eye(x.shape[1]).to(x), torch.ones(x.shape[1])
     if coloured:
