@@ -168,7 +168,7 @@ def _errors(
         return lambda known, s: (lambda d: d / ((known + 1 / PIXEL_VARIANCE) * s**2), _unchanged)
     rows, columns = (cosines(length).to(x) for length in x.shape[-2:])
     blurs = alike and is_physics(physics, "Blur", "BlurFFT")
-    masks = alike and is_physics(physics, "Inpainting") and bool(physics.mask.abs().max() <= 1)
+    masks = alike and is_physics(physics, "Inpainting") and physics.mask.to(x).abs().max() <= 1
     powers = _powers(physics.filter, x.shape[-2:]).mean(dim=1, keepdim=True).to(x) if blurs else 0
     axes, shares = torch.eye(x.shape[1]).to(x), torch.ones(x.shape[1])
     if coloured:

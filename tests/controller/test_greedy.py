@@ -181,6 +181,19 @@ def test_a_guess_is_the_minimum_after_few_iterations(name, most, channels):
     assert gradient(d).norm() < 1e-4 * gradient(0 * d).norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64])
+def test_a_mask_s_type_does_not_matter(dtype):
+    generator = seeded()
+    kept = torch.rand(1, 1, 8, 8, generator=generator) < 0.5
+    x = torch.randn(2, 3, 8, 8, generator=generator)
+    found, expected = (
+        image_correction(physics, physics.A(x), 0 * x, 0.1, 3.0, True)(0 * x, 0.1)
+        for physics in (Inpainting((3, 8, 8), mask=kept.to(kind)) for kind in (dtype, x.dtype))
+    )
+    assert torch.equal(found, expected)
+    assert found.abs().max() > 0.1
+
+
 @pytest.mark.parametrize("s", [5e-2, 1e-3, 1e-4])
 @pytest.mark.parametrize("kept", [1.0, 0.5])
 def test_a_mask_s_guess_is_that_of_float64_at_any_noise(s, kept):
