@@ -84,6 +84,15 @@ def dense_near_image(
     return ReverseProcess(prior, torch.linspace(1, 0, steps + 1, dtype=torch.float64) ** 1.5)
 
 
+def per_step(iterations: int | None) -> int:
+    """Returns the evaluations that a budget needs for each step: 2 for a guess, 4 for a plan.
+
+    Args:
+        iterations: of the plan, at most; with 0 there is the guess alone, None is no limit.
+    """
+    return 2 if iterations == 0 else 4
+
+
 @dataclass(frozen=True)
 class Recipe:
     r"""How a problem is solved; a frozen value with a name.
@@ -164,9 +173,10 @@ class Recipe:
             raise ValueError(f"spare is {self.spare}, expected a share below 1")
         if self.budget is None and self.iterations is None:
             raise ValueError("budget and iterations are both None: give at least one")
-        if self.budget is not None and self.budget < 4 * self.steps:
+        if self.budget is not None and self.budget < per_step(self.iterations) * self.steps:
             raise ValueError(
-                f"budget is {self.budget}, expected at least 4 times the {self.steps} steps"
+                f"budget is {self.budget}, expected at least {per_step(self.iterations)} times the "
+                f"{self.steps} steps"
             )
 
     def at(self, task: str | None, budget: int | None = None) -> Recipe:
@@ -174,7 +184,7 @@ class Recipe:
 
         A task that is not in `by_task`, and None, change nothing, nor does a task where one of the
         recipe's `untuned` values was changed. The budget of evaluations is the recipe's own by
-        default, and steps are at most a fourth of it.
+        default, and bounds the steps, see :func:`per_step`.
         """
         if task is not None:
             check_member([*TASKS, *(own for own, _ in self.by_task if own not in TASKS)], task=task)
@@ -185,7 +195,8 @@ class Recipe:
             return replace(self, by_task={})
         fitting = [each for each in budgets if each <= most]
         changes = dict(self.by_task[str(task), fitting[-1] if fitting else budgets[0]])
-        changes["steps"] = min(changes.get("steps", self.steps), max(1, most // 4))
+        room = most // per_step(changes.get("iterations", self.iterations))
+        changes["steps"] = min(changes.get("steps", self.steps), max(1, room))
         return replace(self, **changes, by_task={})
 
     @property

@@ -71,8 +71,8 @@ class Method:
         tuned: the values to try, in all combinations, of one to three keywords tuned for a task;
             keywords of a tuple have their values together.
         largest, smallest: the extreme values that they may have, by keyword.
-        per_step: the evaluations that each of its `steps` needs at least; trials with a small
-            budget have fewer steps.
+        per_step: maps keyword arguments to the evaluations that each of their `steps` needs at
+            least; trials with a small budget have fewer steps.
         latent: whether the method needs a :class:`diffoc.priors.latent.LatentPrior`.
         recipe: of the controller, which `run` puts the settings into; None for other methods.
     """
@@ -84,7 +84,7 @@ class Method:
     tuned: Mapping[str | tuple[str, ...], Sequence] | None = None
     largest: Mapping[str, float] = field(default_factory=dict)
     smallest: Mapping[str, float] = field(default_factory=dict)
-    per_step: int = 1
+    per_step: Callable[[Mapping], int] = lambda settings: 1
     latent: bool = False
     recipe: Recipe | None = None
 
@@ -98,7 +98,7 @@ class Method:
         trials = [_trial(tuned, some, nfe) for some in product(*tuned.values())] if tuned else []
         for trial in trials:
             if "steps" in trial:
-                trial["steps"] = max(1, min(trial["steps"], nfe // self.per_step))
+                trial["steps"] = max(1, min(trial["steps"], nfe // self.per_step(trial)))
         return _each_once(trials)
 
     def trials_near(self, best: Mapping[str, float], usual: int, nfe: int) -> list[dict]:
@@ -111,7 +111,7 @@ class Method:
         centre = {k: round(v * nfe / usual) if k in shares else v for k, v in best.items()}
         keyword = next(iter(self.trials(nfe)[0]))
         return _each_once(
-            centre | {keyword: self._moved(keyword, centre[keyword], step, nfe)}
+            centre | {keyword: self._moved(keyword, centre, step, nfe)}
             for step in (-1.5, -0.5, 0.5, 1.5)
         )
 
@@ -128,21 +128,22 @@ class Method:
             values = [trial[keyword] for trial in tried]
             for step, edge in ((-1, min(values)), (1, max(values))):
                 if best[keyword] == edge and min(values) < max(values):
-                    trials.append({**best, keyword: self._moved(keyword, edge, step, nfe)})
+                    trials.append({**best, keyword: self._moved(keyword, best, step, nfe)})
         return [trial for trial in _each_once(trials) if trial not in tried]
 
-    def _moved(self, keyword: str, value: float, step: float, nfe: int) -> float:
-        """Returns a value moved by so many steps of its keyword's values, within its limits.
+    def _moved(self, keyword: str, settings: Mapping, step: float, nfe: int) -> float:
+        """Returns a setting's value moved by so many steps of its values, within its limits.
 
         Steps are factors, or differences where one of the values is 0.
         """
+        value = settings[keyword]
         values = sorted({trial[keyword] for trial in self.trials(nfe)})
         intervals = max(1, len(values) - 1)
         if values[0] > 0:
             moved = value * (values[-1] / values[0]) ** (step / intervals)
         else:
             moved = max(0, value + step * values[-1] / intervals)
-        most = nfe // self.per_step if keyword == "steps" else math.inf
+        most = nfe // self.per_step(settings) if keyword == "steps" else math.inf
         moved = min(float(f"{moved:.2g}"), most, self.largest.get(keyword, math.inf))
         moved = max(moved, self.smallest.get(keyword, -math.inf))
         return max(1, round(moved)) if isinstance(values[0], int) else moved

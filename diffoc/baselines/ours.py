@@ -6,7 +6,7 @@ from torch import Tensor
 
 from diffoc.baselines import Given, Method, method
 from diffoc.checks import check_above
-from diffoc.recipe import OURS, constant, deterministic, snr_squared
+from diffoc.recipe import OURS, constant, deterministic, per_step, snr_squared
 
 
 @method
@@ -30,7 +30,7 @@ def ours(
     :mod:`diffoc.experiments.ablations`.
 
     Args:
-        budget: how many evaluations each image has, at least 4 T.
+        budget: how many evaluations each image has, at least 4 T, or 2 T without iterations.
         weight: w, positive.
         smoothness: of the guess's errors, not negative.
         iterations: of the plan, at most; 0 leaves the guess as it is, None is no limit.
@@ -71,6 +71,6 @@ METHOD = Method(
     _work,
     # A plan, or the guess alone in more steps.
     tuned={"smoothness": (2.0, 2.5, 3.0, 3.5), ("steps", "iterations"): ((15, 20), (30, 0))},
-    per_step=4,
+    per_step=lambda settings: per_step(settings["iterations"]),
     recipe=OURS,
 )

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from diffoc.baselines import Given, Method, method
 from diffoc.baselines.decomposition import require_linear
-from diffoc.recipe import QUICK
+from diffoc.recipe import QUICK, per_step
 
 
 @method
@@ -35,6 +35,6 @@ METHOD = Method(
     _settings,
     lambda settings: (2 * settings["steps"], 0),
     tuned={"smoothness": (1.75, 2.0, 2.25, 2.5, 2.75, 3.0, 3.25, 3.5)},
-    per_step=2,
+    per_step=lambda settings: per_step(QUICK.iterations),
     recipe=QUICK,
 )

@@ -5,7 +5,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from diffoc.baselines import Given, Method, method
-from diffoc.recipe import STOPPED
+from diffoc.recipe import STOPPED, per_step
 
 
 @method
@@ -26,6 +26,6 @@ METHOD = Method(
     # At most: the guess and the trials of the line search cost no product.
     lambda settings: (settings["budget"], settings["budget"]),
     tuned={"steps": (5, 10, 20, 30), "weight": (0.3, 3.0)},
-    per_step=4,
+    per_step=lambda settings: per_step(STOPPED.iterations),
     recipe=STOPPED,
 )

@@ -224,5 +224,5 @@ def _tuned(prior: str, method: str, task: str, nfe: int) -> dict:
     shares = {key for key, some in trials.items() if any(isinstance(v, Share) for v in some)}
     settings |= {key: value for key, value in own[str(TUNED[1])].items() if key not in shares}
     if "steps" in settings:
-        settings["steps"] = min(settings["steps"], nfe // METHODS[method].per_step)
+        settings["steps"] = min(settings["steps"], nfe // METHODS[method].per_step(settings))
     return settings

@@ -217,8 +217,10 @@ def test_what_does_not_fit_is_refused():
         Problem(3, y, 0.05)
     with pytest.raises(ValueError, match="starts is 0"):
         reconstruct(problem, prior, starts=0)
-    with pytest.raises(ValueError, match="budget is 59"):
+    with pytest.raises(ValueError, match="budget is 59, expected at least 4 times the 15"):
         replace(OURS, budget=59)
+    with pytest.raises(ValueError, match="budget is 29, expected at least 2 times the 15"):
+        replace(OURS, budget=29, iterations=0)
     with pytest.raises(ValueError, match="both None"):
         Recipe("nothing", steps=3)
 
@@ -228,7 +230,9 @@ def test_what_was_tuned_is_left_out_where_a_reader_changes_it():
     own = replace(OURS, steps=20)
     assert own.at("gaussian_blur") == replace(own, by_task={})
     assert OURS.at("gaussian_blur").steps == 30
-    assert OURS.at("gaussian_blur", 60).steps == 15  # the budget is at least four times as many
+    # A budget is at least four times the steps of a plan, and twice those of a guess alone.
+    assert OURS.at("motion_blur", 40).steps == 10
+    assert OURS.at("gaussian_blur", 40).steps == 20
     assert replace(OURS, rank=1).at("gaussian_blur").steps == 30
     assert Settings("gaussian_blur", "mnist", steps=20).changed == own.at("gaussian_blur")
     assert Settings("gaussian_blur", "mnist", budget=60).changed.iterations == 0

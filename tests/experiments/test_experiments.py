@@ -184,7 +184,9 @@ def test_trials_are_all_pairs_and_then_lie_around_the_best():
     bounded = method_of(eta=(0.0, 0.2, 0.4, 1.2), steps=(2, 3), largest={"eta": 1.2})
     near = [bounded.trials_near({"eta": eta, "steps": 2}, 300, 300) for eta in (1.2, 0.0)]
     assert [[t["eta"] for t in some] for some in near] == [[0.6, 1.0, 1.2], [0.0, 0.2, 0.6]]
-    whole = replace(method_of(steps=(5, 10, 20, 40), weight=(1.0, 2.0)), per_step=4)
+    whole = replace(
+        method_of(steps=(5, 10, 20, 40), weight=(1.0, 2.0)), per_step=lambda settings: 4
+    )
     found = whole.trials_near({"steps": 10, "weight": 1.0}, 300, 300)
     assert [t["steps"] for t in found] == [4, 7, 14, 28]
     # What the budget has no room for is not tried, and nothing is tried twice.
