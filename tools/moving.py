@@ -4,7 +4,6 @@
 """
 
 import io
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -36,12 +35,12 @@ def pixels(figure: Figure, dpi: int = 144) -> np.ndarray:
     return np.asarray(Image.open(buffer).convert("RGB"))
 
 
-def write_steering(path: Path, costs: Sequence[float] = COSTS) -> None:
-    """Writes Figure 1's paths for each control cost, one frame below the other, as lossless WebP.
+def write_steering(path: Path) -> None:
+    """Writes Figure 1's paths for the control costs, one frame below the other, as lossless WebP.
 
     The site's slider shows one frame at a time.
     """
-    frames = [pixels(steering(*steered(cost))) for cost in costs]
+    frames = [pixels(steering(*steered(cost))) for cost in COSTS]
     Image.fromarray(np.concatenate(frames)).save(path, lossless=True, method=6)
 
 
@@ -69,7 +68,7 @@ class Recorded(Denoiser):
         return [begun[-1][1][0], begun[-1][2][0]]
 
 
-def write_reconstruction(path: Path, name: str = "super_resolution", frames: int = 60) -> None:
+def write_reconstruction(path: Path) -> None:
     """Writes an animation of a face that comes out of a measurement, by DPS and by ours.
 
     Columns: the measurement, DPS, ours, the truth. The upper row has the states, the lower one the
@@ -77,7 +76,7 @@ def write_reconstruction(path: Path, name: str = "super_resolution", frames: int
     """
     prior, truth = load_prior("faces64"), portrait("astronaut")
     generator = torch.Generator().manual_seed(0)
-    physics = task(name, prior.image_shape, generator)
+    physics = task("super_resolution", prior.image_shape, generator)
     y = measure(physics, truth, generator)
     ours, sampled = Recorded(prior), Recorded(prior)
     planned = reconstruct(Problem(physics, y, NOISE_STD), prior, OURS)
@@ -88,7 +87,7 @@ def write_reconstruction(path: Path, name: str = "super_resolution", frames: int
     noise = sigma * torch.randn(truth.shape, generator=generator)
     drawn = dps(sampled, physics, y, noise, generator, noise_std=NOISE_STD, steps=300, guidance=2.0)
     picture, made = as_picture(y, truth.shape[1:])[0], []
-    for t in [*np.linspace(1, 0, frames), *[-1.0] * (frames // 3)]:
+    for t in [*np.linspace(1, 0, 60), *[-1.0] * 20]:
         ends = t < 0
         columns = {
             "measurement": [picture, picture],

@@ -61,14 +61,7 @@ class Execution:
 
 
 def find(folder: Path) -> list[Path]:
-    """Returns the notebooks of a folder that are named by their number, in reading order.
-
-    Args:
-        folder: where files such as ``03_riccati.ipynb`` lie.
-
-    Raises:
-        FileNotFoundError: the folder holds none.
-    """
+    """Returns the notebooks of a folder that are named by their number, in reading order."""
     paths = sorted(folder.glob("[0-9][0-9]*_*.ipynb"))
     if not paths:
         raise FileNotFoundError(f"folder: expected notebooks such as 00_start.ipynb in {folder}")
@@ -84,25 +77,14 @@ def execute(
 ) -> list[Execution]:
     """Executes notebooks in their own folders, in this interpreter, with a thread each.
 
-    A notebook that fails does not keep the others from being executed. Progress goes to stderr,
-    two lines for each notebook, and so does the traceback of the cell that failed.
+    Executed copies go to the folder `out`, and figures to its `figures`; `in_place` writes outputs
+    into the notebooks themselves, without what differs from run to run. One that fails does not
+    keep the others from being executed: its copy ends, as far as outputs go, in the cell that
+    failed, and in place it is left as it was. A cell may take `timeout` seconds. So many `jobs` run
+    at a time, and those that took longest are begun first. Progress and tracebacks go to stderr.
 
-    Args:
-        paths: the notebooks.
-        out: folder for the executed copies, and for the figures in its `figures`, made if
-            missing. The copy of a notebook that failed ends, as far as outputs go, in the cell
-            that failed.
-        in_place: write outputs into the notebooks themselves, without what differs from run
-            to run. A notebook that failed is left as it was.
-        timeout: seconds that one cell may take.
-        jobs: notebooks at a time; those that took longest are begun first.
-
-    Returns:
-        One row for each notebook, in the order of ``paths``.
-
-    Raises:
-        FileNotFoundError: one of ``paths`` does not exist; nothing has been executed then.
-        ValueError: another process writes to `out`.
+    It returns a row for each notebook, in the order of the paths. A missing one is a
+    FileNotFoundError before any is executed; that another process writes to `out` a ValueError.
     """
     paths = list(paths)
     for path in paths:
@@ -166,17 +148,7 @@ def _last_seconds(out: Path | None) -> dict[str, float]:
 def run(
     paths: Iterable[Path], out: Path | None = None, in_place: bool = False, jobs: int = 1
 ) -> int:
-    """Executes notebooks, prints the closing table, and returns the exit status.
-
-    Args:
-        paths, out, in_place, jobs: as in `execute`.
-
-    Returns:
-        0 if every notebook ran to its end, else 1.
-
-    Raises:
-        FileNotFoundError, ValueError: as in `execute`.
-    """
+    """Executes notebooks as `execute` does, and prints the closing table: 1 if one failed."""
     paths = list(paths)
     known = _last_seconds(out)
     whole = ""
@@ -214,11 +186,7 @@ def main() -> int:
 
 
 def table(rows: list[Execution]) -> str:
-    """Returns the closing table: notebook, seconds, what it established or where it failed.
-
-    Args:
-        rows: what `execute` returned.
-    """
+    """Returns the closing table: notebook, seconds, what it established or where it failed."""
     name = max([len("notebook"), *(len(row.notebook) for row in rows)])
     failed = sum(row.error is not None for row in rows)
     lines = [f"{'notebook':{name}}  seconds  what it established"]
@@ -230,11 +198,7 @@ def table(rows: list[Execution]) -> str:
 
 
 def established(notebook: NotebookNode) -> str:
-    """Returns what the last code cell printed after ``Established:``, or an empty string.
-
-    Args:
-        notebook: an executed notebook.
-    """
+    """Returns what the last code cell printed after ``Established:``, or an empty string."""
     code = _code_cells(notebook)
     printed = "".join(output.get("text", "") for output in code[-1].outputs) if code else ""
     match = re.search(r"^Established: (.+)$", printed, re.MULTILINE)
@@ -242,11 +206,7 @@ def established(notebook: NotebookNode) -> str:
 
 
 def solutions(notebook: NotebookNode) -> list[str]:
-    """Returns the code of the solutions that readers unfold below an exercise.
-
-    Args:
-        notebook: a notebook, executed or not.
-    """
+    """Returns the code of the solutions that readers unfold below an exercise."""
     texts = (cell.source for cell in notebook.cells if cell.cell_type == "markdown")
     return [
         code for text in texts for part in FOLDED.findall(text) for code in FENCED.findall(part)
@@ -258,9 +218,6 @@ def strip_volatile(notebook: NotebookNode) -> None:
 
     That is: timestamps, progress bars, the state and the random model ids of widgets (their
     plain text stays), and the Python version of the kernel.
-
-    Args:
-        notebook: an executed notebook.
     """
     notebook.metadata.pop("widgets", None)
     notebook.metadata.get("language_info", {}).pop("version", None)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import json
+import operator
 import os
 import re
 import zlib
@@ -18,6 +19,7 @@ import numpy as np
 
 SIZE = 1e-6
 OPERATORS = {ast.Lt: "<", ast.LtE: "<=", ast.Gt: ">", ast.GtE: ">="}
+MEANS = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
 _NUMBER = r"([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)"
 _COMPARED = re.compile(rf"^\(?{_NUMBER} (<=?|>=?) {_NUMBER}\b", re.MULTILINE)
 _EQUAL = re.compile(rf"^\(?{_NUMBER} == {_NUMBER} ± {_NUMBER}")
@@ -54,14 +56,14 @@ def perturb(seed: int) -> None:
     tasks.measure = measure
 
 
-def record(place: str, operator: str, left: object, right: object) -> None:
+def record(place: str, sign: str, left: object, right: object) -> None:
     """Appends a comparison of two numbers to the log; of anything else, nothing."""
     try:
         numbers = float(left), float(right)  # type: ignore[arg-type]
     except (TypeError, ValueError, RuntimeError):
         return
     with open(os.environ["PORTABLE_LOG"], "a", encoding="utf-8") as file:
-        file.write(json.dumps([place, operator, *numbers]) + "\n")
+        file.write(json.dumps([place, sign, *numbers]) + "\n")
 
 
 class Recorder(ast.NodeTransformer):
@@ -81,7 +83,7 @@ class Recorder(ast.NodeTransformer):
         """`a < b <= c` becomes a call with its text, its operators, and its values."""
         place = ast.unparse(node)
         self.generic_visit(node)
-        names = [OPERATORS.get(type(operator)) for operator in node.ops]
+        names = [OPERATORS.get(type(sign)) for sign in node.ops]
         if not self.inside or None in names:
             return node
         call = ast.parse(f"__compare__({place!r}, {names!r})", mode="eval").body
@@ -92,14 +94,9 @@ class Recorder(ast.NodeTransformer):
 def compare(place: str, operators: list[str], *values: object) -> object:
     """What Python's chained comparison gives, recorded."""
     result: object = True
-    for operator, left, right in zip(operators, values, values[1:], strict=False):
-        record(place, operator, left, right)
-        result = {
-            "<": lambda a, b: a < b,
-            "<=": lambda a, b: a <= b,
-            ">": lambda a, b: a > b,
-            ">=": lambda a, b: a >= b,
-        }[operator](left, right)
+    for sign, left, right in zip(operators, values, values[1:], strict=False):
+        record(place, sign, left, right)
+        result = MEANS[sign](left, right)
         if len(operators) > 1 and not result:
             return result
     return result

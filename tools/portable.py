@@ -150,12 +150,6 @@ def outcomes(setting: str, file: Path) -> dict[str, str | None]:
     return found
 
 
-def seconds(setting: str, file: Path) -> float:
-    """How long a file took."""
-    suite = ElementTree.parse(BUILD / setting / f"{key(file)}.xml").find("testsuite")
-    return float(suite.get("time", 0)) if suite is not None else 0.0
-
-
 def bounds(file: Path, settings: list[str]) -> list[tuple[float, str, float, float, float]]:
     """How far every bound of a file is, in spreads: (ratio, text, least, most, bound).
 

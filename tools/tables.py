@@ -8,6 +8,7 @@ in the sentences is for a person to mend; the script prints how many differences
 
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -56,16 +57,10 @@ def work(rows: pd.DataFrame) -> str:
     return ", ".join(f"{rows[metric].mean():.0f}" for metric in ("evaluations", "products"))
 
 
-def gap(first: pd.DataFrame, second: pd.DataFrame) -> str:
-    """Returns the paired difference in PSNR, with its interval."""
-    mean, half = paired(first, second, "psnr")
-    return f"{mean:+.2f} ± {half:.2f}".replace("-", "−")
-
-
-def ssim_gap(first: pd.DataFrame, second: pd.DataFrame) -> str:
-    """Returns the paired difference in SSIM, with its interval."""
-    mean, half = paired(first, second, "ssim")
-    return f"{mean:+.3f} ± {half:.3f}".replace("-", "−")
+def gap(first: pd.DataFrame, second: pd.DataFrame, metric: str = "psnr", digits: int = 2) -> str:
+    """Returns the paired difference in a metric, with its interval."""
+    mean, half = paired(first, second, metric)
+    return f"{mean:+.{digits}f} ± {half:.{digits}f}".replace("-", "−")
 
 
 def residuals(*some: pd.DataFrame) -> str:
@@ -109,7 +104,7 @@ def tables() -> dict[str, Table]:
         "F / B": {label(name): cells(work, rows) for name, rows in usual.items()},
         "ours minus PnP-ADMM": {
             "PSNR, dB": cells(gap, ours, usual["pnp_admm"]),
-            "SSIM": cells(ssim_gap, ours, usual["pnp_admm"]),
+            "SSIM": cells(partial(gap, metric="ssim", digits=3), ours, usual["pnp_admm"]),
         },
         "another operator": second,
         "570 evaluations": equal,
