@@ -12,7 +12,6 @@ import platform
 import time
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -22,7 +21,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from diffoc.checks import check_above, check_at_least
 from diffoc.costs import GaussianLikelihood
 from diffoc.lowrank import MatrixFree
 from diffoc.priors.pretrained import load_prior, untrained_adm
@@ -34,35 +32,6 @@ from diffoc.solve import solve
 TABLE_1_IMAGES = 5 * 1000
 TABLE_1_NFE = (2500, 1000)
 """The paper's Table 1 has five tasks of 1000 images; an NFE is one step of one iteration."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """One setting of the controller, and what an iteration was measured to cost.
-
-    Attributes:
-        shape: the states', (B, C, H, W).
-        steps, rank, keep_activations: T, k, and whether activations are kept.
-        evaluations, products: the numbers that one image takes.
-        bare_seconds, seconds: the time of the bare network, and of the controller.
-        bare_bytes, bytes: the peak memory of the bare network and of the controller, without the
-            weights; the former has the activations of all steps if they are kept, else of one.
-        ratio: the controller's time in units of the bare network's.
-        beyond: the controller's memory minus the network's, in float32 numbers, over T n.
-    """
-
-    shape: tuple[int, ...]
-    steps: int
-    rank: int
-    keep_activations: bool
-    evaluations: int
-    products: int
-    bare_seconds: float
-    seconds: float
-    bare_bytes: int
-    bytes: int
-    ratio: float
-    beyond: float
 
 
 def bare_iteration(process: ReverseProcess, x: Tensor, rank: int, keep_activations: bool) -> None:
@@ -79,19 +48,17 @@ def bare_iteration(process: ReverseProcess, x: Tensor, rank: int, keep_activatio
 
 
 def measure(
-    prior: Denoiser,
-    x: Tensor,
-    steps: int,
-    rank: int,
-    keep_activations: bool = True,
-    repeats: int = 5,
-) -> Row:
+    prior: Denoiser, x: Tensor, steps: int, rank: int, keep_activations: bool, repeats: int
+) -> dict[str, Any]:
     """Times iterations of the controller and of the bare network in turns, and takes the memory.
 
     The problem is to double the resolution, with Adam, T steps and rank k, from states x at time 1,
-    (B, C, H, W) with even sides. At least one iteration is timed.
+    (B, C, H, W) with even sides. Returned are, beside the setting, "evaluations" and "products" of
+    one image; "seconds" and "bytes" of the controller, and "bare_seconds" and "bare_bytes" of the
+    network; the "ratio" of the times; and by how much the memories differ in units of T n numbers
+    of float32, "beyond". They are peaks without the weights; the network's has the activations of
+    all steps if they are kept, else of one.
     """
-    check_at_least(1, repeats=repeats)
     process = ReverseProcess(prior, steps)
     operator = average_pool(2)
     likelihood = GaussianLikelihood(operator, torch.zeros_like(operator(x)), 0.05)
@@ -113,20 +80,20 @@ def measure(
     result = solve(process, likelihood, x, iterations=repeats + 1, callback=between, **options)
     least = _network_bytes(process, x, keep_activations)
     most, _ = peak_memory(lambda: solve(process, likelihood, x, iterations=2, **options), x.device)
-    return Row(
-        shape=tuple(x.shape),
-        steps=steps,
-        rank=rank,
-        keep_activations=keep_activations,
-        evaluations=(int(result.evaluations[0]) - steps) // (repeats + 1),
-        products=int(result.products[0]) // (repeats + 1),
-        bare_seconds=min(bare),
-        seconds=min(controlled),
-        bare_bytes=least,
-        bytes=most,
-        ratio=min(controlled) / min(bare),
-        beyond=(most - least) / (4 * steps * x.numel()),
-    )
+    return {
+        "shape": tuple(x.shape),
+        "steps": steps,
+        "rank": rank,
+        "keep_activations": keep_activations,
+        "evaluations": (int(result.evaluations[0]) - steps) // (repeats + 1),
+        "products": int(result.products[0]) // (repeats + 1),
+        "bare_seconds": min(bare),
+        "seconds": min(controlled),
+        "bare_bytes": least,
+        "bytes": most,
+        "ratio": min(controlled) / min(bare),
+        "beyond": (most - least) / (4 * steps * x.numel()),
+    }
 
 
 def _network_bytes(process: ReverseProcess, x: Tensor, keep_activations: bool) -> int:
@@ -211,47 +178,34 @@ def flop(prior: Denoiser, shape: Sequence[int]) -> tuple[int, int]:
     return forward.get_total_flops(), backward.get_total_flops()
 
 
-@dataclass(frozen=True)
-class Projection:
-    """What Table 1 would take, by a network's FLOP: seconds an image, and GPU-hours for all.
-
-    NFE is T times the iterations.
-    """
-
-    rank: int
-    keep_activations: bool
-    nfe: int
-    seconds: float
-    gpu_hours: float
-
-
 def project(
     forward: float, product: float, ranks: Sequence[int], teraflops: float
-) -> list[Projection]:
+) -> list[dict[str, Any]]:
     """Projects Table 1's cost on a device that sustains so many `teraflops`.
 
-    `forward` and `product` are FLOP of F and of B; NFE takes the place of T, see the module. For
-    each of the ranks k activations are kept and recomputed.
+    `forward` and `product` are FLOP of F and of B; NFE, T times the iterations, takes the place of
+    T, see the module. For each of the ranks k activations are kept and recomputed: "seconds" are
+    those of an image, "gpu_hours" those of all.
     """
-    check_above(0, teraflops=teraflops)
     rows = []
     for rank, keep, nfe in itertools.product(ranks, (True, False), TABLE_1_NFE):
         each = (1 if keep else 2) * forward + (1 + rank) * product
         seconds = nfe * each / (teraflops * 1e12)
-        rows.append(Projection(rank, keep, nfe, seconds, seconds * TABLE_1_IMAGES / 3600))
+        row = {"rank": rank, "keep_activations": keep, "nfe": nfe, "seconds": seconds}
+        rows.append(row | {"gpu_hours": seconds * TABLE_1_IMAGES / 3600})
     return rows
 
 
 def run(
     names: Sequence[str],
     *,
-    steps: int = 10,
-    ranks: Sequence[int] = (0, 1),
-    batch: int = 8,
-    repeats: int = 5,
-    device: str = "cpu",
-    teraflops: float = 50.0,
-    random_weights: bool = False,
+    steps: int,
+    ranks: Sequence[int],
+    batch: int,
+    repeats: int,
+    device: str,
+    teraflops: float,
+    random_weights: bool,
 ) -> dict:
     """Measures priors, projects Table 1, prints both, and returns them as numbers for JSON.
 
@@ -259,7 +213,6 @@ def run(
     "imagenet256" need no files. A batch at once is compared with as many images one after
     another, unless it is of 1. Other arguments are those of :func:`measure` and :func:`project`.
     """
-    check_at_least(1, batch=batch)
     load = untrained_adm if random_weights else load_prior
     priors = {name: load(name).to(device) for name in names}
     for name, prior in priors.items():
@@ -275,7 +228,7 @@ def run(
         "threads": torch.get_num_threads(),
         "memory": "allocated" if on_cuda else "live tensors",
         "priors": {},
-        "projected": {"teraflops": teraflops, "table_1": [asdict(row) for row in table]},
+        "projected": {"teraflops": teraflops, "table_1": table},
     }
     print(f"{report['device']}, {report['threads']} threads, torch {report['torch']}")
     print(f"seconds of an iteration with T = {steps}; MB beyond the weights ({report['memory']})")
@@ -291,27 +244,29 @@ def run(
             for rank in ranks:
                 rows.append(row := measure(prior, x, steps, rank, keep, repeats))
                 print(
-                    f"{name:<12} {row.shape[0]} {row.rank:>4} {_kept(row):<11} "
-                    f"{row.evaluations / row.steps:>7g} {row.products / row.steps:>6g} "
-                    f"{row.bare_seconds:>7.3f} {row.seconds:>9.3f} {row.ratio:>6.3f} "
-                    f"{row.bare_bytes / 1e6:>8.1f} {row.bytes / 1e6:>10.1f} {row.beyond:>13.1f}",
+                    f"{name:<12} {images} {rank:>4} {_kept(row):<11} "
+                    f"{row['evaluations'] / steps:>7g} {row['products'] / steps:>6g} "
+                    f"{row['bare_seconds']:>7.3f} {row['seconds']:>9.3f} {row['ratio']:>6.3f} "
+                    f"{row['bare_bytes'] / 1e6:>8.1f} {row['bytes'] / 1e6:>10.1f} "
+                    f"{row['beyond']:>13.1f}",
                     flush=True,
                 )
         for one, many in zip(rows, rows[2 * len(ranks) :], strict=False):
             print(
-                f"{name}, rank {one.rank}: {batch} images at once {many.seconds:.3f} s, one "
-                f"after another {batch * one.seconds:.3f} s"
+                f"{name}, rank {one['rank']}: {batch} images at once {many['seconds']:.3f} s, one "
+                f"after another {batch * one['seconds']:.3f} s"
             )
-        report["priors"][name] = [asdict(row) for row in rows]
+        report["priors"][name] = rows
     print("\nPROJECTED from the FLOP of ffhq256, not measured: Table 1 on a device that sustains")
     print(f"{teraflops:g} TFLOP/s, which is an assumption")
     for line in table:
         print(
-            f"NFE {line.nfe}, rank {line.rank}, activations {_kept(line)}: {line.seconds:.1f} s an "
-            f"image, {line.gpu_hours:.0f} GPU-hours for {TABLE_1_IMAGES} images"
+            f"NFE {line['nfe']}, rank {line['rank']}, activations {_kept(line)}: "
+            f"{line['seconds']:.1f} s an image, {line['gpu_hours']:.0f} GPU-hours for "
+            f"{TABLE_1_IMAGES} images"
         )
     return report
 
 
-def _kept(row: Row | Projection) -> str:
-    return "kept" if row.keep_activations else "recomputed"
+def _kept(row: dict[str, Any]) -> str:
+    return "kept" if row["keep_activations"] else "recomputed"

