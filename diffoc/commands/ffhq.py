@@ -60,7 +60,7 @@ def _measured(
         raise ValueError(f"images has no original of {lost[0]}: expected one picture of that name")
     i, n = args.shard or (1, 1)
     digest = _digest([*kept.values(), *(truth[name] for name in kept)], args.filter)
-    parts = [place / f"{digest}.shard-{k}-of-{n}.safetensors" for k in range(1, n + 1)]
+    parts = [place / f"{digest}.shard-{k}-of-{n}.pt" for k in range(1, n + 1)]
     path = parts[i - 1]
     if not path.exists():
         mine = dict(list(kept.items())[i - 1 :: n])

@@ -11,21 +11,18 @@ measured, need the memory of one batch.
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 from PIL import Image
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from skimage.metrics import structural_similarity
 from torch import Tensor
 
-from diffoc.checks import check_member
+from diffoc.checks import check_member, one_line
 from diffoc.data.files import csv_text, replacing
 from diffoc.data.pictures import ENDINGS, values_of
 from diffoc.experiments.records import in_batches
@@ -197,8 +194,6 @@ def measure(
     They are resized by one of :data:`FILTERS`. The network of FID maps 8-bit images (B, 3, H, W) to
     features; with None there is no FID.
     """
-    if lost := [name for name in kept if name not in truth]:
-        raise ValueError(f"images has no original of {lost[0]}: expected one picture of that name")
     whole_products()
     whole = Measured()
 
@@ -236,34 +231,21 @@ def sets_in(folder: Path) -> dict[str, Path]:
 
 
 def write_part(path: Path, part: Measured) -> None:
-    """Keeps a part in one file: its rows as text, and its sums."""
-    tensors = {"none": torch.zeros(1)}
-    for name, moments in part.moments.items():
-        for key, value in vars(moments).items():
-            tensors[f"{name}.{key}"] = torch.as_tensor(value).contiguous()
-    text = {
-        "rows": json.dumps(part.rows),
-        "notes": json.dumps(sorted(part.notes)),
-        "missing": json.dumps(part.missing),
-    }
+    """Keeps a part in one file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as file:
-        save_file(tensors, file, text)
+        torch.save(asdict(part), file)
 
 
 def read_part(path: Path) -> Measured:
     """Returns what :func:`write_part` kept."""
     try:
-        with safe_open(path, "pt") as file:
-            text = file.metadata()
-            rows, notes, missing = (json.loads(text[key]) for key in ("rows", "notes", "missing"))
-            part = Measured(rows, set(notes), missing)
-            for name in {key.rpartition(".")[0] for key in file.keys()} - {""}:  # noqa: SIM118
-                sums = (file.get_tensor(f"{name}.{key}") for key in ("count", "total", "products"))
-                part.moments[name] = Moments(int(next(sums)), *sums)
-    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is damaged: remove it and measure again ({error})") from error
-    return part
+        kept = torch.load(path, weights_only=True)
+        moments = {name: Moments(**sums) for name, sums in kept.pop("moments").items()}
+        return Measured(**kept, moments=moments)
+    except Exception as error:  # a damaged file makes the reader fail anywhere
+        why = one_line(error)
+        raise ValueError(f"{path} is damaged: remove it and measure again ({why})") from error
 
 
 def write_rows(path: Path, sets: Mapping[str, Measured]) -> None:

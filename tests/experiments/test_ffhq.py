@@ -463,6 +463,10 @@ def test_parts_find_each_other_wherever_the_folders_are(few, tmp_path, capsys):
     assert "set: 2 images" in part("two", 2)
     Image.fromarray((pixels + 9).numpy()).save(tmp_path / "two" / "kept" / "set" / "0.png")
     assert "part 2 of 2 measured" in part("two", 2)
+    (tmp_path / "two" / "truth" / "1.png").unlink()
+    command = ["measure", str(tmp_path / "two" / "kept"), "--images", str(tmp_path / "two/truth")]
+    assert main(command) == 2
+    assert "images has no original of 1: expected one picture" in capsys.readouterr().err
 
 
 def test_rows_that_failed_are_counted_and_the_way_to_try_again_is_said(few, tmp_path, capsys):

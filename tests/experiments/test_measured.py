@@ -111,14 +111,14 @@ def test_parts_that_are_written_and_merged_are_the_whole(folders, tmp_path):
     whole, merged = measure(kept, truth, Network()), Measured()
     for i in range(3):
         part = measure(dict(list(kept.items())[i::3]), truth, Network(), batch=2)
-        write_part(tmp_path / f"{i}.safetensors", part)
-        merged.merge(read_part(tmp_path / f"{i}.safetensors"))
+        write_part(tmp_path / f"{i}.pt", part)
+        merged.merge(read_part(tmp_path / f"{i}.pt"))
     assert merged.means() == pytest.approx(whole.means(), rel=1e-6)
     with pytest.raises(ValueError, match="two parts have 00000"):
-        merged.merge(read_part(tmp_path / "0.safetensors"))
-    (tmp_path / "0.safetensors").write_bytes(b"no")
+        merged.merge(read_part(tmp_path / "0.pt"))
+    (tmp_path / "0.pt").write_bytes(b"no")
     with pytest.raises(ValueError, match="damaged"):
-        read_part(tmp_path / "0.safetensors")
+        read_part(tmp_path / "0.pt")
 
 
 def test_moments_are_mean_and_covariance():
@@ -210,8 +210,6 @@ def test_jpeg_and_names_that_do_not_fit(tmp_path):
     write(tmp_path / "png", pixels(3))
     one, two = pictures_in(tmp_path / "jpeg"), pictures_in(tmp_path / "png")
     assert len(measure(one, two, None).rows) == 2
-    with pytest.raises(ValueError, match="no original of 00002"):
-        measure(two, one, None)
     with pytest.raises(ValueError, match="two pictures 00000"):
         pictures_in(tmp_path)
     with Image.open(two["00002"]) as picture:
