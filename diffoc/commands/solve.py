@@ -256,9 +256,7 @@ def _read_measurement(path: Path, shape: torch.Size, settings: Settings) -> Tens
     return torch.from_numpy(y).float()
 
 
-def run(
-    case: Case, prior: Denoiser, settings: Settings, device: str = "cpu", progress: bool = True
-) -> tuple[Result, dict]:
+def run(case: Case, prior: Denoiser, settings: Settings, device: str) -> tuple[Result, dict]:
     """Returns a case's result, whose image is the cheapest of all starts, and a report for JSON."""
     problem = Problem(case.physics.to(device), case.y.to(device), settings.noise_std)
     began = time.perf_counter()
@@ -268,7 +266,7 @@ def run(
         settings.changed,
         generator=torch.Generator().manual_seed(settings.seed),
         starts=settings.starts,
-        progress=progress,
+        progress=True,
     )
     seconds = time.perf_counter() - began
     best = int(result.cost.argmin())

@@ -185,13 +185,10 @@ def ablation_cells(
     Only `robustness` can do without trained weights, and takes a budget, as 300 evaluations may
     take too long. Other arguments are those of :func:`diffoc.experiments.cells.cells_of`.
     """
-    check_member(ABLATIONS, table=table)
-    if not trained and table != "robustness":
-        raise ValueError(f"table is {table!r}, which needs trained weights")
     for name in tasks:
         check_member(ALL_TASKS, tasks=name)
-    if nfe is not None and (table != "robustness" or nfe < 4):
-        raise ValueError(f"nfe is {nfe}: only robustness takes a budget, of at least 4")
+    if nfe is not None and nfe < 4:
+        raise ValueError(f"nfe is {nfe}: robustness takes a budget of at least 4")
     options = {"trained": trained, "nfe": nfe or TUNED[1]} if table == "robustness" else {}
     choices = list(ABLATIONS[table](prior, tasks, **options))
     known = {choice[2] for choice in choices}

@@ -11,7 +11,6 @@ from typing import Any
 
 from diffoc.baselines.paper import PAPER
 from diffoc.baselines.released import RELEASED
-from diffoc.checks import check_member
 from diffoc.data.downloads import find
 from diffoc.experiments.cells import cells_of
 from diffoc.experiments.inaccurate import accurate_name
@@ -21,7 +20,6 @@ from diffoc.experiments.protocol import Protocol
 from diffoc.experiments.records import Cell, read
 from diffoc.experiments.summary import markdown
 from diffoc.priors.pretrained import REMOTE
-from diffoc.recipe import Recipe
 
 PRIOR, LATENT_PRIOR = "ffhq256", "ffhq256_latent"
 NFE = 1000
@@ -65,11 +63,6 @@ class Line:
     may_fail: bool = False
 
 
-def method_of(recipe: Recipe) -> str:
-    """Returns the name of the method that runs a recipe."""
-    return next(name for name, method in METHODS.items() if method.recipe is recipe)
-
-
 MCG_CODE = "github.com/HJ-harry/MCG_diffusion, for inpainting of FFHQ"
 
 
@@ -105,8 +98,7 @@ def published(method: str, task: str) -> tuple[dict[str, Any], str]:
 
 def lines(table: str) -> list[Line]:
     """Returns the rows of one of :data:`TABLES`."""
-    check_member(TABLES, table=table)
-    rows, ours = paper_numbers(table), method_of(PAPER)
+    rows, ours = paper_numbers(table), PAPER.name
     if table in VARIED:
         key, values = VARIED[table]
         note = "T = {}, which the paper's text has lost" if table == "table6" else ""
@@ -125,7 +117,7 @@ def lines(table: str) -> list[Line]:
     return [
         Line("Ours (NFE = 2500)", ours, 2500, note="Table 2; NFE counts T times 50"),
         Line("Ours (NFE = 1000)", ours, 1000, note="Table 2, T = 20, 50 iterations"),
-        Line("Released code", method_of(RELEASED), 1000, {"learned_variance": True}),
+        Line("Released code", RELEASED.name, 1000, {"learned_variance": True}),
         Line("PSLD (NFE = 1000)", "" if missing else "psld", note=missing),
         Line("Flash-Diffusion* (NFE = varies)", "", note=severity),
         *others,

@@ -18,7 +18,7 @@ from joblib import Parallel, delayed, parallel_config
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from diffoc.checks import check_at_least, check_member, device_failed, memory_is_full
+from diffoc.checks import check_at_least, device_failed, memory_is_full
 from diffoc.data.files import lock
 from diffoc.data.provenance import environment, told
 from diffoc.experiments import records
@@ -60,8 +60,6 @@ def run_cells(
 
     It returns how many cells of the shard there are by status; one with a failed image has failed.
     """
-    check_at_least(1, jobs=jobs)
-    check_member(("loky", "ray"), backend=backend)
     if backend == "ray" and importlib.util.find_spec("ray") is None:
         raise ImportError("backend is 'ray', which needs `pip install -e '.[cluster]'`")
     target = records.shard_path(path, shard)

@@ -131,16 +131,13 @@ def test_parts_takes_away_one_at_a_time():
 @pytest.mark.parametrize(
     ("table", "options", "message"),
     [
-        ("none", {}, "table is 'none'"),
         ("rank", {"methods": ["dps"]}, "methods is"),
-        ("rank", {"trained": False}, "needs trained weights"),
         ("rank", {"tasks": ["cloud"]}, "'cloud'"),
-        ("rank", {"nfe": 60}, "nfe is 60"),
         ("robustness", {"nfe": 3}, "nfe is 3"),
     ],
 )
 def test_what_is_no_grid_is_refused(table, options, message):
-    with pytest.raises((ValueError, KeyError), match=message):
+    with pytest.raises(ValueError, match=message):
         cells(table, **options)
     with pytest.raises(ValueError, match="batch is 0"):
         ablation_cells("rank", "faces64", ["a"], 0, "float32")

@@ -479,12 +479,6 @@ def test_ray_that_is_missing_is_named(tmp_path, monkeypatch):
         run(tmp_path / "table.csv", jobs=2, backend="ray")
 
 
-@pytest.mark.parametrize("wrong", [{"jobs": 0}, {"backend": "threads"}])
-def test_wrong_arguments(tmp_path, wrong):
-    with pytest.raises(ValueError, match=next(iter(wrong))):
-        run(tmp_path / "table.csv", **wrong)
-
-
 def test_check_agrees_with_the_truth_and_finds_the_smallest_change(tmp_path):
     path = tmp_path / "table.csv"
     run(path, cells=CELLS[:6])
