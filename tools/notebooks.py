@@ -102,18 +102,17 @@ def execute(
             _say(f"{place} ... {known}")
             notebook = nbformat.read(path, as_version=4)
             start = time.perf_counter()
-            error = await _run_cells(notebook, path.parent, timeout, out)
+            error, traceback = await _run_cells(notebook, path.parent, timeout, out)
             seconds = time.perf_counter() - start
         _say(f"{place} {seconds:.1f} s{', failed' if error else ''}")
         if error:
-            _say(error.traceback)
+            _say(traceback)
         if out is not None:
             _write(notebook, out / path.name)
         if in_place and error is None:
             strip_volatile(notebook)
             _write(notebook, path)
-        summary = error.summary if error else None
-        return Execution(path.name, seconds, established(notebook), summary)
+        return Execution(path.name, seconds, established(notebook), error)
 
     async def every() -> list[Execution]:
         places = asyncio.Semaphore(jobs)
@@ -228,14 +227,6 @@ def strip_volatile(notebook: NotebookNode) -> None:
             output.get("data", {}).pop(WIDGET, None)
 
 
-@dataclass(frozen=True)
-class _CellError:
-    """Which cell stopped a notebook: in one line, and at length."""
-
-    summary: str
-    traceback: str
-
-
 class _KernelManager(AsyncKernelManager):
     """Starts kernels in the interpreter that runs this, whatever kernels a user has registered."""
 
@@ -250,8 +241,11 @@ class _KernelManager(AsyncKernelManager):
 
 async def _run_cells(
     notebook: NotebookNode, folder: Path, timeout: float, out: Path | None
-) -> _CellError | None:
-    """Replaces the outputs of a notebook by those of a fresh kernel; stops at the first error."""
+) -> tuple[str | None, str]:
+    """Replaces the outputs of a notebook by those of a fresh kernel; stops at the first error.
+
+    It returns which cell that was and why, in one line and at length; None and nothing without one.
+    """
     for cell in _code_cells(notebook):  # or a failure would leave old outputs after it
         cell.outputs, cell.execution_count = [], None
     begun: list[int] = []
@@ -277,8 +271,8 @@ async def _run_cells(
         else:
             reason = f"{type(error).__name__}: {error}"
         # The kernel is fresh, so that the n-th code cell is In [n].
-        return _CellError(f"In [{len(begun)}]: {reason.splitlines()[0]}", str(error))
-    return None
+        return f"In [{len(begun)}]: {reason.splitlines()[0]}", str(error)
+    return None, ""
 
 
 def _let_interrupt_through(notebook: NotebookNode) -> None:
