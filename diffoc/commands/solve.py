@@ -4,7 +4,7 @@ import argparse
 import json
 import math
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -117,9 +117,8 @@ class Case:
 
 def solve(args: argparse.Namespace) -> int:
     """Reconstructs a picture from a measurement of it, and writes what happened."""
-    names = ("recipe", "budget", "steps", "iterations", "rank", "starts")
-    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    settings = Settings(args.task, args.prior, noise_std=args.noise_std, seed=args.seed, **given)
+    chosen = {field.name: getattr(args, field.name) for field in fields(Settings)}
+    settings = Settings(**{name: value for name, value in chosen.items() if value is not None})
     given = args.image or args.measurement
     if given.name in WRITTEN and given.parent.resolve() == args.out.resolve():
         raise ValueError(f"out is {args.out}, where {given} would be written over: name another")
