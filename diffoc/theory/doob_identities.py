@@ -38,7 +38,7 @@ from diffoc.theory.linear_gaussian import (
     reverse_kernels,
 )
 from diffoc.theory.most_likely_path import bimodal_prior
-from diffoc.theory.riccati_draws import ancestral_mean, low_rank_draw, noise_price, riccati_draws
+from diffoc.theory.riccati_draws import ancestral_mean, noise_price, riccati_draws
 from diffoc.theory.riccati_sampler import (
     ancestral_kernels,
     path_divergence,
@@ -92,22 +92,14 @@ def doob() -> Iterator[Identity]:
 
 
 def gaussian_case() -> Iterator[Identity]:
-    """In the linear-Gaussian case F' C^-1 = (f/v) I, so that u* = (v/f) grad log p(y|x_t)."""
+    """In the linear-Gaussian case F' C^-1 = (f/v) I: of KL control u* = (v/f) grad log p(y|x_t)."""
     setting = linear_gaussian()
-    identity = torch.eye(8, dtype=torch.float64)
-    weights, controls = [], []
-    kernels = reverse_kernels(setting, 10)
-    policies = riccati_policies(kernels, setting.measurement)
-    x = torch.randn(5, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    for (t, s), (F, _, C), policy in zip(_steps(10), kernels, policies, strict=True):
-        f, v = LineProblem(PRIORS[0](), linear(), setting.prior.schedule).forward_kernel(t, s)
-        weights.append(relative_error(v / f * torch.linalg.solve(C, F).mT, identity))
-        score = setting.prior.conditional_score(
-            x, torch.tensor(t, dtype=torch.float64), setting.measurement
-        )
-        controls.append(relative_error(policy.k + x @ policy.K.mT, v / f * score))
-    yield Identity("Gaussian kernels: F' C^-1 = (f/v) I", "n = 8, T = 10", max(weights), EXACT)
-    yield Identity("LQR: u* = (v/f) grad log p(y|x_t)", "n = 8, T = 10", max(controls), EXACT)
+    problem = LineProblem(PRIORS[0](), linear(), setting.prior.schedule)
+    identity, errors = torch.eye(8, dtype=torch.float64), []
+    for (t, s), (F, _, C) in zip(_steps(10), reverse_kernels(setting, 10), strict=True):
+        f, v = problem.forward_kernel(t, s)
+        errors.append(relative_error(v / f * torch.linalg.solve(C, F).mT, identity))
+    yield Identity("Gaussian kernels: F' C^-1 = (f/v) I", "n = 8, T = 10", max(errors), EXACT)
 
 
 def price_of_noise() -> Iterator[Identity]:
@@ -156,17 +148,6 @@ def riccati_sampler() -> Iterator[Identity]:
         yield Identity(
             "Riccati sampler: KL(its paths || posterior's) = 0", where, max(divergences), EXACT
         )
-    m, k, r = 40, 5, 0.3
-    g = torch.Generator().manual_seed(0)
-    U, root = (torch.randn(*shape, generator=g, dtype=torch.float64) for shape in ((m, k), (k, k)))
-    S, unit = root @ root.mT, torch.eye(m, dtype=torch.float64)
-    pushed, _ = low_rank_draw(U.expand(m, m, k), S.expand(m, k, k), r, unit)
-    yield Identity(
-        "Rank-k value: draws have covariance (r I + U S U')^-1",
-        "m = 40, k = 5, unit vectors pushed through",
-        relative_error(pushed.mT @ pushed, torch.linalg.inv(r * unit + U @ S @ U.mT)),
-        EXACT,
-    )
 
 
 def draws_by_products() -> Iterator[Identity]:

@@ -14,7 +14,6 @@ from diffoc.costs import GaussianLikelihood
 from diffoc.priors.gaussian import GaussianPrior
 from diffoc.priors.mixture import GaussianMixture, MixturePosterior
 from diffoc.problems.operators import LinearMeasurement
-from diffoc.process import ReverseProcess
 from diffoc.system import ControlProblem
 
 Kernel = tuple[Tensor, Tensor, Tensor]
@@ -52,13 +51,6 @@ class LinearGaussian:
     prior: GaussianPrior
     measurement: LinearMeasurement
     likelihood: GaussianLikelihood
-
-    @torch.enable_grad()
-    def gradient(self, process: ReverseProcess, i: int, x: Tensor) -> Tensor:
-        """Returns grad log p(y | x_0(x)) at states x (B, n) of step i, through the rollout."""
-        x = x.detach().requires_grad_()
-        cost = self.likelihood(process.rollout(x, start=i)[-1])
-        return -torch.autograd.grad(cost.sum(), x)[0]
 
 
 def linear_gaussian(

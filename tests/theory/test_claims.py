@@ -7,7 +7,7 @@ import pytest
 
 from diffoc.experiments import ledger, paper_tables
 from diffoc.experiments.ledger import Computed
-from diffoc.theory import claims, identities, linear_gaussian
+from diffoc.theory import claims, identities
 
 COMPUTED = [
     (claim.id, number)
@@ -30,29 +30,19 @@ def test_the_ledger_uses_every_function():
 
 
 def test_a_wrong_constant_of_the_lemma_is_noticed(monkeypatch):
-    def doubled(schedule, t, drift_and_diffusion=claims.drift_and_diffusion):
+    def doubled(schedule, t, drift_and_diffusion=identities.drift_and_diffusion):
         phi, g2 = drift_and_diffusion(schedule, t)
         return phi, 2 * g2
 
-    monkeypatch.setattr(claims, "drift_and_diffusion", doubled)
-    assert claims.lemma_4_2_by_differences() > 1e-4
+    monkeypatch.setattr(identities, "drift_and_diffusion", doubled)
+    assert ledger.recomputable()["lemma_4_2"]() > 1e-4
 
 
 def test_a_wrong_gradient_is_noticed(monkeypatch):
-    gradient = linear_gaussian.LinearGaussian.gradient
-    monkeypatch.setattr(
-        linear_gaussian.LinearGaussian, "gradient", lambda *arguments: 1.01 * gradient(*arguments)
-    )
+    gradient = identities.rollout_gradient
+    monkeypatch.setattr(identities, "rollout_gradient", lambda *given: 1.01 * gradient(*given))
     assert math.isclose(ledger.recomputable()["first_order"](), 0.01 / 1.01, rel_tol=1e-9)
     assert ledger.recomputable()["predictor_corrector"]() > 1e-6
-
-
-def test_the_score_is_that_of_the_prior():
-    setting = linear_gaussian.linear_gaussian()
-    x = setting.prior.mean[None] + 0.3
-    t = setting.prior.mean.new_tensor(0.4)
-    expected = setting.prior.conditional_score(x, t, setting.measurement)
-    assert linear_gaussian.relative_error(claims._score(setting, x, t), expected) < 1e-12
 
 
 def test_the_ratio_of_scores_in_numbers_of_notebook_03():

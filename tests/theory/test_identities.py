@@ -30,12 +30,12 @@ def test_identities_hold(group):
 def test_a_broken_theory_is_noticed(monkeypatch):
     """Half of g^2, the constant of the ODE in place of the SDE's, is no limit of the controls."""
 
-    def halved(schedule, t, drift_and_diffusion=identities.drift_and_diffusion):
+    def halved(schedule, t, drift_and_diffusion=doob_identities.drift_and_diffusion):
         phi, g2 = drift_and_diffusion(schedule, t)
         return phi, g2 / 2
 
-    monkeypatch.setattr(identities, "drift_and_diffusion", halved)
-    assert not next(identities.small_step_limit()).holds
+    monkeypatch.setattr(doob_identities, "drift_and_diffusion", halved)
+    assert not next(doob_identities.price_of_noise()).holds
 
 
 def test_verify_exits_with_1_above_a_bound(monkeypatch, capsys):
