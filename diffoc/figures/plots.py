@@ -33,9 +33,6 @@ def steering(
     panels' titles and such states. The first coordinate was measured, with a noise that is half of
     the band's width.
     """
-    for name, states in {"free": free, **controlled}.items():
-        if states.ndim != 3 or states.shape[-1] != 2:
-            raise ValueError(f"{name} has shape {tuple(states.shape)}, expected (T + 1, B, 2)")
     figure = Figure(figsize=(WIDTH, 0.05 + WIDTH / len(controlled)))
     axes = figure.subplots(1, len(controlled), sharey=True, squeeze=False)[0]
     levels = density.max().item() * (0.03 + 0.97 * np.linspace(0, 1, 10))
@@ -69,9 +66,6 @@ def predicted_x0(
     have their shape; the truth is (C, H, W). What is shown lies in [-1, 1].
     """
     rows = {"$x_t$": states, "Tweedie": tweedie, "rollout": rollout}
-    for name, images in rows.items():
-        if len(images) != len(times):
-            raise ValueError(f"{name} has {len(images)} images, expected {len(times)}")
     figure, axes = _grid(len(rows), len(times) + 1, truth.shape[-2:])
     for line, (name, images) in zip(axes, rows.items(), strict=True):
         for ax, image in zip(line, [*images, truth], strict=True):
@@ -94,9 +88,6 @@ def reconstructions(
     Columns have titles and images from top to bottom, one for each of the named rows, (C, H, W), of
     one size or several, clipped to [-1, 1], and perhaps a caption for each, which may be empty.
     """
-    for name, images in columns.items():
-        if len(images) != len(rows):
-            raise ValueError(f"columns: {name} has {len(images)} images, expected {len(rows)}")
     shape = next(iter(columns.values()))[0].shape[-2:]
     figure, axes = _grid(len(rows), len(columns), shape, bool(captions))
     for column, (name, images) in zip(axes.T, columns.items(), strict=True):
