@@ -185,35 +185,6 @@ def test_starved_components_and_the_floor(monkeypatch):
     assert np.diff(fit.history).min() > -1e-4
 
 
-@pytest.mark.parametrize(
-    ("changed", "named"),
-    [
-        ({"data": torch.zeros(3)}, "data"),
-        ({"data": torch.zeros(0, 3)}, "data"),
-        ({"data": torch.zeros(9, 3, dtype=torch.int64)}, "data"),
-        ({"data": torch.full((9, 3), math.nan)}, "data"),
-        ({"data": torch.zeros(9, 3)}, "components"),  # one distinct row for two components
-        ({"components": 0}, "components"),
-        ({"components": 10}, "components"),
-        ({"rank": 0}, "rank"),
-        ({"rank": 3}, "rank"),
-        ({"iterations": -1}, "iterations"),
-    ],
-)
-def test_bad_input_is_named(changed, named):
-    arguments = {"data": torch.randn(9, 3, generator=seeded()), "components": 2, "rank": 1}
-    with pytest.raises(ValueError, match=named):
-        fit_mixture(**(arguments | changed), generator=seeded())
-
-
-def test_log_likelihood_refuses_other_shapes_and_dtypes():
-    mixture = random_mixture(2, 4, 1)
-    with pytest.raises(ValueError, match="data must have shape"):
-        log_likelihood(mixture, torch.zeros(3, 5, dtype=torch.float64))
-    with pytest.raises(ValueError, match="float64"):
-        log_likelihood(mixture, torch.zeros(3, 4))
-
-
 # --- the shipped fits -----------------------------------------------------------------------------
 
 
@@ -223,8 +194,6 @@ def test_dequantise_fills_one_grey_level():
     centres = torch.tensor([0, 100, 255]) / 127.5 - 1
     assert (x - centres).abs().max() <= 1 / 255 + 1e-6
     assert (x - centres).var() == pytest.approx(mixtures.NOISE_FLOOR, rel=0.05)
-    with pytest.raises(ValueError, match="uint8"):
-        mixtures.dequantise(images.astype(np.float32), seeded())
 
 
 def test_bits_of_a_uniform_image_are_eight():
@@ -259,10 +228,3 @@ def test_prior_is_written_registered_and_reproducible(small_faces):
         "loadings": (2, 1024, 3),
         "noise_variance": (2,),
     }
-
-
-def test_fit_refuses_unknown_names_and_folders(tmp_path):
-    with pytest.raises(ValueError, match="name"):
-        mixtures.fit_mixture_prior("cifar", tmp_path)
-    with pytest.raises(FileNotFoundError, match="out_dir"):
-        mixtures.fit_mixture_prior("mnist", tmp_path / "none")
