@@ -17,7 +17,7 @@ def draw_prior(axis: Axes, setting: PlanarMixture, side: tuple[float, float] = (
     grid = torch.cartesian_prod(v, v)
     density = setting.prior.log_prob(grid, torch.tensor(1e-3)).exp().reshape(180, 180).T
     axis.contourf(v, v, density, levels=12, cmap="Greys", alpha=0.6)
-    y, s = setting.y, setting.noise_std
+    y, s = setting.likelihood.y.item(), setting.likelihood.noise_std
     axis.axvspan(y - s, y + s, color=COLORS["orange"], alpha=0.2, lw=0)
     axis.axvline(y, color=COLORS["orange"], lw=1)
     axis.set(aspect="equal", xlabel="first coordinate (measured)", ylabel="second coordinate")

@@ -136,7 +136,6 @@ class Projected(Derivatives):
         kept: the known multiples of the identity, T numbers, in the steps' Jacobians: they are not
             projected, and the rest is, from the left. None for D.1 to the letter. Input mode only.
         hessian: which terminal Hessian, "full" or "gauss_newton", see :mod:`diffoc.hessian`.
-        seed: the seed of the random directions, the same for every matrix and iteration.
         together: whether P is pulled back in one batched backward pass, as
             :class:`diffoc.lowrank.MatrixFree` has it.
     """
@@ -146,7 +145,6 @@ class Projected(Derivatives):
     sides: int = 2
     kept: tuple[float, ...] | None = None
     hessian: str = "full"
-    seed: int = 0
     together: bool = False
 
     def __post_init__(self) -> None:
@@ -198,7 +196,7 @@ class Projected(Derivatives):
 
     def _basis(self, product: Callable[[Tensor], Tensor], x: Tensor, rank: int) -> Tensor:
         """Returns orthonormal columns (B, n, rank) for the range of a matrix, or random ones."""
-        omega = random_directions(x, rank, self.seed)
+        omega = random_directions(x, rank)  # the same for every matrix and iteration
         if rank and self.passes == 2:
             return range_finder(product, omega)
         return torch.linalg.qr(omega).Q

@@ -33,11 +33,9 @@ class PlanarMixture:
     prior: GaussianMixturePrior
     likelihood: GaussianLikelihood
     starts: Tensor
-    y: float
-    noise_std: float
 
 
-def planar_mixture(y: float = 0.9, noise_std: float = 0.3) -> PlanarMixture:
+def planar_mixture() -> PlanarMixture:
     """Returns the setting, with six states x_T to start from, (6, 2), in float64."""
 
     def tensor(*rows: object) -> Tensor:
@@ -51,10 +49,8 @@ def planar_mixture(y: float = 0.9, noise_std: float = 0.3) -> PlanarMixture:
     )
     return PlanarMixture(
         GaussianMixturePrior(mixture, VPSchedule(sigma_min=0.0)),
-        GaussianLikelihood(lambda x: x[:, :1], tensor([y]), noise_std),
+        GaussianLikelihood(lambda x: x[:, :1], tensor([0.9]), 0.3),
         tensor([-1.6, 0.9], [-0.9, -1.2], [-0.2, 1.7], [0.3, -1.6], [1.9, 0.6], [-0.7, 0.2]),
-        y,
-        noise_std,
     )
 
 

@@ -82,7 +82,7 @@ def by_the_formulas(problem, states, controls, b, mode, rank, terminal_rank, pas
     n = states.shape[-1]
 
     def drawn(count):
-        return random(n, count, seed=7).numpy()
+        return random(n, count, seed=0).numpy()
 
     final = states[-1, b]
     (H,) = (torch.autograd.functional.hessian(lambda x: problem.terminal_cost(x[None])[0], final),)
@@ -124,7 +124,7 @@ def by_the_formulas(problem, states, controls, b, mode, rank, terminal_rank, pas
 @pytest.mark.parametrize(("rank", "terminal_rank"), [(1, 1), (4, 4), (5, 3)])
 def test_with_few_columns_it_is_what_the_formulas_say(mode, passes, sides, rank, terminal_rank):
     problem, x, controls = setting(mode)
-    derivatives = Projected(rank, passes, sides, seed=7)
+    derivatives = Projected(rank, passes, sides)
     found, _ = sweep(problem, x, controls, derivatives, terminal_rank)
     states = problem.rollout(x, controls)
     for b in range(len(x)):
@@ -136,14 +136,12 @@ def test_with_few_columns_it_is_what_the_formulas_say(mode, passes, sides, rank,
             np.testing.assert_allclose(feedback_matrix(gains)[b].numpy(), K, rtol=1e-9, atol=1e-10)
 
 
-def test_the_projections_lose_something_and_seeds_decide_what():
+def test_the_projections_lose_something_and_always_the_same():
     problem, x, controls = setting("input")
     truth, _ = sweep(problem, x, controls, Dense(), 3)
-    again, other = (sweep(problem, x, controls, Projected(3, seed=s), 3)[0] for s in (0, 1))
-    same, _ = sweep(problem, x, controls, Projected(3, seed=0), 3)
-    for t, first, second, third in zip(truth, again, other, same, strict=True):
-        assert torch.equal(first.k, third.k)
-        assert not torch.allclose(feedback_matrix(first), feedback_matrix(second), atol=1e-6)
+    once, again = (sweep(problem, x, controls, Projected(3), 3)[0] for _ in range(2))
+    for t, first, second in zip(truth, once, again, strict=True):
+        assert torch.equal(first.k, second.k)
         assert not torch.allclose(feedback_matrix(first), t.K, atol=1e-6)
 
 
