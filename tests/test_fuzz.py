@@ -221,12 +221,7 @@ DOORS = [
         {"shape": SHAPE, "dropped": 0.5},
         of=random_inpainting,
     ),
-    Door(
-        lambda shape, box, margin: box_inpainting(shape, generator(), box, margin),
-        {"shape": SHAPE, "box": 2, "margin": 1},
-        of=box_inpainting,
-        positive=("box",),
-    ),
+    Door(lambda shape: box_inpainting(shape, generator()), {"shape": SHAPE}, of=box_inpainting),
     Door(gaussian_blur, {"side": 16}, positive=("side",)),
     Door(
         lambda side: motion_blur(side, generator()),

@@ -139,7 +139,7 @@ def _training_data(
     images, held_out = data.colour_faces("train"), data.colour_faces("test")[::2]
     if not name.endswith("_latent"):
         return (images, None), (held_out, None), as_they_are
-    network = load_autoencoder(folder=folder)
+    network = load_autoencoder(folder)
     images = encoded(network, np.concatenate([images, images[:, :, ::-1]]))
     return (images, None), (encoded(network, held_out), None), network.decode
 

@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from diffoc.checks import check_member
 from diffoc.data.images import as_states
 from diffoc.greedy import cosines
 from diffoc.priors.weights import load_shipped
@@ -118,10 +117,9 @@ def encoded(network: Autoencoder, images: np.ndarray) -> np.ndarray:
     return torch.cat([network.encode(as_states(part)) for part in parts]).numpy()
 
 
-def load_autoencoder(name: str = "faces64_autoencoder", folder: Path | None = None) -> Autoencoder:
+def load_autoencoder(folder: Path | None = None) -> Autoencoder:
     """Returns the one that ships, trained, to evaluate, float32; see :func:`load_shipped`."""
-    check_member(["faces64_autoencoder"], name=name)
-    return load_shipped(Autoencoder, name, folder)
+    return load_shipped(Autoencoder, "faces64_autoencoder", folder)
 
 
 def _lowest_cosines(side: int, colours: int) -> Tensor:

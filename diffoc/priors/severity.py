@@ -17,7 +17,7 @@ import torch
 from azula.nn.unet import UNet
 from torch import Tensor, nn
 
-from diffoc.priors.autoencoder import FOLD, Autoencoder, load_autoencoder
+from diffoc.priors.autoencoder import FOLD, load_autoencoder
 from diffoc.priors.weights import load_shipped
 from diffoc.problems import tasks
 from diffoc.recipe import TASKS
@@ -25,6 +25,7 @@ from diffoc.recipe import TASKS
 TRAINED_TASKS = TASKS[:6]  # the last one has no picture as measurement
 ERROR_WEIGHT = 0.1  # lambda
 _GROUP = 4  # images of a batch that share a task and its operator
+_autoencoder = cache(load_autoencoder)
 
 
 class SeverityEncoder(nn.Module):
@@ -76,8 +77,3 @@ def _degraded(x: Tensor, generator: torch.Generator) -> Tensor:
     index = int(torch.randint(len(TRAINED_TASKS), (), generator=generator))
     physics = tasks.task(TRAINED_TASKS[index], x.shape[1:], generator)
     return tasks.as_picture(tasks.measure(physics.to(x.device), x, generator), x.shape[1:])
-
-
-@cache
-def _autoencoder() -> Autoencoder:
-    return load_autoencoder()

@@ -93,9 +93,7 @@ def load_shipped(build: Callable[[], Network], name: str, folder: Path | None = 
     return network.eval().requires_grad_(False)
 
 
-def classifier(
-    name: str = "mnist", folder: Path | None = None
-) -> DigitClassifier | ResidualClassifier:
+def classifier(name: str = "mnist") -> DigitClassifier | ResidualClassifier:
     """Returns a trained classifier of handwritten digits, see :func:`load_shipped`.
 
     "mnist" is the paper's, which guides and whose features measure; "judge" has another
@@ -103,5 +101,5 @@ def classifier(
     """
     check_member(("mnist", "judge"), name=name)
     if name == "mnist":
-        return load_shipped(DigitClassifier, "classifier", folder)
-    return load_shipped(ResidualClassifier, name, folder)
+        return load_shipped(DigitClassifier, "classifier")
+    return load_shipped(ResidualClassifier, name)

@@ -33,10 +33,6 @@ NOISE_STD = 0.05
 _FULL_SIDE = 256  # of the images that the settings are for
 
 
-MOST_FACTOR = 256
-"""Of super-resolution."""
-
-
 class UnsupportedTask(ValueError):
     """The method cannot do this task at all; tables show a dash."""
 
@@ -91,7 +87,7 @@ def super_resolution(factor: int = 4) -> Bicubic:
     It is that of MATLAB's imresize; the factor, 1 to 256, must divide the image's sides.
     """
     check_whole(1, factor=factor)
-    check_within(1, MOST_FACTOR, factor=factor)
+    check_within(1, 256, factor=factor)
     return Bicubic(factor)
 
 
@@ -112,24 +108,17 @@ def random_inpainting(
     return Inpainting(tuple(shape), mask=mask.reshape(1, 1, height, width))
 
 
-def box_inpainting(
-    shape: Sequence[int],
-    generator: torch.Generator,
-    box: int | None = None,
-    margin: int | None = None,
-) -> Inpainting:
+def box_inpainting(shape: Sequence[int], generator: torch.Generator) -> Inpainting:
     """Returns an operator on (C, H, W) that drops a square at a random place; A has zeros there.
 
-    All channels and images drop the same. The side of the square is by default half of the image's
-    shorter side, its margin, the least distance to the border, a sixteenth of it, in pixels.
+    All channels and images drop the same. The side of the square is half of the image's shorter
+    side, its least distance to the border a sixteenth of it.
     """
     check_shape(shape, "CHW")
     _, height, width = shape
-    side = min(height, width)
-    box = side // 2 if box is None else box
-    margin = side // 16 if margin is None else margin
-    if box < 1 or margin < 0 or box + 2 * margin > side:
-        raise ValueError(f"box and margin are {box} and {margin}: they do not fit {height}x{width}")
+    box, margin = min(height, width) // 2, min(height, width) // 16
+    if not box:
+        raise ValueError(f"shape is {tuple(shape)}, expected sides of 2 pixels or more")
     top, left = (
         torch.randint(margin, length - margin - box + 1, (), generator=generator).item()
         for length in (height, width)

@@ -7,7 +7,7 @@ from diffoc.data import images as data
 from diffoc.data import manifest
 from diffoc.priors.networks import DigitClassifier
 from diffoc.priors.pretrained import SHIPPED
-from diffoc.priors.weights import classifier, write_weights
+from diffoc.priors.weights import classifier, load_shipped, write_weights
 from diffoc.training.trainer import PLANS, denoiser, time_of
 
 
@@ -17,7 +17,8 @@ def test_half_precision_gives_the_same_results_to_a_percent(tmp_path):
     path = write_weights(network, "classifier", tmp_path)
     assert path.stat().st_size < 2 * 422_000 + 4096
     x = torch.rand(8, 1, 28, 28) * 2 - 1
-    torch.testing.assert_close(classifier(folder=tmp_path)(x), network(x), rtol=1e-2, atol=1e-3)
+    read = load_shipped(DigitClassifier, "classifier", tmp_path)
+    torch.testing.assert_close(read(x), network(x), rtol=1e-2, atol=1e-3)
 
 
 @pytest.mark.parametrize("name", ["mnist", "faces64"])
@@ -51,7 +52,7 @@ def test_altered_weights_are_refused(tmp_path):
     content[-1] ^= 1
     path.write_bytes(content)
     with pytest.raises(ValueError, match="classifier"):
-        classifier(folder=tmp_path)
+        load_shipped(DigitClassifier, "classifier", tmp_path)
 
 
 def test_other_names_are_refused():

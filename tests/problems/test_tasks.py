@@ -306,7 +306,7 @@ def measured_at(physics, height, width):
         (lambda: super_resolution(0), "factor"),
         (lambda: random_inpainting((1, 8, 8), seeded(), 1.0), "dropped"),
         (lambda: random_inpainting((1, 8, 8), seeded(), 0.999), "dropped"),
-        (lambda: box_inpainting((1, 8, 8), seeded(), 7, 1), "box"),
+        (lambda: box_inpainting((1, 8, 1), seeded()), "shape"),
         (lambda: motion_kernel(4, 0.5, seeded()), "side"),
         (lambda: motion_kernel(5, 1.5, seeded()), "intensity"),
         (lambda: measured_at(super_resolution(4), 2, 2), "physics does not fit"),

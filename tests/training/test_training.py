@@ -14,7 +14,7 @@ from torch import nn
 
 from diffoc.commands import main as command_line
 from diffoc.priors.networks import DigitClassifier, UNetBackbone, parameter_count
-from diffoc.priors.weights import classifier, read_weights
+from diffoc.priors.weights import load_shipped, read_weights
 from diffoc.training import evaluation
 from diffoc.training import trainer as training
 from diffoc.training.trainer import (
@@ -339,7 +339,8 @@ def test_the_command_trains_goes_on_and_writes_weights(tmp_path, monkeypatch, ca
         assert f"{images} of {images} images" in capsys.readouterr().out
     trained = resume(plan, checkpoint).average
     x = torch.from_numpy(pictures).float().unsqueeze(1) / 127.5 - 1
-    torch.testing.assert_close(classifier(folder=out)(x), trained(x), rtol=1e-2, atol=1e-3)
+    written = load_shipped(DigitClassifier, "classifier", out)
+    torch.testing.assert_close(written(x), trained(x), rtol=1e-2, atol=1e-3)
 
 
 def test_the_command_reports_a_denoiser_with_a_sheet_of_samples(tmp_path, monkeypatch, capsys):
