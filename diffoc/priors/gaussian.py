@@ -46,13 +46,11 @@ class GaussianPrior(Denoiser):
     def __init__(self, mean: Tensor, covariance: Tensor, schedule: Schedule) -> None:
         super().__init__()
         check_tensor("mean", mean)
-        if mean.ndim != 1:
-            raise ValueError(f"mean has shape {tuple(mean.shape)}, expected (n,)")
         check_tensor("covariance", covariance)
         check_alike(mean=mean, covariance=covariance)
-        n = len(mean)
-        if covariance.shape != (n, n):
-            raise ValueError(f"covariance has shape {tuple(covariance.shape)}, expected ({n}, {n})")
+        n = mean.numel()
+        check_size((n,), mean=mean)
+        check_size((n, n), covariance=covariance)
         if not (covariance - covariance.mT).abs().max() <= 1e-5 * covariance.abs().max():
             raise ValueError("covariance is not symmetric")
         L, Q = torch.linalg.eigh(covariance)

@@ -122,7 +122,6 @@ def load_pipeline(folder: Path, schedule: Schedule | None) -> LatentPrior:
     first_stage = folder / ("vqvae" if (folder / "vqvae").is_dir() else "vae")
     unet = folder / "unet"
     network = load_network(first_stage, diffusers.VQModel, diffusers.AutoencoderKL)
-    autoencoder = DiffusersAutoencoder(network)
     backbone = load_network(unet, diffusers.UNet2DModel, diffusers.UNet2DConditionModel)
     if backbone.config.in_channels != network.config.latent_channels:
         raise ValueError(
@@ -131,14 +130,13 @@ def load_pipeline(folder: Path, schedule: Schedule | None) -> LatentPrior:
         )
     if isinstance(backbone, diffusers.UNet2DConditionModel):
         backbone = EmptyPrompt(backbone, _embed_nothing(folder))
-    try_network(backbone, backbone.config.in_channels, unet)
+    try_network(backbone, unet)
     denoiser = DiffusersDenoiser(backbone, *alphas_cumprod_of(folder), schedule)
-    prior = LatentPrior(denoiser, autoencoder)
+    prior = LatentPrior(denoiser, DiffusersAutoencoder(network))
     height, width = sides_of(backbone)
-    config = autoencoder.network.config
-    factor = 2 ** (len(config.block_out_channels) - 1)
+    factor = 2 ** (len(network.config.block_out_channels) - 1)
     prior.image_shape = (backbone.config.in_channels, height, width)
-    prior.decoded_shape = (config.out_channels, factor * height, factor * width)
+    prior.decoded_shape = (network.config.out_channels, factor * height, factor * width)
     return prior
 
 

@@ -255,13 +255,9 @@ def mixture_from_loadings(
     check_alike(**given)
     if loadings.ndim != 3:
         raise ValueError(f"loadings has shape {tuple(loadings.shape)}, expected (K, n, r)")
-    K, n, r = loadings.shape
-    if means.shape != (K, n) or log_weights.shape != (K,) or noise_variance.shape != (K,):
-        raise ValueError(
-            f"loadings has shape {(K, n, r)}, which does not fit log_weights "
-            f"{tuple(log_weights.shape)}, means {tuple(means.shape)}, noise_variance "
-            f"{tuple(noise_variance.shape)}"
-        )
+    K, n, _ = loadings.shape
+    check_size((K, n), means=means)
+    check_size((K,), log_weights=log_weights, noise_variance=noise_variance)
     if not (noise_variance > 0).all():
         raise ValueError("noise_variance must be above 0")
     U, singular, _ = torch.linalg.svd(loadings, full_matrices=False)

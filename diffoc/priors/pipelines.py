@@ -201,13 +201,16 @@ def load_pixel_model(folder: Path, schedule: Schedule | None) -> DiffusersDenois
     unet = folder / "unet" if (folder / "unet").is_dir() else folder
     network = load_network(unet, UNet2DModel)
     scheduler = alphas_cumprod_of(folder)
-    try_network(network, network.config.in_channels, unet)
-    return DiffusersDenoiser(network, *scheduler, schedule)
+    try_network(network, unet)
+    prior = DiffusersDenoiser(network, *scheduler, schedule)
+    prior.image_shape = (network.config.in_channels, *sides_of(network))
+    return prior
 
 
 @torch.no_grad()
-def try_network(network: Any, channels: int, folder: Path) -> None:
+def try_network(network: Any, folder: Path) -> None:
     """Evaluates a UNet at its smallest size: some wrong settings show nowhere before."""
+    channels = network.config.in_channels
     try:
         side = 2 ** len(network.config.block_out_channels)
         output = network(torch.zeros(1, channels, side, side), torch.ones(1)).sample

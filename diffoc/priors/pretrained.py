@@ -19,7 +19,6 @@ from azula.plugins.utils import load_cards
 from torch import Tensor, nn
 
 from diffoc.checks import check_default_device, check_member
-from diffoc.data import manifest
 from diffoc.data.downloads import RemoteFile, fetch, find, read_torch_file
 from diffoc.priors.autoencoder import load_autoencoder
 from diffoc.priors.latent import LatentPrior, load_pipeline
@@ -30,9 +29,8 @@ from diffoc.priors.pipelines import (
     from_hub,
     load_pixel_model,
     scales_of_images,
-    sides_of,
 )
-from diffoc.priors.weights import difference, load_into, read_checkpoint
+from diffoc.priors.weights import difference, load_into, load_shipped, read_checkpoint
 
 SHIPPED = {"mnist": (1, 28, 28), "faces64": (3, 64, 64), "faces64_latent": (6, 16, 16)}
 
@@ -133,12 +131,10 @@ def load_prior(
     if learned_variance and str(name_or_path) not in _ADM_CARDS:
         raise ValueError(f"learned_variance is for {' and '.join(_ADM_CARDS)} only")
     name, path = str(name_or_path), Path(name_or_path)
-    shape = _SHAPES.get(name)
     if name in SHIPPED:
-        network: nn.Module = NETWORKS[name]()
-        load_into(network, manifest.load_weights(name), f"{name}.safetensors")
+        network = load_shipped(NETWORKS[name], name)
         network.to(memory_format=torch.channels_last)  # an evaluation takes a tenth less, and more
-        prior: Denoiser = KarrasDenoiser(network, schedule)
+        prior = _of_ours(network, name, schedule)
     elif name in _ADM_CARDS:
         prior = _load_adm(name, schedule, learned_variance)
     elif name == "ffhq64":
@@ -148,9 +144,7 @@ def load_prior(
 
         prior = evaluate_once(load_compvis(find(REMOTE[name]), given))
     elif path.suffix == ".pt":
-        network, name = _network_of_checkpoint(path)
-        shape = SHIPPED[name]
-        prior = KarrasDenoiser(network, schedule)
+        prior = _of_ours(*_network_of_checkpoint(path), schedule)
     elif path.is_file():
         raise ValueError(
             f"name_or_path is the file {name}: of files only checkpoints of `python -m diffoc "
@@ -169,18 +163,16 @@ def load_prior(
             "owner/name of a diffusers model, a folder that holds one, or a checkpoint "
             "of `python -m diffoc train`, ending in .pt"
         )
-    if name in SHIPPED and name.endswith("_latent"):
-        prior = LatentPrior(prior, load_autoencoder())
-        prior.decoded_shape = SHIPPED[name.removesuffix("_latent")]
-    elif hasattr(prior, "image_shape"):
-        shape = prior.image_shape
-    if shape is None:
-        shape = (prior.backbone.config.in_channels, *sides_of(prior.backbone))
-    prior.image_shape = shape
     return prior.eval().requires_grad_(False)
 
 
-# --- ours -----------------------------------------------------------------------------------------
+def _of_ours(network: nn.Module, name: str, schedule: Schedule) -> Denoiser:
+    prior = KarrasDenoiser(network, schedule)
+    if name.endswith("_latent"):
+        prior = LatentPrior(prior, load_autoencoder())
+        prior.decoded_shape = SHIPPED[name.removesuffix("_latent")]
+    prior.image_shape = SHIPPED[name]
+    return prior
 
 
 def _network_of_checkpoint(path: Path) -> tuple[nn.Module, str]:
@@ -196,9 +188,6 @@ def _network_of_checkpoint(path: Path) -> tuple[nn.Module, str]:
 def _load_folder(folder: Path, schedule: Schedule | None) -> Denoiser:
     latent = (folder / "vae").is_dir() or (folder / "vqvae").is_dir()
     return (load_pipeline if latent else load_pixel_model)(folder, schedule)
-
-
-# --- ADM and EDM ----------------------------------------------------------------------------------
 
 
 def untrained_adm(
@@ -294,4 +283,6 @@ def _load_edm(schedule: Schedule, allow_pickle: bool) -> Denoiser:
         ) from error
     except Exception as error:  # a damaged pickle fails anywhere
         raise ValueError(f"{path} is damaged ({error!r}): remove it and try again") from error
-    return EDMDenoiser(backbone, schedule)
+    prior = EDMDenoiser(backbone, schedule)
+    prior.image_shape = _SHAPES["ffhq64"]
+    return prior
