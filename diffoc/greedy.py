@@ -20,12 +20,11 @@ along the way.
 
 The closed form is solved by conjugate gradients of its own: deepinv's proximal maps stop theirs by
 the worst image of a batch, which couples its images. Smooth errors make that system
-ill-conditioned. A blur with a symmetric kernel nearly multiplies every cosine by a number, so that
-its system is nearly diagonal in cosines. The diagonal is the preconditioner of all blurs: a
-Gaussian one then needs ten iterations where 200 did not do, a motion blur up to 170. A mask keeps
-some pixels of such a system; with those of its inverse a box needs 40 to 70 iterations instead of
-1000, a random mask 190 instead of 350. Other operators have none: 4x super-resolution with the
-noise 0.05 needs 250, and with 0.01 nearly the 1000 at which iterations end.
+ill-conditioned. A blur with a symmetric kernel nearly multiplies every cosine by a number, and a
+mask keeps some pixels of a system that does; so these two have preconditioners. A Gaussian blur
+then needs ten iterations where 200 did not do, a motion blur up to 170, a box 40 to 70 instead of
+1000, a random mask 190 instead of 350. Of other operators, 4x super-resolution needs 250 with the
+noise 0.05, and with 0.01 nearly the 1000 at which iterations end.
 """
 
 from __future__ import annotations

@@ -172,9 +172,7 @@ def _gauss_newton(cost: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, 
     (gradient,) = torch.autograd.grad(z, x, z.detach(), retain_graph=True)
 
     def product(X: Tensor) -> Tensor:
-        (JX,) = torch.autograd.grad(
-            transposed, w, _rows(X, x), is_grads_batched=True, retain_graph=True
-        )
+        (JX,) = batched_vjp(transposed, (w,), _rows(X, x))
         return _columns(z, x, JX)
 
     return gradient.flatten(1), product
@@ -186,9 +184,15 @@ def _rows(X: Tensor, x: Tensor) -> Tensor:
 
 
 def _columns(output: Tensor, x: Tensor, cotangents: Tensor) -> Tensor:
-    """Returns J^T times cotangents (c, B, ...), in one backward pass, (B, n, c)."""
-    (grads,) = torch.autograd.grad(
-        output, x, cotangents, is_grads_batched=True, retain_graph=True, materialize_grads=True
+    """Returns J^T times cotangents (c, B, ...), (B, n, c)."""
+    (grads,) = batched_vjp(output, (x,), cotangents)
+    return grads.flatten(2).movedim(0, -1)
+
+
+def batched_vjp(output: Tensor, inputs: tuple[Tensor, ...], cotangents: Tensor) -> list[Tensor]:
+    """Returns J^T times cotangents (c, B, ...) for each input (B, ...), in one backward pass."""
+    gradients = torch.autograd.grad(
+        output, inputs, cotangents, is_grads_batched=True, retain_graph=True, materialize_grads=True
     )
-    # Where the output does not depend on x, torch's zeros have no dimension for the columns.
-    return grads.expand(len(cotangents), *x.shape).flatten(2).movedim(0, -1)
+    # torch's zeros, where the output does not depend on an input, have no dimension for them all.
+    return [g.expand(len(cotangents), *x.shape) for g, x in zip(gradients, inputs, strict=True)]

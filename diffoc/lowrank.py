@@ -38,6 +38,7 @@ from diffoc.costs import ControlCost
 from diffoc.hessian import (
     HESSIANS,
     OVERSAMPLING,
+    batched_vjp,
     check_rank,
     nystrom,
     random_directions,
@@ -274,9 +275,7 @@ def linearize_step(
             return x.new_empty(0, *x.flatten(1).shape), u.new_empty(0, *u.flatten(1).shape)
         if together:
             # In order in memory: else a matrix is applied vector by vector, several times slower.
-            in_x, in_u = pull(shaped.contiguous(), is_grads_batched=True)
-            # torch's zeros, where y does not depend on one, have no dimension for the cotangents.
-            in_x, in_u = in_x.expand(count, *x.shape), in_u.expand(count, *u.shape)
+            in_x, in_u = batched_vjp(y, (x, u), shaped.contiguous())
         else:
             pairs = [pull(each) for each in shaped]
             in_x = torch.stack([g for g, _ in pairs])

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from diffoc.checks import check_member
-from diffoc.hessian import OVERSAMPLING, check_rank, largest, random_directions
+from diffoc.hessian import OVERSAMPLING, batched_vjp, check_rank, largest, random_directions
 from diffoc.system import ControlProblem, Derivatives, StepFunction, StepGains
 
 UPDATES = ("full", "paper")
@@ -212,14 +212,5 @@ def _jacobians(output: Tensor, inputs: tuple[Tensor, ...]) -> list[Tensor]:
     if not output.requires_grad:
         return [output.new_zeros(batch, p, x[0].numel()) for x in inputs]
     rows = torch.eye(p, dtype=output.dtype, device=output.device).unsqueeze(1)
-    jacobians = torch.autograd.grad(
-        output,
-        inputs,
-        rows.expand(p, batch, p),
-        is_grads_batched=True,
-        retain_graph=True,
-        materialize_grads=True,
-    )
-    # torch's zeros, where the output does not depend on an input, have no dimension for the rows.
-    pairs = zip(jacobians, inputs, strict=True)
-    return [J.detach().expand(p, *x.shape).movedim(0, 1).flatten(2) for J, x in pairs]
+    jacobians = batched_vjp(output, inputs, rows.expand(p, batch, p))
+    return [J.detach().movedim(0, 1).flatten(2) for J in jacobians]
