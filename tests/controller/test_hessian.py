@@ -1,9 +1,9 @@
-"""Randomised approximation against the true spectrum and the published bound."""
+"""Randomised approximation against the true spectrum."""
 
 import pytest
 import torch
 
-from diffoc.hessian import nystrom, range_finder, symmetric_eigen
+from diffoc.hessian import nystrom, symmetric_eigen
 
 
 def random(*shape, seed):
@@ -18,20 +18,6 @@ def matrix(values, seed=0, batch=2):
 
 
 DECAY = 2.0 ** -torch.arange(40, dtype=torch.float64)
-
-
-def test_the_error_keeps_the_bound_of_halko_et_al():
-    """Theorem 1.1 bounds the mean over the random directions."""
-    n, k, p = 40, 6, 4
-    A = matrix(DECAY, batch=1)
-    errors = []
-    for seed in range(30):
-        Q = range_finder(lambda X: A @ X, random(1, n, k + p, seed=seed))
-        torch.testing.assert_close(Q.mT @ Q, torch.eye(k + p, dtype=Q.dtype).expand(1, -1, -1))
-        errors.append(torch.linalg.matrix_norm(A - Q @ (Q.mT @ A), ord=2).item())
-    mean = sum(errors) / len(errors)
-    assert mean <= (1 + 4 * (k + p) ** 0.5 / (p - 1) * n**0.5) * DECAY[k].item()
-    assert mean >= DECAY[k + p].item()  # no basis of k + p columns can be better
 
 
 @pytest.mark.parametrize("method", [symmetric_eigen, nystrom])

@@ -756,18 +756,6 @@ def test_trials_that_are_not_finite_are_refused_by_the_line_search():
     assert shooting_gradient(problem, x, result.controls)[1].abs().max() < 1e-7
 
 
-@pytest.mark.parametrize(
-    ("cls", "arguments", "named"),
-    [
-        (LineSearch, {"contraction": 1.0}, "contraction"),
-        (LineSearch, {"trials": 0}, "trials"),
-    ],
-)
-def test_searches_out_of_range_are_refused(cls, arguments, named):
-    with pytest.raises(ValueError, match=named):
-        cls(**arguments)
-
-
 def test_a_growing_constant_stops_at_the_maximum():
     a, delta = torch.tensor([4e11]).double(), torch.tensor([4.0]).double()
     for _ in range(5):

@@ -1,7 +1,5 @@
 """Riccati steps against brute-force minimisation, finite differences, numpy and autograd."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
@@ -140,56 +138,6 @@ def test_value_hessians_are_symmetric():
 
 
 # ---------------------------------------------------------------- whole sweeps
-
-
-def policy_cost(expansions, value, gains, b, dx):
-    """The cost of following the gains through the linear dynamics, by rolling out."""
-    total = 0.0
-    for e, g in zip(expansions, gains, strict=True):
-        du = g.k[b] + g.K[b] @ dx
-        total = total + stage_cost(e, b, dx, du)
-        dx = e.fx[b] @ dx + e.fu[b] @ du
-    return total + value.Vx[b] @ dx + dx @ value.Vxx[b] @ dx / 2
-
-
-@pytest.mark.parametrize("update", ["full", "paper"])
-@pytest.mark.parametrize("a", [0.0, 2.0])
-def test_value_at_the_start_is_the_policy_s_true_cost(update, a):
-    expansions = [random_expansion(100 + 10 * i) for i in range(T)]
-    value = random_value(500)
-    constants = torch.full((T, B), a, dtype=torch.float64)
-    gains, start = backward_sweep(expansions, value, constants, update)
-    right = update == "full" or a == 0
-    for b in range(B):
-
-        def cost(dx, b=b):
-            return policy_cost(expansions, value, gains, b, dx)
-
-        zero, h = torch.zeros(N, dtype=torch.float64), 0.5
-        # central differences of a quadratic are exact
-        basis = h * torch.eye(N, dtype=torch.float64)
-        gradient = torch.stack([(cost(d) - cost(-d)) / (2 * h) for d in basis])
-        hessian = torch.stack(
-            [
-                torch.stack(
-                    [
-                        (cost(d + f) - cost(d - f) - cost(f - d) + cost(-d - f)) / (4 * h**2)
-                        for f in basis
-                    ]
-                )
-                for d in basis
-            ]
-        )
-        change = sum((g.slope[b] + g.curvature[b] / 2).item() for g in gains)
-        if right:
-            assert near(start.Vx[b], gradient, 1e-9)
-            assert near(start.Vxx[b], hessian, 1e-9)
-            nothing = [replace(g, k=torch.zeros_like(g.k), K=torch.zeros_like(g.K)) for g in gains]
-            start_cost = policy_cost(expansions, value, nothing, b, zero)
-            assert change == pytest.approx((cost(zero) - start_cost).item(), rel=1e-9)
-        else:
-            assert not near(start.Vx[b], gradient, 1e-2)
-            assert not near(start.Vxx[b], hessian, 1e-2)
 
 
 def test_constants_may_differ_between_steps_and_problems():

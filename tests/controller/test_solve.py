@@ -136,16 +136,6 @@ def test_divergence_names_the_rate():
     assert caught.value.result.cost.isfinite().all()
 
 
-def test_wrong_arguments_are_named():
-    process, likelihood, x = setting()
-    for wrong, message in (
-        ({"rank": -1}, "rank is -1"),
-        ({"iterations": -1}, "iterations is -1"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            solve(process, likelihood, x, **{"iterations": 1} | wrong)
-
-
 def test_defaults_are_those_of_a_recipe():
     recipe, parameters = diffoc.Recipe("plain", steps=1, iterations=1), signature(solve).parameters
     for name in ("derivatives", "rank", "rule", "regularization"):

@@ -166,6 +166,7 @@ def test_the_bound_of_halko_et_al_holds_for_a_terminal_hessian():
         errors = []
         for seed in range(20):
             Q = range_finder(product, random(1, 400, rank + oversampling, seed=100 + seed))[0]
+            torch.testing.assert_close(Q.mT @ Q, torch.eye(rank + oversampling).double())
             missed = H - Q @ (Q.mT @ H)
             errors.append(torch.linalg.eigvalsh(missed @ missed.mT)[-1].sqrt().item())
         mean = sum(errors) / len(errors)
