@@ -159,16 +159,22 @@ def _errors(
     r"""Returns what makes :math:`C = \rho^2 / s^2`, for images like x, of snr squared and s.
 
     With it comes an approximate inverse of :math:`I + A C A^T`, where measurements are like x, as
-    `alike` says. For blurs it is that of the matrix's diagonal in cosines. For masks of at most one
-    it is :math:`I - A A^T + A (I + C)^{-1} A^T`, which for zeros and ones is a part of
-    :math:`(I + C)^{-1}` between kept pixels. For all others it is the unit matrix.
+    `alike` says. For blurs it is that of the matrix's diagonal in cosines. For a mask it is
+    :math:`M^{-1} (m + C)^{-1} M^{-1}` between the pixels that are kept, of weights M, where m is
+    the mean of :math:`M^{-2}`. For all others it is the unit matrix.
     """
     if not smoothness and not coloured:
         return lambda known, s: (lambda d: d / ((known + 1 / PIXEL_VARIANCE) * s**2), _unchanged)
     rows, columns = (cosines(length).to(x) for length in x.shape[-2:])
     blurs = alike and is_physics(physics, "Blur", "BlurFFT")
-    masks = alike and is_physics(physics, "Inpainting") and physics.mask.to(x).abs().max() <= 1
+    masks = alike and is_physics(physics, "Inpainting")
     powers = _powers(physics.filter, x.shape[-2:]).mean(dim=1, keepdim=True).to(x) if blurs else 0
+    if masks:
+        mask = physics.mask.to(x).expand(x.shape)
+        # A pixel whose weight is far below the largest is hardly known, and its M^-1 is large.
+        kept = mask.abs() > 0.1 * mask.abs().amax(dim=(1, 2, 3), keepdim=True)
+        inverse = torch.where(kept, 1 / mask, 0)
+        mean = _dot(inverse, inverse) / _dot(kept, kept).clamp(min=1)
     axes, shares = torch.eye(x.shape[1]).to(x), torch.ones(x.shape[1])
     if coloured:
         axes = torch.nn.functional.normalize(torch.tensor([*COLOURS]).to(x))
@@ -187,9 +193,9 @@ def _errors(
         if blurs:
             return multiply(gain), multiply(1 / (1 + powers * gain))
         if masks:
-            inverse, A, back = multiply(1 / (1 + gain)), physics.A, physics.A_adjoint
             # Not I - A C (I + C)^-1 A^T: where C is large, that is lost in rounding.
-            return multiply(gain), lambda w: (w - A(back(w))) + A(inverse(back(w)))
+            within = multiply(1 / (mean + gain))
+            return multiply(gain), lambda w: torch.where(kept, inverse * within(inverse * w), w)
         return multiply(gain), _unchanged
 
     return covariance

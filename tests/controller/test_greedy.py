@@ -195,12 +195,13 @@ def test_a_mask_s_type_does_not_matter(dtype):
 
 
 @pytest.mark.parametrize("s", [5e-2, 1e-3, 1e-4])
-@pytest.mark.parametrize("kept", [1.0, 0.5])
-def test_a_mask_s_guess_is_that_of_float64_at_any_noise(s, kept):
+@pytest.mark.parametrize("weights", [(1.0, 1.0), (0.5, 0.5), (1.0, 2.0), (0.2, 1.0)])
+def test_a_mask_s_guess_is_that_of_float64_at_any_noise(s, weights):
     """What is subtracted in the preconditioner must not be lost in float32's rounding."""
     generator = seeded()
     parts = [task("box_inpainting", (3, 32, 32), generator) for _ in range(2)]
-    mask = kept * torch.cat([part.mask for part in parts])
+    some = torch.rand(2, 1, 32, 32, generator=generator) < 0.5
+    mask = torch.where(some, *weights) * torch.cat([part.mask for part in parts])
     truth = torch.randn(2, 3, 32, 32, generator=generator, dtype=torch.float64)
     truth = truth.cumsum(-1).cumsum(-2) / 32
     found = {}
