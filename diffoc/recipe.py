@@ -173,10 +173,10 @@ class Recipe:
             raise ValueError(f"spare is {self.spare}, expected a share below 1")
         if self.budget is None and self.iterations is None:
             raise ValueError("budget and iterations are both None: give at least one")
-        if self.budget is not None and self.budget < per_step(self.iterations) * self.steps:
+        needed = per_step(self.iterations if self.draw is None else None)
+        if self.budget is not None and self.budget < needed * self.steps:
             raise ValueError(
-                f"budget is {self.budget}, expected at least {per_step(self.iterations)} times the "
-                f"{self.steps} steps"
+                f"budget is {self.budget}, expected at least {needed} times the {self.steps} steps"
             )
 
     def at(self, task: str | None, budget: int | None = None) -> Recipe:

@@ -46,7 +46,9 @@ class Result:
             descent at the largest regularization), "stopped" (by `stop` or `callback`), "budget"
             (another iteration would exceed it) or "iterations" (there are no more).
         history: what every iteration was like.
-        evaluations: the number of evaluations of the dynamics by each problem, (B,).
+        evaluations: the number of evaluations of the dynamics by each problem, (B,). Where a rule
+            keeps the cheapest iterate and that is not the last, its trajectory is made once more at
+            the end, which is not counted.
         products: the number of their vector-Jacobian products, (B,).
         tangents: the number of their Jacobian-vector products, (B,).
         residual_over_noise: the root mean square of the residual over the noise's, (B,), where

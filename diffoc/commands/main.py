@@ -127,6 +127,7 @@ def _add_tables(commands: argparse._SubParsersAction) -> None:
     figures_ = commands.add_parser("figures", help="draw the figures for print, of what was run")
     figures_.add_argument("--out", type=Path, metavar="DIR", help="by default figures/print")
     digits_ = commands.add_parser("digits", help="make digits from labels, and their records")
+    digits_.add_argument("--prior", default="mnist", help="of digits, such as 1aurent/mnist-28")
     digits_.add_argument("--samples", type=int, default=100, help="of each label and way")
     digits_.add_argument("--out", type=Path, metavar="CSV")
 

@@ -115,13 +115,14 @@ def figures(args: argparse.Namespace) -> int:
 
 
 def digits(args: argparse.Namespace) -> int:
-    """Makes Figure 5's experiment; the images go to build/digits."""
+    """Makes Figure 5's experiment; the images go to build/digits/PRIOR."""
     if args.samples < 2:
         raise ValueError(f"samples is {args.samples}, expected at least 2")
-    path, pictures = args.out or ROOT / "data/records/digits_mnist.csv", ROOT / "build" / "digits"
+    path = args.out or ROOT / "data/records/digits_mnist.csv"
+    pictures = ROOT / "build" / "digits" / args.prior.replace("/", "-")
     try_file(path)
     try_folder(pictures)
-    class_guidance.record(path, pictures, args.samples)
+    class_guidance.record(path, pictures, args.samples, name=args.prior)
     return 0
 
 

@@ -45,6 +45,9 @@ SHARPNESS = 3000.0
 """Weight of -log p(c | x_0) against the controls' cost. With weight 1 the cheapest plan gives the
 class up: controls cost more than the nats they gain. With this, all below 0.999 is dear."""
 
+DIGIT = (1, 28, 28)
+"""The shape of what the classifiers take."""
+
 DAMPING = 1.0
 """Tikhonov's constant in units of the control cost's weights: a full step goes half of the way
 to the controls that the gradient asks for."""
@@ -119,7 +122,7 @@ WAYS = {
 Strengths are those of 1, 2 and 4 for which the judge agreed most often on 50 to 80 other images."""
 
 COLUMNS = (
-    *("way", "label", "images", "steps", "strength", *COUNTS),
+    *("prior", "way", "label", "images", "steps", "strength", *COUNTS),
     *("guided", "judged", "sure", "diversity", "frechet", "seconds", *ENVIRONMENT, "commit"),
 )
 _HEADER = ",".join(COLUMNS) + "\n"
@@ -158,36 +161,43 @@ def measures(digits: Tensor, label: int, real: Tensor) -> dict[str, float]:
     }
 
 
-def record(path: Path, folder: Path, images: int, labels: Sequence[int] = range(10)) -> None:
+def record(
+    path: Path, folder: Path, images: int, labels: Sequence[int] = range(10), name: str = "mnist"
+) -> None:
     """Makes digits of labels in all ways, and appends a row for each to a table, a CSV file.
 
     Rows that the table has are not made again. The digits, `images` of each way and label, at least
-    2, go to a folder as `WAY_LABEL.safetensors`.
+    2, go to a folder as `WAY_LABEL.safetensors`. The prior is one of digits, (1, 28, 28), by its
+    name for :func:`diffoc.load_prior`; a ValueError refuses another.
     """
-    prior = load_prior("mnist")
+    prior = load_prior(name)
+    if tuple(prior.image_shape) != DIGIT:
+        raise ValueError(
+            f"prior {name!r} makes {tuple(prior.image_shape)}, expected digits {DIGIT}"
+        )
     digits, classes = mnist("test")
     torch.set_flush_denormal(True)
     with appending(path, lambda content: _parse(path, content)[1]) as append:
         if not path.stat().st_size:
             append(_HEADER)
-        done = {(row["way"], row["label"]) for row in read(path)}
-        wanted = [(name, label) for label in labels for name in WAYS]
-        for name, label in (some for some in wanted if (some[0], str(some[1])) not in done):
+        done = {(row["way"], row["label"]) for row in read(path) if row["prior"] == name}
+        wanted = [(way, label) for label in labels for way in WAYS if (way, str(label)) not in done]
+        for way, label in wanted:
             real = as_states(digits[classes == label])
             counted = CountedPrior(prior)
             counted.image_shape = prior.image_shape
             began = time.perf_counter()
-            made = make(WAYS[name], counted, label, images).cpu()
+            made = make(WAYS[way], counted, label, images).cpu()
             seconds = (time.perf_counter() - began) / images
             folder.mkdir(parents=True, exist_ok=True)
-            save_file({"digits": made}, folder / f"{name}_{label}.safetensors")
-            row = {"way": name, "label": label, "images": images, **environment()}
-            row |= {"steps": WAYS[name].steps, "strength": WAYS[name].strength or 0.0}
+            save_file({"digits": made}, folder / f"{way}_{label}.safetensors")
+            row = {"prior": name, "way": way, "label": label, "images": images, **environment()}
+            row |= {"steps": WAYS[way].steps, "strength": WAYS[way].strength or 0.0}
             row |= {key: getattr(counted, key) / images for key in COUNTS}
             row |= {key: f"{value:.6g}" for key, value in measures(made, label, real).items()}
             row["seconds"] = f"{seconds:.3f}"
             append(csv_text(COLUMNS, [row]))
-            print(", ".join(f"{key} {row[key]}" for key in COLUMNS[:13]), flush=True)
+            print(", ".join(f"{key} {row[key]}" for key in COLUMNS[:14]), flush=True)
 
 
 def read(path: Path) -> list[dict[str, str]]:

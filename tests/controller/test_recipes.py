@@ -221,6 +221,8 @@ def test_what_does_not_fit_is_refused():
         replace(OURS, budget=59)
     with pytest.raises(ValueError, match="budget is 29, expected at least 2 times the 15"):
         replace(OURS, budget=29, iterations=0)
+    with pytest.raises(ValueError, match="budget is 59, expected at least 4 times the 15"):
+        replace(OURS, budget=59, iterations=0, draw=lambda *args: None)  # which takes 2 T more
     with pytest.raises(ValueError, match="both None"):
         Recipe("nothing", steps=3)
 

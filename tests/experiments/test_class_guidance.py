@@ -3,6 +3,7 @@
 import pytest
 import torch
 from azula.noise import VPSchedule
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from safetensors.torch import load_file
 from torch.distributions import MultivariateNormal, Normal, kl_divergence
 
@@ -128,8 +129,34 @@ def test_records_of_digits_go_on_where_they_were_stopped(tmp_path, monkeypatch):
     assert path.read_text().startswith(before)
     rows = read(path)
     assert [(row["way"], row["label"]) for row in rows] == [(w, c) for c in "34" for w in "ab"]
+    assert {row["prior"] for row in rows} == {"mnist"}
     assert [float(row["products"]) for row in rows] == [0, 2, 0, 2]
     assert load_file(tmp_path / "images" / "b_4.safetensors")["digits"].shape == (2, 1, 28, 28)
+
+
+def test_another_prior_of_digits_has_rows_of_its_own_in_the_same_table(tmp_path, monkeypatch):
+    images, labels = digits()
+    pictures = ((images[:, 0] + 1) * 127.5).round().byte().numpy()
+    monkeypatch.setattr(class_guidance, "mnist", lambda split: (pictures, labels.numpy()))
+    monkeypatch.setattr(class_guidance, "WAYS", {"a": Way(2, None)})
+    path, model = tmp_path / "digits.csv", tmp_path / "1aurent-mnist"
+    network = UNet2DModel(
+        sample_size=28,
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=(8, 8),
+        norm_num_groups=2,
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+    )
+    DDPMPipeline(network, DDPMScheduler()).save_pretrained(model)
+    for name in ("mnist", str(model)):
+        record(path, tmp_path / "images", 2, [3], name=name)
+    rows = read(path)
+    assert [row["prior"] for row in rows] == ["mnist", str(model)]
+    assert rows[0]["diversity"] != rows[1]["diversity"]
+    with pytest.raises(ValueError, match=r"prior 'faces64' makes \(3, 64, 64\), expected digits"):
+        record(path, tmp_path / "images", 2, [3], name="faces64")
 
 
 def test_a_table_of_digits_has_one_writer_and_is_cut_at_whole_rows(tmp_path, monkeypatch):
@@ -144,10 +171,10 @@ def test_a_table_of_digits_has_one_writer_and_is_cut_at_whole_rows(tmp_path, mon
         lock(other)
         with pytest.raises(ValueError, match="written by another process"):
             record(path, tmp_path / "images", 2, [3, 4])
-    path.write_bytes(whole + b"a,4,2")
+    path.write_bytes(whole + b"mnist,a,4")
     record(path, tmp_path / "images", 2, [3])
     assert path.read_bytes() == whole
-    assert (tmp_path / "digits.csv.torn-1").read_bytes() == b"a,4,2"
+    assert (tmp_path / "digits.csv.torn-1").read_bytes() == b"mnist,a,4"
     path.write_bytes(whole.replace(b",2,", b",", 1))
     with pytest.raises(ValueError, match=r"digits.csv is damaged"):
         record(path, tmp_path / "images", 2, [3])
