@@ -1,9 +1,12 @@
 """Guidance by a label against exact conditional means, and plans that cost less than it."""
 
+import json
+
 import pytest
 import torch
 from azula.noise import VPSchedule
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from matplotlib import rc_context
 from safetensors.torch import load_file
 from torch.distributions import MultivariateNormal, Normal, kl_divergence
 
@@ -11,6 +14,7 @@ from diffoc import classifier
 from diffoc.costs import ClassLikelihood, ControlCost
 from diffoc.data import digits
 from diffoc.data.files import lock
+from diffoc.data.provenance import ROOT
 from diffoc.experiments import class_guidance
 from diffoc.experiments.class_guidance import (
     Way,
@@ -200,3 +204,19 @@ def test_what_guidance_and_plans_refuse():
         guidance_controls(ReverseProcess(prior, 2, mode="output"), torch.sum, x)
     with pytest.raises(ValueError, match="ddim in input mode"):
         noise_weights(ReverseProcess(prior, 2))
+
+
+def test_the_notebook_shows_another_prior_s_rows_once_there_are_some(monkeypatch, capsys):
+    """With the shipped prior's rows under another name: the same table."""
+    text = (ROOT / "notebooks" / "11_mnist_class_guidance.ipynb").read_text(encoding="utf-8")
+    sources = {cell["id"]: "".join(cell["source"]) for cell in json.loads(text)["cells"]}
+    monkeypatch.setattr(torch, "set_flush_denormal", lambda mode: True)
+    names = {}
+    with rc_context():  # a notebook sets its style for good
+        exec(sources["cell-01"], names)
+    names["display"] = lambda *shown: print(*(getattr(one, "data", "") for one in shown))
+    exec(sources["cell-11"], names)
+    table = capsys.readouterr().out.partition("| difference")[0]
+    names["records"] += [row | {"prior": "a/b"} for row in names["rows"]]
+    exec(sources["other-priors-table"], names)
+    assert capsys.readouterr().out == "*a/b* " + table
