@@ -71,6 +71,6 @@ METHOD = Method(
     _work,
     # A plan, or the guess alone in more steps.
     tuned={"smoothness": (2.0, 2.5, 3.0, 3.5), ("steps", "iterations"): ((15, 20), (30, 0))},
-    per_step=lambda settings: per_step(settings["iterations"]),
+    per_step=lambda settings: per_step(settings.get("iterations", OURS.iterations)),
     recipe=OURS,
 )

@@ -51,6 +51,7 @@ from diffoc.priors.pretrained import (
     take_nearest_timesteps,
     untrained_adm,
 )
+from diffoc.problems.operators import average_pool
 from diffoc.problems.tasks import super_resolution
 from diffoc.process import draw_noise
 from diffoc.reconstruct import reconstruct
@@ -227,6 +228,38 @@ def test_weights():
     found = released_weights(20)
     torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64))
     assert (found.diff() > 0).all()  # the earlier, the cheaper
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_residual_norm_is_numpy_s_whatever_the_shape(dtype):
+    x, y = normal(3, 2, 4, 4).to(dtype), normal(1, 2, 2, 2, seed=1).to(dtype)
+    found = ResidualNorm(average_pool(2), y)(x)
+    residual = x.numpy().reshape(3, 2, 2, 2, 2, 2).mean((3, 5)) - y.numpy()
+    expected = np.linalg.norm(residual.reshape(3, -1), axis=1)
+    assert found.dtype == dtype
+    np.testing.assert_allclose(
+        found.numpy(), expected, rtol=1e-5 if dtype == torch.float32 else 1e-12
+    )
+
+
+def test_residual_norm_has_two_derivatives_away_from_zero():
+    cost = ResidualNorm(lambda x: torch.tanh(x) ** 2, normal(2, 3, seed=1))
+    x = normal(2, 3).requires_grad_()
+    assert torch.autograd.gradcheck(cost, (x,))
+    assert torch.autograd.gradgradcheck(cost, (x,))
+
+
+def test_residual_norm_at_zero_has_no_slope_and_does_not_spoil_the_batch():
+    y = normal(2, 3)
+    x = torch.stack([y[0], y[1] + torch.tensor([3.0, 0.0, 4.0]).double()]).requires_grad_()
+    cost = ResidualNorm(lambda x: x, y)(x)
+    (gradient,) = torch.autograd.grad(cost.sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(gradient[:, 0].sum(), x)
+    torch.testing.assert_close(cost, torch.tensor([0.0, 5.0]).double())
+    torch.testing.assert_close(gradient, torch.tensor([[0.0] * 3, [0.6, 0.0, 0.8]]).double())
+    # (I - d d^T) / 5 with the direction d
+    torch.testing.assert_close(second[1], torch.tensor([0.64, 0.0, -0.48]).double() / 5)
+    assert (second[0] == 0).all()
 
 
 def setting():
