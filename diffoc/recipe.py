@@ -173,7 +173,7 @@ class Recipe:
             raise ValueError(f"spare is {self.spare}, expected a share below 1")
         if self.budget is None and self.iterations is None:
             raise ValueError("budget and iterations are both None: give at least one")
-        needed = per_step(self.iterations if self.draw is None else None)
+        needed = self._per_step(self.iterations)
         if self.budget is not None and self.budget < needed * self.steps:
             raise ValueError(
                 f"budget is {self.budget}, expected at least {needed} times the {self.steps} steps"
@@ -195,9 +195,12 @@ class Recipe:
             return replace(self, by_task={})
         fitting = [each for each in budgets if each <= most]
         changes = dict(self.by_task[str(task), fitting[-1] if fitting else budgets[0]])
-        room = most // per_step(changes.get("iterations", self.iterations))
+        room = most // self._per_step(changes.get("iterations", self.iterations))
         changes["steps"] = min(changes.get("steps", self.steps), max(1, room))
         return replace(self, **changes, by_task={})
+
+    def _per_step(self, iterations: int | None) -> int:
+        return per_step(iterations if self.draw is None else None)  # a draw takes as much as a plan
 
     @property
     def planned(self) -> int:

@@ -235,6 +235,8 @@ def test_what_was_tuned_is_left_out_where_a_reader_changes_it():
     # A budget is at least four times the steps of a plan, and twice those of a guess alone.
     assert OURS.at("motion_blur", 40).steps == 10
     assert OURS.at("gaussian_blur", 40).steps == 20
+    drawn = replace(OURS, budget=60, draw=lambda *args: None)
+    assert drawn.at("gaussian_blur").steps == 15
     assert replace(OURS, rank=1).at("gaussian_blur").steps == 30
     assert Settings("gaussian_blur", "mnist", steps=20).changed == own.at("gaussian_blur")
     assert Settings("gaussian_blur", "mnist", budget=60).changed.iterations == 0
