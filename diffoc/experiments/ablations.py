@@ -187,8 +187,10 @@ def ablation_cells(
     """
     for name in tasks:
         check_member(ALL_TASKS, tasks=name)
-    if nfe is not None and nfe < 4:
-        raise ValueError(f"nfe is {nfe}: robustness takes a budget of at least 4")
+    if not trained and table != "robustness":
+        raise ValueError(f"table is {table!r}, which needs trained weights")
+    if nfe is not None and (table != "robustness" or nfe < 4):
+        raise ValueError(f"nfe is {nfe}: only robustness takes a budget, of at least 4")
     options = {"trained": trained, "nfe": nfe or TUNED[1]} if table == "robustness" else {}
     choices = list(ABLATIONS[table](prior, tasks, **options))
     known = {choice[2] for choice in choices}

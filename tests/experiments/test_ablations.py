@@ -133,7 +133,9 @@ def test_parts_takes_away_one_at_a_time():
     ("table", "options", "message"),
     [
         ("rank", {"methods": ["dps"]}, "methods is"),
+        ("rank", {"trained": False}, "needs trained weights"),
         ("rank", {"tasks": ["cloud"]}, "'cloud'"),
+        ("rank", {"nfe": 60}, "nfe is 60"),
         ("robustness", {"nfe": 3}, "nfe is 3"),
     ],
 )
