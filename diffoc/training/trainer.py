@@ -146,6 +146,8 @@ def start(
     The seed is that of the initialisation and of everything drawn later. It begins with weights, of
     an earlier run's average, say, or with random ones.
     """
+    if precision not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"precision is {precision}, expected torch.float32 or torch.bfloat16")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = plan.build()

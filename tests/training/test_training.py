@@ -228,6 +228,8 @@ def test_half_precision_trains_and_resumes_exactly(tmp_path):
     torch.testing.assert_close(
         whole.network.conv.weight, full.network.conv.weight, rtol=0, atol=5e-3
     )
+    with pytest.raises(ValueError, match="precision"):
+        start(tiny(), precision=torch.float16)
 
 
 def test_a_compiled_network_trains_the_same_weights():
