@@ -1,4 +1,4 @@
-"""Riccati steps against brute-force minimisation, finite differences, numpy and autograd."""
+"""Riccati steps against brute-force minimisation, numpy and autograd."""
 
 import numpy as np
 import pytest
