@@ -220,3 +220,6 @@ def test_the_notebook_shows_another_prior_s_rows_once_there_are_some(monkeypatch
     names["records"] += [row | {"prior": "a/b"} for row in names["rows"]]
     exec(sources["other-priors-table"], names)
     assert capsys.readouterr().out == "*a/b* " + table
+    names["records"] = names["rows"] + [names["rows"][0] | {"prior": "a/b"}]
+    exec(sources["other-priors-table"], names)
+    assert capsys.readouterr().out == "a/b: 1 of 40 rows, so no table yet\n"
