@@ -136,7 +136,7 @@ CASES = {
     ),
     "table": (["RECORDS"], {"records": "OUT/a.csv"}),
     "figures": ([""], {"--out": "OUT"}),
-    "digits": ([""], {"--samples": "7", "--out": "OUT/a.csv"}),
+    "digits": ([""], {"--prior": "1aurent/mnist-28", "--samples": "7", "--out": "OUT/a.csv"}),
     "preflight": ([f"--random-weights {TINY}", TINY], FFHQ | {"--random-weights": ""}),
     "ffhq": (
         [f"table3 --rehearse {TINY}", f"table3 --random-weights {TINY}", f"table3 {TINY}"],
