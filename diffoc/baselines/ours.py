@@ -23,11 +23,12 @@ def ours(
     coloured: bool = True,
     dense: bool = True,
     stopped: bool = False,
+    from_noise: bool = False,
 ) -> Tensor:
     r"""Returns images (B, ...) by :data:`diffoc.recipe.OURS`.
 
-    The last five settings are there to see what each part is worth, see the grid `parts` of
-    :mod:`diffoc.experiments.ablations`.
+    The last six settings are there to see what each part is worth, see the grids `parts` and
+    `robustness` of :mod:`diffoc.experiments.ablations`.
 
     Args:
         budget: how many evaluations each image has, at least 4 T, or 2 T without iterations.
@@ -39,6 +40,7 @@ def ours(
         coloured: whether the guess's errors are mostly grey.
         dense: whether steps are dense near the image; without, they are uniform in time.
         stopped: whether the discrepancy principle ends it all the same.
+        from_noise: whether the process starts from the random state, not from zero.
     """
     check_above(0, weight=weight)
     recipe = replace(
@@ -53,8 +55,9 @@ def ours(
         coloured=coloured,
         process=OURS.process if dense else deterministic,
         stopped=stopped,
+        from_noise=from_noise,
     )
-    return given.reconstruct(recipe)
+    return given.reconstruct(recipe, given.x if from_noise else None)
 
 
 def _work(settings: dict) -> tuple[int, int]:

@@ -41,6 +41,9 @@ TAKEN_AWAY = {
 ROUGH = ", no smoothness"
 """After the label of a controller whose guess does not know that images are smooth."""
 
+NOISE = ", from noise"
+"""After the label of such a controller that starts from random noise."""
+
 
 def equal_budgets(rows: pd.DataFrame, metric: str) -> Panels:
     """Draws DPS and ours over the budget of evaluations, each as tuned for it, task by task."""
@@ -82,10 +85,13 @@ def by_part(rows: pd.DataFrame) -> dict[str, dict[str, pd.DataFrame]]:
 
 
 def by_prior(rows: pd.DataFrame, metric: str, priors: Sequence[str] = PRIORS) -> Panels:
-    """Draws DPS, ours, and what needs no prior over the places of `priors`, task by task."""
+    """Draws what a prior is used by, and what needs none, over the places of `priors`."""
     places = {name: place for place, name in enumerate(priors)}
-    rough = rows["smoothness"].eq(0) if "smoothness" in rows else pd.Series(False, rows.index)
+    nothing = pd.Series(float("nan"), rows.index)
+    rough = rows.get("smoothness", nothing).eq(0)
+    noisy = rows.get("from_noise", nothing).eq(True)
     named = labels(rows) + rough.map({True: ROUGH, False: ""})
+    named = named.where(~noisy, labels(rows) + NOISE)
     rows = rows.assign(place=rows["prior"].map(prior_label).map(places), label=named)
     return curves(rows, "task", "label", "place", metric)
 

@@ -121,11 +121,12 @@ def published(prior: str, tasks: Sequence[str]) -> Iterator[Choice]:
 def robustness(
     prior: str, tasks: Sequence[str], trained: bool = True, nfe: int = TUNED[1]
 ) -> Iterator[Choice]:
-    """Yields Figure 6: DPS and ours with copies of a prior that are wrong, and what needs no prior.
+    """Yields Figure 6: methods with copies of a prior that are wrong, and what needs no prior.
 
-    Ours appears with its guess, which knows that images are smooth, and with one that does not.
-    Where there are no trained weights, all priors have random ones. Methods are tuned for 300
-    evaluations only.
+    Ours appears with its guess, which knows that images are smooth, with one that does not, and
+    with that from random noise, where the paper's and the released algorithm start. These two have
+    their own settings for NFE 1000, and are left out with another budget than 300, for which DPS
+    and ours are tuned. Where there are no trained weights, all priors have random ones.
     """
     if trained:
         wrong = [prior, *(f"{prior}+noise{level:g}" for level in NOISE_LEVELS), UNTRAINED + prior]
@@ -136,7 +137,13 @@ def robustness(
         for used in wrong:
             yield used, name, "dps", nfe, _tuned(prior, "dps", name, nfe)
             yield used, name, "ours", nfe, ours
-            yield used, name, "ours", nfe, ours | {"smoothness": 0.0}
+            rough = ours | {"smoothness": 0.0}
+            yield used, name, "ours", nfe, rough
+            yield used, name, "ours", nfe, rough | {"from_noise": True}
+            if nfe == TUNED[1]:
+                settings = METHODS["paper"].settings(name, 1000) | {"keep_activations": True}
+                yield used, name, "paper", 1000, settings
+                yield used, name, "released", 1000, METHODS["released"].settings(name, 1000)
         none = IDENTITY + prior
         steps = {"iterations": iterations_within(nfe, COLD.steps)}
         yield none, name, "cold", nfe, _tuned(prior, "cold", name, nfe) | steps

@@ -104,11 +104,16 @@ def test_priors_in_their_order():
     assert [x for x, _, _ in curves["DPS"]] == [0, 1, 2, 3]
     assert [x for x, _, _ in curves["Deep image prior"]] == [5]
     assert [x for x, _, _ in curves["Ours"]] == [0, 1, 2, 3, 5]
-    for label in ("Ours", "Ours" + summary.ROUGH):
+    assert (
+        [x for x, _, _ in curves["Paper"]] == [x for x, _, _ in curves["Released"]] == [*range(4)]
+    )
+    for label in ("Ours", "Ours" + summary.ROUGH, "Ours" + summary.NOISE):
+        assert len(curves[label]) >= 4
         for x, place, _ in curves[label]:
             row = row_of(found, place)
             assert summary.prior_label(row["prior"].item()) == summary.PRIORS[int(x)]
             assert (row["smoothness"].item() == 0) == (label != "Ours")
+            assert (row["from_noise"].item() is True) == (label == "Ours" + summary.NOISE)
     bare = summary.by_prior(rows("robustness", trained=False), "psnr", ["random", "none"])[TASK]
     assert [x for x, _, _ in bare["Ours"]] == [0, 1]
 

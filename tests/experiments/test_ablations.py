@@ -102,9 +102,13 @@ def test_rank_and_robustness_vary_what_they_say():
         *("untrained faces64", "identity faces64"),
     }
     ours = [cell for cell in cells("robustness", methods=["ours"]) if "identity" not in cell.prior]
-    assert sum(cell.keywords["smoothness"] == 0 for cell in ours) == len(ours) / 2
+    assert sum(cell.keywords["smoothness"] == 0 for cell in ours) == 2 * len(ours) / 3
+    assert sum(cell.keywords.get("from_noise", False) for cell in ours) == len(ours) / 3
     usual, few = cells("robustness"), cells("robustness", nfe=60)
-    assert {cell.nfe for cell in usual} == {300}
+    large = [cell for cell in usual if cell.method in ("paper", "released")]
+    assert len(large) == len(ours) * 2 / 3
+    assert {cell.nfe for cell in large} == {1000}
+    assert {cell.nfe for cell in usual if cell not in large} == {300}
     assert {cell.nfe for cell in few} == {60}
     assert cells("robustness", nfe=300) == usual
     for cell in few:
