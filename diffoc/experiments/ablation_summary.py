@@ -46,7 +46,7 @@ NOISE = ", from noise"
 
 
 def equal_budgets(rows: pd.DataFrame, metric: str) -> Panels:
-    """Draws DPS and ours over the budget of evaluations, each as tuned for it, task by task."""
+    """Draws DPS, ours and the guess alone over the budget of evaluations, task by task."""
     return by_budget(_of_grid(rows, ablations.equal_budgets), metric)
 
 

@@ -39,12 +39,15 @@ def row_of(found, place):
 def test_equal_budgets_and_equal_steps_are_told_apart():
     found = rows("few_steps")
     budgets = summary.equal_budgets(found, "psnr")[TASK]
-    assert set(budgets) == {"DPS", "Ours"}
+    assert set(budgets) == {"DPS", "Ours", "Ours, quick"}
     for label, curve in budgets.items():
         assert [x for x, _, _ in curve] == [20, 50, 100, 200, 300]
         for x, place, _ in curve:
             row = row_of(found, place)
             assert row["nfe"].item() == x
+            if label == "Ours, quick":
+                assert row["steps"].item() == x // 2
+                continue
             method = {"DPS": "dps", "Ours": "ours"}[label]
             tuned = read_tuned()["faces64"][method][TASK][str(int(x))]
             assert row["steps"].item() == tuned["steps"]
