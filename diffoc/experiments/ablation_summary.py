@@ -1,9 +1,9 @@
 """The records of :mod:`diffoc.experiments.ablations` as curves: Figures 3 and 6, Tables 4 to 6.
 
-All functions but :func:`by_part` take rows, as :func:`diffoc.experiments.records.rows_of` returns
-them, and a metric, and map a panel to a line to its curve, for
-:func:`diffoc.figures.plots.quality_curves`. Rows that do not belong to the curve are left out, and
-so are those without a result.
+All functions but :func:`by_part` and :func:`by_change` take rows, as
+:func:`diffoc.experiments.records.rows_of` returns them, and a metric, and map a panel to a line to
+its curve, for :func:`diffoc.figures.plots.quality_curves`. Rows that do not belong to the curve are
+left out, and so are those without a result.
 """
 
 import json
@@ -15,9 +15,12 @@ from diffoc.experiments import ablations
 from diffoc.experiments.ablations import NO_COST, NOISE_LEVELS, REGULARIZATIONS, TASKS, Choice
 from diffoc.experiments.inaccurate import IDENTITY, RANDOM, UNTRAINED, accurate_name
 from diffoc.experiments.records import as_json
-from diffoc.experiments.summary import Curve, by_budget, curves, labels, select
+from diffoc.experiments.summary import Curve, by_budget, curves, labels, paired, select
 
 Panels = dict[str, dict[str, Curve]]
+
+Changes = dict[str, dict[str, tuple[float, float]]]
+"""Maps a change to a task to a mean and half the width of its interval."""
 
 CONSTANTS = tuple("Lemma 4.2" if a == "lemma_4_2" else f"{a:g}" for a in REGULARIZATIONS)
 """Tick labels of :func:`by_constant`."""
@@ -37,6 +40,9 @@ TAKEN_AWAY = {
     "stopped": "stopped at the noise level",
 }
 """What :func:`by_part` calls a part that a setting of ours takes away."""
+
+ONE_PART, OTHER_COST = "one part taken away", "another control cost"
+"""The two kinds of change in :func:`by_change`."""
 
 ROUGH = ", no smoothness"
 """After the label of a controller whose guess does not know that images are smooth."""
@@ -82,6 +88,23 @@ def by_part(rows: pd.DataFrame) -> dict[str, dict[str, pd.DataFrame]]:
     parts = [_part(json.loads(text)) for text in rows["settings"]]
     ours = select(rows.assign(part=parts), method="ours").groupby("task", sort=False)
     return {task: dict(list(some.groupby("part", sort=False))) for task, some in ours}
+
+
+def by_change(rows: pd.DataFrame, metric: str) -> dict[str, Changes]:
+    """Maps a kind of change to a change to a task to what it does to a metric, with its interval.
+
+    That is :func:`diffoc.experiments.summary.paired` with :data:`WHOLE`. Changes of a kind ascend
+    by their sum over the tasks, so with a metric whose more is better the worst is first.
+    """
+    changes: Changes = {}
+    for task, found in by_part(rows).items():
+        for label, some in found.items():
+            if label != WHOLE:
+                changes.setdefault(label, {})[task] = paired(some, found[WHOLE], metric)
+    groups: dict[str, Changes] = {ONE_PART: {}, OTHER_COST: {}}
+    for label in sorted(changes, key=lambda one: sum(mean for mean, _ in changes[one].values())):
+        groups[OTHER_COST if " cost" in label else ONE_PART][label] = changes[label]
+    return groups
 
 
 def by_prior(rows: pd.DataFrame, metric: str, priors: Sequence[str] = PRIORS) -> Panels:

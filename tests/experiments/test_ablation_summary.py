@@ -83,6 +83,23 @@ def test_parts_are_named_by_what_was_taken_away():
     assert len(select(found[TASK]["constant cost 30"], weighted=False, weight=30.0)) == 1
 
 
+def test_changes_are_of_two_kinds_and_the_worst_is_first():
+    found, other = rows("parts"), "super_resolution"
+    both = pd.concat([found, found.assign(task=other, psnr=3 * found["psnr"])], ignore_index=True)
+    places = {name: row["psnr"].item() for name, row in summary.by_part(found)[TASK].items()}
+    groups = summary.by_change(both.sample(frac=1, random_state=0), "psnr")
+    assert list(groups) == [summary.ONE_PART, summary.OTHER_COST]
+    costs = {"almost no cost", *(f"constant cost {r}" for r in ("0.3", "3", "30", "300"))}
+    assert set(groups[summary.OTHER_COST]) == costs
+    assert set(groups[summary.ONE_PART]) == places.keys() - costs - {summary.WHOLE}
+    for changes in groups.values():
+        means = [changes[label][TASK][0] for label in changes]
+        assert means == sorted(means)
+        for label, change in changes.items():
+            worth = places[label] - places[summary.WHOLE]
+            assert [change[task][0] for task in (TASK, other)] == [worth, 3 * worth]
+
+
 def test_rank_and_constant_vary_alone():
     found = rows("rank")
     ranks = summary.by_rank(found, "psnr")[TASK]
