@@ -33,6 +33,9 @@ EXACT, PROJECTED = "exact recursion", "Appendix D.1"
 WHOLE = "all parts"
 """Ours, with all its parts, in :func:`by_part`."""
 
+GUESS = "no plan, the guess alone"
+"""Ours without a plan, in :func:`by_part`; with a colon, from which a part is taken away."""
+
 TAKEN_AWAY = {
     "coloured": "the guess knows no colours",
     "dense": "steps uniform in time",
@@ -41,8 +44,8 @@ TAKEN_AWAY = {
 }
 """What :func:`by_part` calls a part that a setting of ours takes away."""
 
-ONE_PART, OTHER_COST = "one part taken away", "another control cost"
-"""The two kinds of change in :func:`by_change`."""
+ONE_PART, OTHER_COST, OF_GUESS = "one part taken away", "another control cost", "guess alone"
+"""The kinds of change in :func:`by_change`, the last of what is left without a plan."""
 
 ROUGH = ", no smoothness"
 """After the label of a controller whose guess does not know that images are smooth."""
@@ -93,18 +96,22 @@ def by_part(rows: pd.DataFrame) -> dict[str, dict[str, pd.DataFrame]]:
 def by_change(rows: pd.DataFrame, metric: str) -> dict[str, Changes]:
     """Maps a kind of change to a change to a task to what it does to a metric, with its interval.
 
-    That is :func:`diffoc.experiments.summary.paired` with :data:`WHOLE`. Changes of a kind ascend
-    by their sum over the tasks, so with a metric whose more is better the worst is first.
+    That is :func:`diffoc.experiments.summary.paired` with :data:`WHOLE`, or with the guess alone
+    for what is taken away from that. Changes of a kind ascend by their sum over the tasks, so with
+    a metric whose more is better the worst is first.
     """
-    changes: Changes = {}
+    groups: dict[str, Changes] = {ONE_PART: {}, OTHER_COST: {}, OF_GUESS: {}}
     for task, found in by_part(rows).items():
         for label, some in found.items():
+            alone = label.startswith(f"{GUESS}: ")
+            kind = OF_GUESS if alone else OTHER_COST if " cost" in label else ONE_PART
             if label != WHOLE:
-                changes.setdefault(label, {})[task] = paired(some, found[WHOLE], metric)
-    groups: dict[str, Changes] = {ONE_PART: {}, OTHER_COST: {}}
-    for label in sorted(changes, key=lambda one: sum(mean for mean, _ in changes[one].values())):
-        groups[OTHER_COST if " cost" in label else ONE_PART][label] = changes[label]
-    return groups
+                of_task = groups[kind].setdefault(label.removeprefix(f"{GUESS}: "), {})
+                of_task[task] = paired(some, found[GUESS if alone else WHOLE], metric)
+    return {
+        kind: dict(sorted(changes.items(), key=lambda one: sum(m for m, _ in one[1].values())))
+        for kind, changes in groups.items()
+    }
 
 
 def by_prior(rows: pd.DataFrame, metric: str, priors: Sequence[str] = PRIORS) -> Panels:
@@ -140,8 +147,13 @@ def _of_grid(rows: pd.DataFrame, grid: Callable[..., Iterator[Choice]]) -> pd.Da
 
 
 def _part(settings: dict) -> str:
+    change = _change(settings)
     if settings.get("iterations") == 0:
-        return "no plan, the guess alone"
+        return GUESS if change == WHOLE else f"{GUESS}: {change}"
+    return change
+
+
+def _change(settings: dict) -> str:
     if settings.get("smoothness") == 0:
         return "the guess knows no smoothness"
     for key, label in TAKEN_AWAY.items():

@@ -161,7 +161,7 @@ def parts(prior: str, tasks: Sequence[str]) -> Iterator[Choice]:
     """Yields ours, not stopped, and the same with one of its parts taken away, at 300 evaluations.
 
     The weighted control cost is replaced by several constant ones and by almost none, so that it
-    can be compared with the best of these.
+    can be compared with the best of these. The guess alone appears with and without each part.
     """
     nfe = TUNED[1]
     for name in tasks:
@@ -169,6 +169,8 @@ def parts(prior: str, tasks: Sequence[str]) -> Iterator[Choice]:
         changes: list[dict] = [{}, {"iterations": 0}, {"smoothness": 0.0}, {"in_units": False}]
         changes += [{"coloured": False}, {"dense": False}, {"stopped": True}, {"weight": NO_COST}]
         changes += [{"weighted": False, "weight": r} for r in CONSTANT_COSTS]
+        of_guess: list[dict] = [{"smoothness": 0.0}, {"coloured": False}, {"dense": False}]
+        changes += [{"iterations": 0} | part for part in of_guess]
         for change in changes:
             yield prior, name, "ours", nfe, usual | change
 

@@ -79,24 +79,33 @@ def test_parts_are_named_by_what_was_taken_away():
         "stopped at the noise level": 1,
         "almost no cost": 1,
         **{f"constant cost {r}": 1 for r in ("0.3", "3", "30", "300")},
+        "no plan, the guess alone: the guess knows no smoothness": 1,
+        "no plan, the guess alone: the guess knows no colours": 1,
+        "no plan, the guess alone: steps uniform in time": 1,
     }
     assert len(select(found[TASK]["constant cost 30"], weighted=False, weight=30.0)) == 1
 
 
-def test_changes_are_of_two_kinds_and_the_worst_is_first():
+def test_changes_are_of_three_kinds_and_the_worst_is_first():
     found, other = rows("parts"), "super_resolution"
     both = pd.concat([found, found.assign(task=other, psnr=3 * found["psnr"])], ignore_index=True)
     places = {name: row["psnr"].item() for name, row in summary.by_part(found)[TASK].items()}
     groups = summary.by_change(both.sample(frac=1, random_state=0), "psnr")
-    assert list(groups) == [summary.ONE_PART, summary.OTHER_COST]
+    assert list(groups) == [summary.ONE_PART, summary.OTHER_COST, summary.OF_GUESS]
     costs = {"almost no cost", *(f"constant cost {r}" for r in ("0.3", "3", "30", "300"))}
     assert set(groups[summary.OTHER_COST]) == costs
-    assert set(groups[summary.ONE_PART]) == places.keys() - costs - {summary.WHOLE}
-    for changes in groups.values():
+    alone = f"{summary.GUESS}: "
+    of_guess = {name for name in places if name.startswith(alone)}
+    assert {alone + name for name in groups[summary.OF_GUESS]} == of_guess
+    assert len(of_guess) == 3
+    assert set(groups[summary.ONE_PART]) == places.keys() - costs - of_guess - {summary.WHOLE}
+    for kind, changes in groups.items():
+        before = alone if kind == summary.OF_GUESS else ""
+        whole = places[summary.GUESS if before else summary.WHOLE]
         means = [changes[label][TASK][0] for label in changes]
         assert means == sorted(means)
         for label, change in changes.items():
-            worth = places[label] - places[summary.WHOLE]
+            worth = places[before + label] - whole
             assert [change[task][0] for task in (TASK, other)] == [worth, 3 * worth]
 
 
