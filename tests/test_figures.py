@@ -175,14 +175,14 @@ def test_records_become_means_and_curves() -> None:
     some = frame(some)
     half = 12.706 * 2**0.5 / 2**0.5  # of Student's t with one degree of freedom
     means = by_method(some, "psnr")
-    assert list(means) == ["DPS (NFE 300)", "DPS (NFE 100)", "Ours, stopped"]
+    assert list(means) == ["DPS (NFE 300)", "DPS (NFE 100)", "STOPPED"]
     assert means["DPS (NFE 300)"]["super_resolution"] == pytest.approx((21.0, half), rel=1e-4)
-    assert math.isnan(means["Ours, stopped"]["super_resolution"][1])
+    assert math.isnan(means["STOPPED"]["super_resolution"][1])
     curves = by_budget(some, "psnr")["super_resolution"]
     assert [place[:2] for place in curves["DPS"]] == [(100.0, 18.0), (300.0, 21.0)]
     tuned = by_setting(some.iloc[[0, 1, 4]], "psnr")
     assert tuned["DPS: guidance"]["super_resolution"][0][:2] == (1.0, 21.0)
-    assert tuned["Ours, stopped: steps"]["super_resolution"][0][:2] == (10.0, 25.0)
+    assert tuned["STOPPED: steps"]["super_resolution"][0][:2] == (10.0, 25.0)
     apart = by_setting(some[:4], "psnr")
     for nfe, mean in ((300, 21.0), (100, 18.0)):
         assert apart[f"DPS (NFE {nfe}): guidance"]["super_resolution"][0][1] == mean

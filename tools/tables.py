@@ -19,7 +19,7 @@ from diffoc.experiments.records import rows_of
 from diffoc.experiments.summary import by_image, differences, paired, select
 
 ROOT = Path(__file__).parents[1]
-IN_README = ("Ours", "PnP-ADMM", "DiffPIR", "DDRM", "DPS")
+IN_README = ("OURS", "PnP-ADMM", "DiffPIR", "DDRM", "DPS")
 OURS, PAPERS = "ours", ("paper", "released")
 
 Table = dict[str, list[str]]
@@ -87,22 +87,22 @@ def tables() -> dict[str, Table]:
     usual, more, most = (split(rows_with(nfe)) for nfe in (300, 570, 1000))
     ours, papers = usual[OURS], [most[name] for name in PAPERS]
     equal = {label(name): cells(score, rows) for name, rows in more.items()}
-    equal |= {f"Ours minus {label(name)}": cells(gap, ours, rows) for name, rows in more.items()}
+    equal |= {f"OURS minus {label(name)}": cells(gap, ours, rows) for name, rows in more.items()}
     again = split(rows_with(300, "operators"))
     second = {label(name): cells(score, rows) for name, rows in again.items()}
     second |= {
-        f"Ours minus {label(name)}": cells(gap, again[OURS], rows)
+        f"OURS minus {label(name)}": cells(gap, again[OURS], rows)
         for name, rows in again.items()
         if name != OURS
     }
     their = {f"{label(name)}, NFE 1000": cells(score, most[name]) for name in PAPERS}
-    their |= {f"Ours minus {label(name)}": cells(gap, ours, most[name]) for name in PAPERS}
+    their |= {f"OURS minus {label(name)}": cells(gap, ours, most[name]) for name in PAPERS}
     their |= {f"{label(name)} minus DPS": cells(gap, most[name], usual["dps"]) for name in PAPERS}
-    their |= {"residual, Paper / Released": cells(residuals, *papers)}
+    their |= {"residual, PAPER / RELEASED": cells(residuals, *papers)}
     return {
         "method": {label(name): cells(score, rows) for name, rows in usual.items()},
         "F / B": {label(name): cells(work, rows) for name, rows in usual.items()},
-        "ours minus PnP-ADMM": {
+        "OURS minus PnP-ADMM": {
             "PSNR, dB": cells(gap, ours, usual["pnp_admm"]),
             "SSIM": cells(partial(gap, metric="ssim", digits=3), ours, usual["pnp_admm"]),
         },

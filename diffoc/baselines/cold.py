@@ -40,7 +40,7 @@ def cold(
 
 
 METHOD = Method(
-    "Ours, cold",
+    "COLD",
     cold,
     # On the tuning faces ten steps and twice the iterations blur less than twenty steps.
     lambda task, nfe: {"steps": COLD.steps, "iterations": iterations_within(nfe, COLD.steps)},

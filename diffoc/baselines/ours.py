@@ -68,7 +68,7 @@ def _work(settings: dict) -> tuple[int, int]:
 
 
 METHOD = Method(
-    "Ours",
+    "OURS",
     ours,
     lambda task, nfe: {"budget": nfe},
     _work,

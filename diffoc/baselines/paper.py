@@ -141,7 +141,7 @@ def _settings(task: str, nfe: int) -> dict:
 
 
 METHOD = Method(
-    "Paper",
+    "PAPER",
     paper,
     _settings,
     lambda s: (

@@ -15,7 +15,7 @@ def _settings(task: str, nfe: int) -> dict:
 
 
 METHOD = Method(
-    "Paper, tuned",
+    "PAPER, tuned",
     published.paper,
     _settings,
     published.METHOD.work,

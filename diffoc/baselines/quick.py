@@ -30,7 +30,7 @@ def _settings(task: str, nfe: int) -> dict:
 
 
 METHOD = Method(
-    "Ours, quick",
+    "QUICK",
     quick,
     _settings,
     lambda settings: (2 * settings["steps"], 0),

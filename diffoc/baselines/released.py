@@ -321,7 +321,7 @@ def _settings(task: str, nfe: int) -> dict:
 
 
 METHOD = Method(
-    "Released",
+    "RELEASED",
     released,
     _settings,
     lambda s: ((s["steps"] - 1) * (1 + s["iterations"]), (s["steps"] - 1) * s["iterations"]),

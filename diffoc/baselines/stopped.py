@@ -20,7 +20,7 @@ def stopped(given: Given, *, steps: int, budget: int, weight: float = STOPPED.we
 
 
 METHOD = Method(
-    "Ours, stopped",
+    "STOPPED",
     stopped,
     lambda task, nfe: {"budget": nfe},
     # At most: the guess and the trials of the line search cost no product.

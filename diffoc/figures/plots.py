@@ -101,13 +101,17 @@ def reconstructions(
     return figure
 
 
+RECIPES = ("Ours", "OURS", "QUICK", "STOPPED", "COLD", "PAPER", "RELEASED")
+"""What the labels of the controller's recipes, and of the paper's own rows, begin with."""
+
+
 @mpl.rc_context(PRINT)
 def metric_by_method(
     values: Mapping[str, Mapping[str, tuple[float, float]]], xlabel: str
 ) -> Figure:
     """Draws a metric with its interval, methods by tasks, as a picture of Tables 1 and 3.
 
-    Methods whose names begin with "Ours" are vermilion squares, the others blue dots. The values
+    Recipes of the controller, :data:`RECIPES`, are vermilion squares, others blue dots. The values
     map a method to a task to mean and half-width of its interval; nan is no interval, and what is
     missing has no dot. The label is the metric and its unit.
     """
@@ -120,7 +124,7 @@ def metric_by_method(
         for place, (name, means) in enumerate(values.items()):
             if task in means:
                 mean, half = means[task]
-                marker, color = ("s", "vermilion") if name.startswith("Ours") else ("o", "blue")
+                marker, color = ("s", "vermilion") if name.startswith(RECIPES) else ("o", "blue")
                 ax.errorbar(mean, place, xerr=half, fmt=marker, color=COLORS[color])
         ax.set_title(task.replace("_", "\n"))
         ax.grid(axis="y", lw=0.3, color="0.8")

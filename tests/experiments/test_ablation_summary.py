@@ -39,27 +39,27 @@ def row_of(found, place):
 def test_equal_budgets_and_equal_steps_are_told_apart():
     found = rows("few_steps")
     budgets = summary.equal_budgets(found, "psnr")[TASK]
-    assert set(budgets) == {"DPS", "Ours", "Ours, quick"}
+    assert set(budgets) == {"DPS", "OURS", "QUICK"}
     for label, curve in budgets.items():
         assert [x for x, _, _ in curve] == [20, 50, 100, 200, 300]
         for x, place, _ in curve:
             row = row_of(found, place)
             assert row["nfe"].item() == x
-            if label == "Ours, quick":
+            if label == "QUICK":
                 assert row["steps"].item() == x // 2
                 continue
-            method = {"DPS": "dps", "Ours": "ours"}[label]
+            method = {"DPS": "dps", "OURS": "ours"}[label]
             tuned = read_tuned()["faces64"][method][TASK][str(int(x))]
             assert row["steps"].item() == tuned["steps"]
     horizons = summary.equal_horizons(found, "psnr")[TASK]
-    assert set(horizons) == {"DPS", "Ours", "Ours, quick", "Ours, cold"}
+    assert set(horizons) == {"DPS", "OURS", "QUICK", "COLD"}
     for label, curve in horizons.items():
         assert [x for x, _, _ in curve] == [5, 10, 20, 50, 100, 200]
         for x, place, _ in curve:
             row = row_of(found, place)
             if label == "DPS":
                 assert row["nfe"].item() == x
-            elif label == "Ours, quick":
+            elif label == "QUICK":
                 assert (row["steps"].item(), row["nfe"].item()) == (x, 2 * x)
             else:
                 assert (row["steps"].item(), row["nfe"].item()) == (x, max(300, 4 * x))
@@ -132,19 +132,19 @@ def test_priors_in_their_order():
     curves = summary.by_prior(found, "psnr")[TASK]
     assert [x for x, _, _ in curves["DPS"]] == [0, 1, 2, 3]
     assert [x for x, _, _ in curves["Deep image prior"]] == [5]
-    assert [x for x, _, _ in curves["Ours"]] == [0, 1, 2, 3, 5]
+    assert [x for x, _, _ in curves["OURS"]] == [0, 1, 2, 3, 5]
     assert (
-        [x for x, _, _ in curves["Paper"]] == [x for x, _, _ in curves["Released"]] == [*range(4)]
+        [x for x, _, _ in curves["PAPER"]] == [x for x, _, _ in curves["RELEASED"]] == [*range(4)]
     )
-    for label in ("Ours", "Ours" + summary.ROUGH, "Ours" + summary.NOISE):
+    for label in ("OURS", "OURS" + summary.ROUGH, "OURS" + summary.NOISE):
         assert len(curves[label]) >= 4
         for x, place, _ in curves[label]:
             row = row_of(found, place)
             assert summary.prior_label(row["prior"].item()) == summary.PRIORS[int(x)]
-            assert (row["smoothness"].item() == 0) == (label != "Ours")
-            assert (row["from_noise"].item() is True) == (label == "Ours" + summary.NOISE)
+            assert (row["smoothness"].item() == 0) == (label != "OURS")
+            assert (row["from_noise"].item() is True) == (label == "OURS" + summary.NOISE)
     bare = summary.by_prior(rows("robustness", trained=False), "psnr", ["random", "none"])[TASK]
-    assert [x for x, _, _ in bare["Ours"]] == [0, 1]
+    assert [x for x, _, _ in bare["OURS"]] == [0, 1]
 
 
 @pytest.mark.parametrize(
