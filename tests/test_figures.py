@@ -164,6 +164,13 @@ def rows(
     return [common | row | found for row, found in zip(cell.rows(), results, strict=True)]
 
 
+def test_no_two_lines_look_alike() -> None:
+    curves = {f"line {i}": [(1.0, float(i), 0.1)] for i in range(20)}
+    (ax,) = plots.quality_curves({"panel": curves}, "x", "y").axes
+    looks = {(line.get_color(), line.get_marker()) for line, *_ in ax.containers}
+    assert len(looks) == 20
+
+
 def test_records_become_means_and_curves() -> None:
     some = [
         *rows("dps", "super_resolution", 300, {"a": 20.0, "b": 22.0}, guidance=1.0),

@@ -168,7 +168,8 @@ def quality_curves(
                 [mean for _, mean, _ in curve],
                 [half for _, _, half in curve],
                 color=list(COLORS.values())[number % len(COLORS)],
-                marker=MARKERS[number % len(MARKERS)],
+                # With more lines than colours, a colour comes again with another marker.
+                marker=MARKERS[(number + number // len(COLORS)) % len(MARKERS)],
                 elinewidth=0.5,
                 label=name.replace("_", " "),
             )
