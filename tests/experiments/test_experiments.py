@@ -692,7 +692,7 @@ def test_the_tables_of_results_and_readme_are_those_of_the_records():
         test = scipy.stats.ttest_rel(some["ours"], some["pnp_admm"])
         low, high = test.confidence_interval(0.95)
         gap = f"{(low + high) / 2:+.2f} ± {(high - low) / 2:.2f}".replace("-", "−")
-        (line,) = table_of(text, "ours minus PnP-ADMM", "PSNR, dB")
+        (line,) = table_of(text, "OURS minus PnP-ADMM", "PSNR, dB")
         assert gap in line, name
     gaps = differences(tool["rows_with"](300), "ours", 300, "psnr")
     ahead = sum(d.corrected < 0.05 and d.mean > 0 for d in gaps)
