@@ -55,7 +55,7 @@ NOISE = ", from noise"
 
 
 def equal_budgets(rows: pd.DataFrame, metric: str) -> Panels:
-    """Draws DPS, ours and the guess alone over the budget of evaluations, task by task."""
+    """Draws DPS, ours as tuned for a budget, and the guess alone over the budget, task by task."""
     return by_budget(_of_grid(rows, ablations.equal_budgets), metric)
 
 
@@ -115,7 +115,7 @@ def by_change(rows: pd.DataFrame, metric: str) -> dict[str, Changes]:
 
 
 def by_prior(rows: pd.DataFrame, metric: str, priors: Sequence[str] = PRIORS) -> Panels:
-    """Draws what a prior is used by, and what needs none, over the places of `priors`."""
+    """Draws each method over the places of `priors`, task by task."""
     places = {name: place for place, name in enumerate(priors)}
     nothing = pd.Series(float("nan"), rows.index)
     rough = rows.get("smoothness", nothing).eq(0)
