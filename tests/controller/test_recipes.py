@@ -15,6 +15,7 @@ from diffoc.commands.panel import Panel
 from diffoc.commands.solve import RECIPES, Settings
 from diffoc.data import digits
 from diffoc.data.manifest import data_folder
+from diffoc.experiments.inaccurate import IdentityDenoiser
 from diffoc.experiments.methods import METHODS, settings_of
 from diffoc.priors import wrap
 from diffoc.priors.counting import CountedPrior
@@ -76,6 +77,21 @@ def test_every_door_has_the_same_default():
 
 def test_recipes_know_the_tasks_by_name():
     assert tuple(tasks.TASKS) == TASKS
+
+
+@pytest.mark.parametrize("from_noise", [False, True])
+def test_what_is_not_measured_stays_where_ours_starts(from_noise):
+    """Without a network and without smoothness a hidden pixel has no control."""
+    g, prior = seeded(), IdentityDenoiser((1, 16, 16))
+    physics = task("random_inpainting", prior.image_shape, g)
+    truth, x = torch.randn(2, 2, 1, 16, 16, generator=g)
+    y = measure(physics, truth, g)
+    settings = {"budget": 60, "steps": 10, "smoothness": 0.0, "iterations": 3}
+    given = prior, physics, y, x, g
+    x0 = METHODS["ours"].run(*given, noise_std=0.05, **settings, from_noise=from_noise)
+    hidden = (physics.mask == 0).expand_as(x)
+    torch.testing.assert_close(x0[hidden], (x if from_noise else 0 * x)[hidden])
+    assert not torch.allclose(x0[~hidden], x[~hidden], atol=0.1)
 
 
 @pytest.mark.parametrize("recipe", [OURS, QUICK])
