@@ -99,8 +99,10 @@ def solve(
 def image_units(schedule: Schedule, times: Tensor) -> tuple[float, ...]:
     r"""Returns the image's scale :math:`\alpha_i` in the T states that controls act on.
 
-    As the units of :class:`diffoc.rules.LBFGS` they make controls of all steps changes of the
-    image, which takes fewer iterations than the states' own units: of a portrait's linear tasks
-    some two fifths. The T + 1 times are those of the process, the schedule is the prior's.
+    Beside the image in its state a control :math:`u_i` is as large as :math:`u_i / \alpha_i` beside
+    the image itself. As the units of :class:`diffoc.rules.LBFGS` they let late controls take larger
+    steps than early ones. That may take fewer iterations: of a portrait's linear tasks some two
+    fifths. It does not make all controls move the final image alike. The T + 1 times are those of
+    the process, the schedule is the prior's.
     """
     return tuple(schedule(times[:-1])[0].tolist())
