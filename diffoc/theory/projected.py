@@ -1,4 +1,4 @@
-r"""The paper's own high-dimensional recursion, Appendix D.1: Jacobians of rank r, by sketches.
+r"""The paper's own high-dimensional recursion, Appendices D.1 and D.2: Jacobians of rank r.
 
 Eq. 79 keeps a matrix A as a basis P of its range, (n, r) with orthonormal columns, and the
 projection :math:`P^T A`, so that :math:`A \approx P P^T A`; the basis is that of a randomised SVD
@@ -21,9 +21,10 @@ What the paper leaves open, and what is done here:
 
 - *Whose P?* The equations write one P and say that it "need not be" one. With two passes every
   matrix has its own, as Eq. 79 asks: that of step i spans :math:`h_x \Omega`, that of the terminal
-  Hessian H spans :math:`H \Omega`. With one pass P spans the random :math:`\Omega` itself, as in
-  the released code by default, and here it serves all matrices, as the equations are written: a
-  new random P in each step would forget all but some r / n of V at each.
+  Hessian H spans :math:`H \Omega`. With one pass P spans the random :math:`\Omega` itself, and
+  serves all matrices, as the equations are written. The released code's bases are random by
+  default, too, but new for every matrix and step, which forgets all but some r / n of V at each;
+  its Jacobians are projected from the left. (As released its rank is 0.)
 - *The dropped leading factor.* "We drop the leading P" keeps a product of matrices as a pair.
   The next product projects it again: C needs :math:`P^T Z`, and what of Z lies outside the span of
   P is lost. That is an approximation in every step, of which the paper gives no bound.
