@@ -9,7 +9,6 @@ from dataclasses import replace
 import pytest
 
 from diffoc.data.files import csv_text
-from diffoc.experiments import records
 from diffoc.experiments.records import (
     COLUMNS,
     METRICS,
@@ -285,7 +284,3 @@ def test_success_replaces_failure_and_not_the_other_way_round(tmp_path):
     assert read(path)[CELL][0]["status"] == "ok"
     write(path, failed)
     assert read(path)[CELL][0]["status"] == "ok"
-
-
-def test_cells_are_read_from_their_rows():
-    assert records.Cell.of(CELL.rows()) == CELL

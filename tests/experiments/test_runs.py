@@ -4,7 +4,6 @@ import importlib.util
 import math
 import multiprocessing
 import os
-import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fake_cells import CELLS, fake, in_workers, sleeping, without_b
 from PIL import Image
 
 from diffoc.data.provenance import device_name
@@ -22,7 +22,6 @@ from diffoc.experiments.methods import METHODS
 from diffoc.experiments.records import (
     ENVIRONMENT,
     METRICS,
-    Cell,
     by_image,
     in_batches,
     read,
@@ -36,30 +35,11 @@ from diffoc.experiments.runs import (
     method_errors,
     run_cells,
     unfinished,
-    worker_number,
 )
 from diffoc.problems.tasks import TASKS, UnsupportedTask
 from diffoc.riccati import SingularControlHessianError
 
-CELLS = [
-    Cell("none", "float32", task, "fake", 5, "{}", seed, tuple("abc"[: 1 + seed % 3]))
-    for task in ("one", "two")
-    for seed in range(6)
-]
-
-
 NUMBERS = dict.fromkeys(METRICS, "1")
-
-
-def fake(cell):
-    """Numbers that depend on the cell alone."""
-    if (cell.task, cell.seed) == ("two", 3):
-        raise UnsupportedTask("not this one")
-    rows = []
-    for name in cell.images:
-        number = cell.seed + len(cell.task + name) / 7
-        rows.append({key: f"{number:.9g}" for key in METRICS} | {"evaluations": str(cell.nfe)})
-    return rows, torch.full((len(cell.images), 1), float(cell.seed))
 
 
 def run(path, compute=fake, cells=CELLS, **options):
@@ -196,16 +176,11 @@ def test_an_image_that_fails_takes_no_other_of_its_batch_with_it(jobs, tmp_path,
         assert rows[name]["psnr"] == expected["psnr"]
     assert [rows[name]["status"] for name in "abc"] == ["ok", "failed", "ok"]
     assert rows["b"]["error"] == "RuntimeError('b broke')"
+    assert rows["b"]["versions"]
+    assert rows["b"]["device"]
     assert {row["batch"] for row in rows.values()} == {"1"}
     assert kept == ["a", "c"]
     assert unfinished([cell], path) == []
-
-
-def without_b(cell):
-    with method_errors():
-        if "b" in cell.images:
-            raise RuntimeError("b broke")
-    return fake(cell)
 
 
 def test_products_are_not_shortened(tmp_path):
@@ -225,26 +200,6 @@ def test_products_are_not_shortened(tmp_path):
     pictures = {"a": tmp_path / "a.png"}
     measure(pictures, pictures, lambda pixels: asked(CELLS[0]) and pixels.float().mean((2, 3)))
     assert found == [False] * 6
-
-
-def test_a_failure_is_recorded_and_stops_nothing(tmp_path):
-    broken = {2, 4}
-
-    def fragile(cell):
-        if cell.task == "one" and cell.seed in broken:
-            with method_errors():
-                raise RuntimeError("it broke")
-        return fake(cell)
-
-    path = tmp_path / "table.csv"
-    assert run(path, fragile) == {"ok": 9, "failed": 2, "unsupported": 1}
-    row = by_image(read(path))[replace(CELLS[2], images=("a",))]
-    assert (row["status"], row["error"]) == ("failed", "RuntimeError('it broke')")
-    assert row["versions"]
-    assert row["device"]
-    broken.clear()
-    assert run(path, fragile)["failed"] == 2, "not tried again unless asked for"
-    assert run(path, fragile, retry_failed=True) == {"ok": 11, "failed": 0, "unsupported": 1}
 
 
 DEVICE = (
@@ -309,13 +264,14 @@ def slow(cell):
     return fake(cell)
 
 
+# A fork has torch loaded already, which a new process waits for.
+BEGIN = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+
+
 def test_a_killed_process_goes_on_where_it_was(tmp_path, expected):
-    path = tmp_path / "table.csv"
-    # A fork has torch loaded already, which a new process waits for.
-    begin = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    known = 0
+    path, known = tmp_path / "table.csv", 0
     for _ in range(3):
-        process = begin.Process(target=run, args=(path, slow))
+        process = BEGIN.Process(target=run, args=(path, slow))
         size = path.stat().st_size if path.exists() else 0
         process.start()
         while process.is_alive() and (not path.exists() or path.stat().st_size <= size):
@@ -333,24 +289,13 @@ def test_a_killed_process_goes_on_where_it_was(tmp_path, expected):
     assert len(path.read_text().splitlines()) == 1 + sum(len(cell.images) for cell in CELLS)
 
 
-WORKERS = """
-import os, sys, time
-sys.path.insert(0, {tests!r})
-from pathlib import Path
-import test_runs
+def with_workers(path):
+    from joblib.externals.loky import reusable_executor
 
-print("ready", flush=True)
-test_runs.run(Path({path!r}), test_runs.sleeping, jobs=2)
-"""
-
-
-def sleeping(cell):
-    """The third cell takes longer than the test."""
-    folder = Path(os.environ["WORKERS"])
-    (folder / str(os.getpid())).touch()
-    if cell.seed > 1:
-        time.sleep(60)
-    return fake(cell)
+    # What a fork has of them are the parent's workers; a reference to them ends none.
+    parents, reusable_executor._executor = reusable_executor._executor, None
+    run(path, sleeping, jobs=2)
+    del parents
 
 
 def test_workers_end_with_the_run_that_started_them(tmp_path, monkeypatch):
@@ -358,13 +303,12 @@ def test_workers_end_with_the_run_that_started_them(tmp_path, monkeypatch):
     pids.mkdir()
     monkeypatch.setenv("WORKERS", str(pids))
     monkeypatch.setenv("PYTHONPATH", f"{Path(__file__).parent}:{os.environ.get('PYTHONPATH', '')}")
-    script = WORKERS.format(tests=str(Path(__file__).parent), path=str(path))
-    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) as process:
-        process.stdout.readline()
-        while process.poll() is None and (not path.exists() or len(read(path)) < 2):
-            time.sleep(0.05)
-        process.terminate()
-        process.wait()
+    process = BEGIN.Process(target=with_workers, args=(path,))
+    process.start()
+    while process.is_alive() and (not path.exists() or len(read(path)) < 2):
+        time.sleep(0.05)
+    process.terminate()
+    process.join()
     workers = {int(file.name) for file in pids.iterdir()}
     assert workers
     for _ in range(400):
@@ -406,11 +350,6 @@ def test_a_shard_beyond_the_last_cell_leaves_no_file(tmp_path):
     assert not folder.exists()
 
 
-def in_workers(cell):
-    rows, images = fake(cell)
-    return [row | {"error": f"{os.getpid()} {torch.get_num_threads()}"} for row in rows], images
-
-
 @pytest.mark.parametrize(
     "backend",
     [
@@ -441,21 +380,10 @@ def test_two_workers_make_the_same_table(tmp_path, expected, backend, monkeypatc
     assert str(os.getpid()) not in {row["error"].split()[0] for row in rows}
     assert {row["error"].split()[1] for row in rows} == {"1"}
     assert {row["threads"] for row in rows} == {"1"}
-
-
-def numbered(cell):
-    rows, images = in_workers(cell)
-    time.sleep(0.02)  # so that both have some
-    return [row | {"error": f"{os.getpid()} {worker_number(os.getppid())}"} for row in rows], images
-
-
-def test_workers_have_numbers_of_their_own_by_which_they_take_their_cards(tmp_path, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
-    run(tmp_path / "table.csv", numbered, jobs=2)
-    cells = read(tmp_path / "table.csv").values()
-    found = {row["error"] for cell in cells for row in cell if row["status"] == "ok"}
-    assert sorted(each.split()[1] for each in found) == ["0", "1"][: len(found)]
-    assert len({each.split()[0] for each in found}) == len(found)
+    if backend == "loky":  # each has a number of its own, by which it takes its card
+        found = {row["error"] for row in rows}
+        assert sorted(each.split()[2] for each in found) == ["0", "1"][: len(found)]
+        assert len({each.split()[0] for each in found}) == len(found)
 
 
 def test_a_worker_on_cuda_takes_the_card_of_its_number(monkeypatch):
