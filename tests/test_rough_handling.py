@@ -7,7 +7,6 @@ import pickle
 import re
 import shutil
 import tarfile
-import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +18,7 @@ import yaml
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from matplotlib.figure import Figure
 from PIL import Image
-from safetensors.torch import load_file, save, save_file
+from safetensors.torch import save
 
 import diffoc
 import notebooks
@@ -97,17 +96,15 @@ def test_two_that_write_the_same_file_at_once_both_succeed(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("where", [{"in_place": True}, {"out": "."}])
-def test_on_a_full_disk_a_notebook_stays_as_it_was(where, tmp_path, full_disk, monkeypatch):
+def test_on_a_full_disk_a_notebook_stays_as_it_was(tmp_path, full_disk):
     path = tmp_path / "00_a.ipynb"
     cells = [nbformat.v4.new_code_cell("print('long' * 2000)")]
     nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
     before = path.read_bytes()
-    where = {key: tmp_path if key == "out" else value for key, value in where.items()}
     with full_disk(7000), pytest.raises(OSError, match=r"00_a\.ipynb could not be written"):
-        notebooks.execute([path], **where)
+        notebooks.execute([path], in_place=True)
     assert path.read_bytes() == before
-    assert {file.name for file in tmp_path.iterdir()} - {".lock"} == {path.name}
+    assert list(tmp_path.iterdir()) == [path]
 
 
 CELL = Cell("none", "float32", "task", "method", 3, as_json({}), 0, ("a.png", "b.png"))
@@ -277,22 +274,6 @@ def test_no_code_comes_with_a_model(changes, pipeline, tmp_path, monkeypatch):
 # Damage
 
 
-def halved(folder):
-    content = (folder / WEIGHTS).read_bytes()
-    (folder / WEIGHTS).write_bytes(content[: len(content) // 2])
-
-
-def without_a_tensor(folder):
-    state = load_file(folder / WEIGHTS)
-    del state["conv_in.weight"]
-    save_file(state, folder / WEIGHTS, {"format": "pt"})
-
-
-def of_another_shape(folder):
-    state = load_file(folder / WEIGHTS)
-    save_file(state | {"conv_in.weight": torch.zeros(3)}, folder / WEIGHTS, {"format": "pt"})
-
-
 def without_a_number(folder):
     edit(folder / "unet" / "config.json", sample_size="large")
 
@@ -312,9 +293,6 @@ def with_no_levels(folder):
 @pytest.mark.parametrize(
     ("damage", "says"),
     [
-        (halved, "unet holds no UNet2DModel, or is damaged"),
-        (without_a_tensor, r"unet is damaged: conv_in\.weight"),
-        (of_another_shape, "unet holds no UNet2DModel, or is damaged"),
         (without_a_number, "sample_size is 'large'"),
         (without_settings, r"config\.json is damaged"),
         (with_levels_that_fall, "scheduler has betas"),
@@ -408,22 +386,6 @@ def test_weights_have_names_of_ours(tmp_path):
         with pytest.raises(ValueError, match="name is"):
             write_weights(DigitClassifier(), name, tmp_path / "in")
     assert [path.name for path in tmp_path.rglob("*")] == ["in"]
-
-
-def test_members_of_an_archive_that_point_outside_go_nowhere(tmp_path):
-    """What .npz files hold is read by name, never unpacked."""
-    folder = tmp_path / "in" / "deep"
-    folder.mkdir(parents=True)
-    for name in ("a.npz", "faces64.npz"):
-        with zipfile.ZipFile(folder / name, "w") as archive:
-            for member in ("../../escaped", "../../y.npy", "../../test.npy"):
-                archive.writestr(member, b"anything")
-    with pytest.raises(ValueError, match="damaged"):
-        from_measurement(folder / "a.npz", (1, 28, 28), Settings("super_resolution", "mnist"))
-    with pytest.raises(ValueError, match="damaged"):
-        data.faces("test", root=folder)
-    found = sorted(path.name for path in tmp_path.rglob("*") if path.is_file())
-    assert found == ["a.npz", "faces64.npz"]
 
 
 def test_a_downloaded_archive_that_points_outside_is_refused(tmp_path, monkeypatch):
@@ -575,16 +537,3 @@ def test_what_lies_in_the_place_of_weights_is_looked_at_before_the_work(
         assert main(command) == 2
         assert re.search(rf"diffoc: path .*{name}\.safetensors", capsys.readouterr().err)
         assert file.read_bytes() == wrong
-
-
-def test_a_diffusers_folder_with_more_weights_than_its_config_says_is_refused(tmp_path):
-    settings = {"sample_size": 8, "in_channels": 1, "out_channels": 1, "norm_num_groups": 4}
-    blocks = {"block_out_channels": (8, 8), "down_block_types": ("DownBlock2D",) * 2}
-    blocks |= {"up_block_types": ("UpBlock2D",) * 2}
-    UNet2DModel(layers_per_block=2, **settings, **blocks).save_pretrained(tmp_path)
-    DDPMScheduler().save_pretrained(tmp_path)
-    load_prior(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"layers_per_block": 1}))
-    with pytest.raises(ValueError, match=r"another network than config\.json"):
-        load_prior(tmp_path)

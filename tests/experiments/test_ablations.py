@@ -13,7 +13,7 @@ from diffoc.data import digits
 from diffoc.data.pictures import write_picture
 from diffoc.experiments import cells as experiments
 from diffoc.experiments.ablations import ABLATIONS, BUDGETS, HORIZONS, TASKS, ablation_cells
-from diffoc.experiments.cells import Computer, work_of
+from diffoc.experiments.cells import work_of
 from diffoc.experiments.methods import METHODS, read_tuned
 from diffoc.experiments.records import read
 from diffoc.priors.counting import CountedPrior
@@ -47,6 +47,7 @@ def test_every_cell_is_there_once_and_can_be_planned(table):
     assert {cell.task for cell in found} == set(TASKS)
     assert {cell.images for cell in found} == {("a", "b"), ("c",)}
     assert all(work_of(cell)[0] >= 0 for cell in found)
+    assert all(json.loads(cell.settings) == cell.keywords for cell in found)
     assert len(cells(table, seeds=(0, 1))) == 2 * len(found)
     some = cells(table, methods=[found[0].method], tasks=TASKS[:1])
     assert {(cell.method, cell.task) for cell in some} == {(found[0].method, TASKS[0])}
@@ -274,10 +275,3 @@ def test_each_image_has_a_deep_image_prior_of_its_own():
     ]
     assert torch.equal(found[0][0], found[1][0])
     assert METHODS["deep_image_prior"].settings("super_resolution", 300) == {}
-
-
-def test_settings_are_json(folder):
-    for table in ABLATIONS:
-        for cell in cells(table):
-            assert json.loads(cell.settings) == cell.keywords
-    assert Computer(folder).folder == folder

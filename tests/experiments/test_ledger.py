@@ -302,11 +302,6 @@ def test_the_results_have_the_numbers_of_the_ledger():
         assert shown.format(values[name]) in text
 
 
-def test_make_reproduce_ends_with_the_ledger():
-    rule = (ROOT / "Makefile").read_text().split("\nreproduce:")[1].split("\n\n")[0]
-    assert rule.splitlines()[-1].startswith("\t$(RUN) diffoc claims; ")
-
-
 def test_planned_commands_are_commands():
     commands = [
         c.planned for c in ledger.read(ledger.LEDGER) if c.planned and "python -m" in c.planned
