@@ -1,4 +1,4 @@
-"""No method lets an image of a batch change another: each of them, on the shipped priors.
+"""No method lets an image of a batch change another, or its operator the other's.
 
 In double precision, so that what is left is rounding, and with one noise for every image and call,
 so that an image is given the same alone as beside another.
@@ -6,13 +6,15 @@ so that an image is given the same alone as beside another.
 
 import pytest
 import torch
+from azula.noise import VPSchedule
 
 import diffoc
 from diffoc.baselines.decomposition import pseudo_inverse
-from diffoc.data import images as data
 from diffoc.experiments.methods import METHODS
+from diffoc.priors.gaussian import GaussianMixturePrior
+from diffoc.priors.mixture import mixture_from_loadings
 from diffoc.priors.severity import load_severity_encoder
-from diffoc.problems.tasks import measure, task
+from diffoc.problems.tasks import for_each, measure, task
 
 NOISE_STD = 0.05
 SHORT = {
@@ -28,7 +30,7 @@ SHORT = {
     "deep_image_prior": {"iterations": 4, "channels": 8},
     "flash_diffusion": {"steps": 12},
     # With less, its conjugate gradients make 0.06 of 1e-15, whoever is beside the image.
-    "diffpir": {"strength": 1e4},
+    "diffpir": {"strength": 1e3},
 }
 LOOSE = {
     "paper": 1e-7,
@@ -64,31 +66,42 @@ def _one_noise(monkeypatch):
 
 @pytest.fixture(scope="module")
 def priors():
-    """mnist, and for latent methods that of faces, in double precision; where they start."""
-    return {name: diffoc.load_prior(name).double() for name in ("mnist", "faces64_latent")}
+    """A mixture of Gaussians, and for latent methods that of faces, in double precision."""
+    g = generator()
+    means, loadings = torch.randn(2, 256, generator=g), torch.randn(2, 256, 2, generator=g)
+    mixture = mixture_from_loadings(torch.zeros(2), means / 3, loadings / 3, torch.ones(2) / 9)
+    schedule = VPSchedule(alpha_min=1e-2, sigma_min=1e-2)
+    return {
+        "pixels": GaussianMixturePrior(mixture, schedule, (1, 16, 16)).double(),
+        "latents": diffoc.load_prior("faces64_latent").double(),
+    }
 
 
 def cases():
     for name, method in METHODS.items():
-        for place in ("gaussian_blur",) if method.latent else ("random_inpainting", "motion_blur"):
-            yield pytest.param(name, place, id=f"{name}-{place}")
+        if method.latent:
+            yield name, "gaussian_blur", False
+        else:
+            yield from ((name, place, True) for place in ("random_inpainting", "motion_blur"))
+            yield name, "motion_blur", False
 
 
 @pytest.mark.usefixtures("_one_noise")
-@pytest.mark.parametrize(("name", "place"), cases())
-def test_an_image_beside_noise_comes_out_as_alone(name, place, priors):
+@pytest.mark.parametrize(("name", "place", "own"), cases())
+def test_an_image_beside_noise_comes_out_as_alone(name, place, own, priors):
+    """With the operator of both, or with one of its own."""
     method = METHODS[name]
-    prior = priors["faces64_latent" if method.latent else "mnist"]
-    shape = prior.decoded_shape if method.latent else prior.image_shape
-    if method.latent:
-        picture = torch.linspace(-1, 1, 64).expand(1, *shape).double()
-    else:
-        picture = data.digits()[0][:1].double()
+    prior = priors["latents" if method.latent else "pixels"]
+    small = prior.image_shape if method.latent else (1, 16, 16)
+    shape = prior.decoded_shape if method.latent else small
+    picture = torch.linspace(-1, 1, shape[-1]).expand(1, *shape).double()
     beside = 2 * torch.rand(1, *shape, generator=generator(), dtype=torch.float64) - 1
-    physics = task(place, shape, generator()).to(torch.float64)
-    y = torch.cat([measure(physics, one, generator(), NOISE_STD) for one in (picture, beside)])
+    first = task(place, shape, generator()).to(torch.float64)
+    other = task(place, shape, generator().manual_seed(1)).to(torch.float64) if own else first
+    pairs = (first, picture), (other, beside)
+    y = torch.cat([measure(physics, one, generator(), NOISE_STD) for physics, one in pairs])
     _, sigma = prior.schedule(torch.ones((), dtype=torch.float64))
-    x = sigma * randn(2, *prior.image_shape, generator=generator(), dtype=torch.float64)
+    x = sigma * randn(2, *small, generator=generator(), dtype=torch.float64)
 
     large = {"stopped": 120, "paper": 1000, "paper_tuned": 1000, "released": 1000}
     settings = method.settings(place, large.get(name, 4))
@@ -98,6 +111,7 @@ def test_an_image_beside_noise_comes_out_as_alone(name, place, priors):
         settings["encoder"] = load_severity_encoder().double()
 
     def images(count):
+        physics = for_each([first, other]) if own and count == 2 else first
         given = (prior, physics, y[:count], x[:count].clone(), generator())
         return method.run(*given, noise_std=NOISE_STD, **settings)
 
