@@ -375,19 +375,6 @@ def test_evaluations_and_products_are_as_documented(method):
         assert setting.prior.products == 2 * products
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_problems_do_not_influence_each_other(method):
-    settings, _, _ = COSTS[method]
-    setting = Setting(3)
-    setting.y = setting.y + noise(3, M, seed=8)
-    together = setting.run(method, **settings)
-    setting.y = torch.cat([setting.y[:1], 5 * setting.y[1:]])
-    setting.x = torch.cat([setting.x[:1], 3 * setting.x[1:]])
-    torch.testing.assert_close(
-        setting.run(method, **settings)[0], together[0], rtol=1e-3, atol=1e-4
-    )
-
-
 @pytest.mark.parametrize("method", [pgdm, diffpir])
 def test_nonlinear_operators_are_refused_before_any_evaluation(method):
     setting = Setting(2)

@@ -60,7 +60,7 @@ def close(found, expected):
 
 @pytest.mark.parametrize("mode", ["input", "output"])
 @pytest.mark.parametrize("update", ["full", "paper"])
-@pytest.mark.parametrize(("n", "k"), [(200, 20), (30, 5), (12, 12), (30, 1), (30, 0)])
+@pytest.mark.parametrize(("n", "k"), [(60, 20), (30, 5), (12, 12), (30, 1), (30, 0)])
 @pytest.mark.parametrize("a", [0.0, 0.7])
 def test_equal_to_the_dense_recursion(mode, update, n, k, a):
     expansions, free, dense, low = setting(mode, n, k)
