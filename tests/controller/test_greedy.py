@@ -57,8 +57,8 @@ def test_the_correction_is_the_normal_equations_solution(ratio):
 @pytest.mark.parametrize("name", TASKS)
 def test_the_correction_is_deepinv_s_proximal_map(name):
     generator = seeded()
-    physics = task(name, (1, 64, 64), generator)
-    x, truth = torch.randn(2, 3, 1, 64, 64, generator=generator)
+    physics = task(name, (1, 32, 32), generator)
+    x, truth = torch.randn(2, 3, 1, 32, 32, generator=generator)
     y = measure(physics, truth, generator)
     found = x + correction(physics, y, x, 50.0, tol=1e-5)
     one_by_one = zip(x.split(1), y.split(1), strict=True)
@@ -163,19 +163,17 @@ def test_a_guess_is_the_minimum_after_few_iterations(name, most, channels):
     u = greedy_controls(process, physics, y, 0 * truth, 0.05, 2.0, channels == 3)[1]
     assert len(applied) <= most
     alpha, sigma = process.denoiser.schedule(process.times[0])
-    waves = torch.kron(torch.eye(channels).double(), torch.kron(cosines(32), cosines(32)))
-    precision = (alpha / sigma) ** 2 + 1 / image_spectrum((32, 32), 2.0).flatten()
+    waves, axes, shares = cosines(32), torch.eye(1).double(), torch.ones(1).double()
     if channels == 3:
         axes = torch.tensor([*COLOURS]).double()
         axes = axes / axes.norm(dim=1, keepdim=True)
-        waves = torch.kron(axes, torch.eye(32 * 32).double()) @ waves
         shares = 3 * torch.tensor([*COLOURS.values()]).double()
-        spectrum = shares[:, None] * image_spectrum((32, 32), 2.0).flatten()
-        precision = ((alpha / sigma) ** 2 + 1 / spectrum).flatten()
+    precision = (alpha / sigma) ** 2 + 1 / (shares[:, None, None] * image_spectrum((32, 32), 2.0))
 
     def gradient(d):
-        smooth = ((d.flatten(1) @ waves.mT) * precision) @ waves
-        return smooth.reshape(d.shape) - physics.A_adjoint(y - forward(d)) / 0.05**2
+        seen = waves @ torch.einsum("ac,bchw->bahw", axes, d) @ waves.mT
+        smooth = torch.einsum("ac,bahw->bchw", axes, waves.mT @ (precision * seen) @ waves)
+        return smooth - physics.A_adjoint(y - forward(d)) / 0.05**2
 
     d = u / process.coefficients[0][1]
     assert gradient(d).norm() < 1e-4 * gradient(0 * d).norm()
@@ -275,7 +273,7 @@ def test_the_greedy_guess_saves_evaluations(name):
     scores = {}
     for greedy in (False, True):
         counted = CountedPrior(load_prior("mnist"), None)
-        recipe = replace(COLD, iterations=8, guess=greedy)
+        recipe = replace(COLD, iterations=4, guess=greedy)
         x0 = reconstruct(Problem(physics, y, 0.05), counted, recipe, x=0 * truth).x0
         scores[greedy] = image_metrics(x0, truth)["psnr"].item()
     assert scores[True] > scores[False] + 1
@@ -327,7 +325,7 @@ def test_ours_needs_a_cost(weight):
         ours(load_prior("mnist"), physics, physics.A(x), x, seeded(), **settings)
 
 
-@pytest.mark.parametrize("budget", [20, 33, 60])
+@pytest.mark.parametrize("budget", [20, 33])
 def test_ours_uses_up_its_budget(budget):
     generator = seeded()
     prior = CountedPrior(load_prior("mnist"))

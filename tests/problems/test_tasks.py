@@ -274,7 +274,7 @@ def test_paths_have_the_distributions_of_the_library_that_the_paper_uses(intensi
     """Total length 3/4 (U + I^2 U') diagonals, and at most a step more; headings within bounds."""
     generator = seeded(7)
     totals, headings = [], []
-    for _ in range(1500):
+    for _ in range(400):
         steps = kernels._random_steps(1.0, intensity, generator)
         totals.append(steps.abs().sum().item())
         headings.append(steps.angle().abs().max().item())
