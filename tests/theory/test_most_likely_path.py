@@ -10,9 +10,7 @@ from diffoc.process import METHODS
 from diffoc.theory.most_likely_path import (
     GRID,
     bimodal_prior,
-    exact_score,
     planned_ends,
-    score_error,
     values,
 )
 
@@ -77,20 +75,3 @@ def test_one_step_without_noise_is_a_chain_rule(noise_std):
     expected = -torch.autograd.grad(cost, x)[0][:, 0].numpy()
     (found,) = values(prior, zero, noise_std, 1)
     np.testing.assert_allclose(found.h_transform[NEAR], expected[NEAR], rtol=1e-4, atol=1e-2)
-
-
-def test_only_what_averages_over_the_noise_tends_to_the_score():
-    prior = bimodal_prior()
-    errors = {}
-    for steps in (10, 40):
-        value = next(v for v in values(prior, Y, S, steps) if abs(v.t - 0.3) < 1e-9)
-        errors[steps] = [
-            score_error(estimate, prior, Y, S, value.t)
-            for estimate in (value.h_transform, value.stochastic, value.noise_free)
-        ]
-    (h, stochastic, noise_free) = errors[40]
-    assert h < errors[10][0] / 3
-    assert stochastic < errors[10][1] / 3
-    assert stochastic < 0.4
-    assert noise_free > 1.5
-    assert score_error(exact_score(prior, Y, S, 0.3).numpy(), prior, Y, S, 0.3) == 0
