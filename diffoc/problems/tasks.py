@@ -304,14 +304,20 @@ def _kernel_size(side: int) -> int:
     return max(3, 2 * round((61 * side / _FULL_SIDE - 1) / 2) + 1)
 
 
+def _filter(kernel: Tensor) -> Tensor:
+    """Returns a kernel for images: without subnormal numbers, which some processes flush to zero."""
+    kernel = kernel.float()
+    return kernel.where(kernel >= torch.finfo(kernel.dtype).tiny, 0)[None, None]
+
+
 def _blur(kernel: Tensor) -> Blur:
-    return Blur(kernel[None, None].float(), padding="reflect")
+    return Blur(_filter(kernel), padding="reflect")
 
 
 class _CameraBlur(nn.Module):
     def __init__(self, kernel: Tensor) -> None:
         super().__init__()
-        self.register_buffer("kernel", kernel[None, None].float())
+        self.register_buffer("kernel", _filter(kernel))
 
     def forward(self, x: Tensor) -> Tensor:
         light = _to_light((x + 1) / 2)

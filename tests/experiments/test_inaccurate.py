@@ -89,8 +89,8 @@ def test_a_wrong_prior_is_the_same_every_time_and_its_digest_tells_it():
 
 
 DIGESTS = """
-import torch
-torch.set_flush_denormal(True)  # as commands do
+import sys, torch
+torch.set_flush_denormal("flush" in sys.argv)  # commands flush, a reader's program does not
 from diffoc.data.provenance import digest
 from diffoc.experiments.cells import load_once
 from diffoc.problems.tasks import TASKS, task
@@ -101,11 +101,12 @@ for name in TASKS:
 """
 
 
-def test_what_records_identify_by_digests_is_the_same_on_every_cpu(capsys):
+def test_what_records_identify_by_digests_is_the_same_on_every_cpu(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [""])
     exec(DIGESTS, {})
     here = capsys.readouterr().out
     plain = subprocess.run(  # no vector instructions
-        [sys.executable, "-c", DIGESTS],
+        [sys.executable, "-c", DIGESTS, "flush"],
         env=os.environ | {"ATEN_CPU_CAPABILITY": "default"},
         capture_output=True,
         text=True,
