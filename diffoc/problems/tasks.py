@@ -305,7 +305,7 @@ def _kernel_size(side: int) -> int:
 
 
 def _filter(kernel: Tensor) -> Tensor:
-    """Returns a kernel for images: without subnormal numbers, which some processes flush to zero."""
+    """Returns a kernel for images, without subnormal numbers, which some processes flush."""
     kernel = kernel.float()
     return kernel.where(kernel >= torch.finfo(kernel.dtype).tiny, 0)[None, None]
 
