@@ -50,6 +50,7 @@ TESTS = (
     "test_experiments",
     "test_full_size",
     "test_greedy",
+    "test_image_by_image",
     "test_inaccurate",
     "test_latent",
     "test_latent_baselines",
