@@ -53,6 +53,9 @@ ROUGH = ", no smoothness"
 NOISE = ", from noise"
 """After the label of such a controller that starts from random noise."""
 
+ALONE = ", guess alone"
+"""After the label of a controller that makes no plan where there is no network."""
+
 
 def equal_budgets(rows: pd.DataFrame, metric: str) -> Panels:
     """Draws DPS, ours as tuned for a budget, and the guess alone over the budget, task by task."""
@@ -122,7 +125,9 @@ def by_prior(rows: pd.DataFrame, metric: str, priors: Sequence[str] = PRIORS) ->
     noisy = rows.get("from_noise", nothing).eq(True)
     named = labels(rows) + rough.map({True: ROUGH, False: ""})
     named = named.where(~noisy, labels(rows) + NOISE)
-    rows = rows.assign(place=rows["prior"].map(prior_label).map(places), label=named)
+    kinds = rows["prior"].map(prior_label)
+    alone = kinds.eq("none") & rows.get("iterations", nothing).eq(0) & rows["method"].eq("ours")
+    rows = rows.assign(place=kinds.map(places), label=named.where(~alone, labels(rows) + ALONE))
     return curves(rows, "task", "label", "place", metric)
 
 

@@ -37,7 +37,7 @@ REGULARIZATIONS = (0, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1, "lemma_4_2")
 NOISE_LEVELS = (0.1, 0.2)
 """The levels of the weights' noise, relative to their root mean square."""
 
-CONSTANT_COSTS = (0.3, 3.0, 30.0, 300.0)
+CONSTANT_COSTS = (0.3, 3.0, 30.0, 100.0, 300.0)
 """The values of r for ours with one control cost r at all steps in place of the weighted one."""
 
 NO_COST = 1e-6
@@ -132,7 +132,8 @@ def robustness(
     Ours appears with its guess, which knows that images are smooth, with one that does not, and
     with that from random noise, where the paper's and the released algorithm start. These two have
     their own settings for NFE 1000, and are left out with another budget than 300, for which DPS
-    and ours are tuned. Where there are no trained weights, all priors have random ones.
+    and ours are tuned. Without a network ours appears as it is and as the guess alone. Where there
+    are no trained weights, all priors have random ones.
     """
     if trained:
         wrong = [prior, *(f"{prior}+noise{level:g}" for level in NOISE_LEVELS), UNTRAINED + prior]
@@ -154,6 +155,7 @@ def robustness(
         steps = {"iterations": iterations_within(nfe, COLD.steps)}
         yield none, name, "cold", nfe, _tuned(prior, "cold", name, nfe) | steps
         yield none, name, "ours", nfe, ours
+        yield none, name, "ours", nfe, ours | {"iterations": 0}
         yield none, name, "deep_image_prior", nfe, {}
 
 

@@ -78,7 +78,7 @@ def test_parts_are_named_by_what_was_taken_away():
         "not preconditioned": 1,
         "stopped at the noise level": 1,
         "almost no cost": 1,
-        **{f"constant cost {r}": 1 for r in ("0.3", "3", "30", "300")},
+        **{f"constant cost {r}": 1 for r in ("0.3", "3", "30", "100", "300")},
         "no plan, the guess alone: the guess knows no smoothness": 1,
         "no plan, the guess alone: the guess knows no colours": 1,
         "no plan, the guess alone: steps uniform in time": 1,
@@ -92,7 +92,7 @@ def test_changes_are_of_three_kinds_and_the_worst_is_first():
     places = {name: row["psnr"].item() for name, row in summary.by_part(found)[TASK].items()}
     groups = summary.by_change(both.sample(frac=1, random_state=0), "psnr")
     assert list(groups) == [summary.ONE_PART, summary.OTHER_COST, summary.OF_GUESS]
-    costs = {"almost no cost", *(f"constant cost {r}" for r in ("0.3", "3", "30", "300"))}
+    costs = {"almost no cost", *(f"constant cost {r}" for r in ("0.3", "3", "30", "100", "300"))}
     assert set(groups[summary.OTHER_COST]) == costs
     alone = f"{summary.GUESS}: "
     of_guess = {name for name in places if name.startswith(alone)}
@@ -136,6 +136,7 @@ def test_priors_in_their_order():
     assert (
         [x for x, _, _ in curves["PAPER"]] == [x for x, _, _ in curves["RELEASED"]] == [*range(4)]
     )
+    assert [x for x, _, _ in curves["OURS" + summary.ALONE]] == [5]
     for label in ("OURS", "OURS" + summary.ROUGH, "OURS" + summary.NOISE):
         assert len(curves[label]) >= 4
         for x, place, _ in curves[label]:

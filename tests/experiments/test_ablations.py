@@ -130,9 +130,9 @@ def test_parts_takes_away_one_at_a_time():
         changed = [{k for k in s if s[k] != usual.get(k)} for s in others]
         assert changed[:3] == [{"iterations"}, {"smoothness"}, {"in_units"}]
         assert changed[3:6] == [{"coloured"}, {"dense"}, {"stopped"}]
-        assert changed[6:11] == [{"weight"}] + [{"weighted", "weight"}] * 4
-        assert [s["weight"] for s in others[7:11]] == sorted(s["weight"] for s in others[7:11])
-        assert changed[11:] == [
+        assert changed[6:12] == [{"weight"}] + [{"weighted", "weight"}] * 5
+        assert [s["weight"] for s in others[7:12]] == sorted(s["weight"] for s in others[7:12])
+        assert changed[12:] == [
             {"iterations", part} for part in ("smoothness", "coloured", "dense")
         ]
 
