@@ -194,18 +194,19 @@ def _compare(
     path.write_text(text, encoding="utf-8")
     print(f"\n{text}\n{path}")
     for task in dict.fromkeys(task for _, task in sets):
-        shown = [out / "kept" / folders[key] for key in sets if key[1] == task]
-        print(_draw([truth, *map(pictures_in, shown)], out / f"{args.table}-{task}.png"))
+        shown = {key[0]: pictures_in(out / "kept" / folders[key]) for key in sets if key[1] == task}
+        print(_draw({"original": truth} | shown, out / f"{args.table}-{task}.png"))
 
 
-def _draw(sets: Sequence[dict[str, Path]], path: Path) -> Path:
-    """Writes a sheet of the first images: a row for every set, the originals first."""
-    names = [name for name in sets[0] if all(name in some for some in sets)][:FIGURE_IMAGES]
+def _draw(sets: Mapping[str, dict[str, Path]], path: Path) -> Path:
+    """Writes a sheet of the first images: a row with its label for every set, in their order."""
+    first, *others = sets.values()
+    names = [name for name in first if all(name in some for some in others)][:FIGURE_IMAGES]
     if not names:
         raise ValueError(f"{path} would be empty: no picture is in all of {len(sets)} sets")
-    side, _ = picture_size(sets[0][names[0]])
-    pictures = [read_picture(some[name], (3, side, side))[0] for some in sets for name in names]
-    figures.write_sheet(torch.cat(pictures), path, columns=len(names))
+    side, _ = picture_size(first[names[0]])
+    pictures = [read_picture(s[name], (3, side, side))[0] for s in sets.values() for name in names]
+    figures.write_sheet(torch.cat(pictures), path, columns=len(names), labels=list(sets))
     return path
 
 

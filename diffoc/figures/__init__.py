@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.rcsetup import cycler
 from matplotlib.typing import RcKeyType
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 from diffoc.data.files import replacing
@@ -139,7 +139,17 @@ def show(ax: Axes, image: Tensor) -> None:
     ax.spines[:].set_visible(False)
 
 
-def write_sheet(images: Tensor, path: Path, columns: int = 8) -> None:
-    """Writes a :func:`sheet` as picture, each pixel twice as large."""
+def write_sheet(images: Tensor, path: Path, columns: int = 8, labels: Sequence[str] = ()) -> None:
+    """Writes a :func:`sheet` as picture, each pixel twice as large, its rows labelled if wished."""
     pixels = sheet(images.cpu(), columns).numpy()
-    Image.fromarray(pixels.repeat(2, 0).repeat(2, 1)).save(path)
+    picture = Image.fromarray(pixels.repeat(2, 0).repeat(2, 1))
+    if labels:
+        height = 2 * images.shape[-2]
+        font = ImageFont.load_default(height / 8)
+        margin = round(max(map(font.getlength, labels)) + height / 8)
+        picture = ImageOps.expand(picture.convert("RGB"), (margin, 0, 0, 0), "white")
+        draw = ImageDraw.Draw(picture)
+        for row, label in enumerate(labels):
+            place = (margin / 2, (row + 0.5) * height)
+            draw.text(place, label, fill="black", font=font, anchor="mm")
+    picture.save(path)
