@@ -87,6 +87,8 @@ def feynman_kac(
 ) -> tuple[Tensor, Tensor]:
     r"""Estimates grad log p(y | x_t) at one state x, (n,), and time t > 0 by `count` draws.
 
+    Eq. 26 has p(y | x_t) as an integral over x_0, which is taken by these draws:
+
     .. math:: \frac{\alpha}{\sigma^2} \sum_j w_j (x_0^j - m), \qquad
               w_j \propto p(y \mid x_0^j), \quad x_0^j \sim p(x_0 \mid x_t)
 
