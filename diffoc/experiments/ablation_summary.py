@@ -1,9 +1,8 @@
 """The records of :mod:`diffoc.experiments.ablations` as curves: Figures 3 and 6, Tables 4 to 6.
 
-All functions but :func:`by_part` and :func:`by_change` take rows, as
-:func:`diffoc.experiments.records.rows_of` returns them, and a metric, and map a panel to a line to
-its curve, for :func:`diffoc.figures.plots.quality_curves`. Rows that do not belong to the curve are
-left out, and so are those without a result.
+Most functions take rows, as :func:`diffoc.experiments.records.rows_of` returns them, and a metric,
+and map a panel to a line to its curve, for :func:`diffoc.figures.plots.quality_curves`. Rows that
+do not belong to the curve are left out, and so are those without a result.
 """
 
 import json
@@ -57,9 +56,40 @@ ALONE = ", guess alone"
 """After the label of a controller that makes no plan where there is no network."""
 
 
-def equal_budgets(rows: pd.DataFrame, metric: str) -> Panels:
-    """Draws DPS, ours as tuned for a budget, and the guess alone over the budget, task by task."""
-    return by_budget(_of_grid(rows, ablations.equal_budgets), metric)
+def equal_budgets(rows: pd.DataFrame, trials: pd.DataFrame, metric: str) -> Panels:
+    """Draws :func:`at_equal_budgets` over the budget, task by task."""
+    return by_budget(at_equal_budgets(rows, trials), metric)
+
+
+def at_equal_budgets(rows: pd.DataFrame, trials: pd.DataFrame) -> pd.DataFrame:
+    """Returns the rows of DPS, ours and the guess alone at equal budgets; `nfe` is the budget.
+
+    A budget takes the settings of :func:`best_within`, of the trials of a method on a task. Where
+    none fit, or these were not run, it takes those that the grid has for it.
+    """
+    found = []
+    usual = _of_grid(rows, ablations.equal_budgets)
+    for place, some in usual.groupby(["prior", "task", "method", "nfe"], sort=False):
+        prior, task, method, nfe = place
+        best = best_within(select(trials, task=task, method=method), nfe)
+        taken = select(rows, prior=prior, task=task, method=method, settings=best)
+        taken = taken.drop_duplicates(["image", "seed"])  # some settings are tuned for two budgets
+        found.append((some if taken.empty else taken).assign(nfe=nfe))
+    return pd.concat(found) if found else usual
+
+
+def best_within(trials: pd.DataFrame, nfe: int) -> str | None:
+    """Returns, of the settings that were tuned for any budget, the best that fit into one.
+
+    The trials are those of a method on a task. Tuned for a budget are the settings with the highest
+    mean PSNR, without a failure. They fit if no image took more than `nfe` evaluations. It is None
+    if none fit.
+    """
+    places = trials.groupby(["nfe", "settings"])
+    means = places["psnr"].agg(lambda some: some.mean(skipna=False)).dropna()
+    tuned = means[means.groupby("nfe").idxmax()]
+    fit = tuned[places["evaluations"].max()[tuned.index] <= nfe]
+    return None if fit.empty else fit.idxmax()[1]
 
 
 def equal_horizons(rows: pd.DataFrame, metric: str) -> Panels:

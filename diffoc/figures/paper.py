@@ -15,7 +15,8 @@ from diffoc.data import portrait
 from diffoc.data.provenance import ROOT
 from diffoc.experiments import ablation_summary as summary
 from diffoc.experiments import ffhq
-from diffoc.experiments.records import rows_of
+from diffoc.experiments.ablations import TUNED
+from diffoc.experiments.records import frame, rows_of
 from diffoc.experiments.summary import by_budget, by_method, by_setting
 from diffoc.figures import plots, save_for_print
 from diffoc.ilqr import ilqr
@@ -70,14 +71,16 @@ def from_records(folder: Path) -> Iterator[Made]:
 
 def from_ablations(folder: Path) -> Iterator[Made]:
     """Yields Figures 3 and 6 and Tables 4 to 6, of what has been run: names, figures, records."""
+    tuned = f"tuning_{TUNED[0]}"
+    trials = {path.stem: rows for path, rows in _tables(folder, "tuning")}.get(tuned, frame([]))
     for path, rows in _tables(folder, "few_steps"):
-        for name, panels, xlabel in (
-            ("budget", summary.equal_budgets(rows, "psnr"), "evaluations"),
-            ("horizon", summary.equal_horizons(rows, "psnr"), "steps $T$"),
-        ):
-            if panels:
-                figure = plots.quality_curves(panels, xlabel, PSNR)
-                yield f"{path.stem}_{name}", figure, (path.name,)
+        sources = (path.name, f"{tuned}.csv") if len(trials) else (path.name,)
+        if panels := summary.equal_budgets(rows, trials, "psnr"):
+            figure = plots.quality_curves(panels, "evaluations", PSNR)
+            yield f"{path.stem}_budget", figure, sources
+        if panels := summary.equal_horizons(rows, "psnr"):
+            figure = plots.quality_curves(panels, "steps $T$", PSNR)
+            yield f"{path.stem}_horizon", figure, (path.name,)
     for path, rows in _tables(folder, "rank"):
         if panels := summary.by_rank(rows, "psnr"):
             figure = plots.quality_curves(panels, "rank $k$", PSNR, logarithmic=False)

@@ -38,7 +38,7 @@ def row_of(found, place):
 
 def test_equal_budgets_and_equal_steps_are_told_apart():
     found = rows("few_steps")
-    budgets = summary.equal_budgets(found, "psnr")[TASK]
+    budgets = summary.equal_budgets(found, frame([]), "psnr")[TASK]
     assert set(budgets) == {"DPS", "OURS", "QUICK"}
     for label, curve in budgets.items():
         assert [x for x, _, _ in curve] == [20, 50, 100, 200, 300]
@@ -63,6 +63,59 @@ def test_equal_budgets_and_equal_steps_are_told_apart():
                 assert (row["steps"].item(), row["nfe"].item()) == (x, 2 * x)
             else:
                 assert (row["steps"].item(), row["nfe"].item()) == (x, max(300, 4 * x))
+
+
+def invented(values):
+    """Trials of two images: budget, settings, evaluations of the two, their PSNR."""
+    rows = [
+        (budget, text, place, work, psnr)
+        for budget, text, works, psnrs in values
+        for place, (work, psnr) in enumerate(zip(works, psnrs, strict=True))
+    ]
+    return pd.DataFrame(rows, columns=["nfe", "settings", "image", "evaluations", "psnr"])
+
+
+def test_a_budget_takes_the_best_tuned_settings_that_fit_into_it():
+    failed = float("nan")
+    values = [
+        (10, "ten", (10, 10), (20.0, 22.0)),
+        (10, "two", (2, 2), (19.0, 18.0)),
+        (10, "best but failed", (10, 10), (30.0, failed)),
+        (30, "thirty", (30, 30), (20.0, 21.0)),  # worse than with fewer evaluations
+        (30, "not tuned", (5, 5), (20.0, 20.5)),
+        (60, "forty", (30, 40), (22.0, 23.0)),  # fits where its dearest image does
+        (90, "twelve", (12, 12), (21.0, 22.5)),  # of a larger budget than it takes
+    ]
+    trials = invented(values).sample(frac=1, random_state=0)
+    for nfe in range(1, 100):
+        tuned = {}
+        for budget, text, works, psnrs in values:
+            mean = sum(psnrs) / 2
+            if mean == mean and mean > tuned.get(budget, (0,))[0]:
+                tuned[budget] = mean, text, max(works)
+        fit = [(mean, text) for mean, text, most in tuned.values() if most <= nfe]
+        assert summary.best_within(trials, nfe) == max(fit, default=(0, None))[1]
+    assert summary.best_within(trials, 10) == "ten"
+    assert summary.best_within(trials, 39) == "twelve"
+    assert summary.best_within(trials, 9) is None
+    assert summary.best_within(trials[:0], 300) is None
+
+
+def test_equal_budgets_have_the_rows_of_what_fits():
+    found = rows("few_steps")
+    trials = [(20, found[(found["method"] == "dps") & (found["nfe"] == 20)])]
+    trials += [(300, found[(found["method"] == "quick") & (found["nfe"] == 40)])]
+    trials = pd.concat([some.assign(nfe=nfe, evaluations=some["nfe"]) for nfe, some in trials])
+    taken = summary.at_equal_budgets(found, trials)
+    for nfe in (20, 50, 100, 200, 300):
+        for method in ("dps", "ours", "quick"):
+            some = select(taken, method=method, nfe=nfe)
+            own = nfe if method == "ours" else 20 if method == "dps" else min(nfe, 40)
+            (place,) = some["psnr"]
+            assert row_of(found, place)["nfe"].item() == own
+    assert len(taken) == 15
+    curves = summary.equal_budgets(found, trials, "psnr")[TASK]
+    assert len({mean for _, mean, _ in curves["DPS"]}) == 1
 
 
 def test_parts_are_named_by_what_was_taken_away():
@@ -174,6 +227,7 @@ def test_todays_records_are_drawn(tmp_path: Path):
     assert list(from_ablations(tmp_path)) == []
     drawn = {name: sources for name, _, sources in from_ablations(ROOT / "data" / "records")}
     faces = "faces64"
-    assert drawn[f"few_steps_{faces}_budget"] == (f"few_steps_{faces}.csv",)
+    budgets = (f"few_steps_{faces}.csv", f"tuning_{faces}.csv")
+    assert drawn[f"few_steps_{faces}_budget"] == budgets
     assert {f"few_steps_{faces}_horizon", f"rank_{faces}", f"rank_{faces}_constant"} <= drawn.keys()
     assert drawn[f"robustness_{faces}"] == (f"robustness_{faces}.csv",)
