@@ -20,8 +20,9 @@ from diffoc.priors.gaussian import GaussianMixturePrior, GaussianPrior
 from diffoc.priors.mixture import mixture_from_loadings
 from diffoc.process import ReverseProcess
 from diffoc.result import Result
+from diffoc.riccati import expand_step, terminal_value
 from diffoc.rules import FullStep
-from diffoc.system import ControlProblem
+from diffoc.system import ControlProblem, backward_sweep
 
 ExactPrior = GaussianPrior | GaussianMixturePrior
 
@@ -91,6 +92,26 @@ def one_sweep(
     """Runs one iteration of iLQR without running cost (Eq. 28) at full step, from zero controls."""
     problem = ControlProblem(process.step, ControlCost(0.0), cost, process.horizon)
     return ilqr(problem, x, regularization=regularization, rank=rank, rule=FullStep(), iterations=1)
+
+
+def second_order_gains(
+    process: ReverseProcess,
+    cost: Callable[[Tensor], Tensor],
+    x: Tensor,
+    a: float | Tensor,
+    update: str = "full",
+) -> Tensor:
+    """Returns k of every step (T, B, n) with V_xx kept, from zero controls and no running cost.
+
+    Tikhonov's constant is a number, or one for each state (B,). The update is as for
+    :meth:`diffoc.riccati.DenseValue.step_back`; by "full" these are the gains of :func:`one_sweep`.
+    """
+    states, free, zeros = process.rollout(x), ControlCost(0.0), torch.zeros_like(x)
+    steps = range(process.horizon)
+    expansions = [expand_step(process.step, free, i, states[i], zeros) for i in steps]
+    constants = torch.as_tensor(a, dtype=x.dtype).expand(process.horizon, len(x))
+    gains, _ = backward_sweep(expansions, terminal_value(cost, states[-1]), constants, update)
+    return torch.stack([g.k for g in gains])
 
 
 def replanned(

@@ -4,6 +4,7 @@ import math
 import os
 import runpy
 import shutil
+import statistics
 import subprocess
 import sys
 from dataclasses import replace
@@ -655,10 +656,17 @@ def test_the_tables_of_results_and_readme_are_those_of_the_records():
         assert text == path.read_text(encoding="utf-8"), "run tools/tables.py"
     readme = [row for row in (ROOT / "README.md").read_text().splitlines() if " / 0." in row]
     text = (ROOT / "docs" / "results.md").read_text()
+    *readme, paper, released = readme
     assert len(readme) == 5
     assert set(readme) <= set(text.splitlines())
     # Once more by other means.
     rows = pd.read_csv(ROOT / "data" / "records" / "table1_faces64.csv")
+    for name, line in (("paper", paper), ("released", released)):
+        (same,) = table_of(text, "32 faces", f"{METHODS[name].label}, NFE 1000")
+        assert line.split("|")[2:] == same.split("|")[2:]
+        of = rows[(rows["method"] == name) & (rows["nfe"] == 1000)]
+        most = statistics.mode(of["evaluations"])
+        assert line.startswith(f"| {METHODS[name].label}, {most:.0f} evaluations |")
     rows = rows[rows["nfe"] == 300].drop_duplicates(["method", "task", "image"])
     of = rows.groupby(["method", "task"])[["psnr", "ssim"]].agg(["mean", "size"])
     shown = of[of["psnr", "size"] == 32]

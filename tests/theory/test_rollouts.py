@@ -3,14 +3,17 @@
 import pytest
 import torch
 
+from diffoc.costs import GaussianLikelihood
 from diffoc.process import ReverseProcess, draw_noise
-from diffoc.theory.linear_gaussian import linear_gaussian, relative_error
+from diffoc.theory.linear_gaussian import linear_gaussian, relative_error, standard_normal
 from diffoc.theory.rollouts import (
     end_of_guided_flow,
     euler,
+    one_sweep,
     planar_mixture,
     replanned,
     rollout_gradient,
+    second_order_gains,
 )
 
 T = 6
@@ -57,6 +60,35 @@ def test_replanning_corrects_where_the_state_is(mode, method):
         if mode == "input":
             x = process.step(i, x)
         assert relative_error(states[i + 1], x) < 1e-12
+
+
+@pytest.mark.parametrize("mode", ["input", "output"])
+def test_full_gains_are_those_of_ilqr(mode):
+    setting, a = planar_mixture(), 40.0
+    process = ReverseProcess(setting.prior, T, "euler", mode)
+    expected = one_sweep(process, setting.likelihood, setting.starts, a).gains
+    found = second_order_gains(process, setting.likelihood, setting.starts, a)
+    assert relative_error(found, torch.stack([gains.k for gains in expected])) < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("update", "left"),
+    [
+        ("full", lambda a, curvature: (a / (a + curvature)) ** 2),
+        ("paper", lambda a, curvature: 1 - (curvature / (a + curvature)) ** 2),
+    ],
+)
+def test_what_a_step_leaves_where_the_flow_stands_still(update, left):
+    """The step is the identity for N(0, 1), so that gradient and curvature are numbers."""
+    (prior, one), y, s, x, a = standard_normal(), 0.7, 0.1, 0.3, 250.0
+    process = ReverseProcess(prior, T, "euler", "output")
+    likelihood = GaussianLikelihood(lambda z: z, y * one, s)
+    found = second_order_gains(process, likelihood, x * one, a, update)
+    slope, curvature = (x - y) / s**2, 1 / s**2
+    for k in found.flatten().flip(0).tolist():
+        assert k == pytest.approx(-slope / (a + curvature), rel=1e-12)
+        kept = left(a, curvature)
+        slope, curvature = kept * slope, kept * curvature
 
 
 def test_gradients_are_those_without_gradients_outside():
