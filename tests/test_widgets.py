@@ -145,6 +145,7 @@ def test_choices_are_obeyed_and_the_picture_changes(page: Page) -> None:
 
 def test_a_long_reconstruction_can_be_cancelled_and_the_kernel_lives(page: Page) -> None:
     _choose(page, "image", "astronaut")
+    _choose(page, "task", "random inpainting")  # where ours makes a plan
     _set(page, "evaluations", "1000")
     _set(page, "noise", "0.01")
     page.get_by_role("button", name="Reconstruct").click()
